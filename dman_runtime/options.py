@@ -1,0 +1,108 @@
+"""Command-line plumbing that every command shares: flags from config dataclasses, `DMAN_*` variables, clean errors.
+
+A dataclass field `min_user_events` becomes `--min-user-events` and takes its default from `DMAN_MIN_USER_EVENTS` when
+that is set. Errors of the user's making end in one line on stderr and exit status 2.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import os
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import fields, replace
+from typing import Any, Literal, NoReturn, get_args, get_origin, get_type_hints
+
+
+class UsageError(Exception):
+    """What the user asked for cannot be done; the message is one line with cause and remedy."""
+
+
+class Parser(argparse.ArgumentParser):
+    """An ArgumentParser with `DMAN_*` variables behind its options, and one-line errors."""
+
+    def __init__(self, **kwargs: Any) -> None:
+        kwargs.setdefault("formatter_class", argparse.ArgumentDefaultsHelpFormatter)
+        kwargs.setdefault("allow_abbrev", False)
+        super().__init__(**kwargs)
+
+    def error(self, message: str) -> NoReturn:
+        raise UsageError(f"{message}; see {self.prog} --help")
+
+    def flag(self, name: str, **kwargs: Any) -> None:
+        """`add_argument` for one option whose default may come from the environment."""
+        variable = f"DMAN_{name.lstrip('-').upper().replace('-', '_')}"
+        if variable in os.environ and kwargs.get("action") is None:
+            kwargs["default"] = os.environ[variable]  # argparse converts and checks string defaults with `type`
+            if (choices := kwargs.get("choices")) and os.environ[variable] not in choices:
+                raise UsageError(f"{variable} is {os.environ[variable]!r}; choose one of {', '.join(choices)}")
+        self.add_argument(name, **kwargs)
+
+    def config_flags(self, config_class: type, *, title: str) -> None:
+        """One option per field of a dataclass whose fields carry `help` metadata. Unset options stay absent."""
+        group = self.add_argument_group(title)
+        hints = get_type_hints(config_class)
+        for field in fields(config_class):
+            name, kind = f"--{field.name.replace('_', '-')}", hints[field.name]
+            help_text = f"{field.metadata['help']} (default: {field.default})"
+            options: dict[str, Any] = {"dest": field.name, "default": argparse.SUPPRESS, "help": help_text}
+            if kind is bool:
+                group.add_argument(name, action=argparse.BooleanOptionalAction, **options)
+            elif get_origin(kind) is Literal:
+                group.add_argument(name, choices=get_args(kind), **options)
+            else:
+                group.add_argument(name, type=kind, metavar=kind.__name__.upper(), **options)
+            variable = f"DMAN_{field.name.upper()}"
+            if variable in os.environ:
+                self.set_defaults(**{field.name: _from_environment(variable, kind)})
+
+
+def _from_environment(variable: str, kind: Any) -> Any:
+    text = os.environ[variable]
+    if kind is bool:
+        if text.lower() not in ("0", "1", "true", "false"):
+            raise UsageError(f"{variable} is {text!r}; use true or false")
+        return text.lower() in ("1", "true")
+    if get_origin(kind) is Literal:
+        return text  # the config itself checks it
+    try:
+        return kind(text)
+    except ValueError:
+        raise UsageError(f"{variable} is {text!r}, not of type {kind.__name__}") from None
+
+
+def overridden(config: Any, arguments: argparse.Namespace) -> Any:
+    """`config` with the fields that were given as options."""
+    given = {f.name: getattr(arguments, f.name) for f in fields(config) if hasattr(arguments, f.name)}
+    return replace(config, **given)
+
+
+def print_json(result: dict[str, Any]) -> None:
+    """The machine-readable last line of a command run with `--json`."""
+    print(json.dumps(result, sort_keys=True), flush=True)
+
+
+def configure_logging(*, verbose: bool = False) -> None:
+    logging.basicConfig(
+        level=logging.DEBUG if verbose else logging.INFO,
+        format="%(asctime)s %(levelname)s %(name)s: %(message)s",
+        datefmt="%Y-%m-%dT%H:%M:%S",
+        stream=sys.stderr,
+    )
+
+
+def run_command(command: Callable[[Sequence[str] | None], int], argv: Sequence[str] | None, *expected: type) -> int:
+    """Runs a command; exceptions of the `expected` types become one line on stderr and exit status 2."""
+    try:
+        return command(argv)
+    except (UsageError, *expected) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except BrokenPipeError:  # the reader of our output has gone
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130

@@ -1,0 +1,62 @@
+"""Exact top-K search over the item table. numpy only."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+NO_ITEMS = np.zeros(0, np.int64)
+
+
+def top_k(scores: np.ndarray, k: int, *, exclude: np.ndarray = NO_ITEMS) -> tuple[np.ndarray, np.ndarray]:
+    """The k best of (N) scores, best first, ties by position. `scores` is overwritten where excluded.
+
+    Returns positions (n) int64 and their scores (n), n <= k: excluded and non-finite ones never appear.
+    """
+    scores[exclude] = -np.inf
+    if k < len(scores):
+        chosen = np.argpartition(scores, len(scores) - k)[len(scores) - k :]
+    else:
+        chosen = np.arange(len(scores))
+    chosen = chosen[np.isfinite(scores[chosen])]
+    chosen = chosen[np.lexsort((chosen, -scores[chosen]))]
+    return chosen, scores[chosen]
+
+
+class ExactRetriever:
+    """Inner-product search over all items."""
+
+    def __init__(self, item_embeddings: np.ndarray) -> None:
+        """`item_embeddings`: (V, D) float32; may be memory-mapped."""
+        self._table = item_embeddings
+
+    def scores(self, users: np.ndarray) -> np.ndarray:
+        """(B, D) user embeddings -> (B, V) scores."""
+        return users @ self._table.T
+
+    def search(
+        self,
+        user: np.ndarray,
+        k: int,
+        *,
+        exclude: np.ndarray = NO_ITEMS,
+        candidates: np.ndarray | None = None,
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """The k best items for one user embedding (D): indices and scores, best first.
+
+        Args:
+            exclude: item indices that must not appear.
+            candidates: when given, the only item indices that may appear.
+        """
+        if candidates is None:
+            return top_k(self._table @ user, k, exclude=exclude)
+        candidates = np.setdiff1d(candidates, exclude)  # sorted and distinct, so that ties break as in the full search
+        chosen, scores = top_k(self._table[candidates] @ user, k)
+        return candidates[chosen], scores
+
+    def search_many(
+        self, users: np.ndarray, k: int, *, exclude: Sequence[np.ndarray]
+    ) -> list[tuple[np.ndarray, np.ndarray]]:
+        """`search` for (B, D) users at once, each with its own exclusions."""
+        return [top_k(row, k, exclude=seen) for row, seen in zip(self.scores(users), exclude, strict=True)]

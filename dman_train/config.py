@@ -1,0 +1,182 @@
+"""Everything that can be configured about a model and its training, validated once.
+
+`ModelConfig` fixes the network and travels into the bundle; `TrainConfig` fixes how its weights are found.
+The command line of `dman_train.train` is derived from the fields of both (`dman_runtime.options`).
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, field, fields, replace
+from typing import Any, Literal
+
+
+class ConfigError(ValueError):
+    """A configuration that cannot work; the message names the field and the remedy."""
+
+
+def option(default: Any, help: str) -> Any:
+    """A dataclass field whose `help` text becomes the help of its command-line flag."""
+    return field(default=default, metadata={"help": help})
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """The network of `dman_train.model`; symbols in its docstring. Raises ConfigError."""
+
+    architecture: Literal["plus", "paper"] = option(
+        "plus", "plus: pre-LayerNorm blocks with heads, residuals and feed-forward; paper: the equations alone"
+    )
+    variant: Literal["dman", "xl", "fifo", "nran"] = option(
+        "dman",
+        "dman; or an ablation of the paper's Table 5: xl (no long-term branch), "
+        "fifo (memory = last m hidden states), nran (no context from earlier segments)",
+    )
+    segment_length: int = option(20, "T: events per segment")
+    memory_slots: int = option(20, "m: memory slots per layer")
+    layers: int = option(2, "L: attention layers of each branch")
+    width: int = option(128, "D: width of embeddings and hidden states")
+    heads: int = option(2, "attention heads; must divide the width (1 for paper)")
+    ffn_multiplier: int = option(2, "hidden width of the feed-forward blocks in units of D (plus only)")
+    residual: Literal["plain", "gated"] = option("plain", "plain: x + y; gated: x + sigmoid(W x) * y (plus only)")
+    dropout: float = option(0.2, "dropout rate on inputs, attention weights and block outputs")
+    routing: Literal["slot", "shared", "full"] = option(
+        "slot", "bilinear maps of eq. 6: one per memory slot, one in all, or one per pair of input and slot"
+    )
+    routing_iterations: int = option(3, "routing iterations of eq. 7")
+    routing_softmax: Literal["slots", "primaries"] = option(
+        "slots", "what the coupling coefficients of eq. 7 sum to one over"
+    )
+
+    def __post_init__(self) -> None:
+        _check_choices(self)
+        _check_range(self, 1, 512, "segment_length", "memory_slots")
+        _check_range(self, 1, 16, "layers", "heads", "ffn_multiplier", "routing_iterations")
+        _check_range(self, 4, 4096, "width")
+        _check_range(self, 0.0, 0.95, "dropout")
+        if self.width % self.heads:
+            raise ConfigError(f"width {self.width} is not a multiple of heads {self.heads}; choose heads that divide it")
+        if self.architecture == "paper" and self.heads != 1:
+            raise ConfigError(f"architecture 'paper' has one head, not {self.heads}; set heads to 1")
+
+    @property
+    def has_memory(self) -> bool:
+        """Whether there is a long-term branch; without it a state holds no memory slots."""
+        return self.variant != "xl"
+
+    @property
+    def slots(self) -> int:
+        """Memory slots a state of this model holds."""
+        return self.memory_slots if self.has_memory else 0
+
+    @property
+    def recurrent(self) -> bool:
+        """Whether the context reaches into the previous segment."""
+        return self.variant != "nran"
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """How the weights are found. Raises ConfigError."""
+
+    loss: Literal["auto", "full", "sampled", "negatives"] = option(
+        "auto",
+        "full: softmax over all items; sampled: shared negatives with logQ correction; negatives: the paper's "
+        "binary loss with a few negatives per event; auto: full up to 50,000 items, sampled beyond",
+    )
+    negatives: int = option(1024, "negatives: shared per batch for loss=sampled, per event for loss=negatives")
+    memory_training: Literal["alternating", "joint"] = option(
+        "alternating", "alternating: eq. 5 alone trains f_abs; joint: eq. 9 reaches it through the memory as well"
+    )
+    backprop_segments: int = option(1, "joint only: segment borders that eq. 9 is back-propagated over, 1 to 4")
+    abstraction_weight: float = option(1.0, "weight of the abstraction loss (eq. 5)")
+    lanes: int = option(128, "users that are walked side by side; a batch is lanes x T events")
+    learning_rate: float = option(1e-3, "Adam step size of everything but f_abs")
+    abstraction_learning_rate: float = option(1e-3, "Adam step size of f_abs")
+    warmup_steps: int = option(200, "steps over which the learning rate rises to its full value")
+    final_learning_rate: float = option(0.1, "share of the learning rate that is left at the last epoch (cosine)")
+    weight_decay: float = option(0.0, "decoupled weight decay")
+    gradient_clip: float = option(1.0, "largest gradient norm, per optimiser")
+    epochs: int = option(12, "passes over the training events")
+    patience: int = option(4, "epochs without a better validation NDCG@10 before training stops")
+    evaluation_users: int = option(0, "users in the validation of each epoch; 0 for all")
+    random_first_segment: bool = option(True, "vary the length of a user's first segment, so that every shift is seen")
+    seed: int = option(0, "seed of initial weights, user order, dropout and negatives")
+
+    def __post_init__(self) -> None:
+        _check_choices(self)
+        _check_range(self, 1, 1_000_000, "negatives", "lanes", "epochs", "patience")
+        _check_range(self, 0, 1_000_000_000, "warmup_steps", "evaluation_users", "seed")
+        _check_range(self, 1, 4, "backprop_segments")
+        _check_range(self, 0.0, 1.0, "final_learning_rate", "learning_rate", "abstraction_learning_rate", "weight_decay")
+        _check_range(self, 0.0, 1e6, "gradient_clip", "abstraction_weight")
+        if self.backprop_segments > 1 and self.memory_training != "joint":
+            raise ConfigError("backprop_segments above 1 needs memory_training 'joint'")
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """How interactions are read. The held-out split is fixed by the evaluation protocol. Raises ConfigError."""
+
+    user_column: str = option("user_id", "column with the user ids")
+    item_column: str = option("item_id", "column with the item ids")
+    time_column: str = option("timestamp", "column with the times; orders the events unless there is a position")
+    position_column: str = option("position", "column with the place of an event in its user's history")
+    min_user_events: int = option(5, "users with fewer events are left out")
+    min_item_events: int = option(5, "items with fewer events are left out")
+
+    def __post_init__(self) -> None:
+        _check_range(self, 0, 1_000_000, "min_user_events", "min_item_events")
+
+
+def _check_choices(config: Any) -> None:
+    for name, choices in literal_choices(type(config)).items():
+        if getattr(config, name) not in choices:
+            raise ConfigError(f"{name} is {getattr(config, name)!r}; choose one of {', '.join(map(repr, choices))}")
+
+
+def literal_choices(config_class: type) -> dict[str, tuple[str, ...]]:
+    """The allowed values of each Literal field."""
+    from typing import get_args, get_origin, get_type_hints
+
+    hints = get_type_hints(config_class)
+    return {f.name: get_args(hints[f.name]) for f in fields(config_class) if get_origin(hints[f.name]) is Literal}
+
+
+def _check_range(config: Any, low: float, high: float, *names: str) -> None:
+    for name in names:
+        value = getattr(config, name)
+        if isinstance(value, bool) or not isinstance(value, int | float) or not low <= value <= high:
+            raise ConfigError(f"{name} is {value!r}; choose a number from {low:g} to {high:g}")
+
+
+@dataclass(frozen=True)
+class Preset:
+    """A model and a training recipe that belong together."""
+
+    model: ModelConfig
+    train: TrainConfig
+
+
+PRESETS = {
+    "default": Preset(ModelConfig(), TrainConfig()),
+    "paper": Preset(
+        ModelConfig(architecture="paper", heads=1, dropout=0.1),
+        TrainConfig(loss="negatives", negatives=5, learning_rate=2e-3, epochs=30),
+    ),
+    "tiny": Preset(
+        ModelConfig(width=32, heads=1, segment_length=10, memory_slots=8, dropout=0.1),
+        TrainConfig(lanes=64, epochs=8, warmup_steps=20, learning_rate=5e-3, abstraction_learning_rate=5e-3),
+    ),
+}
+
+
+def to_dict(config: ModelConfig | TrainConfig | DataConfig) -> dict[str, Any]:
+    return asdict(config)
+
+
+def from_dict(config_class: type, values: dict[str, Any], *, where: str) -> Any:
+    """Builds a config from a mapping read at `where`. Raises ConfigError for fields it does not know."""
+    known = {f.name for f in fields(config_class)}
+    if unknown := sorted(set(values) - known):
+        raise ConfigError(f"{where}: unknown {config_class.__name__} field {', '.join(unknown)}")
+    return replace(config_class(), **values)

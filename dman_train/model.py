@@ -1,0 +1,352 @@
+"""DMAN: Tan et al., "Dynamic Memory based Attention Network for Sequential Recommendation", AAAI 2021
+(arXiv 2102.09269). Equation numbers are the paper's.
+
+Symbols: B batch, S new positions in this call, C context positions, K = C + S, T segment length, m memory slots,
+L layers, D width, H heads, V items, Q queries (S, or 1 when only the last new position is asked for).
+
+A history is cut into segments of T events from its head. While segment n is encoded,
+- the *context* holds the layer inputs h^l of segment n-1 and of the positions of segment n so far (eq. 1),
+- the *memory* M^l summarises segments 1..n-2 in m slots per layer (eq. 2),
+- a gate mixes the two branches into the user embedding (eq. 3); score = item embedding . user embedding.
+When segment n closes, M^l <- f_abs^l(M^l, H^l_{n-1}) (eq. 4), by routing (eq. 6-7), trained by `abstraction_loss` (eq. 5).
+
+Keys and values are never projected: W_k is absorbed into the query and W_v into the output, so a call costs
+O(S D^2 + S K D) whatever the number of context positions. The numbers are those of plain attention.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.func import functional_call
+
+from dman_train.config import ModelConfig
+
+MASKED = -1e9  # added to the logit of a key that a query must not see
+
+
+class Encoding(NamedTuple):
+    """What encoding S new positions gives."""
+
+    user_embedding: Tensor  # (B, Q, D)
+    hidden: Tensor  # (B, L, S, D) the layer inputs h^l: what a state keeps as context
+    long_queries: list[Tensor]  # L x (B, Q, D) the layer inputs of the long-term branch: the queries of eq. 5
+
+
+class Attention(nn.Module):
+    """softmax(q W_q (s W_k)^T / sqrt(d) + bias) (s W_v) W_o over sources s, per head (eq. 1 and 2).
+
+    W_o exists in the `plus` architecture only.
+    """
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        heads, width = config.heads, config.width
+        self.heads, self.head_width = heads, width // heads
+        self.query = nn.Linear(width, width, bias=False)
+        self.key = nn.Parameter(torch.empty(heads, self.head_width, width))
+        self.value = nn.Parameter(torch.empty(heads, width, self.head_width))
+        self.output = nn.Identity() if config.architecture == "paper" else nn.Linear(width, width, bias=False)
+        self.dropout = nn.Dropout(config.dropout)
+        bound = math.sqrt(3 / width)
+        for weight in (self.query.weight, self.key, self.value):
+            nn.init.uniform_(weight, -bound, bound)
+
+    def forward(self, queries: Tensor, sources: Tensor, bias: Tensor | None = None) -> Tensor:
+        """(B, Q, D) queries over (B, K, D) sources with an additive bias that broadcasts to (B, H, Q, K)."""
+        (batch, count, width), heads = queries.shape, self.heads
+        q = self.query(queries).view(batch * count, heads, self.head_width).transpose(0, 1)  # (H, B*Q, D/H)
+        q = (q @ self.key).view(heads, batch, count, width).transpose(0, 1)  # (B, H, Q, D), in source space
+        logits = q.reshape(batch, heads * count, width) @ sources.transpose(1, 2) / math.sqrt(self.head_width)
+        logits = logits.view(batch, heads, count, sources.shape[1])  # (B, H, Q, K)
+        weights = self.dropout(torch.softmax(logits if bias is None else logits + bias, dim=-1))
+        mixed = weights.view(batch, heads * count, sources.shape[1]) @ sources  # (B, H*Q, D)
+        mixed = mixed.view(batch, heads, count, width).transpose(0, 1).reshape(heads, batch * count, width)
+        values = (mixed @ self.value).transpose(0, 1).reshape(batch, count, width)  # (B, Q, D)
+        return self.output(values)
+
+
+class Residual(nn.Module):
+    """x + y, or x + sigmoid(W x) * y when gated (LiGR)."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.gate = nn.Linear(config.width, config.width) if config.residual == "gated" else None
+        self.dropout = nn.Dropout(config.dropout)
+
+    def forward(self, x: Tensor, y: Tensor) -> Tensor:
+        y = self.dropout(y)
+        return x + y if self.gate is None else x + torch.sigmoid(self.gate(x)) * y
+
+
+class PaperBlock(nn.Module):
+    """One layer of one branch as the equations have it: attention and nothing else."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.attention = Attention(config)
+
+    def read(self, queries: Tensor, sources: Tensor, bias: Tensor | None = None) -> Tensor:
+        return self.attention(queries, sources, bias)
+
+    forward = read
+
+
+class PlusBlock(nn.Module):
+    """One layer of one branch: pre-LayerNorm attention, then a feed-forward block, both residual."""
+
+    def __init__(self, config: ModelConfig, *, shared_norm: bool) -> None:
+        super().__init__()
+        self.attention = Attention(config)
+        self.norm_queries = nn.LayerNorm(config.width)
+        # Short-term sources are layer inputs as the queries are; memory slots live on their own scale.
+        self.norm_sources = self.norm_queries if shared_norm else nn.LayerNorm(config.width)
+        self.norm_ffn = nn.LayerNorm(config.width)
+        self.ffn = nn.Sequential(
+            nn.Linear(config.width, config.ffn_multiplier * config.width),
+            nn.GELU(approximate="tanh"),
+            nn.Linear(config.ffn_multiplier * config.width, config.width),
+        )
+        self.residual_attention, self.residual_ffn = Residual(config), Residual(config)
+
+    def read(self, queries: Tensor, sources: Tensor, bias: Tensor | None = None) -> Tensor:
+        """The attention of this layer alone."""
+        return self.attention(self.norm_queries(queries), self.norm_sources(sources), bias)
+
+    def forward(self, queries: Tensor, sources: Tensor, bias: Tensor | None = None) -> Tensor:
+        x = self.residual_attention(queries, self.read(queries, sources, bias))
+        return self.residual_ffn(x, self.ffn(self.norm_ffn(x)))
+
+
+class _Reader(nn.Module):
+    """Makes `block.read` reachable for `functional_call`, which goes through forward."""
+
+    def __init__(self, block: nn.Module) -> None:
+        super().__init__()
+        self.block = block
+
+    def forward(self, queries: Tensor, sources: Tensor, bias: Tensor | None = None) -> Tensor:
+        return self.block.read(queries, sources, bias)
+
+
+def _frozen_read(block: nn.Module, queries: Tensor, sources: Tensor, bias: Tensor | None = None) -> Tensor:
+    """`block.read` without dropout and without gradient to its weights: the content reader of eq. 5."""
+    reader, training = _Reader(block), block.training
+    frozen = {name: weight.detach() for name, weight in reader.named_parameters()}
+    block.eval()
+    try:
+        return functional_call(reader, frozen, (queries, sources, bias))
+    finally:
+        block.train(training)
+
+
+class RoutingAbstraction(nn.Module):
+    """f_abs by dynamic routing (eq. 6-7): primaries x = M_old || H, interest capsules o = M_new.
+
+    a_ij = softmax_j(b_ij), s_j = sum_i a_ij W_ij x_i, b_ij += o_j . W_ij x_i. The votes W_ij x_i are materialised only
+    for routing="full"; otherwise s_j = W_j sum_i a_ij x_i and b_ij = (W_j^T o_j) . x_i, which is the same. Capsules
+    start from the old slots, so that slot j stays slot j. LayerNorm takes the place of squash on both sides.
+    """
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        width, slots, primaries = config.width, config.memory_slots, config.memory_slots + config.segment_length
+        leading = {"slot": (slots,), "shared": (1,), "full": (primaries, slots)}[config.routing]
+        self.full = config.routing == "full"
+        self.iterations, self.over_slots = config.routing_iterations, config.routing_softmax == "slots"
+        # Near the identity, so that an untrained f_abs clusters its input instead of destroying it.
+        self.maps = nn.Parameter(torch.eye(width).repeat(*leading, 1, 1) + torch.randn(*leading, width, width) * 0.02)
+        self.norm_primaries, self.norm_capsules = nn.LayerNorm(width), nn.LayerNorm(width)
+
+    def forward(self, memory: Tensor, hidden: Tensor, lengths: Tensor | None = None) -> Tensor:
+        """(B, m, D) memory and (B, T, D) hidden -> (B, m, D). Only the last `lengths` (B) rows of hidden count."""
+        x = self.norm_primaries(torch.cat([memory, hidden], dim=1))  # (B, m+T, D)
+        valid = None if lengths is None else _valid_primaries(memory.shape[1], hidden.shape[1], lengths)
+        votes = torch.einsum("bnd,njde->bjne", x, self.maps) if self.full else None  # (B, m, m+T, D)
+        capsules, logits = self.norm_capsules(memory), x.new_zeros(())
+        for _ in range(self.iterations):
+            logits = logits + self._agreement(capsules, x, votes) / math.sqrt(x.shape[-1])  # (B, m, m+T)
+            coupling = self._coupling(logits, valid)
+            capsules = self.norm_capsules(self._combine(coupling, x, votes))
+        return capsules
+
+    def _agreement(self, capsules: Tensor, x: Tensor, votes: Tensor | None) -> Tensor:
+        if votes is not None:
+            return torch.einsum("bje,bjne->bjn", capsules, votes)
+        pulled = (capsules.transpose(0, 1) @ self.maps.transpose(1, 2)).transpose(0, 1)  # W_j^T o_j: (B, m, D)
+        return pulled @ x.transpose(1, 2)
+
+    def _coupling(self, logits: Tensor, valid: Tensor | None) -> Tensor:
+        if self.over_slots:
+            coupling = torch.softmax(logits, dim=1)
+            return coupling if valid is None else coupling * valid[:, None, :]
+        return torch.softmax(logits if valid is None else logits.masked_fill(~valid[:, None, :], MASKED), dim=2)
+
+    def _combine(self, coupling: Tensor, x: Tensor, votes: Tensor | None) -> Tensor:
+        if votes is not None:
+            return torch.einsum("bjn,bjne->bje", coupling, votes)
+        return ((coupling @ x).transpose(0, 1) @ self.maps).transpose(0, 1)  # (B, m, D)
+
+
+class FifoAbstraction(nn.Module):
+    """f_abs of the `fifo` variant: the memory is the last m hidden states."""
+
+    def forward(self, memory: Tensor, hidden: Tensor, lengths: Tensor | None = None) -> Tensor:
+        slots, segment = memory.shape[1], hidden.shape[1]
+        if lengths is None:
+            return torch.cat([memory, hidden], dim=1)[:, -slots:]
+        place = lengths[:, None] + torch.arange(slots, device=lengths.device)  # (B, m) among the valid rows of M || H
+        source = torch.where(place < slots, place, place + segment - lengths[:, None])
+        return torch.cat([memory, hidden], dim=1).gather(1, source[..., None].expand(-1, -1, memory.shape[2]))
+
+
+def _valid_primaries(slots: int, segment: int, lengths: Tensor) -> Tensor:
+    """(B, m+T) bool: all slots, and the last `lengths` of the hidden rows."""
+    row = torch.arange(slots + segment, device=lengths.device)
+    return (row < slots) | (row >= slots + segment - lengths[:, None])
+
+
+class DMAN(nn.Module):
+    """The network; `vocabulary` is V."""
+
+    def __init__(self, config: ModelConfig, vocabulary: int) -> None:
+        super().__init__()
+        self.config, self.vocabulary = config, vocabulary
+        depth, width = config.layers, config.width
+        self.items = nn.Parameter(torch.randn(vocabulary, width) * 0.02)
+        self.input_scale = math.sqrt(width)
+        self.input_dropout = nn.Dropout(config.dropout)
+        self.distance_bias = nn.Parameter(torch.zeros(depth, config.heads, 2 * config.segment_length))
+        plus = config.architecture == "plus"
+        self.short_term = nn.ModuleList(
+            PlusBlock(config, shared_norm=True) if plus else PaperBlock(config) for _ in range(depth)
+        )
+        self.norm_short = nn.LayerNorm(width) if plus else nn.Identity()
+        if config.has_memory:
+            self.initial_memory = nn.Parameter(torch.randn(depth, config.memory_slots, width))
+            self.long_term = nn.ModuleList(
+                PlusBlock(config, shared_norm=False) if plus else PaperBlock(config) for _ in range(depth)
+            )
+            self.norm_long = nn.LayerNorm(width) if plus else nn.Identity()
+            self.gate_short, self.gate_long = nn.Linear(width, width), nn.Linear(width, width, bias=False)
+            self.abstraction = nn.ModuleList(
+                FifoAbstraction() if config.variant == "fifo" else RoutingAbstraction(config) for _ in range(depth)
+            )
+        else:
+            self.register_buffer("initial_memory", torch.zeros(depth, 0, width), persistent=False)
+
+    def item_table(self) -> Tensor:
+        """(V, D) item embeddings as the layers read them and as scores are computed with them."""
+        return self.items * self.input_scale
+
+    def embed(self, item_indices: Tensor) -> Tensor:
+        """(...) item indices -> (..., D) layer-0 inputs."""
+        return self.input_dropout(F.embedding(item_indices, self.items) * self.input_scale)
+
+    def encode(
+        self,
+        item_embeddings: Tensor,
+        context: Tensor,
+        context_lengths: Tensor,
+        memory: Tensor,
+        last: Tensor | None = None,
+    ) -> Encoding:
+        """Encodes S new positions (eq. 1-3).
+
+        Args:
+            item_embeddings: (B, S, D), rows of `item_table`, left-aligned.
+            context: (B, L, C, D) layer inputs of earlier positions, right-aligned; C may be 0.
+            context_lengths: (B) int64, how many of the C rows are real.
+            memory: (B, L, m, D).
+            last: (B) int64 index of the one position whose user embedding is wanted (Q = 1); all (Q = S) when None.
+        """
+        layers, width = self.config.layers, self.config.width
+        bias, visible = self._positions(item_embeddings.shape[1], context.shape[2], context_lengths)
+        h, hidden = item_embeddings, []
+        for layer, block in enumerate(self.short_term):
+            hidden.append(h)
+            sources = torch.cat([context[:, layer], h], dim=1)  # (B, K, D)
+            layer_bias = bias[layer][None] + visible[:, None]  # (B, H, S, K)
+            if last is not None and layer == layers - 1:  # nothing later reads the other positions
+                h = _take(h, last)
+                layer_bias = layer_bias.gather(
+                    2, last.view(-1, 1, 1, 1).expand(-1, layer_bias.shape[1], 1, layer_bias.shape[3])
+                )
+            h = block(h, sources, layer_bias)
+        stacked = torch.stack(hidden, dim=1)  # (B, L, S, D)
+        h = self.norm_short(h)
+        if not self.config.has_memory:
+            return Encoding(h / self.input_scale, stacked, [])
+        g, long_queries = item_embeddings if last is None else _take(item_embeddings, last), []
+        for layer, block in enumerate(self.long_term):
+            long_queries.append(g)
+            g = block(g, memory[:, layer])
+        g = self.norm_long(g)
+        share = torch.sigmoid(self.gate_short(h) + self.gate_long(g))  # (B, Q, D) of the short-term branch
+        user = share * h + (1 - share) * g
+        assert user.shape[-1] == width
+        return Encoding(user / self.input_scale, stacked, long_queries)
+
+    def _positions(self, new: int, context: int, context_lengths: Tensor) -> tuple[Tensor, Tensor]:
+        """Relative bias (L, H, S, K) and visibility (B, S, K) as additive terms; distances are query minus key."""
+        device = context_lengths.device
+        key = torch.arange(context + new, device=device)
+        query = torch.arange(new, device=device) + context
+        distance = query[:, None] - key[None, :]  # (S, K)
+        bias = self.distance_bias[:, :, distance.clamp(0, 2 * self.config.segment_length - 1)]
+        seen = (key >= context - context_lengths[:, None])[:, None, :] & (distance >= 0)[None]  # (B, S, K)
+        return bias, torch.where(seen, 0.0, MASKED)
+
+    def abstract(self, memory: Tensor, hidden: Tensor, lengths: Tensor | None = None) -> Tensor:
+        """f_abs of every layer (eq. 4): (B, L, m, D), (B, L, T, D) -> (B, L, m, D).
+
+        `lengths` (B): only that many rows of `hidden`, counted from the right, are real; all when None.
+        """
+        if not self.config.has_memory:
+            return memory
+        layers = zip(self.abstraction, memory.unbind(1), hidden.unbind(1), strict=True)
+        return torch.stack([f_abs(m, h, lengths) for f_abs, m, h in layers], dim=1)
+
+    def abstraction_parameters(self) -> list[nn.Parameter]:
+        """The parameters of f_abs: those that eq. 5 trains."""
+        return list(self.abstraction.parameters()) if self.config.has_memory else []
+
+    def abstraction_loss(
+        self,
+        *,
+        old_memory: Tensor,
+        new_memory: Tensor,
+        hidden: Tensor,
+        lengths: Tensor,
+        queries: list[Tensor],
+        query_mask: Tensor,
+    ) -> Tensor:
+        """Eq. 5: reading the new memory should give what reading the old memory and the absorbed segment gave.
+
+        Squared error, mean over layers and width, summed over the positions that count.
+        Gradient reaches f_abs only, through `new_memory`: weights of the attention, queries and target are detached.
+
+        Args:
+            old_memory, new_memory: (B, L, m, D); hidden: (B, L, T, D), its last `lengths` (B) rows real.
+            queries: L x (B, S, D); query_mask: (B, S) bool, the positions that count.
+        """
+        slots, segment = old_memory.shape[2], hidden.shape[2]
+        bias = torch.where(_valid_primaries(slots, segment, lengths), 0.0, MASKED)[:, None, None]  # (B, 1, 1, m+T)
+        total = new_memory.new_zeros(())
+        for layer, block in enumerate(self.long_term):
+            query = queries[layer].detach()
+            with torch.no_grad():
+                sources = torch.cat([old_memory[:, layer], hidden[:, layer]], dim=1)
+                target = _frozen_read(block, query, sources, bias)
+            error = (_frozen_read(block, query, new_memory[:, layer]) - target).square().mean(-1)  # (B, S)
+            total = total + (error * query_mask).sum()
+        return total / self.config.layers
+
+
+def _take(x: Tensor, position: Tensor) -> Tensor:
+    """(B, S, D), (B) -> (B, 1, D): the row at each position."""
+    return x.gather(1, position.view(-1, 1, 1).expand(-1, 1, x.shape[2]))

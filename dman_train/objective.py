@@ -1,0 +1,182 @@
+"""What a training step minimises, and what a lane carries from one segment to the next.
+
+The likelihood (eq. 9) trains everything but f_abs; the abstraction loss (eq. 5) trains f_abs. Their gradients are disjoint
+by construction, so one backward pass serves both optimisers. With `memory_training="joint"` the memory that a
+segment reads stays attached to the last `backprop_segments` abstractions, and eq. 9 reaches f_abs as well.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from dman_train.config import TrainConfig
+from dman_train.model import DMAN, Encoding
+
+FULL_SOFTMAX_LIMIT = 50_000  # items; beyond it loss="auto" samples
+
+
+@dataclass
+class LaneState:
+    """What each lane remembers between steps. N is `backprop_segments`. No tensor carries gradient."""
+
+    context: Tensor  # (B, L, T, D) layer inputs of the previous segment, right-aligned
+    context_lengths: Tensor  # (B) int64
+    memory: Tensor  # (B, L, m, D) before the absorptions below
+    initial: Tensor  # (B) bool: `memory` stands for the learned initial slots
+    absorbed: Tensor  # (N, B, L, T, D) segments to absorb, oldest first, right-aligned
+    absorbed_lengths: Tensor  # (N, B) int64; 0 where there is nothing to absorb
+
+    @classmethod
+    def empty(cls, model: DMAN, lanes: int, backprop_segments: int) -> LaneState:
+        config = model.config
+        shape = (lanes, config.layers, config.segment_length, config.width)
+        options = {"device": model.items.device}
+        return cls(
+            context=torch.zeros(shape, **options),
+            context_lengths=torch.zeros(lanes, dtype=torch.int64, **options),
+            memory=torch.zeros(lanes, config.layers, config.slots, config.width, **options),
+            initial=torch.ones(lanes, dtype=torch.bool, **options),
+            absorbed=torch.zeros(backprop_segments, *shape, **options),
+            absorbed_lengths=torch.zeros(backprop_segments, lanes, dtype=torch.int64, **options),
+        )
+
+    def restarted(self, starts: Tensor) -> LaneState:
+        """Forgets everything in the lanes where `starts` (B) is true."""
+        return LaneState(
+            context=self.context,
+            context_lengths=self.context_lengths.masked_fill(starts, 0),
+            memory=self.memory,
+            initial=self.initial | starts,
+            absorbed=self.absorbed,
+            absorbed_lengths=self.absorbed_lengths.masked_fill(starts[None], 0),
+        )
+
+    def state_dict(self) -> dict[str, Tensor]:
+        return {f.name: getattr(self, f.name) for f in fields(self)}
+
+
+@dataclass(frozen=True)
+class Losses:
+    """Sums over positions, with the number of positions, so that ranks can be averaged exactly."""
+
+    likelihood: Tensor  # eq. 9
+    likelihood_count: Tensor
+    abstraction: Tensor  # eq. 5, unweighted
+    abstraction_count: Tensor
+
+
+class _Memories(NamedTuple):
+    """(B, L, m, D) each."""
+
+    settled: Tensor  # after the oldest absorption in the window: where the next step starts from
+    before: Tensor  # before the newest absorption
+    after: Tensor  # after it, attached to f_abs
+    read: Tensor  # what this segment attends to
+
+
+class Objective(nn.Module):
+    """One step over all lanes, as a module so that DistributedDataParallel can wrap it."""
+
+    def __init__(self, model: DMAN, config: TrainConfig, item_counts: Tensor) -> None:
+        """`item_counts` (V): training events of each item, for the logQ correction."""
+        super().__init__()
+        self.model, self.config = model, config
+        self.loss = config.loss
+        if self.loss == "auto":
+            self.loss = "full" if model.vocabulary <= FULL_SOFTMAX_LIMIT else "sampled"
+        if self.loss == "sampled":  # flattened unigram proposal
+            proposal = item_counts.double().clamp(min=1).pow(0.75)
+            self.register_buffer("proposal", (proposal / proposal.sum()).float(), persistent=False)
+
+    def forward(
+        self, items: Tensor, targets: Tensor, lengths: Tensor, starts: Tensor, state: LaneState, negatives: Tensor | None
+    ) -> tuple[Losses, LaneState]:
+        """(B, T) items and targets, (B) lengths and starts. Losses and the lanes' state after the segment."""
+        state = state.restarted(starts)
+        memories = self._absorb(state)
+        item_embeddings = self.model.embed(items)
+        context_lengths = state.context_lengths if self.model.config.recurrent else torch.zeros_like(lengths)
+        encoding = self.model.encode(item_embeddings, state.context, context_lengths, memories.read)
+        real = torch.arange(items.shape[1], device=items.device) < lengths[:, None]  # (B, T)
+        likelihood = self._likelihood(encoding.user_embedding[real], targets[real], negatives, real)
+        reconstructed = real & (state.absorbed_lengths[-1] > 0)[:, None]
+        abstraction = self._abstraction_loss(state, memories, encoding, reconstructed)
+        losses = Losses(likelihood, real.sum(), abstraction, reconstructed.sum())
+        return losses, _next_state(state, memories, encoding, lengths)
+
+    def _absorb(self, state: LaneState) -> _Memories:
+        model, joint = self.model, self.config.memory_training == "joint"
+        # f_abs sees the initial slots detached, so that eq. 5 cannot reach them; reading them directly does train them.
+        chain = [torch.where(state.initial[:, None, None, None], model.initial_memory.detach(), state.memory)]
+        for hidden, lengths in zip(state.absorbed, state.absorbed_lengths, strict=True):
+            due = (lengths > 0)[:, None, None, None]
+            chain.append(torch.where(due, model.abstract(chain[-1], hidden, lengths), chain[-1]))
+        untouched = (state.initial & (state.absorbed_lengths == 0).all(0))[:, None, None, None]
+        read = torch.where(untouched, model.initial_memory, chain[-1] if joint else chain[-1].detach())
+        return _Memories(settled=chain[1].detach(), before=chain[-2].detach(), after=chain[-1], read=read)
+
+    def _abstraction_loss(
+        self, state: LaneState, memories: _Memories, encoding: Encoding, positions: Tensor
+    ) -> Tensor:
+        if not self.model.abstraction_parameters():
+            return encoding.user_embedding.new_zeros(())
+        return self.model.abstraction_loss(
+            old_memory=memories.before,
+            new_memory=memories.after,
+            hidden=state.absorbed[-1],
+            lengths=state.absorbed_lengths[-1],
+            queries=encoding.long_queries,
+            query_mask=positions,
+        )
+
+    def _likelihood(self, users: Tensor, targets: Tensor, negatives: Tensor | None, real: Tensor) -> Tensor:
+        """Eq. 9 summed over P real positions: (P, D) user embeddings, (P) targets."""
+        table = self.model.item_table()
+        if self.loss == "full":
+            return F.cross_entropy(users @ table.T, targets, reduction="sum")
+        assert negatives is not None
+        positive = (users * F.embedding(targets, table)).sum(-1)  # (P)
+        if self.loss == "sampled":
+            logits = users @ F.embedding(negatives, table).T - torch.log(self.proposal[negatives] * len(negatives))
+            logits = logits.masked_fill(negatives[None] == targets[:, None], float("-inf"))  # (P, negatives)
+            positive = positive - torch.log(self.proposal[targets] * len(negatives))
+            return (torch.logsumexp(torch.cat([positive[:, None], logits], 1), 1) - positive).sum()
+        sampled = negatives[real]  # (P, n)
+        scores = torch.einsum("pd,pnd->pn", users, F.embedding(sampled, table))
+        wrong = F.softplus(scores).masked_fill(sampled == targets[:, None], 0.0)
+        return (F.softplus(-positive) + wrong.sum(-1)).sum()
+
+
+def _next_state(state: LaneState, memories: _Memories, encoding: Encoding, lengths: Tensor) -> LaneState:
+    """Shifts H_n into the context and H_{n-1} into the segments to absorb."""
+    return LaneState(
+        context=_right_aligned(encoding.hidden.detach(), lengths),
+        context_lengths=lengths,
+        memory=memories.settled,
+        initial=state.initial & (state.absorbed_lengths[0] == 0),
+        absorbed=torch.cat([state.absorbed[1:], state.context[None]]),
+        absorbed_lengths=torch.cat([state.absorbed_lengths[1:], state.context_lengths[None]]),
+    )
+
+
+def draw_negatives(objective: Objective, shape: tuple[int, ...], generator: torch.Generator) -> Tensor | None:
+    """Negatives of one step: (n) shared for loss="sampled", (B, T, n) for loss="negatives", None for the full softmax."""
+    count, vocabulary = objective.config.negatives, objective.model.vocabulary
+    if objective.loss == "full":
+        return None
+    if objective.loss == "sampled":
+        return torch.multinomial(objective.proposal.cpu(), count, replacement=True, generator=generator)
+    return torch.randint(vocabulary, (*shape, count), generator=generator)
+
+
+def _right_aligned(hidden: Tensor, lengths: Tensor) -> Tensor:
+    """(B, L, T, D) with `lengths` real rows on the left -> the same rows on the right."""
+    segment = hidden.shape[2]
+    source = torch.arange(segment, device=hidden.device) - (segment - lengths[:, None])  # (B, T)
+    index = source.clamp(min=0)[:, None, :, None].expand_as(hidden)
+    return hidden.gather(2, index) * (source >= 0)[:, None, :, None]

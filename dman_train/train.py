@@ -1,0 +1,280 @@
+"""Trains a model: python -m dman_train.train --data FILE --run DIR [--preset default|paper|tiny] [--items FILE]
+
+Several processes: torchrun --nproc-per-node 2 -m dman_train.train ...
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+
+from dman_runtime.interactions import Columns, InputError, Interactions, read_interactions, read_items
+from dman_runtime.options import Parser, UsageError, configure_logging, overridden, print_json, run_command
+from dman_runtime.protocol import format_report, held_out, report, training_events
+from dman_train.config import PRESETS, ConfigError, DataConfig, ModelConfig, TrainConfig
+from dman_train.replay import all_ranks
+from dman_train.run import Run, RunError, Vocabulary, create_run, describe, open_run
+from dman_train.synthetic import SyntheticConfig, generate, write_items, write_log
+from dman_train.trainer import SELECTION_METRIC, Trainer, TrainingData, join_distributed, stop_requests
+
+logger = logging.getLogger(__name__)
+DEFAULT_RUN, DEFAULT_DATA, DEFAULT_ITEMS = Path("runs/latest"), Path("data/log.csv"), Path("data/items.csv")
+CHECKPOINT_SECONDS = 120.0
+
+
+def parser() -> Parser:
+    p = Parser(prog="python -m dman_train.train", description="Train a DMAN on an interaction log.")
+    p.flag("--data", type=Path, default=DEFAULT_DATA, help="interaction log; generated when the default is absent")
+    p.flag("--items", type=Path, default=None, help="item file with titles and attributes")
+    p.flag("--run", type=Path, default=DEFAULT_RUN, help="run directory to write")
+    p.flag("--preset", choices=sorted(PRESETS), default="default", help="where options start from")
+    p.flag("--device", choices=["auto", "cpu", "cuda"], default="auto", help="where to train")
+    p.flag("--threads", type=int, default=0, help="CPU threads; 0: one per core")
+    p.add_argument("--resume", action="store_true", help="continue the interrupted run in --run")
+    p.add_argument("--json", action="store_true", help="print the final metrics as JSON on the last line")
+    p.config_flags(ModelConfig, title="model")
+    p.config_flags(TrainConfig, title="training")
+    p.config_flags(DataConfig, title="data")
+    return p
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    return run_command(_main, argv, ConfigError, InputError, RunError, FloatingPointError)
+
+
+def _main(argv: Sequence[str] | None) -> int:
+    arguments = parser().parse_args(argv)
+    configure_logging()
+    join_distributed()
+    try:
+        return _train(arguments, list(sys.argv[1:] if argv is None else argv))
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+
+def _train(arguments: argparse.Namespace, command: list[str]) -> int:
+    if arguments.threads:
+        torch.set_num_threads(arguments.threads)
+    model, train, data = _configs(arguments)
+    if arguments.data == DEFAULT_DATA and not DEFAULT_DATA.exists() and _is_first_rank():
+        _generate_default_data()
+    _barrier()
+    interactions = load(arguments.data, data)
+    run = _open(arguments, model, train, data, interactions, command)
+    trainer = Trainer(model, train, training_data(interactions), _device(arguments.device))
+    if arguments.resume:
+        _resume(trainer, run)
+    finished = _loop(trainer, run)
+    if not finished:
+        logger.info("stopped at step %d; continue with --resume --run %s", trainer.step, run.path)
+        return 130
+    if _is_first_rank():
+        _finish(run, interactions, as_json=arguments.json)
+    return 0
+
+
+def _configs(arguments: argparse.Namespace) -> tuple[ModelConfig, TrainConfig, DataConfig]:
+    """Configs from preset and options; when resuming, from the run, with options checked against it."""
+    preset = PRESETS[arguments.preset]
+    if not arguments.resume:
+        return (
+            overridden(preset.model, arguments),
+            overridden(preset.train, arguments),
+            overridden(DataConfig(), arguments),
+        )
+    run = open_run(arguments.run)
+    saved = (run.model_config(), run.train_config(), run.data_config())
+    for config in saved:
+        if overridden(config, arguments) != config:
+            raise UsageError(f"--resume continues {run.path} with its own configuration; leave the options out")
+    return saved
+
+
+def load(path: Path, config: DataConfig) -> Interactions:
+    """The filtered interactions of a log. Raises InputError."""
+    columns = Columns(
+        user=config.user_column, item=config.item_column, time=config.time_column, position=config.position_column
+    )
+    return read_interactions(
+        path, columns=columns, min_user_events=config.min_user_events, min_item_events=config.min_item_events
+    )
+
+
+def training_data(interactions: Interactions) -> TrainingData:
+    items, offsets = training_events(interactions)
+    counts = np.bincount(items, minlength=len(interactions.item_ids)).astype(np.int64)
+    return TrainingData(items, offsets, counts, held_out(interactions, "valid"))
+
+
+def _open(
+    arguments: argparse.Namespace,
+    model: ModelConfig,
+    train: TrainConfig,
+    data: DataConfig,
+    interactions: Interactions,
+    command: list[str],
+) -> Run:
+    """The run directory; the first rank writes what describes the run."""
+    if not _is_first_rank():
+        _barrier()
+        return open_run(arguments.run)
+    if arguments.resume:
+        run = open_run(arguments.run)
+        if run.config["dataset"]["fingerprint"] != interactions.fingerprint():
+            raise UsageError(f"{arguments.data} is not the data that {run.path} was started with")
+    else:
+        run = create_run(arguments.run, keep_old=arguments.run == DEFAULT_RUN)
+        counts = training_data(interactions).item_counts
+        items_file = arguments.items
+        if items_file is None and arguments.data == DEFAULT_DATA and DEFAULT_ITEMS.exists():
+            items_file = DEFAULT_ITEMS
+        items = read_items(items_file, item_column=data.item_column) if items_file else {}
+        vocabulary = Vocabulary(interactions.item_ids, interactions.integer_item_ids, counts, items)
+        run.write("vocabulary.json", vocabulary.to_json())
+        details = describe(model, train, data, path=arguments.data, interactions=interactions, command=command)
+        run.write_json("config.json", details)
+    _barrier()
+    logger.info(
+        "%d users, %d items, %d events from %s; run directory %s",
+        interactions.num_users, len(interactions.item_ids), len(interactions), arguments.data, run.path,
+    )  # fmt: skip
+    return run
+
+
+def _resume(trainer: Trainer, run: Run) -> None:
+    if run.metrics is not None:
+        raise UsageError(f"{run.path} is finished; nothing to resume")
+    file = run.path / "checkpoint.pt"
+    if not file.exists():
+        raise UsageError(f"{run.path} has no checkpoint; start it again under another --run")
+    trainer.load_state_dict(run.load_tensors(file))
+    logger.info("resumed at step %d", trainer.step)
+
+
+def _loop(trainer: Trainer, run: Run) -> bool:
+    """Epochs until done. Returns False when asked to stop; the checkpoint is then written."""
+    from torch.utils.tensorboard import SummaryWriter
+
+    first, saved = _is_first_rank(), time.monotonic()
+    board = SummaryWriter(run.path / "tensorboard") if first else None
+
+    with stop_requests() as stop_requested:
+
+        def save() -> None:
+            nonlocal saved
+            state = trainer.state_dict()
+            if first:
+                run.save_tensors("checkpoint.pt", state)
+            saved = time.monotonic()
+
+        def on_step() -> None:
+            if trainer.step % 20 == 0:  # ranks agree on the step, so they agree on when to talk about stopping
+                stop = _any_rank(stop_requested())
+                if stop or _any_rank(time.monotonic() - saved > CHECKPOINT_SECONDS):
+                    save()
+                if stop:
+                    raise _Stop
+
+        try:
+            while trainer.epoch < trainer.config.epochs and not _out_of_patience(run, trainer.config.patience):
+                result = trainer.train_epoch(on_step=on_step, progress=first)
+                if first:
+                    _record_epoch(run, trainer, result, board)
+                _barrier()
+                save()
+        except _Stop:
+            return False
+        finally:
+            if board is not None:
+                board.close()
+    return True
+
+
+class _Stop(Exception):
+    """A stop was requested and the checkpoint is written."""
+
+
+def _record_epoch(run: Run, trainer: Trainer, result: dict[str, float], board: Any) -> None:
+    from dman_train.plots import plot_curves
+
+    metric = f"valid/{SELECTION_METRIC}"
+    previous = [epoch.get(metric, 0.0) for epoch in run.epochs()]
+    if result.get(metric, 0.0) >= max(previous, default=-1.0):
+        run.save_tensors("best.pt", trainer.model.state_dict())
+    run.append_epoch(result)
+    for name, value in result.items():
+        board.add_scalar(name, value, trainer.step)
+    plot_curves(run.epochs(), run.path / "curves.png")
+    logger.info(
+        "epoch %d: loss %.4f, valid HR@10 %.4f, NDCG@10 %.4f, %.0f s, %.0f events/s",
+        result["epoch"], result["loss"], result.get("valid/hr@10", 0.0), result.get("valid/ndcg@10", 0.0),
+        result["seconds"], result["events_per_second"],
+    )  # fmt: skip
+
+
+def _out_of_patience(run: Run, patience: int) -> bool:
+    values = [epoch.get(f"valid/{SELECTION_METRIC}", 0.0) for epoch in run.epochs()]
+    return bool(values) and len(values) - 1 - int(np.argmax(values)) >= patience
+
+
+def _finish(run: Run, interactions: Interactions, *, as_json: bool) -> None:
+    """Evaluates the best epoch on both splits and closes the run."""
+    model = run.best_model()
+    result: dict[str, Any] = {
+        split: report(all_ranks(model, held_out(interactions, split)), split) for split in ("valid", "test")
+    }
+    seconds = [epoch["seconds"] for epoch in run.epochs()]
+    result |= {"epochs": len(seconds), "training_seconds": sum(seconds)}
+    run.write_json("metrics.json", result)
+    (run.path / "checkpoint.pt").unlink(missing_ok=True)
+    print(format_report(result["test"]))
+    if as_json:
+        print_json(result)
+
+
+def _generate_default_data() -> None:
+    DEFAULT_DATA.parent.mkdir(parents=True, exist_ok=True)
+    config = SyntheticConfig()
+    write_items(config, DEFAULT_ITEMS)
+    write_log(generate(config), DEFAULT_DATA)
+    logger.info("no %s: wrote generated interactions there", DEFAULT_DATA)
+
+
+def _device(choice: str) -> torch.device:
+    if choice == "cuda" and not torch.cuda.is_available():
+        raise UsageError("--device cuda: PyTorch finds no CUDA device; use --device auto or cpu")
+    if choice == "cpu" or not torch.cuda.is_available():
+        return torch.device("cpu")
+    local = dist.get_rank() % torch.cuda.device_count() if dist.is_initialized() else 0
+    return torch.device("cuda", local)
+
+
+def _is_first_rank() -> bool:
+    return not dist.is_initialized() or dist.get_rank() == 0
+
+
+def _barrier() -> None:
+    if dist.is_initialized():
+        dist.barrier()
+
+
+def _any_rank(value: bool) -> bool:
+    if not dist.is_initialized():
+        return value
+    flag = torch.tensor(float(value))
+    dist.all_reduce(flag)
+    return bool(flag > 0)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

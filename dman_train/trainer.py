@@ -1,0 +1,234 @@
+"""The training loop: steps, epochs, validation, checkpoints. `dman_train.train` is its command line."""
+
+from __future__ import annotations
+
+import logging
+import math
+import os
+import signal
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.nn.parallel import DistributedDataParallel
+from tqdm import tqdm
+
+from dman_runtime.protocol import HeldOut, Ranks, metrics
+from dman_train.config import ModelConfig, TrainConfig
+from dman_train.lanes import Batch, Lanes
+from dman_train.model import DMAN
+from dman_train.objective import LaneState, Losses, Objective, draw_negatives
+from dman_train.replay import all_ranks
+
+logger = logging.getLogger(__name__)
+SELECTION_METRIC = "ndcg@10"  # the validation metric that chooses the epoch
+
+
+@dataclass(frozen=True)
+class TrainingData:
+    """Item indices only; ids stay with the run."""
+
+    items: np.ndarray  # (N) int32 training events, user after user
+    offsets: np.ndarray  # (U+1) int64
+    item_counts: np.ndarray  # (V) int64 training events per item
+    validation: HeldOut
+
+
+@dataclass(frozen=True)
+class Interrupted(Exception):
+    """Training was asked to stop and has written a checkpoint."""
+
+    step: int
+
+
+class Trainer:
+    """Trains one model. Every rank of a distributed run builds the same Trainer and keeps its share of the lanes.
+
+    Everything that decides the weights is in `state_dict`: training continued from it on the same number of ranks gives,
+    on a CPU, bit for bit the weights of a run that was never interrupted.
+    """
+
+    def __init__(self, model_config: ModelConfig, config: TrainConfig, data: TrainingData, device: torch.device) -> None:
+        self.config, self.data, self.device = config, data, device
+        self.rank = dist.get_rank() if dist.is_initialized() else 0
+        self.world = dist.get_world_size() if dist.is_initialized() else 1
+        if config.lanes % self.world:
+            raise ValueError(f"lanes {config.lanes} cannot be shared among {self.world} processes; choose a multiple")
+        torch.manual_seed(config.seed)
+        self.model = DMAN(model_config, len(data.item_counts)).to(device)
+        self.objective = Objective(self.model, config, torch.from_numpy(data.item_counts)).to(device)
+        self._step_module = DistributedDataParallel(self.objective) if self.world > 1 else self.objective
+        self.lanes = Lanes(
+            data.items,
+            data.offsets,
+            segment_length=model_config.segment_length,
+            lanes=config.lanes,
+            vary_first=config.random_first_segment,
+            seed=config.seed,
+        )
+        share = config.lanes // self.world
+        self._my_lanes = slice(self.rank * share, (self.rank + 1) * share)
+        self.state = LaneState.empty(self.model, share, config.backprop_segments)
+        self.negatives = torch.Generator().manual_seed(config.seed)
+        self.optimisers = self._build_optimisers()
+        self.step = self.events = self.epoch = 0
+        torch.manual_seed(config.seed + 1 + self.rank)  # dropout differs between ranks
+
+    def _build_optimisers(self) -> list[torch.optim.Optimizer]:
+        """Optimiser 1: everything but f_abs. Optimiser 2: f_abs."""
+        config, abstraction = self.config, self.model.abstraction_parameters()
+        chosen = {id(p) for p in abstraction}
+        groups = [([p for p in self.model.parameters() if id(p) not in chosen], config.learning_rate)]
+        if abstraction:
+            groups.append((abstraction, config.abstraction_learning_rate))
+        return [
+            torch.optim.AdamW(parameters, lr=rate, betas=(0.9, 0.98), weight_decay=config.weight_decay, fused=True)
+            for parameters, rate in groups
+        ]
+
+    def learning_rate_share(self) -> float:
+        """Share of the full learning rate at this point: linear warm-up, then a cosine down to the final share."""
+        warm = min(1.0, (self.step + 1) / max(1, self.config.warmup_steps))
+        done = min(1.0, self.events / (self.config.epochs * self.lanes.events))
+        final = self.config.final_learning_rate
+        return warm * (final + (1 - final) * 0.5 * (1 + math.cos(math.pi * done)))
+
+    def train_step(self) -> tuple[Batch, Tensor, Tensor]:
+        """One step of all lanes: the whole batch, and the mean losses of eq. 9 and eq. 5."""
+        batch = next(self.lanes)
+        negatives = draw_negatives(self.objective, batch.items.shape, self.negatives)
+        mine = batch.lanes(self._my_lanes)
+        if negatives is not None:
+            negatives = (negatives[self._my_lanes] if negatives.dim() == 3 else negatives).to(self.device)
+        tensors = [torch.from_numpy(a).to(self.device) for a in (mine.items, mine.targets, mine.lengths, mine.starts)]
+        losses, self.state = self._step_module(*tensors, self.state, negatives)
+        likelihood, abstraction = self._means(losses)
+        # DistributedDataParallel averages gradients over ranks; each rank's loss is a share of the global mean.
+        (self.world * (likelihood + self.config.abstraction_weight * abstraction)).backward()
+        share = self.learning_rate_share()
+        for optimiser, rate in zip(self.optimisers, self._rates(), strict=False):
+            parameters = optimiser.param_groups[0]["params"]
+            if self.config.gradient_clip:
+                torch.nn.utils.clip_grad_norm_(parameters, self.config.gradient_clip)
+            optimiser.param_groups[0]["lr"] = rate * share
+            optimiser.step()
+            optimiser.zero_grad()
+        self.step += 1
+        self.events += batch.positions
+        return batch, likelihood.detach(), abstraction.detach()
+
+    def _rates(self) -> tuple[float, float]:
+        return self.config.learning_rate, self.config.abstraction_learning_rate
+
+    def _means(self, losses: Losses) -> tuple[Tensor, Tensor]:
+        """This rank's share of the mean losses over all ranks."""
+        counts = torch.stack([losses.likelihood_count, losses.abstraction_count]).float()
+        if self.world > 1:
+            dist.all_reduce(counts)
+        counts = counts.clamp(min=1)
+        return losses.likelihood / counts[0], losses.abstraction / counts[1]
+
+    def train_epoch(self, *, on_step: Callable[[], None], progress: bool) -> dict[str, float]:
+        """Steps until the next epoch border, then validation. Calls `on_step` after every step."""
+        goal = (self.epoch + 1) * self.lanes.events
+        began, first, sums = time.perf_counter(), self.events, torch.zeros(3)
+        description = f"epoch {self.epoch + 1}/{self.config.epochs}"
+        with tqdm(total=goal, initial=first, unit="ev", desc=description, disable=None if progress else True) as bar:
+            while self.events < goal:
+                batch, likelihood, abstraction = self.train_step()
+                if not torch.isfinite(likelihood + abstraction):
+                    raise FloatingPointError(f"the loss is not finite at step {self.step}; lower the learning rate")
+                sums += torch.tensor([1.0, likelihood.item(), abstraction.item()])
+                bar.update(batch.positions)
+                if self.step % 20 == 0:
+                    bar.set_postfix(loss=f"{sums[1] / sums[0]:.3f}")
+                on_step()
+        self.epoch += 1
+        seconds = time.perf_counter() - began
+        if self.world > 1:
+            dist.all_reduce(sums)
+        result = {
+            "epoch": float(self.epoch),
+            "loss": float(sums[1] / sums[0] * self.world),
+            "abstraction_loss": float(sums[2] / sums[0] * self.world),
+            "learning_rate": self.learning_rate_share() * self.config.learning_rate,
+            "events_per_second": (self.events - first) / seconds,
+            "seconds": seconds,
+        }
+        return result | {f"valid/{name}": value for name, value in metrics(self.validate().seen_excluded).items()}
+
+    def validate(self) -> Ranks:
+        """Ranks of the validation targets; each rank of a distributed run does its share, all get all."""
+        data = self.data.validation
+        chosen = slice(None, self.config.evaluation_users or None)
+        mine = slice(self.rank, None, self.world)
+        share = HeldOut(data.users[chosen][mine], data.histories[chosen][mine], data.targets[chosen][mine])
+        ranks = all_ranks(self.model, share)
+        if self.world == 1:
+            return ranks
+        parts: list[Any] = [None] * self.world
+        dist.all_gather_object(parts, ranks)
+        return Ranks.concatenate(parts)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Collective: every rank calls it, every rank gets the whole state."""
+        mine = {"lanes": self.state.state_dict(), "dropout": torch.get_rng_state()}
+        parts: list[Any] = [mine]
+        if self.world > 1:
+            parts = [None] * self.world
+            dist.all_gather_object(parts, mine)
+        return {
+            "model": self.model.state_dict(),
+            "optimisers": [optimiser.state_dict() for optimiser in self.optimisers],
+            "schedule": self.lanes.state_dict(),
+            "negatives": self.negatives.get_state(),
+            "ranks": parts,
+            "progress": {"step": self.step, "events": self.events, "epoch": self.epoch},
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        if len(state["ranks"]) != self.world:
+            raise ValueError(
+                f"the checkpoint was written by {len(state['ranks'])} processes and this run has {self.world}; "
+                "resume with the same number"
+            )
+        self.model.load_state_dict(state["model"])
+        for optimiser, saved in zip(self.optimisers, state["optimisers"], strict=True):
+            optimiser.load_state_dict(saved)
+        self.lanes.load_state_dict(state["schedule"])
+        self.negatives.set_state(state["negatives"])
+        mine = state["ranks"][self.rank]
+        self.state = LaneState(**{name: tensor.to(self.device) for name, tensor in mine["lanes"].items()})
+        torch.set_rng_state(mine["dropout"])
+        for name, value in state["progress"].items():
+            setattr(self, name, value)
+
+
+@contextmanager
+def stop_requests() -> Iterator[Callable[[], bool]]:
+    """Turns SIGINT and SIGTERM into a flag that the loop reads between steps; a second SIGINT stops at once."""
+    asked: list[int] = []
+
+    def remember(number: int, _frame: object) -> None:
+        if asked:
+            signal.signal(signal.SIGINT, signal.default_int_handler)
+        asked.append(number)
+
+    previous = {number: signal.signal(number, remember) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield lambda: bool(asked)
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
+
+
+def join_distributed() -> None:
+    """Joins the process group that torchrun describes in the environment, if there is one."""
+    if "RANK" in os.environ and "WORLD_SIZE" in os.environ and not dist.is_initialized():
+        dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo")

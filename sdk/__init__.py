@@ -1,0 +1,75 @@
+"""The Python SDK of DMAN: `Client`, and `AsyncClient` with the same methods as coroutines.
+
+    from sdk import Client
+
+    with Client("localhost:50051") as client:
+        client.update("anna", ["matrix", "alien"])
+        recommendations = client.recommend("anna", k=5)
+
+It needs grpcio and protobuf only. Every error is a `DmanError`.
+"""
+
+from sdk._client import AsyncClient, Client
+from sdk._exceptions import (
+    CallError,
+    ClientClosedError,
+    DeadlineExceededError,
+    DmanError,
+    EventLoopError,
+    InternalError,
+    InvalidArgumentError,
+    PermissionDeniedError,
+    ResourceExhaustedError,
+    UnauthenticatedError,
+    UnavailableError,
+    UnimplementedError,
+    UserNotFoundError,
+)
+from sdk._types import (
+    DeletedUser,
+    Event,
+    Id,
+    Ids,
+    Items,
+    Recommendation,
+    Recommendations,
+    Source,
+    UpdateResult,
+    User,
+)
+from sdk._version import __version__
+
+__all__ = [
+    "AsyncClient",
+    "CallError",
+    "Client",
+    "ClientClosedError",
+    "DeadlineExceededError",
+    "DeletedUser",
+    "DmanError",
+    "Event",
+    "EventLoopError",
+    "Id",
+    "Ids",
+    "InternalError",
+    "InvalidArgumentError",
+    "Items",
+    "PermissionDeniedError",
+    "Recommendation",
+    "Recommendations",
+    "ResourceExhaustedError",
+    "Source",
+    "UnauthenticatedError",
+    "UnavailableError",
+    "UnimplementedError",
+    "UpdateResult",
+    "User",
+    "UserNotFoundError",
+    "__version__",
+]
+
+# Tracebacks and help() then name a class as it is imported: sdk.UserNotFoundError.
+for _name in __all__:
+    if isinstance(_public := globals()[_name], type):
+        _public.__module__ = __name__
+del _name, _public

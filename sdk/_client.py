@@ -1,0 +1,302 @@
+"""The clients: each binds the calls of `_calls` to a channel. Only opening, calling, waiting and closing differ.
+
+A method is a function of `_calls`, of which it has the signature and the docstring, run by the client's `_run`.
+"""
+
+import asyncio
+import functools
+import inspect
+import logging
+import time
+from collections.abc import Callable, Coroutine, Iterable
+from types import TracebackType
+from typing import Any, Concatenate, ParamSpec, Self, TypeVar
+
+import grpc
+
+from protos.dman.v1.dman_pb2_grpc import RecommenderStub
+from sdk import _calls
+from sdk._calls import Call, ReplyT, RequestT, ResultT
+from sdk._exceptions import ClientClosedError, EventLoopError, error_from_status
+from sdk._retry import NO_RETRY, Attempts
+from sdk._settings import DEFAULT_RETRIES, DEFAULT_TARGET, DEFAULT_TIMEOUT, positive_seconds, settings
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+_log = logging.getLogger(__name__)
+
+
+def _blocking(build: Callable[P, Call[Any, Any, R]]) -> Callable[Concatenate["Client", P], R]:
+    """A method of Client from the function that builds its call."""
+
+    def method(self: "Client", /, *args: P.args, **kwargs: P.kwargs) -> R:
+        return self._run(build(*args, **kwargs))
+
+    _present(method, build, "Client")
+    return method
+
+
+def _awaitable(
+    build: Callable[P, Call[Any, Any, R]],
+) -> Callable[Concatenate["AsyncClient", P], Coroutine[Any, Any, R]]:
+    """A method of AsyncClient from the function that builds its call."""
+
+    async def method(self: "AsyncClient", /, *args: P.args, **kwargs: P.kwargs) -> R:
+        return await self._run(build(*args, **kwargs))
+
+    _present(method, build, "AsyncClient")
+    return method
+
+
+def _present(method: Any, build: Callable[..., Any], owner: str) -> None:
+    """Lets help() and introspection see what a hand-written method would show: `build` with a self and its result."""
+    functools.update_wrapper(method, build, assigned=("__name__", "__doc__"))
+    del method.__wrapped__
+    method.__qualname__ = f"{owner}.{build.__name__}"
+    result_type = build.__annotations__["return"].__args__[-1]  # of Call[request, reply, result]
+    method.__annotations__ = {**build.__annotations__, "return": result_type}
+    signature = inspect.signature(build)
+    itself = inspect.Parameter("self", inspect.Parameter.POSITIONAL_OR_KEYWORD)
+    method.__signature__ = signature.replace(
+        parameters=[itself, *signature.parameters.values()], return_annotation=result_type
+    )
+
+
+class _ClientBase:
+    """What both clients share: settings, the closed flag, and what to do after a failed attempt."""
+
+    def __init__(
+        self,
+        target: str = DEFAULT_TARGET,
+        *,
+        timeout: float = DEFAULT_TIMEOUT,
+        retries: int = DEFAULT_RETRIES,
+        wait_for_ready: bool = False,
+        channel_credentials: grpc.ChannelCredentials | None = None,
+        metadata: Iterable[tuple[str, str | bytes]] = (),
+        options: Iterable[tuple[str, Any]] = (),
+    ) -> None:
+        """Connects at the first call, not here.
+
+        Args:
+            target: The server's address: `host:port`, or any other gRPC name such as `unix:/run/dman.sock`.
+            timeout: Seconds that a call may take as a whole, retries included. Each method can override it.
+            retries: How often a call that is safe to repeat is tried again while the server is unavailable.
+            wait_for_ready: Whether a call waits, within its timeout, for a server that is not up yet,
+                rather than fail at once.
+            channel_credentials: From `grpc.ssl_channel_credentials()` or the like; None for plain text.
+            metadata: Sent with every call, such as `[("authorization", "Bearer ...")]`. Only safe with TLS.
+            options: Further gRPC channel options, which win over this client's own.
+
+        Raises:
+            InvalidArgumentError: An argument cannot work.
+        """
+        self._settings = settings(
+            target,
+            timeout=timeout,
+            retries=retries,
+            wait_for_ready=wait_for_ready,
+            credentials=channel_credentials,
+            metadata=metadata,
+            options=options,
+        )
+        self._metadata = self._settings.metadata or None
+        self._retry_policy = self._settings.retry_policy
+        self._closed = False
+        self._prepare()
+
+    def _prepare(self) -> None:
+        """What a kind of client sets up when it is made."""
+        raise NotImplementedError
+
+    @property
+    def target(self) -> str:
+        """The address of the server."""
+        return self._settings.target
+
+    def __repr__(self) -> str:
+        state = " (closed)" if self._closed else ""
+        return f"<{type(self).__name__} of {self.target}{state}>"
+
+    def _check_open(self) -> None:
+        if self._closed:
+            raise ClientClosedError
+
+    def _attempts(self, call: Call[Any, Any, Any]) -> Attempts:
+        timeout = self._settings.timeout if call.timeout is None else positive_seconds(call.timeout, "timeout")
+        return Attempts(self._retry_policy if call.repeatable else NO_RETRY, timeout)
+
+    def _pause(self, call: Call[Any, Any, Any], attempts: Attempts, error: grpc.RpcError) -> float:
+        """Seconds to wait before the next attempt. Raises the error as one of ours when there is to be none."""
+        code, details = error.code(), error.details() or ""
+        if self._closed and code is grpc.StatusCode.CANCELLED:
+            raise ClientClosedError from error
+        delay = attempts.delay_after(code)
+        if delay is None:
+            raise error_from_status(
+                code, method=call.rpc, target=self.target, details=details, attempts=attempts.count
+            ) from error
+        _log.debug("%s at %s: %s; again in %.3f s", call.rpc, self.target, details, delay)
+        return delay
+
+    def _result(self, call: Call[RequestT, ReplyT, ResultT], reply: ReplyT | None) -> ResultT:
+        """The reply as a result. gRPC hands over None for bytes that are no message of the expected type."""
+        try:
+            if reply is None:
+                raise ValueError("not a message of this type")
+            return call.parse(reply)
+        except ValueError as error:
+            raise error_from_status(
+                grpc.StatusCode.INTERNAL, method=call.rpc, target=self.target, details=f"unreadable reply: {error}"
+            ) from error
+
+
+class Client(_ClientBase):
+    """A connection to a DMAN server.
+
+    Make one, keep it, and share it between threads: it holds one channel, which connects at the first call and
+    reconnects by itself. A process that forks makes its clients after the fork.
+
+        with Client("localhost:50051") as client:
+            client.update(42, [2858, 260])
+            for item in client.recommend(42, k=5):
+                print(item.item_id, item.score, item.title)
+
+    Every failure is a `DmanError`, whose docstring draws the tree.
+    """
+
+    def _prepare(self) -> None:
+        options, credentials = self._settings.options, self._settings.credentials
+        self._channel = (
+            grpc.insecure_channel(self.target, options)
+            if credentials is None
+            else grpc.secure_channel(self.target, credentials, options)
+        )
+        self._stub = RecommenderStub(self._channel)
+
+    update = _blocking(_calls.update)
+    update_many = _blocking(_calls.update_many)
+    recommend = _blocking(_calls.recommend)
+    recommend_many = _blocking(_calls.recommend_many)
+    user = _blocking(_calls.user)
+    delete_user = _blocking(_calls.delete_user)
+
+    def close(self) -> None:
+        """Closes the connection. Calls under way end with ClientClosedError. Closing twice is no error."""
+        self._closed = True
+        self._channel.close()
+
+    def __enter__(self) -> Self:
+        self._check_open()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def _run(self, call: Call[RequestT, ReplyT, ResultT]) -> ResultT:
+        attempts = self._attempts(call)
+        invoke: grpc.UnaryUnaryMultiCallable[RequestT, ReplyT] = getattr(self._stub, call.rpc)
+        while True:
+            self._check_open()
+            try:
+                reply = invoke(
+                    call.request,
+                    timeout=attempts.start(),
+                    metadata=self._metadata,
+                    wait_for_ready=self._settings.wait_for_ready,
+                )
+            except grpc.RpcError as error:
+                time.sleep(self._pause(call, attempts, error))
+            except ValueError as error:  # what gRPC raises when another thread has just closed the channel
+                if not self._closed:
+                    raise
+                raise ClientClosedError from error
+            else:
+                return self._result(call, reply)
+
+
+class AsyncClient(_ClientBase):
+    """A connection to a DMAN server for asyncio: the methods of `Client` as coroutines.
+
+    Make one for each event loop, keep it, and share it between tasks: it holds one channel, which belongs to the
+    loop that makes the first call. A process that forks makes its clients after the fork.
+
+        async with AsyncClient("localhost:50051") as client:
+            await client.update(42, [2858, 260])
+            for item in await client.recommend(42, k=5):
+                print(item.item_id, item.score, item.title)
+
+    Every failure is a `DmanError`, whose docstring draws the tree.
+    """
+
+    def _prepare(self) -> None:
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._channel: grpc.aio.Channel | None = None
+
+    update = _awaitable(_calls.update)
+    update_many = _awaitable(_calls.update_many)
+    recommend = _awaitable(_calls.recommend)
+    recommend_many = _awaitable(_calls.recommend_many)
+    user = _awaitable(_calls.user)
+    delete_user = _awaitable(_calls.delete_user)
+
+    async def close(self) -> None:
+        """Closes the connection. Calls under way end with ClientClosedError. Closing twice is no error."""
+        self._closed = True
+        if self._channel is not None:
+            self._check_loop()
+            await self._channel.close()
+
+    async def __aenter__(self) -> Self:
+        self._check_open()
+        self._open()
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        await self.close()
+
+    def _open(self) -> None:
+        """Makes the channel in the running loop, to which gRPC then ties it."""
+        options, credentials = self._settings.options, self._settings.credentials
+        self._loop = asyncio.get_running_loop()
+        self._channel = (
+            grpc.aio.insecure_channel(self.target, options)
+            if credentials is None
+            else grpc.aio.secure_channel(self.target, credentials, options)
+        )
+        self._stub = RecommenderStub(self._channel)
+
+    def _check_loop(self) -> None:
+        if self._loop is not asyncio.get_running_loop():
+            raise EventLoopError
+
+    async def _run(self, call: Call[RequestT, ReplyT, ResultT]) -> ResultT:
+        attempts = self._attempts(call)
+        self._check_open()
+        if self._channel is None:
+            self._open()
+        self._check_loop()
+        invoke: grpc.aio.UnaryUnaryMultiCallable[RequestT, ReplyT] = getattr(self._stub, call.rpc)
+        while True:
+            self._check_open()
+            try:
+                reply = await invoke(
+                    call.request,
+                    timeout=attempts.start(),
+                    metadata=self._metadata,
+                    wait_for_ready=self._settings.wait_for_ready,
+                )
+            except grpc.RpcError as error:
+                await asyncio.sleep(self._pause(call, attempts, error))
+            except asyncio.CancelledError:
+                task = asyncio.current_task()
+                if not self._closed or (task is not None and task.cancelling()):
+                    raise
+                raise ClientClosedError from None  # close() cancels the calls under way, not their tasks
+            else:
+                return self._result(call, reply)

@@ -1,0 +1,146 @@
+"""Everything this package raises, and which gRPC status becomes what."""
+
+import grpc
+
+
+class DmanError(Exception):
+    """Base of all errors of this package.
+
+        DmanError
+        ├── InvalidArgumentError     (also ValueError)       the request can never succeed as it is
+        ├── ClientClosedError        (also RuntimeError)     the client was used after close()
+        ├── EventLoopError           (also RuntimeError)     an AsyncClient was used outside its event loop
+        └── CallError                                        a call was made and failed
+            ├── UserNotFoundError    (also LookupError)      nothing is stored about the user
+            ├── DeadlineExceededError  (also TimeoutError)   no answer within the timeout
+            ├── UnavailableError     (also ConnectionError)  no server there, or it is stopping
+            ├── ResourceExhaustedError                       message too large, store full, server overloaded
+            ├── UnauthenticatedError                         credentials are missing or not valid
+            ├── PermissionDeniedError  (also PermissionError)  valid credentials that may not do this
+            ├── UnimplementedError                           the server does not know this method
+            └── InternalError                                every other failure of a server
+
+    No gRPC exception escapes; the one behind an error is its `__cause__`.
+    `code`, `method`, `target` and `details` (the server's own words) are None when nothing was sent.
+    """
+
+    remedy = ""
+
+    def __init__(
+        self,
+        message: str,
+        *,
+        code: grpc.StatusCode | None = None,
+        method: str | None = None,
+        target: str | None = None,
+        details: str | None = None,
+    ) -> None:
+        super().__init__(message)
+        self.code = code
+        self.method = method
+        self.target = target
+        self.details = details
+
+
+class InvalidArgumentError(DmanError, ValueError):
+    """The request can never succeed as it is: noticed here before sending, or by the server."""
+
+    remedy = "Correct the argument; sending it again will not help."
+
+
+class ClientClosedError(DmanError, RuntimeError):
+    """The client was used after `close()`, or closed while the call was under way."""
+
+    def __init__(self, message: str = "The client is closed. Create a new one.") -> None:
+        super().__init__(message)
+
+
+class EventLoopError(DmanError, RuntimeError):
+    """An AsyncClient belongs to the event loop of its first call and was used in another."""
+
+    def __init__(
+        self, message: str = "This AsyncClient belongs to another event loop. Create one client for each loop."
+    ) -> None:
+        super().__init__(message)
+
+
+class CallError(DmanError):
+    """A call was made and failed; `code` holds the gRPC status."""
+
+
+class UserNotFoundError(CallError, LookupError):
+    """Nothing is stored about the user."""
+
+    remedy = "Send the user's events with update() first."
+
+
+class DeadlineExceededError(CallError, TimeoutError):
+    """No answer arrived within the timeout. An update may still have been applied."""
+
+    remedy = "Check the load of the server and the network, or allow more with timeout=."
+
+
+class UnavailableError(CallError, ConnectionError):
+    """No server could be reached, or it is stopping. Safe calls were retried first."""
+
+    remedy = "Check that a server is running at this address and that TLS is on at both ends or at neither."
+
+
+class ResourceExhaustedError(CallError):
+    """The message is over a size limit, the state store is full, or the server is overloaded. Never retried."""
+
+    remedy = "Split a large batch; otherwise send less at a time, or give the server more room."
+
+
+class UnauthenticatedError(CallError):
+    """The credentials are missing or not valid."""
+
+    remedy = "Pass valid credentials with metadata= or channel_credentials=."
+
+
+class PermissionDeniedError(CallError, PermissionError):
+    """The credentials are valid and may not do this."""
+
+    remedy = "Use credentials that may call this method."
+
+
+class UnimplementedError(CallError):
+    """The server does not know this method."""
+
+    remedy = "Check that the address is that of a DMAN server whose version fits this SDK."
+
+
+class InternalError(CallError):
+    """Every other failure: a fault of the server, or a reply that cannot be understood."""
+
+    remedy = "Look for this call in the server's log."
+
+
+ERROR_OF_STATUS: dict[grpc.StatusCode, type[DmanError]] = {
+    grpc.StatusCode.OK: InternalError,  # never an error; here so that the table is total
+    grpc.StatusCode.CANCELLED: InternalError,
+    grpc.StatusCode.UNKNOWN: InternalError,
+    grpc.StatusCode.INVALID_ARGUMENT: InvalidArgumentError,
+    grpc.StatusCode.DEADLINE_EXCEEDED: DeadlineExceededError,
+    grpc.StatusCode.NOT_FOUND: UserNotFoundError,
+    grpc.StatusCode.ALREADY_EXISTS: InternalError,
+    grpc.StatusCode.PERMISSION_DENIED: PermissionDeniedError,
+    grpc.StatusCode.RESOURCE_EXHAUSTED: ResourceExhaustedError,
+    grpc.StatusCode.FAILED_PRECONDITION: InternalError,
+    grpc.StatusCode.ABORTED: InternalError,
+    grpc.StatusCode.OUT_OF_RANGE: InvalidArgumentError,
+    grpc.StatusCode.UNIMPLEMENTED: UnimplementedError,
+    grpc.StatusCode.INTERNAL: InternalError,
+    grpc.StatusCode.UNAVAILABLE: UnavailableError,
+    grpc.StatusCode.DATA_LOSS: InternalError,
+    grpc.StatusCode.UNAUTHENTICATED: UnauthenticatedError,
+}
+
+
+def error_from_status(code: grpc.StatusCode, *, method: str, target: str, details: str, attempts: int = 1) -> DmanError:
+    """The error for a call that ended with `code`; `details` are the server's words."""
+    error_type = ERROR_OF_STATUS.get(code, InternalError)
+    tries = f" after {attempts} attempts" if attempts > 1 else ""
+    reason = details.strip().rstrip(".") or "no details given"
+    message = f"{method} at {target}: {reason} [{code.name}{tries}]. {error_type.remedy}"
+    return error_type(message, code=code, method=method, target=target, details=details)
