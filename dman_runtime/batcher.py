@@ -6,6 +6,7 @@ this one thread (CUDA wants that), and all updates of a batch share one durable 
 
 from __future__ import annotations
 
+import logging
 import queue
 import threading
 from collections.abc import Callable, Sequence
@@ -15,6 +16,7 @@ from typing import Any
 
 from dman_runtime.engine import Answer, Engine, Query, Update, UpdateOutcome
 
+logger = logging.getLogger(__name__)
 MAX_EVENTS_PER_BATCH = 4096  # bounds how long one batch can hold up the next
 
 
@@ -26,6 +28,10 @@ class Stopped(Exception):
 class _Job:
     work: Sequence[Update] | Query
     result: Future[Any]
+
+    @property
+    def updates(self) -> Sequence[Update]:
+        return () if isinstance(self.work, Query) else self.work
 
     @property
     def events(self) -> int:
@@ -92,25 +98,27 @@ class Batcher:
             self._apply(updates)
         for job in batch:
             if isinstance(job.work, Query):
-                _settle(job, lambda query=job.work: self._engine.recommend(query))
+                _settle(job, self._engine.recommend, job.work)
 
     def _apply(self, jobs: list[_Job]) -> None:
         """One commit for all; when that fails, each alone, so that one bad request fails nobody else's."""
-        try:
-            outcomes = iter(self._engine.update([update for job in jobs for update in job.work]))  # type: ignore[union-attr]
-        except Exception as error:
-            if len(jobs) == 1:
-                jobs[0].result.set_exception(error)
+        if len(jobs) > 1:
+            try:
+                outcomes = iter(self._engine.update([update for job in jobs for update in job.updates]))
+            except Exception:
+                logger.warning("a batch of %d updates failed; trying each alone", len(jobs), exc_info=True)
+            else:
+                for job in jobs:
+                    job.result.set_result([next(outcomes) for _ in job.updates])
                 return
-            for job in jobs:
-                _settle(job, lambda work=job.work: self._engine.update(work))
-            return
         for job in jobs:
-            job.result.set_result([next(outcomes) for _ in job.work])  # type: ignore[arg-type]
+            _settle(job, self._engine.update, job.updates)
 
 
-def _settle(job: _Job, work: Callable[[], Any]) -> None:
+def _settle(job: _Job, work: Callable[[Any], Any], argument: Any) -> None:
     try:
-        job.result.set_result(work())
+        result = work(argument)
     except Exception as error:
         job.result.set_exception(error)
+    else:
+        job.result.set_result(result)

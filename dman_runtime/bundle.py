@@ -208,7 +208,9 @@ def write_bundle(path: Path, fill: Callable[[Path], dict[str, Any]]) -> Manifest
     try:
         temporary.mkdir(parents=True)
         details = fill(temporary)
-        files = {name: {"sha256": sha256(temporary / name), "bytes": (temporary / name).stat().st_size} for name in FILES}
+        files = {
+            name: {"sha256": sha256(temporary / name), "bytes": (temporary / name).stat().st_size} for name in FILES
+        }
         manifest = Manifest(format_version=FORMAT_VERSION, bundle_id="", files=files, **details)
         manifest = Manifest(**{**vars(manifest), "bundle_id": manifest.content_hash()})
         (temporary / MANIFEST).write_text(json.dumps(asdict(manifest), indent=2) + "\n", encoding="utf-8")

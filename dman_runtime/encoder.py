@@ -15,6 +15,7 @@ os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")  # read when onnxruntime is 
 import onnxruntime as ort
 
 from dman_runtime.bundle import ABSTRACTION, ENCODER
+from dman_runtime.options import UsageError
 
 logger = logging.getLogger(__name__)
 Provider = Literal["auto", "cuda", "cpu"]
@@ -22,7 +23,7 @@ CUDA, CPU = "CUDAExecutionProvider", "CPUExecutionProvider"
 FATAL = 4  # ONNX Runtime's log severity; a provider that fails to start is reported by us
 
 
-class EncoderError(Exception):
+class EncoderError(UsageError):
     """The graphs cannot be run as asked; one line with cause and remedy."""
 
 
@@ -124,4 +125,6 @@ def _session(graph: Path, provider: str, threads: int) -> ort.InferenceSession:
     try:
         return ort.InferenceSession(str(graph), options, providers=providers)
     except Exception as error:  # onnxruntime raises pybind classes of its own
-        raise EncoderError(f"{graph} cannot be loaded ({str(error).splitlines()[0]}); export the bundle again") from None
+        raise EncoderError(
+            f"{graph} cannot be loaded ({str(error).splitlines()[0]}); export the bundle again"
+        ) from None

@@ -9,7 +9,7 @@ import numpy as np
 
 from dman_runtime.bundle import Bundle
 from dman_runtime.recurrence import Graphs, advance
-from dman_runtime.retrieval import NO_ITEMS, ExactRetriever, top_k
+from dman_runtime.retrieval import NO_ITEMS, ExactRetriever, search_scores
 from dman_runtime.state import (
     REQUEST_IDS,
     StateBatch,
@@ -188,7 +188,10 @@ class Engine:
             raise RequestError(f"{len(query.what_if)} what-if events; send at most {MAX_EVENTS}")
 
     def recommend(self, query: Query) -> Answer:
-        """The best items for one user. Runs no graph unless there are what-if events. Raises RequestError, StoreError."""
+        """The best items for one user. Runs no graph unless there are what-if events.
+
+        Raises RequestError, and the errors of store and state.
+        """
         self.check_query(query)
         found = self.store.get_with_seen(query.user_id) if query.user_id is not None else None
         stored, seen = found if found else (None, NO_ITEMS)
@@ -203,21 +206,11 @@ class Engine:
         if event_count:
             indices, scores = self._retriever.search(embedding, query.k, exclude=excluded, candidates=candidates)
         else:
-            indices, scores = self.popular(query.k, exclude=excluded, candidates=candidates)
+            popularity = self.bundle.items.popularity
+            indices, scores = search_scores(popularity, query.k, exclude=excluded, candidates=candidates)
         return Answer(
             indices, scores, event_count == 0, event_count, [*unknown, *unknown_excluded, *unknown_candidates]
         )
-
-    def popular(
-        self, k: int, *, exclude: np.ndarray = NO_ITEMS, candidates: np.ndarray | None = None
-    ) -> tuple[np.ndarray, np.ndarray]:
-        """The k most popular items in training: indices and shares."""
-        scores = self.bundle.items.popularity.copy()
-        if candidates is not None:
-            kept = np.full(len(scores), -np.inf)
-            kept[candidates] = scores[candidates]
-            scores = kept
-        return top_k(scores, k, exclude=exclude)
 
     def _user_embedding(self, stored: StoredUser | None, what_if: np.ndarray) -> tuple[np.ndarray, int]:
         if len(what_if):

@@ -93,11 +93,14 @@ def configure_logging(*, verbose: bool = False) -> None:
     )
 
 
-def run_command(command: Callable[[Sequence[str] | None], int], argv: Sequence[str] | None, *expected: type) -> int:
+def run_command(
+    command: Callable[[Sequence[str] | None], int], argv: Sequence[str] | None, *expected: type[Exception]
+) -> int:
     """Runs a command; exceptions of the `expected` types become one line on stderr and exit status 2."""
+    errors: tuple[type[Exception], ...] = (UsageError, *expected)
     try:
         return command(argv)
-    except (UsageError, *expected) as error:
+    except errors as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     except BrokenPipeError:  # the reader of our output has gone

@@ -2,8 +2,8 @@
 
 The last event of a user is the test target, the second last the validation target; the input is everything before
 the target. All items are ranked. Headline numbers leave out every item that the user has interacted with
-(a target that is such an item counts as a miss, as it does in service); "seen kept" ranks without that filter. Ties count
-against the model. Users with fewer than three events are left out.
+(a target that is such an item counts as a miss, as it does in service); "seen kept" ranks without that filter. Ties
+count against the model. Users with fewer than three events are left out.
 """
 
 from __future__ import annotations
@@ -37,9 +37,7 @@ def held_out(interactions: Interactions, split: Split) -> HeldOut:
     back = {"valid": 2, "test": 1}[split]
     users = np.flatnonzero(np.diff(interactions.offsets) >= 3)
     ends = interactions.offsets[users + 1] - back
-    histories = [
-        interactions.items[start:end] for start, end in zip(interactions.offsets[users], ends, strict=True)
-    ]
+    histories = [interactions.items[start:end] for start, end in zip(interactions.offsets[users], ends, strict=True)]
     return HeldOut(users, histories, interactions.items[ends].astype(np.int64))
 
 

@@ -7,11 +7,12 @@ up to the rest of its open segment, then absorbs the segments that closed.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Protocol
 
 import numpy as np
 
-from dman_runtime.bundle import Bundle
+from dman_runtime.bundle import Bundle, BundleError
 from dman_runtime.state import StateBatch
 
 ROWS_PER_RUN = 64  # users per call of a graph: large enough for speed, small enough to stay in cache
@@ -99,3 +100,40 @@ def _close_segments(states: StateBatch, rows: np.ndarray, *, bundle: Bundle, gra
     states.recent[full, :segment] = states.recent[full, segment:]
     states.hidden[full, :, :segment] = states.hidden[full, :, segment:]
     states.counts[full] = segment
+
+
+def replay(histories: Sequence[np.ndarray], *, bundle: Bundle, graphs: Graphs) -> StateBatch:
+    """The states of users with these histories (item indices, oldest first)."""
+    states = StateBatch.empty(bundle, len(histories))
+    advance(states, histories, bundle=bundle, graphs=graphs)
+    return states
+
+
+GOLDEN_TOLERANCE = 1e-3  # relative to the largest value; float32 on another machine or on CUDA stays far below
+
+
+def check_golden(bundle: Bundle, graphs: Graphs) -> float:
+    """Repeats in float32 the replay that PyTorch recorded at export, and returns the relative error.
+
+    Raises BundleError when that is above GOLDEN_TOLERANCE.
+    """
+    exact = replace(bundle.manifest.state, dtype="float32")
+    bundle = replace(bundle, manifest=replace(bundle.manifest, state=exact))
+    golden = bundle.golden()
+    states = replay([row[row >= 0] for row in golden["histories"]], bundle=bundle, graphs=graphs)
+    error = max(
+        _relative_error(states.user_embeddings, golden["user_embeddings"]),
+        _relative_error(states.memory, golden["memories"]),
+    )
+    if not error <= GOLDEN_TOLERANCE:
+        raise BundleError(
+            f"{bundle.path}: the golden replay is off by {error:.1e} on this machine; "
+            "use --provider cpu, or export the bundle again with this version of ONNX Runtime"
+        )
+    return error
+
+
+def _relative_error(found: np.ndarray, expected: np.ndarray) -> float:
+    if not expected.size:
+        return 0.0
+    return float(np.abs(found - expected).max() / max(float(np.abs(expected).max()), 1e-12))

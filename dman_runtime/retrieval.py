@@ -15,13 +15,22 @@ def top_k(scores: np.ndarray, k: int, *, exclude: np.ndarray = NO_ITEMS) -> tupl
     Returns positions (n) int64 and their scores (n), n <= k: excluded and non-finite ones never appear.
     """
     scores[exclude] = -np.inf
-    if k < len(scores):
-        chosen = np.argpartition(scores, len(scores) - k)[len(scores) - k :]
-    else:
-        chosen = np.arange(len(scores))
+    rest = max(0, len(scores) - k)
+    chosen = np.argpartition(scores, rest)[rest:] if rest else np.arange(len(scores))
     chosen = chosen[np.isfinite(scores[chosen])]
     chosen = chosen[np.lexsort((chosen, -scores[chosen]))]
     return chosen, scores[chosen]
+
+
+def search_scores(
+    scores: np.ndarray, k: int, *, exclude: np.ndarray = NO_ITEMS, candidates: np.ndarray | None = None
+) -> tuple[np.ndarray, np.ndarray]:
+    """`top_k` over (V) scores of all items, limited to `candidates` when given. Does not change `scores`."""
+    if candidates is None:
+        return top_k(scores.copy(), k, exclude=exclude)
+    candidates = np.setdiff1d(candidates, exclude)  # sorted and distinct, so that ties break as in the full search
+    chosen, best = top_k(scores[candidates], k)
+    return candidates[chosen], best
 
 
 class ExactRetriever:
@@ -51,7 +60,7 @@ class ExactRetriever:
         """
         if candidates is None:
             return top_k(self._table @ user, k, exclude=exclude)
-        candidates = np.setdiff1d(candidates, exclude)  # sorted and distinct, so that ties break as in the full search
+        candidates = np.setdiff1d(candidates, exclude)
         chosen, scores = top_k(self._table[candidates] @ user, k)
         return candidates[chosen], scores
 

@@ -99,7 +99,9 @@ class RecommenderService(RecommenderServicer):
     def GetUser(self, request: pb.GetUserRequest, context: grpc.ServicerContext) -> pb.GetUserReply:
         info = self._engine.user(request.user_id, recent_events=request.recent_events)
         if info is None:
-            context.abort(grpc.StatusCode.NOT_FOUND, f"no user {request.user_id!r}; one exists from its first update on")
+            context.abort(
+                grpc.StatusCode.NOT_FOUND, f"no user {request.user_id!r}; one exists from its first update on"
+            )
         events = zip(info.recent_items.tolist(), info.recent_timestamps.tolist(), strict=True)
         return pb.GetUserReply(
             user_id=request.user_id,

@@ -266,29 +266,33 @@ class StateStore:
         events = events[len(events) - (count - start) :]
         return events["item"].astype(np.uint32), events["timestamp"].astype(np.int64)
 
-    def commit(self, writes: Sequence[Write]) -> list[bool]:
-        """Store all writes in one transaction; return once it is on disk.
+    def commit(self, writes: Sequence[Write]) -> bool:
+        """Store all writes in one transaction and return True once it is on disk.
 
-        False marks a write that was skipped because the stored version is not its `expected_version`. Raises ValueError
-        for bad items or timestamps or a user named twice, StoreFullError where the map or the disk is full; then
-        nothing is stored.
+        False: some user's stored version is not its `expected_version`; then nothing is stored, and the caller reads
+        again. Raises ValueError for bad items or timestamps or a user named twice, StoreFullError where the map or the
+        disk is full; then nothing is stored either.
         """
         prepared = [(user_key(write.user_id), write, self._events(write)) for write in writes]
         if len({key for key, _, _ in prepared}) != len(prepared):
             raise ValueError("a user appears twice in one commit; merge the writes of one user")
         with self._write() as txn:
+            users = [self._user(txn, key) for key, _, _ in prepared]
+            if any((user.version if user else 0) != w.expected_version for user, w in zip(users, writes, strict=True)):
+                return False
             version: int = _VERSION.unpack(txn.get(b"version", b"", db=self._dbs.meta))[0]
-            sizes: list[int] = []
-            for key, write, events in prepared:
-                sizes.append(self._apply(txn, key, write, events, version=version + 1))
-                version += sizes[-1] > 0
-            if any(sizes):
-                txn.put(b"version", _VERSION.pack(version), db=self._dbs.meta)
-                # The next transaction cannot use the pages that this one replaces: leave as much again.
-                reserve = min(max(self._map_size // 16, _MIN_RESERVE), _MAX_RESERVE) + sum(sizes)
-                if self._live_bytes(txn) > self._map_size - reserve:
-                    raise lmdb.MapFullError("the reserve for deletions is reached")
-        return [size > 0 for size in sizes]
+            size = 0
+            for (key, write, events), user in zip(prepared, users, strict=True):
+                version += 1
+                size += self._put(
+                    txn, key, write.record, events, version=version, count=user.event_count if user else 0
+                )
+            txn.put(b"version", _VERSION.pack(version), db=self._dbs.meta)
+            # The next transaction cannot use the pages that this one replaces: leave as much again.
+            reserve = min(max(self._map_size // 16, _MIN_RESERVE), _MAX_RESERVE) + size
+            if self._live_bytes(txn) > self._map_size - reserve:
+                raise lmdb.MapFullError("the reserve for deletions is reached")
+        return True
 
     def delete(self, user_id: str) -> int | None:
         """Remove a user; return the number of events removed once that is on disk, or None for an unknown user.
@@ -417,17 +421,15 @@ class StateStore:
             events["item"], events["timestamp"] = items, timestamps
         return events
 
-    def _apply(self, txn: lmdb.Transaction, key: bytes, write: Write, events: NDArray[np.void], *, version: int) -> int:
-        """Put one write and return its size in bytes; 0 where the stored version is not the expected one."""
-        user = self._user(txn, key) or StoredUser(0, 0, b"")
-        if user.version != write.expected_version:
-            return 0
-        value = _HEADER.pack(version, user.event_count + len(events)) + write.record
+    def _put(
+        self, txn: lmdb.Transaction, key: bytes, record: bytes, events: NDArray[np.void], *, version: int, count: int
+    ) -> int:
+        """Put one user's record and new events behind `count` old ones; return the bytes put."""
+        value = _HEADER.pack(version, count + len(events)) + record
         txn.put(key, value, db=self._dbs.state)
         if not len(events):
             return len(value)
-        size = self._append(txn, key, user.event_count, events) + self._add_seen(txn, key, events["item"])
-        return len(value) + size
+        return len(value) + self._append(txn, key, count, events) + self._add_seen(txn, key, events["item"])
 
     def _append(self, txn: lmdb.Transaction, key: bytes, count: int, events: NDArray[np.void]) -> int:
         """Fill the last chunk of a history of `count` events, then start new ones; return the bytes put."""

@@ -54,7 +54,9 @@ class ModelConfig:
         _check_range(self, 4, 4096, "width")
         _check_range(self, 0.0, 0.95, "dropout")
         if self.width % self.heads:
-            raise ConfigError(f"width {self.width} is not a multiple of heads {self.heads}; choose heads that divide it")
+            raise ConfigError(
+                f"width {self.width} is not a multiple of heads {self.heads}; choose heads that divide it"
+            )
         if self.architecture == "paper" and self.heads != 1:
             raise ConfigError(f"architecture 'paper' has one head, not {self.heads}; set heads to 1")
 
@@ -107,7 +109,9 @@ class TrainConfig:
         _check_range(self, 1, 1_000_000, "negatives", "lanes", "epochs", "patience")
         _check_range(self, 0, 1_000_000_000, "warmup_steps", "evaluation_users", "seed")
         _check_range(self, 1, 4, "backprop_segments")
-        _check_range(self, 0.0, 1.0, "final_learning_rate", "learning_rate", "abstraction_learning_rate", "weight_decay")
+        _check_range(
+            self, 0.0, 1.0, "final_learning_rate", "learning_rate", "abstraction_learning_rate", "weight_decay"
+        )
         _check_range(self, 0.0, 1e6, "gradient_clip", "abstraction_weight")
         if self.backprop_segments > 1 and self.memory_training != "joint":
             raise ConfigError("backprop_segments above 1 needs memory_training 'joint'")

@@ -1,8 +1,8 @@
 """Endless lanes: which positions each training step sees.
 
 Each of B lanes walks one user segment by segment and then takes the next user of a reshuffled list, across epoch
-borders, so that no step is ever made of the few longest users alone. The schedule depends on the seed and the data only,
-never on the weights: every rank of a distributed run computes it and keeps its own lanes.
+borders, so that no step is ever made of the few longest users alone. The schedule depends on the seed and the data
+only, never on the weights: every rank of a distributed run computes it and keeps its own lanes.
 """
 
 from __future__ import annotations

@@ -8,7 +8,7 @@ A history is cut into segments of T events from its head. While segment n is enc
 - the *context* holds the layer inputs h^l of segment n-1 and of the positions of segment n so far (eq. 1),
 - the *memory* M^l summarises segments 1..n-2 in m slots per layer (eq. 2),
 - a gate mixes the two branches into the user embedding (eq. 3); score = item embedding . user embedding.
-When segment n closes, M^l <- f_abs^l(M^l, H^l_{n-1}) (eq. 4), by routing (eq. 6-7), trained by `abstraction_loss` (eq. 5).
+When segment n closes, M^l <- f_abs^l(M^l, H^l_{n-1}) (eq. 4), by routing (eq. 6-7), trained by eq. 5.
 
 Keys and values are never projected: W_k is absorbed into the query and W_v into the output, so a call costs
 O(S D^2 + S K D) whatever the number of context positions. The numbers are those of plain attention.
@@ -130,7 +130,7 @@ class _Reader(nn.Module):
         self.block = block
 
     def forward(self, queries: Tensor, sources: Tensor, bias: Tensor | None = None) -> Tensor:
-        return self.block.read(queries, sources, bias)
+        return self.block.read(queries, sources, bias)  # type: ignore[operator]
 
 
 def _frozen_read(block: nn.Module, queries: Tensor, sources: Tensor, bias: Tensor | None = None) -> Tensor:

@@ -1,7 +1,7 @@
 """What a training step minimises, and what a lane carries from one segment to the next.
 
-The likelihood (eq. 9) trains everything but f_abs; the abstraction loss (eq. 5) trains f_abs. Their gradients are disjoint
-by construction, so one backward pass serves both optimisers. With `memory_training="joint"` the memory that a
+The likelihood (eq. 9) trains everything but f_abs; the abstraction loss (eq. 5) trains f_abs. Their gradients are
+disjoint by construction, so one backward pass serves both optimisers. With `memory_training="joint"` the memory that a
 segment reads stays attached to the last `backprop_segments` abstractions, and eq. 9 reaches f_abs as well.
 """
 
@@ -35,14 +35,14 @@ class LaneState:
     def empty(cls, model: DMAN, lanes: int, backprop_segments: int) -> LaneState:
         config = model.config
         shape = (lanes, config.layers, config.segment_length, config.width)
-        options = {"device": model.items.device}
+        device = model.items.device
         return cls(
-            context=torch.zeros(shape, **options),
-            context_lengths=torch.zeros(lanes, dtype=torch.int64, **options),
-            memory=torch.zeros(lanes, config.layers, config.slots, config.width, **options),
-            initial=torch.ones(lanes, dtype=torch.bool, **options),
-            absorbed=torch.zeros(backprop_segments, *shape, **options),
-            absorbed_lengths=torch.zeros(backprop_segments, lanes, dtype=torch.int64, **options),
+            context=torch.zeros(shape, device=device),
+            context_lengths=torch.zeros(lanes, dtype=torch.int64, device=device),
+            memory=torch.zeros(lanes, config.layers, config.slots, config.width, device=device),
+            initial=torch.ones(lanes, dtype=torch.bool, device=device),
+            absorbed=torch.zeros(backprop_segments, *shape, device=device),
+            absorbed_lengths=torch.zeros(backprop_segments, lanes, dtype=torch.int64, device=device),
         )
 
     def restarted(self, starts: Tensor) -> LaneState:
@@ -89,12 +89,19 @@ class Objective(nn.Module):
         self.loss = config.loss
         if self.loss == "auto":
             self.loss = "full" if model.vocabulary <= FULL_SOFTMAX_LIMIT else "sampled"
-        if self.loss == "sampled":  # flattened unigram proposal
+        self.proposal: Tensor  # (V) where negatives of loss="sampled" are drawn from: flattened unigram
+        if self.loss == "sampled":
             proposal = item_counts.double().clamp(min=1).pow(0.75)
             self.register_buffer("proposal", (proposal / proposal.sum()).float(), persistent=False)
 
     def forward(
-        self, items: Tensor, targets: Tensor, lengths: Tensor, starts: Tensor, state: LaneState, negatives: Tensor | None
+        self,
+        items: Tensor,
+        targets: Tensor,
+        lengths: Tensor,
+        starts: Tensor,
+        state: LaneState,
+        negatives: Tensor | None,
     ) -> tuple[Losses, LaneState]:
         """(B, T) items and targets, (B) lengths and starts. Losses and the lanes' state after the segment."""
         state = state.restarted(starts)
@@ -120,9 +127,7 @@ class Objective(nn.Module):
         read = torch.where(untouched, model.initial_memory, chain[-1] if joint else chain[-1].detach())
         return _Memories(settled=chain[1].detach(), before=chain[-2].detach(), after=chain[-1], read=read)
 
-    def _abstraction_loss(
-        self, state: LaneState, memories: _Memories, encoding: Encoding, positions: Tensor
-    ) -> Tensor:
+    def _abstraction_loss(self, state: LaneState, memories: _Memories, encoding: Encoding, positions: Tensor) -> Tensor:
         if not self.model.abstraction_parameters():
             return encoding.user_embedding.new_zeros(())
         return self.model.abstraction_loss(
@@ -165,7 +170,7 @@ def _next_state(state: LaneState, memories: _Memories, encoding: Encoding, lengt
 
 
 def draw_negatives(objective: Objective, shape: tuple[int, ...], generator: torch.Generator) -> Tensor | None:
-    """Negatives of one step: (n) shared for loss="sampled", (B, T, n) for loss="negatives", None for the full softmax."""
+    """Negatives of one step: (n) for loss="sampled", `shape` + (n) for loss="negatives", None for the full softmax."""
     count, vocabulary = objective.config.negatives, objective.model.vocabulary
     if objective.loss == "full":
         return None

@@ -1,13 +1,13 @@
 """A run directory: everything one training wrote, and all that export and evaluation need.
 
-    config.json       model, train and data configs, the data's path and fingerprint, versions, command
-    vocabulary.json   external item ids in index order, training counts, titles and attributes
-    metrics.jsonl     one line per epoch
-    metrics.json      validation and test metrics of the best epoch; its presence marks a finished run
-    best.pt           weights of the best epoch
-    checkpoint.pt     exact training state for --resume; removed when the run is finished
-    curves.png        loss and validation metrics by epoch
-    tensorboard/      the same and more, for TensorBoard
+config.json       model, train and data configs, the data's path and fingerprint, versions, command
+vocabulary.json   external item ids in index order, training counts, titles and attributes
+metrics.jsonl     one line per epoch
+metrics.json      validation and test metrics of the best epoch; its presence marks a finished run
+best.pt           weights of the best epoch
+checkpoint.pt     exact training state for --resume; removed when the run is finished
+curves.png        loss and validation metrics by epoch
+tensorboard/      the same and more, for TensorBoard
 """
 
 from __future__ import annotations
@@ -120,7 +120,8 @@ class Run:
             return (self.path / name).read_text(encoding="utf-8")
         except FileNotFoundError:
             raise RunError(
-                f"{self.path} is not a run ({name} is missing); train one with python -m dman_train.train --run {self.path}"
+                f"{self.path} is not a run ({name} is missing); "
+                f"train one with python -m dman_train.train --run {self.path}"
             ) from None
         except (OSError, UnicodeDecodeError) as error:
             raise RunError(f"{self.path / name} cannot be read: {error}") from None
@@ -168,7 +169,13 @@ def create_run(path: Path, *, keep_old: bool) -> Run:
 
 
 def describe(
-    model: ModelConfig, train: TrainConfig, data: DataConfig, *, path: Path, interactions: Interactions, command: list[str]
+    model: ModelConfig,
+    train: TrainConfig,
+    data: DataConfig,
+    *,
+    path: Path,
+    interactions: Interactions,
+    command: list[str],
 ) -> dict[str, Any]:
     """The content of config.json."""
     return {

@@ -40,21 +40,16 @@ class TrainingData:
     validation: HeldOut
 
 
-@dataclass(frozen=True)
-class Interrupted(Exception):
-    """Training was asked to stop and has written a checkpoint."""
-
-    step: int
-
-
 class Trainer:
     """Trains one model. Every rank of a distributed run builds the same Trainer and keeps its share of the lanes.
 
-    Everything that decides the weights is in `state_dict`: training continued from it on the same number of ranks gives,
-    on a CPU, bit for bit the weights of a run that was never interrupted.
+    Everything that decides the weights is in `state_dict`: training continued from it on the same number of ranks
+    gives, on a CPU, bit for bit the weights of a run that was never interrupted.
     """
 
-    def __init__(self, model_config: ModelConfig, config: TrainConfig, data: TrainingData, device: torch.device) -> None:
+    def __init__(
+        self, model_config: ModelConfig, config: TrainConfig, data: TrainingData, device: torch.device
+    ) -> None:
         self.config, self.data, self.device = config, data, device
         self.rank = dist.get_rank() if dist.is_initialized() else 0
         self.world = dist.get_world_size() if dist.is_initialized() else 1
@@ -110,7 +105,8 @@ class Trainer:
         losses, self.state = self._step_module(*tensors, self.state, negatives)
         likelihood, abstraction = self._means(losses)
         # DistributedDataParallel averages gradients over ranks; each rank's loss is a share of the global mean.
-        (self.world * (likelihood + self.config.abstraction_weight * abstraction)).backward()
+        loss = self.world * (likelihood + self.config.abstraction_weight * abstraction)
+        loss.backward()  # type: ignore[no-untyped-call]
         share = self.learning_rate_share()
         for optimiser, rate in zip(self.optimisers, self._rates(), strict=False):
             parameters = optimiser.param_groups[0]["params"]

@@ -25,6 +25,7 @@ from lmdb.verify import verify
 from dman_runtime import store as store_module
 from dman_runtime.store import (
     CHUNK_EVENTS,
+    DEFAULT_MAP_SIZE,
     StateStore,
     StoredUser,
     StoreError,
@@ -81,7 +82,9 @@ def start(script: str, *arguments: object) -> "subprocess.Popen[str]":
 
 
 def release(processes: "list[subprocess.Popen[str]]") -> None:
-    """Let scripts that wait for a line go, all at once."""
+    """Let scripts that say they are ready go, all at once."""
+    for process in processes:
+        assert process.stdout is not None and process.stdout.readline() == "ready\n"
     for process in processes:
         assert process.stdin is not None
         process.stdin.write("\n")
@@ -345,6 +348,7 @@ def test_environment_is_opened_durable(store: StateStore) -> None:
 INCREMENT = """
     worker, rounds = int(sys.argv[2]), int(sys.argv[3])
     conflicts = 0
+    print("ready", flush=True)
     sys.stdin.readline()
     with StateStore.open(sys.argv[1], bundle_id="bundle-1", item_ids=ITEM_IDS) as store:
         for number in range(rounds):
@@ -413,6 +417,7 @@ def test_kill_in_a_stream_of_commits_keeps_every_acknowledged_event_once(tmp_pat
 
 
 CREATE = """
+    print("ready", flush=True)
     sys.stdin.readline()
     try:
         with StateStore.open(sys.argv[1], bundle_id=sys.argv[2], item_ids=ITEM_IDS) as store:
@@ -454,7 +459,7 @@ def test_store_refuses_to_work_in_a_forked_child_and_goes_on_in_the_parent(tmp_p
 INSPECT = """
     print(read_store_info(sys.argv[1]))
     with StateStore.open(sys.argv[1], readonly=True) as store:
-        print(store.get("a").record, store.history("a")[0].tolist(), store.item_ids[3])
+        print(store.get("a").record, store.history("a")[0].tolist(), store.item_ids[3], store.stats().map_size)
         for call in (lambda: store.commit([]), lambda: store.delete("a")):
             try:
                 call()
@@ -463,11 +468,12 @@ INSPECT = """
 """
 
 
-def test_readonly_store_reads_while_a_server_has_it_open(store: StateStore) -> None:
-    store.commit([write("a", items=[3])])
-    info, user, *refused = finish(start(INSPECT, store.path)).splitlines()
+def test_readonly_store_reads_while_a_server_has_it_open(tmp_path: Path) -> None:
+    with open_store(tmp_path / "state", map_size=2 * DEFAULT_MAP_SIZE) as store:
+        store.commit([write("a", items=[3])])
+        info, user, *refused = finish(start(INSPECT, store.path)).splitlines()
     assert info == str(StoreInfo("bundle-1", 1, 1))
-    assert user == "b'record' [3] item-3"
+    assert user == f"b'record' [3] item-3 {2 * DEFAULT_MAP_SIZE}"
     assert len(refused) == 2 and all("read-only" in line for line in refused)
 
 
@@ -523,17 +529,18 @@ def test_full_map_loses_nothing_and_deletions_make_room(
     assert problems(tmp_path / "state") == []
 
 
-def test_small_commits_into_a_full_map_leave_room_for_deletions(tmp_path: Path) -> None:
+def test_map_filled_to_the_last_commit_leaves_pages_for_deletions(tmp_path: Path) -> None:
     with open_store(tmp_path / "state", map_size=MIB) as store:
-        refused, number = 0, 0
-        while refused < 5:  # ever smaller commits take what the larger ones left
+        events, commits = 1000, 0
+        while events:  # ever smaller commits take what the larger ones left; without a reserve no deletion fits then
+            user_id = f"user-{commits % 10}"
             try:
-                record = bytes((3000, 500, 100, 10, 0)[refused])
-                store.commit([write(f"{number + offset}", record=record) for offset in range(4)])
-                number += 4
+                store.commit([write(user_id, version_of(store, user_id), np.arange(events) % 100)])
+                commits += 1
             except StoreFullError:
-                refused += 1
-        assert all(store.delete(f"{user}") == 0 for user in range(number))
+                events //= 3
+        for number in range(10):
+            assert store.delete(f"user-{number}") is not None
 
 
 LIMITED = """

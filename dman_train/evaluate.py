@@ -1,0 +1,82 @@
+"""Leave-one-out metrics of a run (PyTorch) or a bundle (ONNX Runtime):
+
+python -m dman_train.evaluate --run DIR | --bundle DIR  [--data FILE] [--split valid|test] [--json]
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from dman_runtime.bundle import BundleError, open_bundle
+from dman_runtime.encoder import Encoder
+from dman_runtime.interactions import Columns, InputError
+from dman_runtime.offline import evaluate as evaluate_bundle
+from dman_runtime.offline import read_known
+from dman_runtime.options import Parser, UsageError, configure_logging, print_json, run_command
+from dman_runtime.protocol import format_report, held_out, report
+from dman_train.config import ConfigError, DataConfig
+from dman_train.replay import all_ranks
+from dman_train.run import RunError, open_run
+from dman_train.train import DEFAULT_RUN
+
+
+def parser() -> Parser:
+    p = Parser(prog="python -m dman_train.evaluate", description="Leave-one-out metrics of a run or a bundle.")
+    p.flag("--run", type=Path, default=None, help="run directory, evaluated by PyTorch; runs/latest without --bundle")
+    p.flag("--bundle", type=Path, default=None, help="bundle directory, evaluated by ONNX Runtime")
+    p.flag("--data", type=Path, default=None, help="interaction log; without it, the one that was trained on")
+    p.flag("--split", choices=["valid", "test"], default="test", help="which held-out event to predict")
+    p.flag("--provider", choices=["auto", "cuda", "cpu"], default="auto", help="where the graphs of a bundle run")
+    p.add_argument("--json", action="store_true", help="print the metrics as JSON on the last line")
+    p.config_flags(DataConfig, title="data (default: as in training)")
+    return p
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    return run_command(_main, argv, BundleError, ConfigError, InputError, RunError)
+
+
+def _main(argv: Sequence[str] | None) -> int:
+    arguments = parser().parse_args(argv)
+    configure_logging()
+    if arguments.run is not None and arguments.bundle is not None:
+        raise UsageError("--run and --bundle are two ways to evaluate; give one")
+    result = _evaluate_run(arguments) if arguments.bundle is None else _evaluate_bundle(arguments)
+    print(format_report(result))
+    if arguments.json:
+        print_json(result)
+    return 0
+
+
+def _columns(arguments: argparse.Namespace, trained: dict[str, Any]) -> tuple[Columns, dict[str, int]]:
+    """Column names and filters: the options given, else those of the training."""
+    chosen = {name: getattr(arguments, name, value) for name, value in trained.items()}
+    columns = Columns(**{role: chosen[f"{role}_column"] for role in ("user", "item", "time", "position")})
+    return columns, {name: int(chosen[name]) for name in ("min_user_events", "min_item_events")}
+
+
+def _evaluate_run(arguments: argparse.Namespace) -> dict[str, object]:
+    run = open_run(arguments.run or DEFAULT_RUN)
+    columns, filters = _columns(arguments, run.config["data"])
+    path = arguments.data or Path(run.config["dataset"]["path"])
+    vocabulary = run.vocabulary()
+    index = {item_id: i for i, item_id in enumerate(vocabulary.item_ids)}
+    data = held_out(read_known(path, index, columns=columns, **filters), arguments.split)
+    return report(all_ranks(run.best_model(), data), arguments.split)
+
+
+def _evaluate_bundle(arguments: argparse.Namespace) -> dict[str, object]:
+    bundle = open_bundle(arguments.bundle)
+    trained = bundle.manifest.data
+    columns, filters = _columns(arguments, trained)
+    path = arguments.data or Path(trained["path"])
+    graphs = Encoder(bundle.path, provider=arguments.provider)
+    return evaluate_bundle(path, bundle=bundle, graphs=graphs, split=arguments.split, columns=columns, **filters)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
