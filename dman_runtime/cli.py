@@ -253,7 +253,10 @@ def _inspect_user(arguments: argparse.Namespace) -> dict[str, Any]:
     with StateStore.open(
         arguments.state, bundle_id=bundle.bundle_id, item_ids=bundle.items.item_ids, readonly=True
     ) as store:
-        stored = store.get(arguments.user)
+        try:
+            stored = store.get(arguments.user)
+        except ValueError as error:
+            raise UsageError(f"--user: {error}") from None
         if stored is None:
             raise UsageError(f"no user {arguments.user!r} in {arguments.state}")
         items, timestamps = store.history(arguments.user, limit=20)

@@ -179,6 +179,8 @@ class _ParquetOutput:
         self._writer: Any = None
 
     def __enter__(self) -> _ParquetOutput:
+        if self._path.is_dir():
+            raise InputError(f"cannot write {self._path}: it is a directory; choose another --output")
         try:
             self._temporary.touch()
         except OSError as error:
@@ -213,7 +215,10 @@ class _ParquetOutput:
 
 def _id_array(ids: list[str], *, integers: bool) -> np.ndarray:
     """Ids as a column: int64 where they were integers in the log."""
-    return np.array([int(i) for i in ids], np.int64) if integers else np.array(ids, object)
+    try:
+        return np.array([int(i) for i in ids], np.int64) if integers else np.array(ids, object)
+    except OverflowError:
+        raise InputError("an id does not fit a 64-bit integer column; write the ids as text with a letter") from None
 
 
 def evaluate(

@@ -16,9 +16,10 @@ def top_k(scores: np.ndarray, k: int, *, exclude: np.ndarray = NO_ITEMS) -> tupl
     """
     scores[exclude] = -np.inf
     rest = max(0, len(scores) - k)
-    chosen = np.argpartition(scores, rest)[rest:] if rest else np.arange(len(scores))
+    # All that tie with the k-th best, or which of them appear would depend on k.
+    chosen = np.flatnonzero(scores >= np.partition(scores, rest)[rest]) if rest else np.arange(len(scores))
     chosen = chosen[np.isfinite(scores[chosen])]
-    chosen = chosen[np.lexsort((chosen, -scores[chosen]))]
+    chosen = chosen[np.lexsort((chosen, -scores[chosen]))][:k]
     return chosen, scores[chosen]
 
 

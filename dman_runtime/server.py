@@ -47,6 +47,8 @@ class ServeConfig:
         for name in ("workers", "threads", "encoder_threads", "max_concurrent", "map_size_mib"):
             if getattr(self, name) < 1:
                 raise UsageError(f"--{name.replace('_', '-')} is {getattr(self, name)}; choose 1 or more")
+        if not 0 <= self.grace <= 3600:  # nor NaN
+            raise UsageError(f"--grace is {self.grace}; choose 0 to 3600 seconds")
 
 
 def serve(config: ServeConfig) -> int:

@@ -5,8 +5,8 @@ A state is what a history leaves behind: the recent items, the hidden states of 
 
 Record, little-endian (sizes at the defaults T=20, m=20, L=2, D=128, float16, worst case 39 positions):
 
-    header            28 B    format u8, dtype u8, request ids u16, context positions u16, zero u16, bundle id 8 B,
-                              event count u64, item vocabulary u32
+    header            32 B    format u8, dtype u8, request ids u16, context positions u16, zero u16, bundle id 8 B,
+                              event count u64, item vocabulary u32, CRC-32 u32 of the header before it and all after it
     user embedding   512 B    float32 [D]
     recent items     156 B    u32 [c]
     request ids      128 B    u64 [r], oldest first
@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import hashlib
 import struct
+import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -27,7 +28,8 @@ from dman_runtime.bundle import Bundle, StateShape
 
 RECORD_FORMAT = 1
 REQUEST_IDS = 16  # recent update ids kept per user
-_HEADER = struct.Struct("<BBHHH8sQI")
+_HEADER, _CHECKSUM = struct.Struct("<BBHHH8sQI"), struct.Struct("<I")
+_HEADER_BYTES = _HEADER.size + _CHECKSUM.size
 _DTYPE_CODES = {"float16": 1, "float32": 2}
 
 
@@ -120,7 +122,6 @@ class StateBatch:
             bundle.manifest.vocabulary,
         )
         parts = [
-            header,
             self.user_embeddings[row].astype("<f4").tobytes(),
             self.recent[row, :count].astype("<u4").tobytes(),
             np.array(ids, "<u8").tobytes(),
@@ -128,7 +129,14 @@ class StateBatch:
         ]
         if absorbed_segments(events, self.shape):
             parts.append(self.memory[row].tobytes())
-        return b"".join(parts)
+        body = b"".join(parts)
+        return header + _CHECKSUM.pack(zlib.crc32(body, zlib.crc32(header))) + body
+
+
+def _checksum_fits(record: bytes) -> bool:
+    view = memoryview(record)
+    (expected,) = _CHECKSUM.unpack_from(record, _HEADER.size)
+    return zlib.crc32(view[_HEADER_BYTES:], zlib.crc32(view[: _HEADER.size])) == expected
 
 
 @dataclass(frozen=True)
@@ -150,7 +158,7 @@ class RecordLayout:
     def of(cls, record: bytes, bundle: Bundle) -> RecordLayout:
         """Reads and checks a record's header. Raises StateError."""
         shape = bundle.manifest.state
-        if len(record) < _HEADER.size:
+        if len(record) < _HEADER_BYTES:
             raise StateError("a state record is truncated; restore the state directory from a backup")
         version, dtype, ids, positions, _, bundle_id, events, vocabulary = _HEADER.unpack_from(record)
         if version != RECORD_FORMAT:
@@ -162,15 +170,16 @@ class RecordLayout:
             )
         size = np.dtype(shape.dtype).itemsize
         has_memory = absorbed_segments(events, shape) > 0
-        recent_at = _HEADER.size + 4 * shape.width
+        recent_at = _HEADER_BYTES + 4 * shape.width
         request_ids_at = recent_at + 4 * positions
         hidden_at = request_ids_at + 8 * ids
         memory_at = hidden_at + size * (shape.layers - 1) * positions * shape.width
         end = memory_at + (size * shape.layers * shape.memory_slots * shape.width if has_memory else 0)
-        if dtype != _DTYPE_CODES[shape.dtype] or positions != context_positions(events, shape) or end != len(record):
+        intact = end == len(record) and _checksum_fits(record)
+        if not intact or dtype != _DTYPE_CODES[shape.dtype] or positions != context_positions(events, shape):
             raise StateError("a state record is damaged; restore the state directory from a backup")
         return cls(
-            events, positions, ids, has_memory, _HEADER.size, recent_at, request_ids_at, hidden_at, memory_at, end
+            events, positions, ids, has_memory, _HEADER_BYTES, recent_at, request_ids_at, hidden_at, memory_at, end
         )
 
 

@@ -141,7 +141,10 @@ class Run:
         temporary.replace(self.path / name)
 
     def append_epoch(self, result: dict[str, float]) -> None:
-        self.write("metrics.jsonl", "".join(json.dumps(line) + "\n" for line in [*self.epochs(), result]))
+        self.write_epochs([*self.epochs(), result])
+
+    def write_epochs(self, epochs: list[dict[str, float]]) -> None:
+        self.write("metrics.jsonl", "".join(json.dumps(line) + "\n" for line in epochs))
 
 
 def open_run(path: Path) -> Run:

@@ -158,6 +158,8 @@ def _resume(trainer: Trainer, run: Run) -> None:
     if not file.exists():
         raise UsageError(f"{run.path} has no checkpoint; start it again under another --run")
     trainer.load_state_dict(run.load_tensors(file))
+    if _is_first_rank():
+        run.write_epochs(run.epochs()[: trainer.epoch])  # one may have been recorded after the checkpoint
     logger.info("resumed at step %d", trainer.step)
 
 
@@ -178,7 +180,7 @@ def _loop(trainer: Trainer, run: Run) -> bool:
             saved = time.monotonic()
 
         def on_step() -> None:
-            if trainer.step % 20 == 0:  # ranks agree on the step, so they agree on when to talk about stopping
+            if trainer.world == 1 or trainer.step % 20 == 0:  # all ranks are at the same step when they talk
                 stop = _any_rank(stop_requested())
                 if stop or _any_rank(time.monotonic() - saved > CHECKPOINT_SECONDS):
                     save()

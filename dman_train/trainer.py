@@ -227,4 +227,4 @@ def stop_requests() -> Iterator[Callable[[], bool]]:
 def join_distributed() -> None:
     """Joins the process group that torchrun describes in the environment, if there is one."""
     if "RANK" in os.environ and "WORLD_SIZE" in os.environ and not dist.is_initialized():
-        dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
+        dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")

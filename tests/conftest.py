@@ -1,0 +1,124 @@
+"""What the test files share: a tiny model and its bundles, a small log, a trained run, a running server."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, replace
+from pathlib import Path
+
+os.environ["OMP_NUM_THREADS"] = "1"  # several threads collapse when the cores are busy; small matrices need none
+for name in [name for name in os.environ if name.startswith("DMAN_")]:
+    del os.environ[name]  # a developer's settings must not reach the tests
+
+import numpy as np
+import pytest
+import torch
+
+from dman_runtime.bundle import MANIFEST, read_manifest
+from dman_runtime.interactions import ItemInfo
+from dman_train import train
+from dman_train.config import ModelConfig
+from dman_train.export import export_bundle
+from dman_train.model import DMAN
+from dman_train.run import Vocabulary
+from dman_train.synthetic import SyntheticConfig, generate, write_log
+
+torch.set_num_threads(1)
+ROOT = Path(__file__).resolve().parent.parent
+MOVIELENS = ROOT.parent / "shared" / "data" / "ml-1m"
+TINY = ModelConfig(width=32, heads=2, segment_length=5, memory_slots=4, layers=2, dropout=0.1)
+TINY_ITEMS = 60
+
+
+def random_model(config: ModelConfig, vocabulary: int, *, seed: int = 0) -> DMAN:
+    """A model whose every part matters: random weights, biases and norms, and embeddings of ordinary size."""
+    torch.manual_seed(seed)
+    model = DMAN(config, vocabulary)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(torch.randn_like(parameter) * 0.1)
+    return model.eval()
+
+
+def vocabulary_of(size: int) -> Vocabulary:
+    """Integer item ids 1..size with titles; item i was trained on i times."""
+    ids = [str(i) for i in range(1, size + 1)]
+    infos = {i: ItemInfo(f"Title {i}", {"genre": "odd" if int(i) % 2 else "even"}) for i in ids}
+    return Vocabulary(ids, True, np.arange(1, size + 1), infos)
+
+
+def export_tiny(model: DMAN, path: Path) -> Path:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        export_bundle(model, vocabulary_of(model.vocabulary), path)
+    return path
+
+
+@pytest.fixture(scope="session")
+def tiny_model() -> DMAN:
+    return random_model(TINY, TINY_ITEMS)
+
+
+@pytest.fixture(scope="session")
+def tiny_bundle(tiny_model: DMAN, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """`tiny_model` exported with float16 states. Copy it before changing it."""
+    return export_tiny(tiny_model, tmp_path_factory.mktemp("tiny") / "bundle")
+
+
+def rewrite_manifest(bundle: Path, **changes: object) -> None:
+    """Changes manifest fields and makes the bundle id fit again."""
+    manifest = replace(read_manifest(bundle), **changes)  # type: ignore[arg-type]
+    manifest = replace(manifest, bundle_id=manifest.content_hash())
+    (bundle / MANIFEST).write_text(json.dumps(asdict(manifest)))
+
+
+@pytest.fixture(scope="session")
+def exact_bundle(tiny_bundle: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """`tiny_model` with float32 states, where splits differ by arithmetic only."""
+    path = tmp_path_factory.mktemp("exact") / "bundle"
+    shutil.copytree(tiny_bundle, path)
+    rewrite_manifest(path, state=replace(read_manifest(path).state, dtype="float32"))
+    return path
+
+
+@pytest.fixture(scope="session")
+def small_log(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("log") / "log.csv"
+    write_log(generate(SyntheticConfig(users=80, items=100, mean_events=40, seed=1)), path)
+    return path
+
+
+@pytest.fixture(scope="session")
+def trained_run(small_log: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A finished run of the tiny preset, one epoch."""
+    path = tmp_path_factory.mktemp("run") / "run"
+    options = ["--preset", "tiny", "--epochs", "1", "--lanes", "16", "--threads", "1"]
+    assert train.main(["--data", str(small_log), "--run", str(path), *options]) == 0
+    return path
+
+
+@contextmanager
+def running_server(bundle: Path, state: Path, *options: str) -> Iterator[tuple[str, subprocess.Popen[str]]]:
+    """A real `dman-runtime serve` on a free loopback port: its address and process, stopped by SIGTERM at the end."""
+    command = [sys.executable, "-m", "dman_runtime", "serve", "--port", "0"]
+    command += ["--bundle", str(bundle), "--state", str(state), *options]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=ROOT)
+    try:
+        assert process.stdout is not None
+        line = process.stdout.readline()
+        assert " on " in line, f"the server did not start: {line!r}"
+        yield line.split(" on ")[1].split(" ")[0], process
+    finally:
+        process.terminate()
+        try:
+            process.wait(timeout=30)
+        finally:
+            process.kill()
+            process.stdout.close()  # type: ignore[union-attr]
