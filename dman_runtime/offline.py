@@ -23,7 +23,7 @@ from dman_runtime.interactions import (
     iter_interactions,
     read_interactions,
 )
-from dman_runtime.protocol import Ranks, Split, held_out, ranks_of_targets, report
+from dman_runtime.protocol import HeldOut, Ranks, Split, held_out, ranks_of_targets, report
 from dman_runtime.recurrence import Graphs, advance, replay
 from dman_runtime.retrieval import NO_ITEMS, ExactRetriever, search_scores
 from dman_runtime.state import StateBatch
@@ -235,13 +235,18 @@ def evaluate(
     interactions = read_known(
         path, bundle.items.index, columns=columns, min_user_events=min_user_events, min_item_events=min_item_events
     )
-    data = held_out(interactions, split)
+    return report(held_out_ranks(held_out(interactions, split), bundle=bundle, graphs=graphs), split)
+
+
+def held_out_ranks(data: HeldOut, *, bundle: Bundle, graphs: Graphs) -> Ranks:
+    """Ranks of the held-out targets by the engine, in the order of `data`."""
     retriever = ExactRetriever(bundle.item_embeddings)
-    parts = []
+    parts, order = [], []
     with tqdm(total=len(data.users), unit="user", desc="evaluate", disable=None) as bar:
         for rows in _by_length(np.array([len(history) for history in data.histories])):
             histories = [data.histories[row].astype(np.int64) for row in rows]
             states = replay(histories, bundle=bundle, graphs=graphs)
             parts.append(ranks_of_targets(retriever.scores(states.user_embeddings), data.targets[rows], histories))
+            order.append(rows)
             bar.update(len(rows))
-    return report(Ranks.concatenate(parts), split)
+    return Ranks.concatenate(parts).reordered(np.concatenate(order))

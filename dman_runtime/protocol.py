@@ -68,6 +68,11 @@ class Ranks:
             np.concatenate([p.seen_kept for p in parts]) if parts else np.zeros(0, np.int64),
         )
 
+    def reordered(self, rows: np.ndarray) -> Ranks:
+        """Puts entry i at place rows[i]; `rows` is a permutation."""
+        back = np.argsort(rows)
+        return Ranks(self.seen_excluded[back], self.seen_kept[back])
+
 
 def ranks_of_targets(scores: np.ndarray, targets: np.ndarray, histories: Sequence[np.ndarray]) -> Ranks:
     """Ranks of targets (N) under scores (N, V), where `histories` are the N users' inputs. NaN scores rank first."""

@@ -60,6 +60,24 @@ def _address(host: str, port: int) -> str:
     return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
 
 
+def _family(host: str) -> socket.AddressFamily:
+    return socket.AF_INET6 if ":" in host else socket.AF_INET
+
+
+def _check_port(config: ServeConfig) -> int:
+    """The port to listen on, a free one for 0. Raises UsageError where any server listens, shared or not."""
+    try:
+        with socket.socket(_family(config.host), socket.SOCK_STREAM) as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # what a crash left in TIME_WAIT is no server
+            probe.bind((config.host, config.port))
+            return probe.getsockname()[1]
+    except OSError as error:
+        raise UsageError(
+            f"cannot listen on {_address(config.host, config.port)}: {error.strerror}; "
+            "stop the other server or choose another --port"
+        ) from None
+
+
 # -- one worker ------------------------------------------------------------------------------------------------------
 
 
@@ -137,6 +155,8 @@ def _serve_one(config: ServeConfig, ready: Connection | None) -> int:
     stop = threading.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: stop.set())
+    if not config.share_port:
+        _check_port(config)  # before the bundle is loaded, and in one line where gRPC writes several
     with Server(config) as server:
         if ready is None:
             _announce(server.bundle_id, server.provider, config, server.port)
@@ -198,19 +218,11 @@ def _supervise(config: ServeConfig) -> int:
 
 def _reserve_port(config: ServeConfig) -> socket.socket:
     """Binds the port without listening, so that it stays ours while workers come and go. Raises UsageError."""
-    family = socket.AF_INET6 if ":" in config.host else socket.AF_INET
-    try:
-        with socket.socket(family, socket.SOCK_STREAM) as probe:  # fails where any server listens, shared or not
-            probe.bind((config.host, config.port))
-            port = probe.getsockname()[1]
-        holder = socket.socket(family, socket.SOCK_STREAM)
-        holder.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
-        holder.bind((config.host, port))
-    except OSError as error:
-        raise UsageError(
-            f"cannot listen on {_address(config.host, config.port)}: {error.strerror}; "
-            "stop the other server or choose another --port"
-        ) from None
+    port = _check_port(config)
+    holder = socket.socket(_family(config.host), socket.SOCK_STREAM)
+    for option in (socket.SO_REUSEADDR, socket.SO_REUSEPORT):
+        holder.setsockopt(socket.SOL_SOCKET, option, 1)
+    holder.bind((config.host, port))
     return holder
 
 
@@ -259,5 +271,10 @@ def _watch(workers: list[_Worker], config: ServeConfig, stop: threading.Event) -
             if len(restarts) > MAX_RESTARTS_PER_MINUTE:
                 raise UsageError("workers keep dying; see the messages above")
             logger.error("worker %d died with status %s; restarting it", worker.process.pid, worker.process.exitcode)
+            worker.pipe.close()
             workers[place] = _start(config)
-            _wait_until_ready(workers[place])
+            try:
+                _wait_until_ready(workers[place])
+            except UsageError as error:  # the next round finds it dead
+                logger.error("%s", error)
+                workers[place].process.join(1)

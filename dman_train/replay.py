@@ -67,6 +67,4 @@ def target_ranks(model: DMAN, data: HeldOut, *, batch: int = 256) -> Iterator[tu
 def all_ranks(model: DMAN, data: HeldOut) -> Ranks:
     """Ranks of all targets, in the order of `data`."""
     parts = list(target_ranks(model, data))
-    back = np.argsort(np.concatenate([rows for rows, _ in parts]))
-    ranks = Ranks.concatenate(ranks for _, ranks in parts)
-    return Ranks(ranks.seen_excluded[back], ranks.seen_kept[back])
+    return Ranks.concatenate(ranks for _, ranks in parts).reordered(np.concatenate([rows for rows, _ in parts]))

@@ -1,0 +1,153 @@
+"""Shows that the served system equals the trained one: leave-one-out metrics by three ways on the same users.
+
+    python -m tools.compare --run runs/ml-1m --bundle bundle [--data FILE] [--users N] [--out reports/served.md]
+
+PyTorch replays the model of the run, the engine replays the bundle, and a client feeds each history to a live server
+and looks for the held-out item in its recommendations.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import os
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from tqdm import tqdm
+
+from dman_runtime.bundle import BundleError, open_bundle
+from dman_runtime.encoder import Encoder
+from dman_runtime.interactions import Columns, InputError
+from dman_runtime.offline import held_out_ranks, read_known
+from dman_runtime.options import Parser, configure_logging, print_json, run_command
+from dman_runtime.protocol import CUTOFFS_HR, MISS, HeldOut, held_out, metrics
+from dman_train.replay import all_ranks
+from dman_train.run import RunError, open_run
+from sdk import Client
+
+K = max(CUTOFFS_HR)
+
+
+def parser() -> Parser:
+    p = Parser(
+        prog="python -m tools.compare", description="Metrics by PyTorch, by the engine and through a live server."
+    )
+    p.flag("--run", type=Path, default=Path("runs/latest"), help="run directory that the bundle was exported from")
+    p.flag("--bundle", type=Path, default=Path("bundle"), help="bundle directory")
+    p.flag("--data", type=Path, default=None, help="interaction log; without it, the one that was trained on")
+    p.flag("--split", choices=["valid", "test"], default="test", help="which held-out event to predict")
+    p.flag("--users", type=int, default=0, help="users, drawn at random; 0 for all")
+    p.flag("--out", type=Path, default=Path("reports/served.md"), help="Markdown report to write")
+    p.add_argument("--json", action="store_true", help="print the result as JSON on the last line")
+    return p
+
+
+@contextlib.contextmanager
+def live_server(bundle: Path) -> Iterator[str]:
+    """`dman-runtime serve` on a free loopback port over an empty state directory; yields its address."""
+    with tempfile.TemporaryDirectory(prefix="dman-compare-") as state:
+        command = [sys.executable, "-m", "dman_runtime", "serve", "--port", "0", "--bundle", str(bundle)]
+        process = subprocess.Popen(
+            [*command, "--state", state], stdout=subprocess.PIPE, text=True, env=dict(os.environ)
+        )
+        try:
+            assert process.stdout is not None
+            ready = process.stdout.readline()
+            if " on " not in ready:
+                raise BundleError("the server did not start; see the messages above")
+            yield ready.split(" on ")[1].split(" ")[0]
+        finally:
+            process.terminate()
+            process.wait(timeout=60)
+
+
+def served_ranks(address: str, data: HeldOut, item_ids: list[str]) -> np.ndarray:
+    """Ranks of the targets in the first K recommendations after feeding each history; MISS beyond."""
+    ranks = np.full(len(data.targets), MISS, np.int64)
+    with Client(address, timeout=60) as client:
+        for row, history in enumerate(tqdm(data.histories, desc="serve", unit="user", disable=None)):
+            user_id = f"user {row}"
+            client.update(user_id, [item_ids[item] for item in history])
+            target = item_ids[data.targets[row]]
+            for place, item in enumerate(client.recommend(user_id, k=K), start=1):
+                if str(item.item_id) == target:
+                    ranks[row] = place
+    return ranks
+
+
+def compare(arguments: argparse.Namespace) -> dict[str, Any]:
+    run, bundle = open_run(arguments.run), open_bundle(arguments.bundle)
+    config = run.data_config()
+    path = arguments.data or Path(run.config["dataset"]["path"])
+    log = read_known(
+        path,
+        bundle.items.index,
+        columns=Columns(config.user_column, config.item_column, config.time_column, config.position_column),
+        min_user_events=config.min_user_events,
+        min_item_events=config.min_item_events,
+    )
+    data = held_out(log, arguments.split)
+    if 0 < arguments.users < len(data.users):
+        rows = np.sort(np.random.default_rng(0).choice(len(data.users), arguments.users, replace=False))
+        data = HeldOut(data.users[rows], [data.histories[row] for row in rows], data.targets[rows])
+    graphs = Encoder(bundle.path, provider="auto")
+    with live_server(arguments.bundle) as address:
+        served = served_ranks(address, data, bundle.items.item_ids)
+    return {
+        "split": arguments.split,
+        "users": len(data.users),
+        "bundle_id": bundle.bundle_id,
+        "pytorch": metrics(all_ranks(run.best_model(), data).seen_excluded),
+        "engine": metrics(held_out_ranks(data, bundle=bundle, graphs=graphs).seen_excluded),
+        "server": metrics(served),
+    }
+
+
+def write_report(result: dict[str, Any], path: Path, command: str) -> float:
+    """Writes the table; returns the largest difference between two ways."""
+    ways = ("pytorch", "engine", "server")
+    spread = {name: float(np.ptp([result[way][name] for way in ways])) for name in result["pytorch"]}
+    lines = [
+        "# The served system equals the trained one",
+        "",
+        f"`{command}`",
+        "",
+        f"{result['split']} split, {result['users']} users, bundle {result['bundle_id']}, seen items excluded.",
+        "",
+        "| metric | PyTorch | engine (ONNX Runtime) | client and live server | largest difference |",
+        "|---|---|---|---|---|",
+    ]
+    for name, difference in spread.items():
+        lines.append(f"| {name} | " + " | ".join(f"{result[way][name]:.4f}" for way in ways) + f" | {difference:.4f} |")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}")
+    temporary.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    temporary.replace(path)
+    print("\n".join(lines))
+    return max(spread.values())
+
+
+def _main(argv: Sequence[str] | None) -> int:
+    arguments = parser().parse_args(argv)
+    configure_logging()
+    result = compare(arguments)
+    command = " ".join(["python -m tools.compare", *(sys.argv[1:] if argv is None else argv)])
+    difference = write_report(result, arguments.out, command)
+    if arguments.json:
+        print_json(result)
+    return 0 if difference <= 0.001 else 1
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Exit status 0 when all metrics agree within .001, 1 when they do not, 2 on errors."""
+    return run_command(_main, argv, BundleError, InputError, RunError)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
