@@ -149,8 +149,10 @@ def literal_choices(config_class: type) -> dict[str, tuple[str, ...]]:
 def _check_range(config: Any, low: float, high: float, *names: str) -> None:
     for name in names:
         value = getattr(config, name)
-        if isinstance(value, bool) or not isinstance(value, int | float) or not low <= value <= high:
-            raise ConfigError(f"{name} is {value!r}; choose a number from {low:g} to {high:g}")
+        kind = int if isinstance(low, int) else (int, float)
+        if isinstance(value, bool) or not isinstance(value, kind) or not low <= value <= high:
+            number = "whole number" if kind is int else "number"
+            raise ConfigError(f"{name} is {value!r}; choose a {number} from {low:g} to {high:g}")
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,7 @@ from dman_runtime.offline import evaluate as evaluate_bundle
 from dman_runtime.offline import read_known
 from dman_runtime.options import Parser, UsageError, configure_logging, print_json, run_command
 from dman_runtime.protocol import format_report, held_out, report
-from dman_train.config import ConfigError, DataConfig
+from dman_train.config import ConfigError, DataConfig, to_dict
 from dman_train.replay import all_ranks
 from dman_train.run import RunError, open_run
 from dman_train.train import DEFAULT_RUN
@@ -72,7 +72,9 @@ def _evaluate_run(arguments: argparse.Namespace) -> dict[str, object]:
 def _evaluate_bundle(arguments: argparse.Namespace) -> dict[str, object]:
     bundle = open_bundle(arguments.bundle)
     trained = bundle.manifest.data
-    columns, filters = _columns(arguments, trained)
+    columns, filters = _columns(arguments, to_dict(DataConfig()) | trained)
+    if arguments.data is None and "path" not in trained:
+        raise UsageError(f"{bundle.path} does not record its training data; give --data")
     path = arguments.data or Path(trained["path"])
     graphs = Encoder(bundle.path, provider=arguments.provider)
     return evaluate_bundle(path, bundle=bundle, graphs=graphs, split=arguments.split, columns=columns, **filters)

@@ -12,6 +12,8 @@ from typing import Any
 
 import numpy as np
 
+from dman_runtime.interactions import InputError
+
 
 @dataclass(frozen=True)
 class Batch:
@@ -41,7 +43,9 @@ class Lanes:
         self._items, self._offsets = items, offsets
         self._users = np.flatnonzero(np.diff(offsets) >= 2)
         if len(self._users) == 0:
-            raise ValueError("no user has two training events; nothing to learn from")
+            raise InputError(
+                "no user has two training events (all but a user's last two); nothing to learn from. Give a longer log"
+            )
         self.events = int((np.diff(offsets)[self._users] - 1).sum())  # inputs in one pass over all users
         self._segment, self._vary_first = segment_length, vary_first
         self._random = np.random.default_rng(seed)

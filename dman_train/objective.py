@@ -149,7 +149,8 @@ class Objective(nn.Module):
         if self.loss == "sampled":
             logits = users @ F.embedding(negatives, table).T - torch.log(self.proposal[negatives] * len(negatives))
             logits = logits.masked_fill(negatives[None] == targets[:, None], float("-inf"))  # (P, negatives)
-            positive = positive - torch.log(self.proposal[targets] * len(negatives))
+            # No correction here: the target is not drawn but always there. Corrected as well, the loss would no longer
+            # tend to the full softmax where an item is expected more than once among the negatives.
             return (torch.logsumexp(torch.cat([positive[:, None], logits], 1), 1) - positive).sum()
         sampled = negatives[real]  # (P, n)
         scores = torch.einsum("pd,pnd->pn", users, F.embedding(sampled, table))

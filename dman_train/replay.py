@@ -67,4 +67,6 @@ def target_ranks(model: DMAN, data: HeldOut, *, batch: int = 256) -> Iterator[tu
 def all_ranks(model: DMAN, data: HeldOut) -> Ranks:
     """Ranks of all targets, in the order of `data`."""
     parts = list(target_ranks(model, data))
+    if not parts:  # no user is long enough to hold an event out
+        return Ranks.concatenate([])
     return Ranks.concatenate(ranks for _, ranks in parts).reordered(np.concatenate([rows for rows, _ in parts]))

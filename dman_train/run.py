@@ -68,7 +68,10 @@ class Run:
 
     @property
     def config(self) -> dict[str, Any]:
-        return self._json("config.json")
+        config = self._json("config.json")
+        if missing := {"model", "train", "data", "dataset"} - set(config):
+            raise RunError(f"{self.path / 'config.json'} lacks {', '.join(sorted(missing))}; this is not a run")
+        return config
 
     @property
     def metrics(self) -> dict[str, Any] | None:

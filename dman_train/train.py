@@ -63,15 +63,20 @@ def _main(argv: Sequence[str] | None) -> int:
 
 
 def _train(arguments: argparse.Namespace, command: list[str]) -> int:
+    if arguments.threads < 0:
+        raise UsageError(f"--threads is {arguments.threads}; give 1 or more, or 0 for one per core")
     if arguments.threads:
         torch.set_num_threads(arguments.threads)
     model, train, data = _configs(arguments)
+    if arguments.resume and arguments.data == DEFAULT_DATA:
+        arguments.data = Path(open_run(arguments.run).config["dataset"]["path"])
     if arguments.data == DEFAULT_DATA and not DEFAULT_DATA.exists() and _is_first_rank():
         _generate_default_data()
     _barrier()
     interactions = load(arguments.data, data)
-    run = _open(arguments, model, train, data, interactions, command)
+    # First the trainer, then the directory: what cannot be trained must not leave a run behind.
     trainer = Trainer(model, train, training_data(interactions), _device(arguments.device))
+    run = _open(arguments, model, train, data, interactions, command)
     if arguments.resume:
         _resume(trainer, run)
     finished = _loop(trainer, run)
@@ -160,6 +165,7 @@ def _resume(trainer: Trainer, run: Run) -> None:
     trainer.load_state_dict(run.load_tensors(file))
     if _is_first_rank():
         run.write_epochs(run.epochs()[: trainer.epoch])  # one may have been recorded after the checkpoint
+    _barrier()
     logger.info("resumed at step %d", trainer.step)
 
 

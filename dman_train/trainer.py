@@ -20,7 +20,7 @@ from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 from dman_runtime.protocol import HeldOut, Ranks, metrics
-from dman_train.config import ModelConfig, TrainConfig
+from dman_train.config import ConfigError, ModelConfig, TrainConfig
 from dman_train.lanes import Batch, Lanes
 from dman_train.model import DMAN
 from dman_train.objective import LaneState, Losses, Objective, draw_negatives
@@ -54,7 +54,7 @@ class Trainer:
         self.rank = dist.get_rank() if dist.is_initialized() else 0
         self.world = dist.get_world_size() if dist.is_initialized() else 1
         if config.lanes % self.world:
-            raise ValueError(f"lanes {config.lanes} cannot be shared among {self.world} processes; choose a multiple")
+            raise ConfigError(f"lanes {config.lanes} cannot be shared among {self.world} processes; choose a multiple")
         torch.manual_seed(config.seed)
         self.model = DMAN(model_config, len(data.item_counts)).to(device)
         self.objective = Objective(self.model, config, torch.from_numpy(data.item_counts)).to(device)
@@ -73,6 +73,7 @@ class Trainer:
         self.negatives = torch.Generator().manual_seed(config.seed)
         self.optimisers = self._build_optimisers()
         self.step = self.events = self.epoch = 0
+        self.sums = torch.zeros(3)  # over the steps of this epoch: 1, loss of eq. 9, loss of eq. 5
         torch.manual_seed(config.seed + 1 + self.rank)  # dropout differs between ranks
 
     def _build_optimisers(self) -> list[torch.optim.Optimizer]:
@@ -133,19 +134,20 @@ class Trainer:
     def train_epoch(self, *, on_step: Callable[[], None], progress: bool) -> dict[str, float]:
         """Steps until the next epoch border, then validation. Calls `on_step` after every step."""
         goal = (self.epoch + 1) * self.lanes.events
-        began, first, sums = time.perf_counter(), self.events, torch.zeros(3)
+        began, first = time.perf_counter(), self.events
         description = f"epoch {self.epoch + 1}/{self.config.epochs}"
         with tqdm(total=goal, initial=first, unit="ev", desc=description, disable=None if progress else True) as bar:
             while self.events < goal:
                 batch, likelihood, abstraction = self.train_step()
                 if not torch.isfinite(likelihood + abstraction):
                     raise FloatingPointError(f"the loss is not finite at step {self.step}; lower the learning rate")
-                sums += torch.tensor([1.0, likelihood.item(), abstraction.item()])
+                self.sums += torch.tensor([1.0, likelihood.item(), abstraction.item()])
                 bar.update(batch.positions)
                 if self.step % 20 == 0:
-                    bar.set_postfix(loss=f"{sums[1] / sums[0]:.3f}")
+                    bar.set_postfix(loss=f"{self.sums[1] / self.sums[0]:.3f}")
                 on_step()
         self.epoch += 1
+        sums, self.sums = self.sums, torch.zeros(3)
         seconds = time.perf_counter() - began
         if self.world > 1:
             dist.all_reduce(sums)
@@ -174,7 +176,7 @@ class Trainer:
 
     def state_dict(self) -> dict[str, Any]:
         """Collective: every rank calls it, every rank gets the whole state."""
-        mine = {"lanes": self.state.state_dict(), "dropout": torch.get_rng_state()}
+        mine = {"lanes": self.state.state_dict(), "dropout": torch.get_rng_state(), "sums": self.sums.clone()}
         parts: list[Any] = [mine]
         if self.world > 1:
             parts = [None] * self.world
@@ -190,7 +192,7 @@ class Trainer:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         if len(state["ranks"]) != self.world:
-            raise ValueError(
+            raise ConfigError(
                 f"the checkpoint was written by {len(state['ranks'])} processes and this run has {self.world}; "
                 "resume with the same number"
             )
@@ -202,6 +204,7 @@ class Trainer:
         mine = state["ranks"][self.rank]
         self.state = LaneState(**{name: tensor.to(self.device) for name, tensor in mine["lanes"].items()})
         torch.set_rng_state(mine["dropout"])
+        self.sums = mine.get("sums", self.sums).clone()  # checkpoints of earlier versions have none
         for name, value in state["progress"].items():
             setattr(self, name, value)
 
@@ -212,9 +215,8 @@ def stop_requests() -> Iterator[Callable[[], bool]]:
     asked: list[int] = []
 
     def remember(number: int, _frame: object) -> None:
-        if asked:
-            signal.signal(signal.SIGINT, signal.default_int_handler)
         asked.append(number)
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
     previous = {number: signal.signal(number, remember) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
