@@ -11,7 +11,7 @@ import json
 import os
 import shutil
 import uuid
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -23,6 +23,7 @@ MANIFEST = "manifest.json"
 ENCODER, ABSTRACTION = "segment_encoder.onnx", "memory_abstraction.onnx"
 EMBEDDINGS, INITIAL_MEMORY, ITEMS, GOLDEN = "item_embeddings.npy", "initial_memory.npy", "items.jsonl", "golden.npz"
 FILES = (ENCODER, ABSTRACTION, EMBEDDINGS, INITIAL_MEMORY, ITEMS, GOLDEN)
+_NO_ITEMS = np.zeros(0, np.int64)
 STATE_DTYPES = ("float16", "float32")
 
 
@@ -85,8 +86,10 @@ class Items:
     attributes: list[dict[str, str]]
     index: dict[str, int]  # item id -> item index
 
-    def indices(self, item_ids: Iterable[str]) -> tuple[np.ndarray, list[str]]:
+    def indices(self, item_ids: Sequence[str]) -> tuple[np.ndarray, list[str]]:
         """Item indices (int64) of the known ids in order, and the unknown ids."""
+        if not item_ids:
+            return _NO_ITEMS, []
         known, unknown = [], []
         for item_id in item_ids:
             index = self.index.get(item_id)

@@ -14,6 +14,7 @@ from dman_runtime.state import (
     REQUEST_IDS,
     StateBatch,
     absorbed_segments,
+    head_bytes,
     read_request_ids,
     read_user_embedding,
     request_hash,
@@ -105,6 +106,7 @@ class Engine:
         self.bundle, self.store = bundle, store
         self._graphs = graphs
         self._retriever = ExactRetriever(bundle.item_embeddings)
+        self._head_bytes = head_bytes(bundle.manifest.state)
 
     # -- updates ---------------------------------------------------------------------------------------------------
 
@@ -193,16 +195,19 @@ class Engine:
         Raises RequestError, and the errors of store and state.
         """
         self.check_query(query)
-        found = self.store.get_with_seen(query.user_id) if query.user_id is not None else None
-        stored, seen = found if found else (None, NO_ITEMS)
         what_if, unknown = self.bundle.items.indices(query.what_if)
+        found = None
+        if query.user_id is not None:  # only what-if events need more than the head of the record
+            needed = None if len(what_if) else self._head_bytes
+            found = self.store.get_with_seen(query.user_id, record_bytes=needed)
+        stored, seen = found if found else (None, NO_ITEMS)
         embedding, event_count = self._user_embedding(stored, what_if)
         excluded, unknown_excluded = self.bundle.items.indices(query.exclude)
         candidates, unknown_candidates = (
             (None, []) if query.candidates is None else self.bundle.items.indices(query.candidates)
         )
         if not query.include_seen:
-            excluded = np.concatenate([excluded, seen, what_if])
+            excluded = np.concatenate([excluded, seen, what_if]) if len(excluded) or len(what_if) else seen
         if event_count:
             indices, scores = self._retriever.search(embedding, query.k, exclude=excluded, candidates=candidates)
         else:

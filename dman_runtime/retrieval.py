@@ -18,9 +18,12 @@ def top_k(scores: np.ndarray, k: int, *, exclude: np.ndarray = NO_ITEMS) -> tupl
     rest = max(0, len(scores) - k)
     # All that tie with the k-th best, or which of them appear would depend on k.
     chosen = np.flatnonzero(scores >= np.partition(scores, rest)[rest]) if rest else np.arange(len(scores))
-    chosen = chosen[np.isfinite(scores[chosen])]
-    chosen = chosen[np.lexsort((chosen, -scores[chosen]))][:k]
-    return chosen, scores[chosen]
+    best = scores[chosen]
+    order = np.argsort(-best, kind="stable")  # equal scores stay in order of position
+    if rest == 0 or best[order[-1]] == -np.inf:
+        order = order[np.isfinite(best[order])]
+    order = order[:k]
+    return chosen[order], best[order]
 
 
 def search_scores(
@@ -39,7 +42,7 @@ class ExactRetriever:
 
     def __init__(self, item_embeddings: np.ndarray) -> None:
         """`item_embeddings`: (V, D) float32; may be memory-mapped."""
-        self._table = item_embeddings
+        self._table = np.asarray(item_embeddings)  # a plain view: np.memmap wraps every result
 
     def scores(self, users: np.ndarray) -> np.ndarray:
         """(B, D) user embeddings -> (B, V) scores."""

@@ -132,18 +132,17 @@ class RecommenderService(RecommenderServicer):
         )
 
     def _recommend_reply(self, answer: Answer) -> pb.RecommendReply:
-        ranked = zip(answer.item_indices.tolist(), answer.scores.tolist(), strict=True)
-        return pb.RecommendReply(
-            items=[
-                pb.RecommendedItem(item_id=self._item_ids[item], score=score, title=self._titles[item])
-                for item, score in ranked
-            ],
+        reply = pb.RecommendReply(
             source=pb.SOURCE_POPULAR if answer.popular else pb.SOURCE_PERSONALIZED,
             bundle_id=self._bundle_id,
             event_count=answer.event_count,
             unknown_item_ids=answer.unknown_item_ids,
             integer_item_ids=self._integer_item_ids,
         )
+        add, item_ids, titles = reply.items.add, self._item_ids, self._titles  # adding in place copies no message
+        for item, score in zip(answer.item_indices.tolist(), answer.scores.tolist(), strict=True):
+            add(item_id=item_ids[item], score=score, title=titles[item])
+        return reply
 
 
 def _update(request: pb.UpdateRequest) -> Update:
@@ -165,7 +164,7 @@ def _query(request: pb.RecommendRequest) -> Query:
         include_seen=request.include_seen,
         exclude=request.exclude_item_ids,
         candidates=request.candidate_item_ids or None,
-        what_if=[event.item_id for event in request.what_if_events],
+        what_if=[event.item_id for event in request.what_if_events] if request.what_if_events else (),
     )
 
 

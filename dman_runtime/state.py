@@ -6,8 +6,10 @@ A state is what a history leaves behind: the recent items, the hidden states of 
 Record, little-endian (sizes at the defaults T=20, m=20, L=2, D=128, float16, worst case 39 positions):
 
     header            32 B    format u8, dtype u8, request ids u16, context positions u16, zero u16, bundle id 8 B,
-                              event count u64, item vocabulary u32, CRC-32 u32 of the header before it and all after it
+                              event count u64, item vocabulary u32, CRC-32 u32 of the header before it, the user
+                              embedding and the next CRC-32: the *head*, which is all that `recommend` reads
     user embedding   512 B    float32 [D]
+    tail checksum      4 B    CRC-32 u32 of all that follows
     recent items     156 B    u32 [c]
     request ids      128 B    u64 [r], oldest first
     hidden          9984 B    dtype [L-1, c, D]
@@ -31,6 +33,7 @@ REQUEST_IDS = 16  # recent update ids kept per user
 _HEADER, _CHECKSUM = struct.Struct("<BBHHH8sQI"), struct.Struct("<I")
 _HEADER_BYTES = _HEADER.size + _CHECKSUM.size
 _DTYPE_CODES = {"float16": 1, "float32": 2}
+_DAMAGED = "a state record is damaged; restore the state directory from a backup"
 
 
 class StateError(Exception):
@@ -121,22 +124,41 @@ class StateBatch:
             events,
             bundle.manifest.vocabulary,
         )
+        embedding = self.user_embeddings[row].astype("<f4").tobytes()
         parts = [
-            self.user_embeddings[row].astype("<f4").tobytes(),
             self.recent[row, :count].astype("<u4").tobytes(),
             np.array(ids, "<u8").tobytes(),
             self.hidden[row, :, :count].tobytes(),
         ]
         if absorbed_segments(events, self.shape):
             parts.append(self.memory[row].tobytes())
-        body = b"".join(parts)
-        return header + _CHECKSUM.pack(zlib.crc32(body, zlib.crc32(header))) + body
+        tail = b"".join(parts)
+        embedding += _CHECKSUM.pack(zlib.crc32(tail))
+        return header + _CHECKSUM.pack(zlib.crc32(embedding, zlib.crc32(header))) + embedding + tail
 
 
-def _checksum_fits(record: bytes) -> bool:
-    view = memoryview(record)
+def head_bytes(shape: StateShape) -> int:
+    """Bytes at the start of a record that `read_user_embedding` needs."""
+    return _HEADER_BYTES + 4 * shape.width + _CHECKSUM.size
+
+
+def _read_header(record: bytes, bundle: Bundle) -> tuple[int, int, int, int]:
+    """Dtype code, request ids, positions and event count of a record whose head is intact. Raises StateError."""
+    end = head_bytes(bundle.manifest.state)
+    if len(record) < end:
+        raise StateError("a state record is truncated; restore the state directory from a backup")
+    version, dtype, ids, positions, _, bundle_id, events, vocabulary = _HEADER.unpack_from(record)
+    if version != RECORD_FORMAT:
+        raise StateError(f"a state record has format {version}, this runtime reads {RECORD_FORMAT}; import again")
+    if bundle_id.hex() != bundle.bundle_id or vocabulary != bundle.manifest.vocabulary:
+        raise StateError(
+            f"a state record was written by bundle {bundle_id.hex()}, not {bundle.bundle_id}; "
+            "serve that bundle, or import the histories into a new --state directory"
+        )
     (expected,) = _CHECKSUM.unpack_from(record, _HEADER.size)
-    return zlib.crc32(view[_HEADER_BYTES:], zlib.crc32(view[: _HEADER.size])) == expected
+    if zlib.crc32(record[_HEADER_BYTES:end], zlib.crc32(record[: _HEADER.size])) != expected:
+        raise StateError(_DAMAGED)
+    return dtype, ids, positions, events
 
 
 @dataclass(frozen=True)
@@ -156,37 +178,29 @@ class RecordLayout:
 
     @classmethod
     def of(cls, record: bytes, bundle: Bundle) -> RecordLayout:
-        """Reads and checks a record's header. Raises StateError."""
+        """Reads and checks a whole record. Raises StateError."""
         shape = bundle.manifest.state
-        if len(record) < _HEADER_BYTES:
-            raise StateError("a state record is truncated; restore the state directory from a backup")
-        version, dtype, ids, positions, _, bundle_id, events, vocabulary = _HEADER.unpack_from(record)
-        if version != RECORD_FORMAT:
-            raise StateError(f"a state record has format {version}, this runtime reads {RECORD_FORMAT}; import again")
-        if bundle_id.hex() != bundle.bundle_id or vocabulary != bundle.manifest.vocabulary:
-            raise StateError(
-                f"a state record was written by bundle {bundle_id.hex()}, not {bundle.bundle_id}; "
-                "serve that bundle, or import the histories into a new --state directory"
-            )
+        dtype, ids, positions, events = _read_header(record, bundle)
         size = np.dtype(shape.dtype).itemsize
         has_memory = absorbed_segments(events, shape) > 0
-        recent_at = _HEADER_BYTES + 4 * shape.width
+        recent_at = head_bytes(shape)
         request_ids_at = recent_at + 4 * positions
         hidden_at = request_ids_at + 8 * ids
         memory_at = hidden_at + size * (shape.layers - 1) * positions * shape.width
         end = memory_at + (size * shape.layers * shape.memory_slots * shape.width if has_memory else 0)
-        intact = end == len(record) and _checksum_fits(record)
+        (checksum,) = _CHECKSUM.unpack_from(record, recent_at - _CHECKSUM.size)
+        intact = end == len(record) and zlib.crc32(record[recent_at:]) == checksum
         if not intact or dtype != _DTYPE_CODES[shape.dtype] or positions != context_positions(events, shape):
-            raise StateError("a state record is damaged; restore the state directory from a backup")
+            raise StateError(_DAMAGED)
         return cls(
             events, positions, ids, has_memory, _HEADER_BYTES, recent_at, request_ids_at, hidden_at, memory_at, end
         )
 
 
-def read_user_embedding(record: bytes, bundle: Bundle) -> tuple[np.ndarray, int]:
-    """User embedding (D) and event count of a record, without unpacking the rest. Raises StateError."""
-    layout = RecordLayout.of(record, bundle)
-    return np.frombuffer(record, "<f4", bundle.manifest.state.width, layout.embedding_at), layout.event_count
+def read_user_embedding(head: bytes, bundle: Bundle) -> tuple[np.ndarray, int]:
+    """User embedding (D) and event count of a record, from its first `head_bytes`. Raises StateError."""
+    events = _read_header(head, bundle)[3]
+    return np.frombuffer(head, "<f4", bundle.manifest.state.width, _HEADER_BYTES), events
 
 
 def read_request_ids(record: bytes, bundle: Bundle) -> list[int]:

@@ -13,6 +13,8 @@ A version is never given twice, so a user who is deleted and comes back does not
 and processes may read and write; each process opens the store once, and after any fork. POSIX only.
 """
 
+from __future__ import annotations
+
 import errno
 import json
 import logging
@@ -26,7 +28,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import Any, NamedTuple, Self
+from typing import Any, NamedTuple, NoReturn, Self
 
 import lmdb
 import numpy as np
@@ -239,15 +241,17 @@ class StateStore:
         with self._read() as txn:
             return [self._user(txn, key) for key in keys]
 
-    def get_with_seen(self, user_id: str) -> tuple[StoredUser, NDArray[np.uint32]] | None:
-        """The user and the distinct item indices of the whole history, sorted; None for an unknown user."""
-        return self.get_many_with_seen([user_id])[0]
+    def get_with_seen(
+        self, user_id: str, *, record_bytes: int | None = None
+    ) -> tuple[StoredUser, NDArray[np.uint32]] | None:
+        """The user and the distinct item indices of the whole history, sorted, in one snapshot; None if unknown.
 
-    def get_many_with_seen(self, user_ids: Sequence[str]) -> list[tuple[StoredUser, NDArray[np.uint32]] | None]:
-        """`get_with_seen` for each user, all from one snapshot."""
-        keys = [user_key(user_id) for user_id in user_ids]
+        With `record_bytes`, the record is only its first that many bytes.
+        """
+        key = user_key(user_id)
         with self._read() as txn:
-            return [(user, self._seen(txn, key)) if (user := self._user(txn, key)) else None for key in keys]
+            user = self._user(txn, key, record_bytes)
+            return (user, self._seen(txn, key)) if user else None
 
     def history(self, user_id: str, *, limit: int | None = None) -> tuple[NDArray[np.uint32], NDArray[np.int64]]:
         """Item indices (N,) and timestamps (N,) of the last `limit` events, oldest first; all events where None.
@@ -362,11 +366,8 @@ class StateStore:
             raise StoreError(f"the state store {self.path} is closed; open it again")
         return self._env
 
-    @contextmanager
-    def _read(self) -> Iterator[lmdb.Transaction]:
-        """One snapshot. What it returns are views into the file: copy what leaves the block."""
-        with _store_errors(self.path, self._map_size), self._environment().begin(buffers=True) as txn:
-            yield txn
+    def _read(self) -> _Snapshot:
+        return _Snapshot(self._environment(), self.path, self._map_size)
 
     @contextmanager
     def _write(self) -> Iterator[lmdb.Transaction]:
@@ -376,14 +377,15 @@ class StateStore:
         with _store_errors(self.path, self._map_size), self._environment().begin(write=True) as txn:
             yield txn
 
-    def _user(self, txn: lmdb.Transaction, key: bytes) -> StoredUser | None:
+    def _user(self, txn: lmdb.Transaction, key: bytes, record_bytes: int | None = None) -> StoredUser | None:
         value = txn.get(key, db=self._dbs.state)
         if value is None:
             return None
         if len(value) < _HEADER.size:
             raise lmdb.CorruptedError("a state is too short")
         version, event_count = _HEADER.unpack_from(value)
-        return StoredUser(version, event_count, bytes(value[_HEADER.size :]))
+        end = None if record_bytes is None else _HEADER.size + record_bytes
+        return StoredUser(version, event_count, bytes(value[_HEADER.size : end]))
 
     def _chunk(self, txn: lmdb.Transaction, key: bytes, chunk: int, count: int) -> bytes | memoryview:
         """One chunk of a history of `count` events; empty where the next event would start it."""
@@ -459,6 +461,35 @@ class StateStore:
     def _live_bytes(self, txn: lmdb.Transaction) -> int:
         stats = [txn.stat(), *(txn.stat(db) for db in self._dbs)]
         return self._page_size * sum(s["branch_pages"] + s["leaf_pages"] + s["overflow_pages"] for s in stats)
+
+
+class _Snapshot:
+    """One read transaction. What it returns are views into the file: copy what leaves the block.
+
+    A class, as every recommendation passes here and contextlib's generators cost more than the read itself.
+    """
+
+    __slots__ = ("_env", "_map_size", "_path", "_txn")
+
+    def __init__(self, env: lmdb.Environment, path: Path, map_size: int) -> None:
+        self._env, self._path, self._map_size = env, path, map_size
+
+    def __enter__(self) -> lmdb.Transaction:
+        try:
+            self._txn = self._env.begin(buffers=True)
+        except lmdb.Error as error:
+            self._fail(error)
+        return self._txn
+
+    def __exit__(self, kind: object, error: BaseException | None, traceback: object) -> None:
+        self._txn.abort()
+        if isinstance(error, lmdb.Error):
+            self._fail(error)
+
+    def _fail(self, error: lmdb.Error) -> NoReturn:
+        with _store_errors(self._path, self._map_size):
+            raise error
+        raise AssertionError  # _store_errors raises another error
 
 
 def _create(txn: lmdb.Transaction, meta: lmdb._Database, path: Path, bundle_id: str, item_ids: list[str]) -> None:

@@ -113,6 +113,8 @@ class TrainConfig:
             self, 0.0, 1.0, "final_learning_rate", "learning_rate", "abstraction_learning_rate", "weight_decay"
         )
         _check_range(self, 0.0, 1e6, "gradient_clip", "abstraction_weight")
+        if not isinstance(self.random_first_segment, bool):
+            raise ConfigError(f"random_first_segment is {self.random_first_segment!r}; choose true or false")
         if self.backprop_segments > 1 and self.memory_training != "joint":
             raise ConfigError("backprop_segments above 1 needs memory_training 'joint'")
 

@@ -69,6 +69,8 @@ class Run:
     @property
     def config(self) -> dict[str, Any]:
         config = self._json("config.json")
+        if not isinstance(config, dict):
+            raise RunError(f"{self.path / 'config.json'} holds no object; this is not a run")
         if missing := {"model", "train", "data", "dataset"} - set(config):
             raise RunError(f"{self.path / 'config.json'} lacks {', '.join(sorted(missing))}; this is not a run")
         return config
@@ -88,7 +90,11 @@ class Run:
         return from_dict(DataConfig, self.config["data"], where=f"{self.path}/config.json")
 
     def vocabulary(self) -> Vocabulary:
-        return Vocabulary.from_json(self._read("vocabulary.json"))
+        try:
+            return Vocabulary.from_json(self._read("vocabulary.json"))
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            file = self.path / "vocabulary.json"
+            raise RunError(f"{file} is damaged ({error!r}); restore it or train again") from None
 
     def epochs(self) -> list[dict[str, float]]:
         file = self.path / "metrics.jsonl"
@@ -100,8 +106,11 @@ class Run:
         if not file.exists():
             raise RunError(f"{self.path} has no trained weights yet; finish an epoch of training first")
         weights = self.load_tensors(file)
-        model = DMAN(self.model_config(), weights["items"].shape[0])
-        model.load_state_dict(weights)
+        try:
+            model = DMAN(self.model_config(), weights["items"].shape[0])
+            model.load_state_dict(weights)
+        except (RuntimeError, KeyError, TypeError, AttributeError):
+            raise RunError(f"{file} does not fit config.json; restore both or train again") from None
         return model.eval()
 
     def load_tensors(self, file: Path) -> Any:
@@ -109,7 +118,7 @@ class Run:
         try:
             return torch.load(file, map_location="cpu", weights_only=file.name != "checkpoint.pt")
         except (RuntimeError, OSError, EOFError, pickle.UnpicklingError) as error:
-            reason = str(error).splitlines()[0]
+            reason = str(error).partition("\n")[0] or "it is empty"
             raise RunError(f"{file} cannot be read ({reason}); restore it or train again") from None
 
     def _json(self, name: str) -> dict[str, Any]:

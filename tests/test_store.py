@@ -170,7 +170,7 @@ class StoreMatchesModel(RuleBasedStateMachine):
         assert list(self.store.user_ids()) == sorted(self.model, key=str.encode)
         assert self.store.stats().users == len(self.model)
         for user_id, (user, with_seen) in zip(
-            USERS, zip(self.store.get_many(USERS), self.store.get_many_with_seen(USERS), strict=True), strict=True
+            USERS, zip(self.store.get_many(USERS), map(self.store.get_with_seen, USERS), strict=True), strict=True
         ):
             known, events = self.model.get(user_id, (None, []))
             items, timestamps = self.store.history(user_id)
@@ -319,7 +319,7 @@ def test_readers_see_whole_commits_while_a_thread_writes(store: StateStore) -> N
 
     def read() -> None:
         while not done.is_set():
-            for found in store.get_many_with_seen(["a", "b"]):
+            for found in map(store.get_with_seen, ["a", "b"]):
                 if found and int(found[0].record) != len(found[1]):
                     failures.append(f"{found}")
 

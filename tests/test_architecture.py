@@ -1,0 +1,256 @@
+"""What keeps the parts apart and the documents true: imports, generated code, names that the README must mention."""
+
+from __future__ import annotations
+
+import argparse
+import ast
+import dataclasses
+import json
+import re
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+from conftest import ROOT
+
+import sdk
+from dman_runtime import cli
+from dman_runtime.options import Parser
+from dman_train import evaluate, export, train
+from dman_train.config import DataConfig, ModelConfig, TrainConfig
+from protos.dman.v1 import dman_pb2 as pb
+
+OURS = ("protos", "sdk", "dman_runtime", "dman_train", "tools", "tests")
+SERVING = ("batcher", "cli", "engine", "server", "service", "store")  # of dman_runtime; training needs none of them
+
+
+def modules(package: str) -> list[Path]:
+    found = sorted((ROOT / package).rglob("*.py"))
+    assert found, f"{package} has no modules"
+    return found
+
+
+def imports(file: Path) -> set[str]:
+    """Full dotted names that a file imports anywhere, also inside functions and under TYPE_CHECKING."""
+    found = set()
+    for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            if node.level:  # relative: from the package of the file
+                package = file.relative_to(ROOT).parent.parts
+                base = ".".join(package[: len(package) - node.level + 1] + tuple(filter(None, [node.module])))
+            else:
+                base = node.module or ""
+            found |= {base, *(f"{base}.{alias.name}" for alias in node.names)}
+    return found
+
+
+def imports_of(package: str) -> dict[Path, set[str]]:
+    return {file: imports(file) for file in modules(package)}
+
+
+def importers(package: str, library: str) -> set[str]:
+    """Modules of a package that import a library or something in it."""
+    return {
+        file.stem
+        for file, names in imports_of(package).items()
+        if any(name == library or name.startswith(f"{library}.") for name in names)
+    }
+
+
+# -- layers ----------------------------------------------------------------------------------------------------------
+
+ALLOWED = {
+    "protos": {"protos"},
+    "sdk": {"sdk", "protos"},
+    "dman_runtime": {"dman_runtime", "protos"},
+    "dman_train": {"dman_train", "dman_runtime"},
+}
+
+
+@pytest.mark.parametrize("package", ALLOWED)
+def test_package_depends_only_on_those_below_it(package: str) -> None:
+    used = {name.partition(".")[0] for names in imports_of(package).values() for name in names} & set(OURS)
+    assert used <= ALLOWED[package]
+
+
+def test_training_uses_no_part_of_the_server() -> None:
+    forbidden = {f"dman_runtime.{module}" for module in SERVING}
+    for file, names in imports_of("dman_train").items():
+        assert not names & forbidden, file.name
+
+
+@pytest.mark.parametrize(
+    ("library", "only"),
+    [
+        ("onnxruntime", {"encoder"}),
+        ("lmdb", {"store"}),
+        ("protos.dman.v1.dman_pb2", {"service"}),
+        ("grpc", {"server", "service"}),
+        ("torch", set()),
+        ("sdk", set()),
+        ("matplotlib", set()),
+    ],
+)
+def test_library_is_imported_by_its_own_module_only(library: str, only: set[str]) -> None:
+    assert importers("dman_runtime", library) == only
+
+
+def test_engine_knows_neither_grpc_nor_files() -> None:
+    names = imports(ROOT / "dman_runtime" / "engine.py")
+    assert not {name.partition(".")[0] for name in names} & {"grpc", "protos", "pathlib", "os", "onnxruntime", "lmdb"}
+
+
+LAYERS = [  # each may import those above it
+    {"options", "bundle", "protocol", "interactions", "tables"},
+    {"state", "store", "retrieval", "encoder"},
+    {"recurrence"},
+    {"engine", "offline"},
+    {"batcher"},
+    {"service"},
+    {"server"},
+    {"cli"},
+    {"__main__"},
+]
+
+
+def test_runtime_modules_import_downwards_only() -> None:
+    level = {module: depth for depth, layer in enumerate(LAYERS) for module in layer}
+    exceptions = {("server", "cli"), ("protocol", "interactions"), ("interactions", "tables")}
+    for file, names in imports_of("dman_runtime").items():
+        if file.stem == "__init__":
+            continue
+        assert file.stem in level, f"{file.name} is new: give it a place in LAYERS"
+        used = {name.split(".")[1] for name in names if name.startswith("dman_runtime.")}
+        for other in used - {file.stem}:
+            if (file.stem, other) not in exceptions:  # a worker starts where the command does
+                assert level[other] < level[file.stem], f"{file.name} imports {other}"
+
+
+def test_serving_process_loads_no_heavy_library_that_it_does_not_need(tiny_bundle: Path, tmp_path: Path) -> None:
+    script = """
+import json, sys
+from pathlib import Path
+from dman_runtime import cli
+from dman_runtime.server import ServeConfig, Server
+config = ServeConfig(bundle=Path(sys.argv[1]), state=Path(sys.argv[2]), host="127.0.0.1", port=0, provider="cpu",
+                     workers=1, threads=2, encoder_threads=1, max_concurrent=8, map_size_mib=64, grace=1.0)
+with Server(config) as server:
+    import grpc
+    from protos.dman.v1 import dman_pb2 as pb
+    from protos.dman.v1.dman_pb2_grpc import RecommenderStub
+    with grpc.insecure_channel(f"127.0.0.1:{server.port}") as channel:
+        stub = RecommenderStub(channel)
+        stub.Update(pb.UpdateRequest(user_id="u", events=[pb.Event(item_id="1")]), timeout=30)
+        stub.Recommend(pb.RecommendRequest(user_id="u"), timeout=30)
+    print(json.dumps(sorted({name.partition(".")[0] for name in sys.modules})))
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", script, str(tiny_bundle), str(tmp_path / "state")],
+        capture_output=True, text=True, timeout=60, cwd=ROOT, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    loaded = set(json.loads(done.stdout))
+    assert {"grpc", "onnxruntime", "lmdb", "numpy"} <= loaded
+    assert not loaded & {"torch", "pyarrow", "matplotlib", "onnx", "pandas", "tqdm", "tensorboard", "dman_train", "sdk"}
+
+
+def test_supervisor_and_help_load_no_serving_library() -> None:
+    script = "import sys, dman_runtime.cli; print(sorted(set(sys.modules) & {'grpc', 'onnxruntime', 'torch'}))"
+    done = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, timeout=60, cwd=ROOT, check=True
+    )
+    assert done.stdout.strip() == "[]"
+
+
+# -- generated code --------------------------------------------------------------------------------------------------
+
+
+def test_committed_stubs_are_what_the_proto_generates(tmp_path: Path) -> None:
+    bin_directory = Path(sys.executable).parent
+    outputs = [f"--{kind}_out={tmp_path}" for kind in ("python", "grpc_python", "mypy", "mypy_grpc")]
+    plugins = [f"--plugin=protoc-gen-{name}={bin_directory / f'protoc-gen-{name}'}" for name in ("mypy", "mypy_grpc")]
+    command = [sys.executable, "-m", "grpc_tools.protoc", "-I.", *outputs, *plugins, "protos/dman/v1/dman.proto"]
+    subprocess.run(command, check=True, cwd=ROOT, timeout=60, capture_output=True)
+    generated = sorted((tmp_path / "protos" / "dman" / "v1").iterdir())
+    assert [file.name for file in generated] == sorted(
+        ["dman_pb2.py", "dman_pb2.pyi", "dman_pb2_grpc.py", "dman_pb2_grpc.pyi"]
+    )
+    for file in generated:
+        assert file.read_text() == (ROOT / "protos" / "dman" / "v1" / file.name).read_text(), "run `make proto`"
+
+
+# -- documents -------------------------------------------------------------------------------------------------------
+
+
+def parsers(parser: argparse.ArgumentParser) -> Iterator[argparse.ArgumentParser]:
+    yield parser
+    for action in parser._actions:
+        if isinstance(action, argparse._SubParsersAction):
+            for child in action.choices.values():
+                yield from parsers(child)
+
+
+def options(make: Callable[[], Parser]) -> set[str]:
+    actions = [action for parser in parsers(make()) for action in parser._actions]
+    return {name for action in actions for name in action.option_strings[:1] if name not in ("-h", "--help")}
+
+
+def field_names(*configs: type) -> set[str]:
+    return {field.name for config in configs for field in dataclasses.fields(config)}
+
+
+def client_methods() -> set[str]:
+    return {name for name, value in vars(sdk.Client).items() if callable(value) and not name.startswith("_")}
+
+
+DOCUMENTED: dict[str, Callable[[], set[str]]] = {
+    "commands of dman-runtime": lambda: {
+        f"dman-runtime {name}"
+        for action in cli.parser()._actions
+        if isinstance(action, argparse._SubParsersAction)
+        for name in action.choices
+    },
+    "options of dman-runtime": lambda: options(cli.parser),
+    "options of dman_train.train": lambda: options(train.parser),
+    "options of dman_train.export": lambda: options(export.parser),
+    "options of dman_train.evaluate": lambda: options(evaluate.parser),
+    "model fields": lambda: field_names(ModelConfig),
+    "training fields": lambda: field_names(TrainConfig),
+    "data fields": lambda: field_names(DataConfig),
+    "RPCs": lambda: {method.name for method in pb.DESCRIPTOR.services_by_name["Recommender"].methods},
+    "names of the SDK": lambda: {name for name in sdk.__all__ if not name.startswith("__")},
+    "methods of Client": client_methods,
+}
+
+
+def mentioned(name: str, text: str) -> bool:
+    """Whether the text has the name as a whole word; a field may be written as its option, and the reverse."""
+    spellings = {name, f"--{name.replace('_', '-')}", name.removeprefix("--").replace("-", "_")}
+    return any(re.search(rf"(?<![\w-]){re.escape(spelling)}(?![\w-])", text) for spelling in spellings)
+
+
+@pytest.mark.parametrize("what", DOCUMENTED)
+def test_readme_mentions_all(what: str) -> None:
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    names = DOCUMENTED[what]()
+    assert len(names) > 3
+    missing = sorted(name for name in names if not mentioned(name, text))
+    assert missing == [], f"README.md says nothing about these {what}"
+
+
+@pytest.mark.parametrize("document", ["README.md", "ARCHITECTURE.md"])
+def test_paths_and_modules_that_documents_name_exist(document: str) -> None:
+    text = (ROOT / document).read_text(encoding="utf-8")
+    linked = set(re.findall(r"\]\(([^)#:\s]+)(?:#[^)]*)?\)", text))
+    assert [target for target in sorted(linked) if not (ROOT / target).exists()] == []
+    named = {name for name in re.findall(r"python -m ([\w.]+)", text) if name.partition(".")[0] in OURS}
+    wrong = [
+        name
+        for name in sorted(named)
+        if not ((ROOT / Path(*name.split("."))).with_suffix(".py").exists() or (ROOT / Path(*name.split("."))).is_dir())
+    ]
+    assert wrong == []

@@ -1,0 +1,478 @@
+"""The model against naive transcriptions of the paper's equations, and the invariances that serving rests on."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import fields, replace
+
+import numpy as np
+import pytest
+import torch
+from conftest import TINY, TINY_ITEMS, random_model
+from torch import Tensor
+
+from dman_train.config import PRESETS, ConfigError, DataConfig, ModelConfig, TrainConfig, from_dict, to_dict
+from dman_train.model import DMAN, Attention, Encoding, RoutingAbstraction
+from dman_train.objective import LaneState, Objective
+from dman_train.replay import replay
+
+EXACT = {"rtol": 1e-4, "atol": 2e-5}  # float32, two orders of summation
+PAPER = replace(TINY, architecture="paper", heads=1)
+VARIANTS = {
+    "plus": TINY,
+    "gated": replace(TINY, residual="gated", heads=4, layers=3),
+    "paper": PAPER,
+    "xl": replace(TINY, variant="xl"),
+    "fifo": replace(TINY, variant="fifo"),
+    "nran": replace(TINY, variant="nran"),
+    "full": replace(TINY, routing="full", routing_softmax="primaries"),
+}
+every_variant = pytest.mark.parametrize("config", VARIANTS.values(), ids=VARIANTS.keys())
+
+
+def random_inputs(config: ModelConfig, *, batch: int, new: int, context: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Item indices (B, S), context (B, L, C, D) and memory (B, L, m, D)."""
+    generator = torch.Generator().manual_seed(3)
+    items = torch.randint(TINY_ITEMS, (batch, new), generator=generator)
+    cached = torch.randn(batch, config.layers, context, config.width, generator=generator)
+    return items, cached, torch.randn(batch, config.layers, config.slots, config.width, generator=generator)
+
+
+def random_histories(*lengths: int) -> list[np.ndarray]:
+    random = np.random.default_rng(5)
+    return [random.integers(0, TINY_ITEMS, length) for length in lengths]
+
+
+def softmax(logits: Tensor) -> Tensor:
+    weights = logits.exp()
+    return weights / weights.sum(-1, keepdim=True)
+
+
+# Attention
+
+
+@pytest.mark.parametrize("heads", [1, 2, 4])
+def test_attention_absorbed_equals_projected_keys_and_values(heads: int) -> None:
+    torch.manual_seed(0)
+    attention = Attention(replace(TINY, heads=heads)).eval()
+    queries, sources, bias = torch.randn(3, 4, 32), torch.randn(3, 7, 32), torch.randn(3, heads, 4, 7)
+    outputs = []
+    for head in range(heads):
+        rows = slice(head * 32 // heads, (head + 1) * 32 // heads)
+        q = queries @ attention.query.weight[rows].T  # (B, Q, d)
+        k, v = sources @ attention.key[head].T, sources @ attention.value[head]  # (B, K, d)
+        outputs.append(softmax(q @ k.transpose(1, 2) / (32 / heads) ** 0.5 + bias[:, head]) @ v)
+    expected = torch.cat(outputs, -1) @ attention.output.weight.T
+    torch.testing.assert_close(attention(queries, sources, bias), expected, **EXACT)
+
+
+def test_paper_architecture_equals_equations_1_to_3() -> None:
+    model = random_model(PAPER, TINY_ITEMS)
+    items, context, memory = random_inputs(PAPER, batch=2, new=3, context=4)
+    context_lengths = [4, 2]
+    found = model.encode(model.embed(items), context, torch.tensor(context_lengths), memory)
+    for row, length in enumerate(context_lengths):
+        for position in range(3):
+            expected = _paper_user_embedding(model, items[row], context[row, :, 4 - length :], memory[row], position)
+            torch.testing.assert_close(found.user_embedding[row, position], expected, **EXACT)
+
+
+def _paper_user_embedding(model: DMAN, items: Tensor, context: Tensor, memory: Tensor, position: int) -> Tensor:
+    """Eq. 1-3 for one user and one position, one vector at a time: (D)."""
+    scale = 32**0.5
+    h = [vector * scale for vector in model.items[items]]
+    g = h[position]
+    for layer in range(2):
+        w, keys = model.short_term[layer].attention, [*context[layer], *h]
+        h = [_attend(w, h[i], keys[: len(context[layer]) + i + 1], model.distance_bias[layer, 0]) for i in range(3)]
+        g = _attend(model.long_term[layer].attention, g, list(memory[layer]), None)
+    inner = model.gate_short.weight @ h[position] + model.gate_long.weight @ g + model.gate_short.bias
+    gate = 1 / (1 + torch.exp(-inner))
+    return (gate * h[position] + (1 - gate) * g) / scale
+
+
+def _attend(w: Attention, query: Tensor, sources: list[Tensor], bias: Tensor | None) -> Tensor:
+    logits = torch.stack([(w.query.weight @ query) @ (w.key[0] @ s) / 32**0.5 for s in sources])
+    if bias is not None:
+        logits = logits + torch.stack([bias[len(sources) - 1 - j] for j in range(len(sources))])
+    return sum(a * (w.value[0].T @ s) for a, s in zip(softmax(logits), sources, strict=True))  # type: ignore[return-value]
+
+
+def test_scores_are_products_of_item_and_user_embeddings_of_one_scale() -> None:
+    model = random_model(TINY, TINY_ITEMS)
+    assert torch.equal(model.embed(torch.arange(TINY_ITEMS)), model.item_table())
+
+
+# What must not matter
+
+
+@every_variant
+def test_encode_is_causal(config: ModelConfig) -> None:
+    model = random_model(config, TINY_ITEMS)
+    items, context, memory = random_inputs(config, batch=2, new=5, context=4)
+    changed = items.clone()
+    changed[:, 3:] = (changed[:, 3:] + 1) % TINY_ITEMS
+    lengths = torch.tensor([4, 1])
+    before, after = (model.encode(model.embed(x), context, lengths, memory) for x in (items, changed))
+    assert torch.equal(before.user_embedding[:, :3], after.user_embedding[:, :3])
+    assert torch.equal(before.hidden[:, :, :3], after.hidden[:, :, :3])
+    assert not torch.allclose(before.user_embedding[:, 3], after.user_embedding[:, 3])
+
+
+@every_variant
+def test_encode_ignores_padding_and_batch_mates(config: ModelConfig) -> None:
+    model = random_model(config, TINY_ITEMS)
+    items, context, memory = random_inputs(config, batch=3, new=3, context=4)
+    lengths = torch.tensor([4, 2, 0])
+    together = model.encode(model.embed(items), context, lengths, memory)
+    for row, length in enumerate(lengths.tolist()):
+        for left, right in [(0, 0), (3, 0), (0, 4), (3, 4)]:
+            junk = torch.full((1, config.layers, left, config.width), 1e3)
+            padded = torch.cat([junk, context[row : row + 1, :, 4 - length :]], dim=2)
+            new = torch.cat([items[row : row + 1], torch.full((1, right), 7)], dim=1)
+            alone = model.encode(model.embed(new), padded, lengths[row : row + 1], memory[row : row + 1])
+            torch.testing.assert_close(alone.user_embedding[0, :3], together.user_embedding[row], **EXACT)
+            torch.testing.assert_close(alone.hidden[0, :, :3], together.hidden[row], **EXACT)
+
+
+@every_variant
+def test_encode_of_the_last_position_equals_that_of_all(config: ModelConfig) -> None:
+    model = random_model(config, TINY_ITEMS)
+    items, context, memory = random_inputs(config, batch=4, new=5, context=6)
+    lengths, last = torch.tensor([6, 0, 3, 1]), torch.tensor([4, 0, 2, 3])
+    everything = model.encode(model.embed(items), context, lengths, memory)
+    one = model.encode(model.embed(items), context, lengths, memory, last)
+    assert one.user_embedding.shape == (4, 1, config.width)
+    expected = everything.user_embedding[torch.arange(4), last]
+    torch.testing.assert_close(one.user_embedding[:, 0], expected, **EXACT)
+    assert torch.equal(one.hidden, everything.hidden)
+
+
+@pytest.mark.parametrize("config", [TINY, VARIANTS["full"], VARIANTS["fifo"]], ids=["slot", "full", "fifo"])
+def test_abstract_ignores_padding_and_batch_mates(config: ModelConfig) -> None:
+    model = random_model(config, TINY_ITEMS)
+    memory, hidden = torch.randn(3, 2, 4, 32), torch.randn(3, 2, 5, 32)
+    lengths = torch.tensor([5, 2, 1])
+    junk = torch.where(torch.arange(5) < 5 - lengths[:, None], 1e3, 0.0)[:, None, :, None]
+    together = model.abstract(memory, hidden + junk, lengths)
+    for row, length in enumerate(lengths.tolist()):
+        other_junk = hidden[row : row + 1].clone()
+        other_junk[:, :, : 5 - length] = -7.0
+        alone = model.abstract(memory[row : row + 1], other_junk, lengths[row : row + 1])
+        torch.testing.assert_close(alone[0], together[row], **EXACT)
+    torch.testing.assert_close(model.abstract(memory, hidden), model.abstract(memory, hidden, torch.tensor([5] * 3)))
+
+
+def feed(model: DMAN, history: np.ndarray, pieces: Sequence[int]) -> tuple[Tensor, Tensor]:
+    """One history in calls of `pieces` events, contexts built by hand: user embedding (D), memory (L, m, D)."""
+    config, T = model.config, model.config.segment_length
+    memory, previous = model.initial_memory.detach(), torch.zeros(config.layers, 0, config.width)
+    current, encoding, done = previous, None, 0
+    for piece in pieces:
+        context = torch.cat([previous, current], dim=1) if config.recurrent else current
+        new = model.embed(torch.from_numpy(history[done : done + piece]))[None]
+        encoding = model.encode(new, context[None], torch.tensor([context.shape[1]]), memory[None])
+        current, done = torch.cat([current, encoding.hidden[0]], dim=1), done + piece
+        assert current.shape[1] <= T, "a piece crosses a segment border"
+        if current.shape[1] == T:
+            if previous.shape[1]:
+                memory = model.abstract(memory[None], previous[None])[0]
+            previous, current = current, current[:, :0]
+    assert encoding is not None
+    return encoding.user_embedding[0, -1], memory
+
+
+def random_pieces(length: int, segment: int, random: np.random.Generator) -> list[int]:
+    pieces = []
+    while (done := sum(pieces)) < length:
+        pieces.append(int(random.integers(1, min(segment - done % segment, length - done) + 1)))
+    return pieces
+
+
+@every_variant
+@torch.no_grad()
+def test_history_fed_in_any_split_equals_one_replay(config: ModelConfig) -> None:
+    model, random = random_model(config, TINY_ITEMS), np.random.default_rng(1)
+    histories = random_histories(1, 4, 5, 6, 10, 14, 15, 23)
+    users, memories = replay(model, histories)
+    for history, user, memory in zip(histories, users, memories, strict=True):
+        for pieces in ([1] * len(history), random_pieces(len(history), 5, random)):
+            fed_user, fed_memory = feed(model, history, pieces)
+            torch.testing.assert_close(fed_user, user, **EXACT)
+            torch.testing.assert_close(fed_memory, memory, **EXACT)
+
+
+def test_replay_refuses_an_empty_history() -> None:
+    with pytest.raises(ValueError, match="empty history"):
+        replay(random_model(TINY, TINY_ITEMS), [np.zeros(0, np.int64)])
+
+
+# The memory
+
+
+@pytest.mark.parametrize("axis", ["slots", "primaries"])
+@pytest.mark.parametrize("routing", ["slot", "shared", "full"])
+def test_routing_equals_naive_votes(routing: str, axis: str) -> None:
+    torch.manual_seed(0)
+    config = replace(TINY, routing=routing, routing_softmax=axis)
+    f_abs = RoutingAbstraction(config)
+    with torch.no_grad():
+        for parameter in f_abs.parameters():
+            parameter.add_(torch.randn_like(parameter) * 0.2)
+    memory, hidden = torch.randn(2, 4, 32), torch.randn(2, 5, 32)
+    found = f_abs(memory, hidden)
+    for row in range(2):
+        torch.testing.assert_close(found[row], _routed(f_abs, config, memory[row], hidden[row]), **EXACT)
+
+
+def _routed(f_abs: RoutingAbstraction, config: ModelConfig, memory: Tensor, hidden: Tensor) -> Tensor:
+    """Eq. 6-7 for one user with every vote W_ij x_i written out: (m, D)."""
+    x, slots = f_abs.norm_primaries(torch.cat([memory, hidden])), 4
+    w = {
+        "slot": lambda i, j: f_abs.maps[j],
+        "shared": lambda i, j: f_abs.maps[0],
+        "full": lambda i, j: f_abs.maps[i, j],
+    }[config.routing]
+    votes = torch.stack([torch.stack([x[i] @ w(i, j) for j in range(slots)]) for i in range(9)])  # (m+T, m, D)
+    capsules, logits = f_abs.norm_capsules(memory), torch.zeros(9, slots)
+    for _ in range(config.routing_iterations):
+        logits = logits + (votes * capsules).sum(-1) / 32**0.5
+        coupling = softmax(logits) if config.routing_softmax == "slots" else softmax(logits.T).T
+        capsules = f_abs.norm_capsules((coupling[..., None] * votes).sum(0))
+    return capsules
+
+
+@pytest.mark.parametrize("slots", [3, 5, 8])  # fewer than, as many as, and more than a segment has events
+@torch.no_grad()
+def test_fifo_memory_is_the_last_hidden_states(slots: int) -> None:
+    config = replace(TINY, variant="fifo", memory_slots=slots)
+    model, (history,) = random_model(config, TINY_ITEMS), random_histories(20)
+    _, memory = replay(model, [history])
+    encoded: list[Encoding] = []
+    old = model.initial_memory.detach()
+    context, stream = torch.zeros(1, 2, 0, 32), old
+    for start in range(0, 20, 5):
+        new = model.embed(torch.from_numpy(history[start : start + 5]))[None]
+        encoded.append(model.encode(new, context, torch.tensor([context.shape[2]]), stream[None, :, -slots:]))
+        if len(encoded) > 1:  # segment n is encoded while the memory covers 1..n-2
+            stream = torch.cat([stream, encoded[-2].hidden[0]], dim=1)
+        context = encoded[-1].hidden
+    torch.testing.assert_close(memory[0], stream[:, -slots:], **EXACT)
+
+
+def test_fifo_memory_keeps_old_slots_behind_a_short_segment() -> None:
+    model = random_model(replace(TINY, variant="fifo"), TINY_ITEMS)
+    memory, hidden = torch.randn(2, 2, 4, 32), torch.randn(2, 2, 5, 32)
+    found = model.abstract(memory, hidden, torch.tensor([1, 3]))
+    assert torch.equal(found[0], torch.cat([memory[0, :, 1:], hidden[0, :, 4:]], dim=1))
+    assert torch.equal(found[1], torch.cat([memory[1, :, 3:], hidden[1, :, 2:]], dim=1))
+    assert model.abstraction_parameters() == []
+
+
+@torch.no_grad()
+def test_xl_has_no_memory_and_forgets_what_left_the_context() -> None:
+    config = replace(TINY, variant="xl", layers=1)
+    model = random_model(config, TINY_ITEMS)
+    assert not any(name.startswith(("long_term", "abstraction", "gate")) for name, _ in model.named_parameters())
+    assert model.initial_memory.shape == (1, 0, 32)
+    assert model.abstraction_parameters() == []
+    (history,) = random_histories(15)
+    old, previous = history.copy(), history.copy()
+    old[:5] = (old[:5] + 1) % TINY_ITEMS
+    previous[5:10] = (previous[5:10] + 1) % TINY_ITEMS
+    users, _ = replay(model, [history, old, previous])
+    assert torch.equal(users[0], users[1])
+    assert not torch.allclose(users[0], users[2])
+
+
+@pytest.mark.parametrize(("variant", "matters"), [("dman", True), ("nran", False)])
+@torch.no_grad()
+def test_nran_alone_ignores_the_previous_segment(variant: str, matters: bool) -> None:
+    model = random_model(replace(TINY, variant=variant), TINY_ITEMS)
+    (history,) = random_histories(15)
+    previous, absorbed = history.copy(), history.copy()
+    previous[5:7] = (previous[5:7] + 1) % TINY_ITEMS
+    absorbed[:2] = (absorbed[:2] + 1) % TINY_ITEMS
+    users, _ = replay(model, [history[:12], previous[:12], absorbed[:12]])
+    assert torch.allclose(users[0], users[1]) is not matters
+    users, _ = replay(model, [np.append(h, 0) for h in (history, previous, absorbed)])
+    assert not torch.allclose(users[0], users[2]), "the memory carries the first segment in both"
+
+
+# Gradients
+
+
+def gradients(model: DMAN, config: TrainConfig, *, abstraction: bool) -> set[str]:
+    """Parameters that eq. 5 (or eq. 9) gives a gradient in any of 5 steps of one lane."""
+    objective = Objective(model, config, torch.ones(TINY_ITEMS, dtype=torch.int64))
+    state, random = LaneState.empty(model, 2, config.backprop_segments), np.random.default_rng(0)
+    reached: set[str] = set()
+    for step in range(5):
+        items = torch.from_numpy(random.integers(0, TINY_ITEMS, (2, 5)))
+        lengths, starts = torch.tensor([5, 5 if step else 2]), torch.tensor([step == 0] * 2)
+        losses, state = objective(items, items.roll(1, 1), lengths, starts, state, None)
+        loss = losses.abstraction if abstraction else losses.likelihood
+        if loss.requires_grad:
+            model.zero_grad()
+            loss.backward()
+            reached |= {n for n, p in model.named_parameters() if p.grad is not None and bool(p.grad.abs().any())}
+    return reached
+
+
+def names(model: DMAN, *, abstraction: bool) -> set[str]:
+    return {n for n, _ in model.named_parameters() if n.startswith("abstraction.") is abstraction}
+
+
+ALTERNATING = TrainConfig(loss="full")
+JOINT = [replace(ALTERNATING, memory_training="joint", backprop_segments=n) for n in (1, 2, 3, 4)]
+
+
+@pytest.mark.parametrize("config", [ALTERNATING, *JOINT], ids=["alternating", "1", "2", "3", "4"])
+@pytest.mark.parametrize("architecture", [TINY, PAPER], ids=["plus", "paper"])
+def test_abstraction_loss_reaches_f_abs_only(architecture: ModelConfig, config: TrainConfig) -> None:
+    model = random_model(architecture, TINY_ITEMS).train()
+    assert gradients(model, config, abstraction=True) == names(model, abstraction=True)
+
+
+def test_likelihood_reaches_everything_but_f_abs_when_alternating() -> None:
+    model = random_model(TINY, TINY_ITEMS).train()
+    assert gradients(model, ALTERNATING, abstraction=False) == names(model, abstraction=False)
+    assert "initial_memory" in names(model, abstraction=False)
+
+
+@pytest.mark.parametrize("config", JOINT, ids=["1", "2", "3", "4"])
+def test_likelihood_reaches_f_abs_when_joint(config: TrainConfig) -> None:
+    model = random_model(TINY, TINY_ITEMS).train()
+    assert gradients(model, config, abstraction=False) == {n for n, _ in model.named_parameters()}
+
+
+@torch.no_grad()
+def test_abstraction_loss_equals_equation_5() -> None:
+    """Mean over layers and width of the squared difference of two plain attention reads, `paper` architecture."""
+    model = random_model(PAPER, TINY_ITEMS)
+    old, new, hidden = torch.randn(2, 2, 4, 32), torch.randn(2, 2, 4, 32), torch.randn(2, 2, 5, 32)
+    queries, lengths = [torch.randn(2, 3, 32) for _ in range(2)], [5, 2]
+    mask = torch.tensor([[True, True, False], [False, True, True]])
+    expected = torch.zeros(())
+    for row, position in mask.nonzero().tolist():
+        for layer in range(2):
+            w, query = model.long_term[layer].attention, queries[layer][row, position]
+            real = hidden[row, layer, 5 - lengths[row] :]
+            target = _attend(w, query, [*old[row, layer], *real], None)
+            expected += (_attend(w, query, list(new[row, layer]), None) - target).square().mean() / 2
+    found = model.abstraction_loss(
+        old_memory=old, new_memory=new, hidden=hidden, lengths=torch.tensor(lengths), queries=queries, query_mask=mask
+    )
+    torch.testing.assert_close(found, expected, **EXACT)
+
+
+# Configuration
+
+
+OTHER_MODEL = {
+    "architecture": "paper",
+    "variant": "fifo",
+    "segment_length": 6,
+    "memory_slots": 5,
+    "layers": 1,
+    "width": 16,
+    "heads": 1,
+    "ffn_multiplier": 3,
+    "residual": "gated",
+    "dropout": 0.5,
+    "routing": "shared",
+    "routing_iterations": 2,
+    "routing_softmax": "primaries",
+}
+
+
+def outcome(config: ModelConfig) -> list[np.ndarray]:
+    """What a seeded model makes of a long history in training mode."""
+    torch.manual_seed(0)
+    model = DMAN(config, TINY_ITEMS)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(torch.arange(parameter.numel()).view_as(parameter).sin() * 0.1)
+    torch.manual_seed(1)
+    return [tensor.numpy() for tensor in replay(model.train(), random_histories(17))]
+
+
+def differ(a: Sequence[np.ndarray], b: Sequence[np.ndarray]) -> bool:
+    return len(a) != len(b) or any(x.shape != y.shape or not np.array_equal(x, y) for x, y in zip(a, b, strict=True))
+
+
+@pytest.mark.parametrize("name", [f.name for f in fields(ModelConfig)])
+def test_model_config_field_changes_the_model(name: str) -> None:
+    base = replace(TINY, heads=1) if name == "architecture" else TINY
+    assert not differ(outcome(base), outcome(base)), "the comparison itself is not reproducible"
+    assert differ(outcome(base), outcome(replace(base, **{name: OTHER_MODEL[name]})))
+
+
+INVALID: list[tuple[type, str, object]] = [
+    (ModelConfig, "architecture", "plain"),
+    (ModelConfig, "variant", "lstm"),
+    (ModelConfig, "segment_length", 0),
+    (ModelConfig, "memory_slots", 0),
+    (ModelConfig, "layers", 17),
+    (ModelConfig, "width", 3),
+    (ModelConfig, "heads", 3),
+    (ModelConfig, "heads", 0),
+    (ModelConfig, "ffn_multiplier", -1),
+    (ModelConfig, "residual", ""),
+    (ModelConfig, "dropout", 1.0),
+    (ModelConfig, "dropout", float("nan")),
+    (ModelConfig, "routing", "none"),
+    (ModelConfig, "routing_iterations", 0),
+    (ModelConfig, "routing_softmax", "both"),
+    (TrainConfig, "loss", "bce"),
+    (TrainConfig, "negatives", 0),
+    (TrainConfig, "memory_training", "off"),
+    (TrainConfig, "backprop_segments", 5),
+    (TrainConfig, "backprop_segments", 2),  # without joint
+    (TrainConfig, "abstraction_weight", -1.0),
+    (TrainConfig, "lanes", 0),
+    (TrainConfig, "lanes", 2.5),
+    (TrainConfig, "learning_rate", -0.1),
+    (TrainConfig, "learning_rate", "fast"),
+    (TrainConfig, "abstraction_learning_rate", float("inf")),
+    (TrainConfig, "warmup_steps", -1),
+    (TrainConfig, "final_learning_rate", 1.5),
+    (TrainConfig, "weight_decay", -1e-9),
+    (TrainConfig, "gradient_clip", -1.0),
+    (TrainConfig, "epochs", 0),
+    (TrainConfig, "epochs", True),
+    (TrainConfig, "patience", 0),
+    (TrainConfig, "evaluation_users", -1),
+    (TrainConfig, "random_first_segment", "maybe"),
+    (TrainConfig, "seed", -1),
+    (DataConfig, "min_user_events", -1),
+    (DataConfig, "min_item_events", -1),
+]
+
+
+@pytest.mark.parametrize(("config", "name", "value"), INVALID, ids=lambda x: getattr(x, "__name__", repr(x)))
+def test_config_error_names_the_field(config: type, name: str, value: object) -> None:
+    with pytest.raises(ConfigError, match=name):
+        config(**{name: value})
+
+
+def test_invalid_values_are_tried_for_every_field() -> None:
+    known = {(c, f.name) for c in (ModelConfig, TrainConfig) for f in fields(c)}
+    assert {(c, name) for c, name, _ in INVALID if c is not DataConfig} == known
+
+
+def test_paper_config_refuses_several_heads() -> None:
+    with pytest.raises(ConfigError, match="heads to 1"):
+        ModelConfig(architecture="paper", heads=2)
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_config_survives_json(preset: str) -> None:
+    model, train = PRESETS[preset].model, PRESETS[preset].train
+    assert from_dict(ModelConfig, to_dict(model), where="here") == model
+    assert from_dict(TrainConfig, to_dict(train), where="here") == train
+
+
+def test_config_from_dict_refuses_unknown_fields() -> None:
+    with pytest.raises(ConfigError, match=r"config\.json: unknown ModelConfig field depth"):
+        from_dict(ModelConfig, {"depth": 3}, where="config.json")
