@@ -1,14 +1,14 @@
-"""The inference thread: gathers concurrent requests into batches, without ever waiting for company.
+"""Micro-batching: gathers concurrent requests into batches, without ever waiting for company.
 
-While one batch is encoded and committed, the requests that arrive queue up and form the next. All graph runs happen on
-this one thread (CUDA wants that), and all updates of a batch share one durable commit.
+While one batch is encoded and committed, the requests that arrive queue up and form the next. Only one batch runs at
+a time, and all updates of a batch share one durable commit.
 """
 
 from __future__ import annotations
 
 import logging
-import queue
 import threading
+from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
@@ -41,12 +41,17 @@ class _Job:
 
 
 class Batcher:
-    """Runs the work of many threads on one. Every call blocks until its own work is done."""
+    """Runs the work of many threads one batch at a time. Every call blocks until its own work is done."""
 
-    def __init__(self, engine: Engine) -> None:
-        self._engine = engine
-        self._jobs: queue.SimpleQueue[_Job | None] = queue.SimpleQueue()
-        self._closed, self._lock = False, threading.Lock()
+    def __init__(self, engine: Engine, *, one_thread: bool = True) -> None:
+        """With `one_thread` all batches run on the inference thread, as CUDA wants it.
+
+        Without, a call that finds nothing running or queued is run by its own thread, which saves two thread switches.
+        """
+        self._engine, self._one_thread = engine, one_thread
+        self._queue: deque[_Job] = deque()
+        self._running = self._closed = False
+        self._changed = threading.Condition()  # guards the three above
         self._thread = threading.Thread(target=self._run, name="inference", daemon=True)
         self._thread.start()
 
@@ -55,50 +60,60 @@ class Batcher:
         return self._submit(updates)
 
     def recommend(self, query: Query) -> Answer:
-        """`Engine.recommend` on the inference thread, for queries with what-if events."""
+        """`Engine.recommend`, batched as well: for queries with what-if events."""
         return self._submit(query)
 
     def _submit(self, work: Sequence[Update] | Query) -> Any:
         job = _Job(work, Future())
-        with self._lock:  # nothing may be queued behind the end mark
+        with self._changed:
             if self._closed:
                 raise Stopped
-            self._jobs.put(job)
+            alone = not (self._one_thread or self._running or self._queue)
+            if alone:
+                self._running = True
+            else:
+                self._queue.append(job)
+                self._changed.notify_all()
+        if alone:
+            self._process([job])
         return job.result.result()
 
     def close(self) -> None:
         """Finishes the queued work and ends the thread."""
-        with self._lock:
-            if not self._closed:
-                self._closed = True
-                self._jobs.put(None)
+        with self._changed:
+            self._closed = True
+            self._changed.notify_all()
         self._thread.join()
 
     def _run(self) -> None:
-        while (job := self._jobs.get()) is not None:
-            batch, events = [job], job.events
-            ended = False
-            while events < MAX_EVENTS_PER_BATCH:
-                try:
-                    following = self._jobs.get_nowait()
-                except queue.Empty:
-                    break
-                if following is None:
-                    ended = True
-                    break
-                batch.append(following)
-                events += following.events
+        while batch := self._next_batch():
             self._process(batch)
-            if ended:
-                return
+
+    def _next_batch(self) -> list[_Job]:
+        """Waits for its turn and takes what has queued up; empty when closed and all work is done."""
+        with self._changed:
+            self._changed.wait_for(lambda: not self._running and (self._queue or self._closed))
+            batch: list[_Job] = []
+            events = 0
+            while self._queue and events < MAX_EVENTS_PER_BATCH:
+                batch.append(self._queue.popleft())
+                events += batch[-1].events
+            self._running = bool(batch)
+            return batch
 
     def _process(self, batch: list[_Job]) -> None:
-        updates = [job for job in batch if not isinstance(job.work, Query)]
-        if updates:
-            self._apply(updates)
-        for job in batch:
-            if isinstance(job.work, Query):
-                _settle(job, self._engine.recommend, job.work)
+        try:
+            updates = [job for job in batch if not isinstance(job.work, Query)]
+            if updates:
+                self._apply(updates)
+            for job in batch:
+                if isinstance(job.work, Query):
+                    _settle(job, self._engine.recommend, job.work)
+        finally:
+            with self._changed:
+                self._running = False
+                if self._queue or self._closed:
+                    self._changed.notify_all()
 
     def _apply(self, jobs: list[_Job]) -> None:
         """One commit for all; when that fails, each alone, so that one bad request fails nobody else's."""

@@ -45,6 +45,10 @@ class Encoder:
         self._abstraction = _session(path / ABSTRACTION, self.provider, threads)
         logger.info("ONNX Runtime %s runs on %s", ort.__version__, self.provider)
 
+    @property
+    def on_cuda(self) -> bool:
+        return self.provider == CUDA
+
     def encode(
         self,
         item_embeddings: np.ndarray,

@@ -15,7 +15,6 @@ from dman_runtime.state import (
     StateBatch,
     absorbed_segments,
     head_bytes,
-    read_request_ids,
     read_user_embedding,
     request_hash,
 )
@@ -88,15 +87,10 @@ class UserInfo:
 class _Pending:
     """What a batch of updates does to one user."""
 
-    stored: StoredUser | None
+    event_count: int
     request_ids: list[int]  # remembered ones, oldest first
     items: list[np.ndarray] = field(default_factory=list)
     timestamps: list[np.ndarray] = field(default_factory=list)
-    applied: int = 0
-
-    @property
-    def event_count(self) -> int:
-        return (self.stored.event_count if self.stored else 0) + self.applied
 
 
 class Engine:
@@ -127,23 +121,22 @@ class Engine:
         """
         for update in updates:
             self.check_update(update)
+        user_ids = list(dict.fromkeys(update.user_id for update in updates))
         for _ in range(_COMMIT_ATTEMPTS):
-            pending, outcomes = self._plan(updates)
-            writes = self._writes(pending)
+            stored = self.store.get_many(user_ids)
+            states = StateBatch.from_records(self.bundle, [user.record if user else None for user in stored])
+            pending = [
+                _Pending(int(count), ids) for count, ids in zip(states.event_counts, states.request_ids, strict=True)
+            ]
+            by_user = dict(zip(user_ids, pending, strict=True))
+            outcomes = [self._merge(by_user[update.user_id], update) for update in updates]
+            writes = self._writes(user_ids, stored, states, pending)
             if not writes or self.store.commit(writes):
                 return outcomes
         raise ConflictError("other workers kept changing the same users; try again")
 
-    def _plan(self, updates: Sequence[Update]) -> tuple[dict[str, _Pending], list[UpdateOutcome]]:
-        """Merges the updates of each user in arrival order, leaving out those already applied."""
-        user_ids = list(dict.fromkeys(update.user_id for update in updates))
-        pending = {
-            user_id: _Pending(stored, read_request_ids(stored.record, self.bundle) if stored else [])
-            for user_id, stored in zip(user_ids, self.store.get_many(user_ids), strict=True)
-        }
-        return pending, [self._merge(pending[update.user_id], update) for update in updates]
-
     def _merge(self, user: _Pending, update: Update) -> UpdateOutcome:
+        """Appends an update to what its user gets, unless it has been applied already."""
         items, unknown = self.bundle.items.indices(update.item_ids)
         request = request_hash(update.request_id) if update.request_id else None
         if request is not None and request in user.request_ids:
@@ -154,29 +147,33 @@ class Engine:
                 timestamps = timestamps[[item_id in self.bundle.items.index for item_id in update.item_ids]]
             user.items.append(items)
             user.timestamps.append(timestamps)
-            user.applied += len(items)
+            user.event_count += len(items)
             if request is not None:
                 user.request_ids = [*user.request_ids, request][-REQUEST_IDS:]
         return UpdateOutcome(user.event_count, len(items), unknown, duplicate=False)
 
-    def _writes(self, pending: dict[str, _Pending]) -> list[Write]:
-        changed = {user_id: user for user_id, user in pending.items() if user.applied}
-        states = StateBatch.from_records(self.bundle, [u.stored.record if u.stored else None for u in changed.values()])
-        items = [np.concatenate(user.items) for user in changed.values()]
+    def _writes(
+        self,
+        user_ids: Sequence[str],
+        stored: Sequence[StoredUser | None],
+        states: StateBatch,
+        pending: Sequence[_Pending],
+    ) -> list[Write]:
+        """Advances the states and packs those that changed."""
+        items = [np.concatenate(user.items) if user.items else NO_ITEMS for user in pending]
         advance(states, items, bundle=self.bundle, graphs=self._graphs)
-        writes = []
-        for row, (user_id, user) in enumerate(changed.items()):
-            states.request_ids[row] = user.request_ids
-            writes.append(
-                Write(
-                    user_id=user_id,
-                    expected_version=user.stored.version if user.stored else 0,
-                    record=states.to_record(row, self.bundle),
-                    items=items[row],
-                    timestamps=np.concatenate(user.timestamps),
-                )
+        states.request_ids = [user.request_ids for user in pending]
+        return [
+            Write(
+                user_id=user_ids[row],
+                expected_version=before.version if before else 0,
+                record=states.to_record(row, self.bundle),
+                items=items[row],
+                timestamps=np.concatenate(pending[row].timestamps),
             )
-        return writes
+            for row, before in enumerate(stored)
+            if len(items[row])
+        ]
 
     # -- recommendations -------------------------------------------------------------------------------------------
 

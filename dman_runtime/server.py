@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import multiprocessing
+import select
 import signal
 import socket
 import threading
@@ -78,6 +79,28 @@ def _check_port(config: ServeConfig) -> int:
         ) from None
 
 
+class _Stop:
+    """Asked for by SIGTERM, SIGINT or `set`. Make it in the main thread.
+
+    A threading.Event misses a signal that arrives just as the main thread begins to wait: handlers run after the wait.
+    The wakeup descriptor gets its byte at once, in whichever thread and state Python is.
+    """
+
+    def __init__(self) -> None:
+        self._reader, self._writer = socket.socketpair()
+        self._writer.setblocking(False)
+        signal.set_wakeup_fd(self._writer.fileno(), warn_on_full_buffer=False)
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, lambda *_: None)
+
+    def set(self) -> None:
+        self._writer.send(b"\0")
+
+    def wait(self, timeout: float | None = None) -> bool:
+        """Whether stopping was asked for, after at most `timeout` seconds. Nothing is read, so it stays so."""
+        return bool(select.select([self._reader], [], [], timeout)[0])
+
+
 # -- one worker ------------------------------------------------------------------------------------------------------
 
 
@@ -131,7 +154,7 @@ class Server:
             map_size=config.map_size_mib << 20,
         )
         engine = Engine(bundle, encoder, self._store)
-        self._batcher = Batcher(engine)
+        self._batcher = Batcher(engine, one_thread=encoder.on_cuda)
         add_RecommenderServicer_to_server(RecommenderService(engine, self._batcher), self._server)
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
         reflection.enable_server_reflection((SERVICE_NAME, health.SERVICE_NAME, reflection.SERVICE_NAME), self._server)
@@ -152,9 +175,7 @@ class Server:
 
 
 def _serve_one(config: ServeConfig, ready: Connection | None) -> int:
-    stop = threading.Event()
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, lambda *_: stop.set())
+    stop = _Stop()
     if not config.share_port:
         _check_port(config)  # before the bundle is loaded, and in one line where gRPC writes several
     with Server(config) as server:
@@ -174,7 +195,7 @@ def _announce(bundle_id: str, provider: str, config: ServeConfig, port: int) -> 
     print(f"serving bundle {bundle_id} on {_address(config.host, port)} ({provider}, {workers})", flush=True)
 
 
-def _stop_with_parent(pipe: Connection, stop: threading.Event) -> None:
+def _stop_with_parent(pipe: Connection, stop: _Stop) -> None:
     """A worker whose supervisor was killed stops by itself: the pipe ends."""
     try:
         pipe.recv()
@@ -195,9 +216,7 @@ def _supervise(config: ServeConfig) -> int:
     with _reserve_port(config) as holder:
         port = holder.getsockname()[1]
         shared = replace(config, port=port, share_port=True)
-        stop = threading.Event()
-        for number in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(number, lambda *_: stop.set())
+        stop = _Stop()
         workers: list[_Worker] = []
         try:
             for _ in range(config.workers):
@@ -259,7 +278,7 @@ def _wait_until_ready(worker: _Worker) -> tuple[str, str]:
     return message
 
 
-def _watch(workers: list[_Worker], config: ServeConfig, stop: threading.Event) -> None:
+def _watch(workers: list[_Worker], config: ServeConfig, stop: _Stop) -> None:
     """Restarts workers that die, until asked to stop. Raises UsageError when they keep dying."""
     restarts: list[float] = []
     while not stop.wait(0.2):

@@ -201,9 +201,3 @@ def read_user_embedding(head: bytes, bundle: Bundle) -> tuple[np.ndarray, int]:
     """User embedding (D) and event count of a record, from its first `head_bytes`. Raises StateError."""
     events = _read_header(head, bundle)[3]
     return np.frombuffer(head, "<f4", bundle.manifest.state.width, _HEADER_BYTES), events
-
-
-def read_request_ids(record: bytes, bundle: Bundle) -> list[int]:
-    """The remembered update ids of a record, oldest first. Raises StateError."""
-    layout = RecordLayout.of(record, bundle)
-    return np.frombuffer(record, "<u8", layout.request_ids, layout.request_ids_at).tolist()

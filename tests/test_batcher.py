@@ -80,7 +80,7 @@ def hold(batcher: Batcher, store: GatedStore, pool: ThreadPoolExecutor) -> Futur
 def queued(batcher: Batcher, count: int) -> None:
     """Waits until that many requests are queued."""
     until = time.monotonic() + WAIT
-    while batcher._jobs.qsize() < count:
+    while len(batcher._queue) < count:
         assert time.monotonic() < until
         time.sleep(0.002)
 
@@ -175,7 +175,10 @@ def test_batcher_close_finishes_the_queued_work_and_then_refuses(
     others = [pool.submit(batcher.update, [Update(f"user {n}", ["1"])]) for n in range(20)]
     queued(batcher, 20)
     closing = pool.submit(batcher.close)
-    queued(batcher, 21)  # the end mark
+    until = time.monotonic() + WAIT
+    while not batcher._closed:
+        assert time.monotonic() < until
+        time.sleep(0.002)
     with pytest.raises(Stopped):
         batcher.update([Update("late", ["1"])])
     with pytest.raises(Stopped):
@@ -194,3 +197,32 @@ def test_batcher_goes_on_after_an_error(batcher: Batcher, store: GatedStore) -> 
     with pytest.raises(OSError):
         batcher.update([Update("bad", ["1"])])
     assert batcher.update([Update("u", ["1"])])[0].applied == 1
+
+
+def test_batcher_without_a_thread_of_its_own_runs_a_lone_request_on_the_caller(
+    engine: Engine, store: GatedStore, pool: ThreadPoolExecutor
+) -> None:
+    threads = []
+    plain = engine.update
+
+    def update(updates: Any) -> Any:
+        threads.append(threading.current_thread().name)
+        return plain(updates)
+
+    engine.update = update  # type: ignore[method-assign]
+    batcher = Batcher(engine, one_thread=False)
+    store.gate.set()
+    assert batcher.update([Update("lone", ["1"])])[0].event_count == 1
+    assert threads == [threading.current_thread().name]
+    store.gate.clear()
+    store.waiting.clear()
+    first = hold(batcher, store, pool)
+    others = [pool.submit(batcher.update, [Update(f"user {n}", ["1"])]) for n in range(4)]
+    queued(batcher, 4)  # what arrives while a batch runs shares the next one
+    store.gate.set()
+    assert [job.result(WAIT)[0].event_count for job in [first, *others]] == [1] * 5
+    assert [len(users) for users in store.commits] == [1, 1, 4]
+    assert threads[2:] == ["inference"]
+    batcher.close()
+    with pytest.raises(Stopped):
+        batcher.update([Update("late", ["1"])])

@@ -23,6 +23,8 @@ from dman_runtime.protocol import MISS, metrics
 from dman_runtime.recurrence import replay
 from dman_runtime.state import StateBatch
 from dman_runtime.store import StateStore
+from dman_train import evaluate as train_evaluate
+from dman_train import export
 from sdk import Client, Event, Recommendations
 
 TOLERANCE = 1e-4  # of exact_bundle, whose states are float32
@@ -152,6 +154,34 @@ def test_import_repeated_doubles_nothing(
     again = run_json(capsys, *command)
     assert again == {"users": 0, "events": 0, "skipped_users": 24, "unknown_events": unknown}
     assert contents(tmp_path / "state") == before
+
+
+def test_import_interrupted_and_repeated_equals_one_import(
+    exact_bundle: Path, log: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    command = ("import", "--bundle", exact_bundle, "--input", log, "--state")
+    run(*command, tmp_path / "whole")
+    monkeypatch.setattr(offline, "USERS_PER_BATCH", 3)
+    commit, commits = StateStore.commit, []
+
+    def interrupted(self: StateStore, writes: Any) -> bool:
+        commits.append(len(writes))
+        if len(commits) == 4:
+            raise KeyboardInterrupt
+        return commit(self, writes)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(StateStore, "commit", interrupted)
+        assert cli.main([str(argument) for argument in (*command, tmp_path / "parts")]) == 130
+    done = sum(commits[:3])
+    assert len(contents(tmp_path / "parts")) == done > 0
+    assert run_json(capsys, *command, tmp_path / "parts")["skipped_users"] == done
+    whole, parts = contents(tmp_path / "whole"), contents(tmp_path / "parts")
+    assert {user: parts[user][1:] for user in parts} == {user: whole[user][1:] for user in whole}
+    bundle = open_bundle(exact_bundle)
+    states = [StateBatch.from_records(bundle, [found[user][0] for user in whole]) for found in (whole, parts)]
+    np.testing.assert_array_equal(states[0].event_counts, states[1].event_counts)
+    assert np.abs(states[0].memory - states[1].memory).max() <= TOLERANCE * np.abs(states[0].memory).max()
 
 
 def test_import_existing_append_adds_the_events_of_the_file(
@@ -289,6 +319,25 @@ def test_evaluate_equals_what_a_client_of_a_live_server_finds(
     assert found["seen_kept"] == pytest.approx(expected_kept, abs=0.001)
 
 
+def test_evaluate_prints_what_the_evaluation_of_the_trainer_prints(
+    small_log: Path, trained_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    bundle = tmp_path / "bundle"
+    options = ["--run", str(trained_run), "--out", str(bundle), "--state-dtype", "float32"]
+    assert export.main(options) == 0
+    for split in ("valid", "test"):
+        found = run_json(capsys, "evaluate", "--bundle", bundle, "--data", small_log, "--split", split)
+        assert found.pop("bundle_id") == open_bundle(bundle).bundle_id
+        for source in ("--bundle", bundle), ("--run", trained_run):
+            assert train_evaluate.main([*map(str, source), "--split", split, "--json"]) == 0
+            expected = json.loads(capsys.readouterr().out.splitlines()[-1])
+            if source[0] == "--bundle":
+                assert found == expected
+            for column in (lambda result: result, lambda result: result["seen_kept"]):
+                for name in (name for name in column(expected) if "@" in name):
+                    assert column(found)[name] == pytest.approx(column(expected)[name], abs=0.001)
+
+
 # -- inspect ---------------------------------------------------------------------------------------------------------
 
 
@@ -395,6 +444,23 @@ def test_score_into_a_place_that_cannot_be_written_is_refused(
     output = tmp_path / "nowhere" / "s.parquet"
     message = error_of(capsys, "score", "--bundle", tiny_bundle, "--input", log, "--output", output)
     assert str(output) in message and "--output" in message
+
+
+def test_score_into_a_directory_is_refused(
+    tiny_bundle: Path, log: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    message = error_of(capsys, "score", "--bundle", tiny_bundle, "--input", log, "--output", tmp_path)
+    assert str(tmp_path) in message and "is a directory" in message
+    assert list(tmp_path.parent.glob(".*.partial")) == []
+
+
+def test_score_of_ids_beyond_64_bits_is_refused(
+    tiny_bundle: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "log.csv").write_text(f"user_id,item_id\n{2**64},1\n5,2\n")
+    message = error_of(capsys, *command_on("score", tmp_path / "log.csv", tiny_bundle, tmp_path))
+    assert "does not fit a 64-bit integer column" in message
+    assert not (tmp_path / "s.parquet").exists()
 
 
 def test_inspect_refuses_what_is_not_there(

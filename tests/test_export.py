@@ -353,7 +353,13 @@ def test_open_bundle_refuses_consistent_manifests_that_the_files_contradict(copy
         (copy / ITEMS).write_text("\n".join(content) + "\n")
         rewrite_checksums(copy)
         assert_refused(copy, ITEMS, "export the bundle again")
-    rewrite_manifest(copy, state=replace(state, dtype="int8"))
+    files = read_manifest(copy).files
+    rewrite_manifest(copy, files={name: entry for name, entry in files.items() if name != GOLDEN})
+    assert_refused(copy, MANIFEST, "export the bundle again")
+
+
+def test_open_bundle_refuses_a_state_dtype_it_does_not_know(copy: Path) -> None:
+    rewrite_manifest(copy, state=replace(read_manifest(copy).state, dtype="int8"))
     assert_refused(copy, MANIFEST, "export the bundle again")
 
 

@@ -218,6 +218,24 @@ def test_sigterm_waits_for_a_long_update_and_exits_with_0(exact_bundle: Path, tm
         assert len(store.history("long")[0]) == 10_000
 
 
+STOPPED_BY_ANOTHER_THREAD = """
+import os, signal, threading, time
+from dman_runtime.server import _Stop
+stop = _Stop()
+assert not stop.wait(0)
+threading.Thread(target=time.sleep, args=(60,), daemon=True).start()  # this thread will get the signal
+signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+threading.Timer(0.1, lambda: os.kill(os.getpid(), signal.SIGTERM)).start()
+assert stop.wait(20) and stop.wait(0)
+"""
+
+
+def test_sigterm_is_noticed_though_the_main_thread_sleeps_through_it() -> None:
+    """Once in some hundred stops, the signal came as the main thread began to wait, and the server never stopped."""
+    done = subprocess.run([sys.executable, "-c", STOPPED_BY_ANOTHER_THREAD], cwd=ROOT, timeout=60, check=False)
+    assert done.returncode == 0
+
+
 # -- several workers -------------------------------------------------------------------------------------------------
 
 

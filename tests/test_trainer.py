@@ -25,6 +25,7 @@ from dman_runtime.protocol import HeldOut, metrics
 from dman_train import train
 from dman_train.config import ConfigError, ModelConfig, TrainConfig
 from dman_train.model import DMAN
+from dman_train.replay import replay
 from dman_train.run import Run, RunError, open_run
 from dman_train.trainer import Trainer, TrainingData, join_distributed
 
@@ -253,6 +254,34 @@ def test_trainer_learns_a_deterministic_sequence(model: ModelConfig, config: Tra
     for _ in range(config.epochs):
         trainer.train_epoch(on_step=lambda: None, progress=False)
     assert (trainer.validate().seen_kept == 1).mean() > 0.95
+
+
+def planted_histories(seed: int) -> list[np.ndarray]:
+    """A key (0-3), eight events of noise, a question (12), and the answer that the key decides (4-7)."""
+    random = np.random.default_rng(seed)
+    keys, noise = random.integers(0, 4, 256), random.integers(8, 12, (256, 8))
+    return [np.array([key, *events, 12, 4 + key]) for key, events in zip(keys, noise, strict=True)]
+
+
+@pytest.mark.parametrize(
+    ("variant", "config"),
+    [("dman", CONFIG), ("dman", replace(CONFIG, memory_training="joint", backprop_segments=2)), ("xl", CONFIG)],
+    ids=["alternating", "joint", "xl"],
+)
+def test_memory_carries_what_left_the_context(variant: str, config: TrainConfig) -> None:
+    """Segments of 4 and one layer: when the question comes, the key is out of every context. Chance is 1/4."""
+    model = ModelConfig(width=32, heads=2, segment_length=4, memory_slots=2, layers=1, dropout=0.0, variant=variant)
+    config = replace(config, lanes=32, epochs=30, warmup_steps=20, random_first_segment=False)
+    config = replace(config, learning_rate=1e-2, abstraction_learning_rate=1e-2)
+    learned = [np.append(history, 0) for history in planted_histories(seed=0)]  # the last event is not trained on
+    trainer = Trainer(model, config, data_of(learned, 13), CPU)
+    while trainer.events < config.epochs * trainer.lanes.events:
+        trainer.train_step()
+    asked = planted_histories(seed=1)
+    users, _ = replay(trainer.model.eval(), [history[:-1] for history in asked])
+    answers = (users @ trainer.model.item_table().T)[:, 4:8].argmax(1) + 4
+    right = float((answers.numpy() == [history[-1] for history in asked]).mean())
+    assert right < 0.4 if variant == "xl" else right > 0.9
 
 
 def test_trainer_reports_the_step_whose_loss_is_not_finite() -> None:
