@@ -205,7 +205,7 @@ def write_bundle(path: Path, fill: Callable[[Path], dict[str, Any]]) -> Manifest
 
     An older bundle at `path` is replaced; any other directory there is an error. Raises BundleError.
     """
-    if path.exists() and not (path / MANIFEST).exists() and (not path.is_dir() or any(path.iterdir())):
+    if path.exists() and not _may_be_replaced(path):
         raise BundleError(f"{path} exists and is not a bundle; choose another --out")
     temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}")
     try:
@@ -224,6 +224,17 @@ def write_bundle(path: Path, fill: Callable[[Path], dict[str, Any]]) -> Manifest
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
     return manifest
+
+
+def _may_be_replaced(path: Path) -> bool:
+    """An empty directory or an older bundle, of whatever format; nothing else is ours to delete."""
+    if not path.is_dir():
+        return False
+    try:
+        manifest = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
+        return isinstance(manifest, dict) and {"format_version", "bundle_id"} <= set(manifest)
+    except (OSError, ValueError):
+        return not any(path.iterdir())
 
 
 def _sync(directory: Path) -> None:

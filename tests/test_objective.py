@@ -227,6 +227,48 @@ def test_lane_state_carries_no_gradient() -> None:
         assert not any(tensor.requires_grad for tensor in state.state_dict().values())
 
 
+@pytest.mark.parametrize("config", SETTINGS.values(), ids=SETTINGS.keys())
+@torch.no_grad()
+def test_lane_memory_follows_the_initial_slots_until_it_is_settled(config: TrainConfig) -> None:
+    """While the absorptions that are due fit into the window, the chain starts from the learned slots of now."""
+    model = random_model(TINY, TINY_ITEMS)
+    state, window = LaneState.empty(model, 1, config.backprop_segments), config.backprop_segments
+    objective, items = objective_of(model, config), torch.arange(5)[None]
+    for step in range(window + 1):  # the first segment has now moved to the oldest place of the window
+        _, state = objective(items, items, torch.tensor([5]), torch.tensor([step == 0]), state, None)
+    assert state.absorbed_lengths[:, 0].tolist() == [5] * window
+    assert state.initial.all()
+    _, state = objective(items, items, torch.tensor([5]), torch.tensor([False]), state, None)
+    assert not state.initial.any()
+
+
+@pytest.mark.parametrize("config", SETTINGS.values(), ids=SETTINGS.keys())
+@torch.no_grad()
+def test_abstraction_loss_is_about_the_newest_absorption_and_real_positions(config: TrainConfig) -> None:
+    """Old and new memory are those of replays that end a segment apart; the last segment has three events."""
+    model, random = random_model(TINY, TINY_ITEMS), np.random.default_rng(0)
+    objective, history = objective_of(model, config), random.integers(0, TINY_ITEMS, 28)
+    state = LaneState.empty(model, 1, config.backprop_segments)
+    for start in range(0, 28, 5):
+        items, length = np.zeros((1, 5), np.int64), min(5, 28 - start)
+        items[0, :length] = history[start : start + length]
+        batch = Batch(items, items, np.array([length]), np.array([start == 0]))
+        losses, after = objective(*(torch.from_numpy(a) for a in vars(batch).values()), state, None)
+        before, state = state, after
+    old, new = (replay(model, [history[:end]])[1] for end in (20, 25))
+    last = model.embed(torch.from_numpy(history[25:]))[None]
+    expected = model.abstraction_loss(
+        old_memory=old,
+        new_memory=new,
+        hidden=before.absorbed[-1],
+        lengths=torch.tensor([5]),
+        queries=model.encode(last, before.context, torch.tensor([5]), new).long_queries,
+        query_mask=torch.ones(1, 3, dtype=torch.bool),
+    )
+    assert losses.abstraction_count == 3
+    torch.testing.assert_close(losses.abstraction, expected, rtol=1e-4, atol=1e-5)
+
+
 # Losses
 
 
