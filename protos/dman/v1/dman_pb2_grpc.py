@@ -30,7 +30,8 @@ class RecommenderStub:
 
     Errors (google.rpc codes): INVALID_ARGUMENT for a request that can never succeed as sent, NOT_FOUND for
     GetUser of an unknown user, RESOURCE_EXHAUSTED for a message over the size limit, a full state store or an
-    overloaded server, UNAVAILABLE while stopping, INTERNAL (with a reference to the server's log) otherwise.
+    overloaded server, ABORTED when other workers kept changing the same users, UNAVAILABLE while stopping or when the
+    state store fails, INTERNAL otherwise; the last two name a reference to the server's log.
     """
 
     def __init__(self, channel):
@@ -76,7 +77,8 @@ class RecommenderServicer:
 
     Errors (google.rpc codes): INVALID_ARGUMENT for a request that can never succeed as sent, NOT_FOUND for
     GetUser of an unknown user, RESOURCE_EXHAUSTED for a message over the size limit, a full state store or an
-    overloaded server, UNAVAILABLE while stopping, INTERNAL (with a reference to the server's log) otherwise.
+    overloaded server, ABORTED when other workers kept changing the same users, UNAVAILABLE while stopping or when the
+    state store fails, INTERNAL otherwise; the last two name a reference to the server's log.
     """
 
     def Update(self, request, context):
@@ -167,7 +169,8 @@ class Recommender:
 
     Errors (google.rpc codes): INVALID_ARGUMENT for a request that can never succeed as sent, NOT_FOUND for
     GetUser of an unknown user, RESOURCE_EXHAUSTED for a message over the size limit, a full state store or an
-    overloaded server, UNAVAILABLE while stopping, INTERNAL (with a reference to the server's log) otherwise.
+    overloaded server, ABORTED when other workers kept changing the same users, UNAVAILABLE while stopping or when the
+    state store fails, INTERNAL otherwise; the last two name a reference to the server's log.
     """
 
     @staticmethod
