@@ -14,10 +14,12 @@ import socket
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from multiprocessing.connection import Connection
 from multiprocessing.process import BaseProcess
 from pathlib import Path
+from typing import Self
 
 from dman_runtime.options import UsageError
 
@@ -80,21 +82,29 @@ def _check_port(config: ServeConfig) -> int:
 
 
 class _Stop:
-    """Asked for by SIGTERM, SIGINT or `set`. Make it in the main thread.
+    """Asked for by SIGTERM, SIGINT or `set`. Use as a context manager, in the main thread.
 
     A threading.Event misses a signal that arrives just as the main thread begins to wait: handlers run after the wait.
     The wakeup descriptor gets its byte at once, in whichever thread and state Python is.
     """
 
-    def __init__(self) -> None:
+    def __enter__(self) -> Self:
         self._reader, self._writer = socket.socketpair()
         self._writer.setblocking(False)
         signal.set_wakeup_fd(self._writer.fileno(), warn_on_full_buffer=False)
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, lambda *_: None)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Signals that come later find a process that is ending anyway, and no descriptor to write to."""
+        signal.set_wakeup_fd(-1)
+        self._reader.close()
+        self._writer.close()
 
     def set(self) -> None:
-        self._writer.send(b"\0")
+        with suppress(OSError):  # stopped already
+            self._writer.send(b"\0")
 
     def wait(self, timeout: float | None = None) -> bool:
         """Whether stopping was asked for, after at most `timeout` seconds. Nothing is read, so it stays so."""
@@ -175,10 +185,9 @@ class Server:
 
 
 def _serve_one(config: ServeConfig, ready: Connection | None) -> int:
-    stop = _Stop()
     if not config.share_port:
         _check_port(config)  # before the bundle is loaded, and in one line where gRPC writes several
-    with Server(config) as server:
+    with _Stop() as stop, Server(config) as server:
         if ready is None:
             _announce(server.bundle_id, server.provider, config, server.port)
         else:
@@ -213,10 +222,9 @@ class _Worker:
 
 
 def _supervise(config: ServeConfig) -> int:
-    with _reserve_port(config) as holder:
+    with _reserve_port(config) as holder, _Stop() as stop:
         port = holder.getsockname()[1]
         shared = replace(config, port=port, share_port=True)
-        stop = _Stop()
         workers: list[_Worker] = []
         try:
             for _ in range(config.workers):
