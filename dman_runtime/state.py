@@ -142,6 +142,13 @@ def head_bytes(shape: StateShape) -> int:
     return _HEADER_BYTES + 4 * shape.width + _CHECKSUM.size
 
 
+def max_record_bytes(shape: StateShape) -> int:
+    """Bytes of the largest record: one event before a segment closes, with a memory and all request ids."""
+    positions, value_bytes = 2 * shape.segment_length - 1, np.dtype(shape.dtype).itemsize
+    hidden, memory = (shape.layers - 1) * positions, shape.layers * shape.memory_slots
+    return head_bytes(shape) + 4 * positions + 8 * REQUEST_IDS + value_bytes * (hidden + memory) * shape.width
+
+
 def _read_header(record: bytes, bundle: Bundle) -> tuple[int, int, int, int]:
     """Dtype code, request ids, positions and event count of a record whose head is intact. Raises StateError."""
     end = head_bytes(bundle.manifest.state)

@@ -281,7 +281,7 @@ class StateStore:
         if len({key for key, _, _ in prepared}) != len(prepared):
             raise ValueError("a user appears twice in one commit; merge the writes of one user")
         with self._write() as txn:
-            users = [self._user(txn, key) for key, _, _ in prepared]
+            users = [self._user(txn, key, record_bytes=0) for key, _, _ in prepared]
             if any((user.version if user else 0) != w.expected_version for user, w in zip(users, writes, strict=True)):
                 return False
             version: int = _VERSION.unpack(txn.get(b"version", b"", db=self._dbs.meta))[0]
@@ -294,7 +294,10 @@ class StateStore:
             txn.put(b"version", _VERSION.pack(version), db=self._dbs.meta)
             # The next transaction cannot use the pages that this one replaces: leave as much again.
             reserve = min(max(self._map_size // 16, _MIN_RESERVE), _MAX_RESERVE) + size
-            if self._live_bytes(txn) > self._map_size - reserve:
+            # No more pages than the file has can be live, which is cheaper to ask than how many are.
+            if self._file_bytes() + reserve > self._map_size - reserve and (
+                self._live_bytes(txn) > self._map_size - reserve
+            ):
                 raise lmdb.MapFullError("the reserve for deletions is reached")
         return True
 
@@ -457,6 +460,10 @@ class StateStore:
             return 0
         txn.put(key, after, db=self._dbs.seen)
         return len(after)
+
+    def _file_bytes(self) -> int:
+        """Bytes of the pages ever used, as of the last commit."""
+        return (self._environment().info()["last_pgno"] + 1) * self._page_size
 
     def _live_bytes(self, txn: lmdb.Transaction) -> int:
         stats = [txn.stat(), *(txn.stat(db) for db in self._dbs)]

@@ -518,11 +518,19 @@ def test_recommend_with_a_smaller_k_is_the_beginning_of_a_longer_list(engine: En
             assert recommended(engine, user_id, k=k) == longest[:k]
 
 
-def test_top_k_breaks_ties_by_position_whatever_k_is() -> None:
-    scores = np.random.default_rng(0).integers(0, 5, 60).astype(float)
-    expected = np.lexsort((np.arange(60), -scores))
-    for k in range(1, 61):
-        assert top_k(scores.copy(), k)[0].tolist() == expected[:k].tolist()
+@pytest.mark.parametrize("count", [1, 15, 60, 16 * 7, 16 * 60 + 5])  # one score to many groups and a rest
+@pytest.mark.parametrize("values", [5, 10**6])  # many ties; next to none
+def test_top_k_equals_a_stable_sort_whatever_k_is(count: int, values: int) -> None:
+    random = np.random.default_rng(0)
+    scores = random.integers(0, values, count).astype(np.float32)
+    exclude = random.choice(count, count // 3, replace=False)
+    allowed = scores.copy()
+    allowed[exclude] = -np.inf
+    expected = np.lexsort((np.arange(count), -allowed))[: count - len(exclude)]
+    for k in {1, 2, 7, 60, max(1, len(expected) - 1), count, count + 1}:
+        found, best = top_k(scores.copy(), k, exclude=exclude)
+        assert found.tolist() == expected[:k].tolist()
+        assert best.tolist() == scores[found].tolist()
 
 
 def test_recommend_refuses_too_many_what_if_events(engine: Engine) -> None:
