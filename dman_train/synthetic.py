@@ -4,6 +4,8 @@ A catalogue is partly ordered series ("Series 12, part 3"), partly single items.
 visits each for a part or two, stays away for more than two segments, and then continues where they left off. In between
 they browse singles of one genre, which drifts. So the next single is a matter of the last few events, while the next
 part of a home series depends on events that no two-segment window holds. Popularity is Zipfian, lengths are log-normal.
+
+`PlantedConfig` makes another kind: a puzzle whose answers only a long memory can give, with a known chance level.
 """
 
 from __future__ import annotations
@@ -11,10 +13,10 @@ from __future__ import annotations
 import csv
 import os
 from bisect import bisect
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
-from itertools import accumulate, pairwise
+from itertools import accumulate
 from pathlib import Path
 from random import Random
 
@@ -28,8 +30,16 @@ _LONGEST = 4 * _YEAR  # seconds from a user's first event to the last, at most
 _CHUNK = 100_000  # rows turned into Python objects at a time while writing
 
 
+class _Checked:
+    """A config that names the field that is wrong and the remedy."""
+
+    def _require(self, holds: bool, name: str, range_text: str) -> None:
+        if not holds:
+            raise ValueError(f"{name} is {getattr(self, name)}. Make it {range_text}")
+
+
 @dataclass(frozen=True)
-class SyntheticConfig:
+class SyntheticConfig(_Checked):
     """What to generate. Raises ValueError for a combination that cannot be."""
 
     users: int = 600
@@ -67,10 +77,6 @@ class SyntheticConfig:
         singles = self.items - self.num_series * self.series_length
         self._require(singles >= self.genres, "items", f"enough for a single in each of {self.genres} genres")
 
-    def _require(self, holds: bool, name: str, range_text: str) -> None:
-        if not holds:
-            raise ValueError(f"{name} is {getattr(self, name)}. Make it {range_text}")
-
     @property
     def num_series(self) -> int:
         return int(self.items * self.serial_share) // self.series_length
@@ -81,33 +87,131 @@ class SyntheticConfig:
         return (series, part) if series < self.num_series else None
 
 
-def generate(config: SyntheticConfig) -> Interactions:
+@dataclass(frozen=True)
+class PlantedConfig(_Checked):
+    """A puzzle about the first events of a history. Raises ValueError for a combination that cannot be.
+
+    A user has two independent keys of `answers` values; an item for each stands among the first `head` events. Then
+    every query item comes once, in random order, after min_gap to max_gap ordinary events each. Two answers follow it:
+    the first is decided by the first key, the second by the second. Each query has two alphabets of its own, so no
+    answer comes twice or is ruled out by those seen. A history ends with `query, first answer, second answer`: the
+    validation and the test target of leave-one-out, and the former says nothing about the latter.
+
+    So the last min_gap + 2 inputs before the test target (min_gap + 1 before the validation target) are independent of
+    its key: ordinary events follow a user's stable genres. Beyond them the key item and the answers to earlier queries
+    tell it. Without memory, L layers over segments of T reach back at most (L + 1) T inputs, 60 by default. Who
+    knows the rules but not the key is at `chance`; who sees all, at `expected`.
+    """
+
+    users: int = 4000
+    items: int = 800  # in the catalogue; what keys, queries and answers leave over is ordinary
+    answers: int = 40  # values of a key, and items in each alphabet
+    queries: int = 4  # per user
+    head: int = 15  # first events of a user, which hold the keys
+    min_gap: int = 60  # ordinary events before a query, at least: as far as two layers and segments of 20 reach
+    max_gap: int = 100  # and at most, uniformly
+    genres: int = 20  # of the ordinary items
+    home_genres: int = 3  # that a user ever browses
+    popularity_exponent: float = 0.8  # of the Zipf law over the items of a genre
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        lows = {"users": 1, "answers": 2, "queries": 1, "head": 2, "min_gap": 1, "home_genres": 1}
+        for name, low in lows.items():
+            self._require(getattr(self, name) >= low, name, f"at least {low}")
+        for name in ("popularity_exponent", "seed"):
+            self._require(getattr(self, name) >= 0, name, "0 or more")
+        self._require(self.max_gap >= self.min_gap, "max_gap", f"at least min_gap, {self.min_gap}")
+        self._require(self.genres >= self.home_genres, "genres", f"at least home_genres, {self.home_genres}")
+        least = self.items - self.ordinary_items + self.genres
+        self._require(self.items >= least, "items", f"at least {least}: an ordinary item for each genre as well")
+
+    @property
+    def ordinary_items(self) -> int:
+        """Ordinary items come first in the catalogue, then the keys, the queries and the answers."""
+        return self.items - 2 * self.answers - self.queries * (1 + 2 * self.answers)
+
+    def chance(self, k: int = 10) -> float:
+        """Best HR@k, seen items excluded or kept, for who sees no more than the last min_gap inputs."""
+        return min(k, self.answers) / self.answers
+
+    def key(self, place: int, value: int) -> int:
+        """The catalogue index of the item that gives the first (place 0) or second key a value."""
+        return self.ordinary_items + place * self.answers + value
+
+    def query(self, number: int) -> int:
+        return self.key(2, number)
+
+    def answer(self, query: int, place: int, value: int) -> int:
+        """The first (place 0) or second answer to a query, for a value of the key of that place."""
+        return self.query(self.queries) + (2 * query + place) * self.answers + value
+
+    def expected(self, history: Sequence[int]) -> int | None:
+        """The answer that follows a history of catalogue indices; None where something else does. Reads the keys."""
+        asked = history[-1] - self.query(0)  # a query, or an answer
+        query, place = (asked, 0) if asked < self.queries else divmod((asked - self.queries) // self.answers, 2)
+        place += asked >= self.queries  # after a first answer comes the second
+        if asked < 0 or place > 1:
+            return None
+        value = next(item - self.key(place, 0) for item in history if 0 <= item - self.key(place, 0) < self.answers)
+        return self.answer(query, place, value)
+
+
+def generate(config: SyntheticConfig | PlantedConfig) -> Interactions:
     """The log: users "u0001", ... in order of their first event, integer item ids from 1. Same config, same log."""
     rng = np.random.default_rng(config.seed)
-    catalogue = _Catalogue(config)
-    mean_log = np.log(config.mean_events) - config.length_sigma**2 / 2
-    drawn = rng.lognormal(mean_log, config.length_sigma, config.users)
-    lengths = np.clip(drawn, config.min_events, config.max_length_ratio * config.mean_events).astype(np.int64)
+    histories = _planted_histories(config) if isinstance(config, PlantedConfig) else _interest_histories(config, rng)
     first_times = _EPOCH + np.sort(rng.integers(0, _YEAR, config.users))
-
-    items = np.empty(lengths.sum(), dtype=np.int32)
-    timestamps = np.empty(len(items), dtype=np.int64)
-    offsets = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
-    for user, (begin, end) in enumerate(pairwise(offsets.tolist())):
-        history, turn_starts = _history(config, catalogue, Random(f"{config.seed}/{user}"), end - begin)
-        items[begin:end] = history
-        timestamps[begin:end] = _times(rng, int(first_times[user]), turn_starts, len(history))
+    items, timestamps = [], []
+    for first_time, (history, turn_starts) in zip(first_times.tolist(), histories, strict=True):
+        items.append(np.array(history, dtype=np.int32))
+        timestamps.append(_times(rng, first_time, turn_starts, len(history)))
     digits = max(4, len(str(config.users)))
     everything = Interactions(
         user_ids=[f"u{user + 1:0{digits}}" for user in range(config.users)],
         item_ids=[str(item + 1) for item in range(config.items)],
-        offsets=offsets,
-        items=items,
-        timestamps=timestamps,
+        offsets=np.cumsum([0, *map(len, items)], dtype=np.int64),
+        items=np.concatenate(items),
+        timestamps=np.concatenate(timestamps),
         integer_user_ids=False,
         integer_item_ids=True,
     )
     return everything.filtered(min_user_events=1, min_item_events=1)  # without the items that never occur
+
+
+def _interest_histories(config: SyntheticConfig, rng: np.random.Generator) -> Iterator[tuple[list[int], list[int]]]:
+    """Each user's items (indices into the catalogue), and at which positions a new turn begins."""
+    catalogue = _Catalogue(config)
+    mean_log = np.log(config.mean_events) - config.length_sigma**2 / 2
+    drawn = rng.lognormal(mean_log, config.length_sigma, config.users)
+    lengths = np.clip(drawn, config.min_events, config.max_length_ratio * config.mean_events).astype(np.int64)
+    users = enumerate(lengths.tolist())
+    return (_history(config, catalogue, Random(f"{config.seed}/{user}"), length) for user, length in users)
+
+
+def planted_keys(config: PlantedConfig) -> np.ndarray:
+    """Both keys of every user: (users, 2) int64, uniform and independent of each other and of everything else."""
+    return np.random.default_rng((config.seed, 1)).integers(0, config.answers, (config.users, 2))
+
+
+def _planted_histories(config: PlantedConfig) -> Iterator[tuple[list[int], list[int]]]:
+    """As `_interest_histories`."""
+    random, ordinary = Random(f"{config.seed}/catalogue"), range(config.ordinary_items)
+    genres = [
+        _Popularity(list(ordinary[genre :: config.genres]), config.popularity_exponent, random)
+        for genre in range(config.genres)
+    ]
+    for user, keys in enumerate(planted_keys(config).tolist()):
+        random = Random(f"{config.seed}/{user}")  # draws the same whatever the keys are
+        homes = random.sample(genres, config.home_genres)
+        history = [random.choice(homes).draw(random, set()) for _ in range(config.head)]
+        for place, position in enumerate(random.sample(range(config.head), 2)):
+            history[position] = config.key(place, keys[place])
+        for query in random.sample(range(config.queries), config.queries):
+            gap = random.randint(config.min_gap, config.max_gap)
+            history += [random.choice(homes).draw(random, set()) for _ in range(gap)]
+            history += [config.query(query), *(config.answer(query, place, keys[place]) for place in range(2))]
+        yield history, list(range(0, len(history), 10))
 
 
 class _Catalogue:
@@ -223,8 +327,26 @@ def write_log(interactions: Interactions, path: str | Path) -> None:
     _write(columns, Path(path))
 
 
-def write_items(config: SyntheticConfig, path: str | Path) -> None:
-    """Write item_id, title, genre and series (empty for a single) of the whole catalogue; otherwise as `write_log`."""
+def write_items(config: SyntheticConfig | PlantedConfig, path: str | Path) -> None:
+    """Write item_id, title and attributes of the whole catalogue; otherwise as `write_log`.
+
+    Attributes are genre and series (empty for a single), or for a planted puzzle the kind of the item.
+    """
+    _write(_planted_items(config) if isinstance(config, PlantedConfig) else _interest_items(config), Path(path))
+
+
+def _planted_items(config: PlantedConfig) -> dict[str, np.ndarray]:
+    values, numbers = range(1, config.answers + 1), range(1, config.queries + 1)
+    titles = [f"Ordinary {n + 1}" for n in range(config.ordinary_items)]
+    titles += [f"Key {place}: {value}" for place in (1, 2) for value in values]
+    titles += [f"Query {n}" for n in numbers]
+    titles += [f"Answer {place} to query {n}: {value}" for n in numbers for place in (1, 2) for value in values]
+    kinds = [title.partition(" ")[0] for title in titles]
+    texts = {"title": np.array(titles, dtype=object), "kind": np.array(kinds, dtype=object)}
+    return {"item_id": np.arange(config.items) + 1} | texts
+
+
+def _interest_items(config: SyntheticConfig) -> dict[str, np.ndarray]:
     items = np.arange(config.items)
     series, part = np.divmod(items, config.series_length)
     serial = series < config.num_series
@@ -234,7 +356,7 @@ def write_items(config: SyntheticConfig, path: str | Path) -> None:
         f"Series {s + 1}, part {p + 1}" if in_series else f"Single {n + 1}"
         for s, p, n, in_series in zip(series, part, single, serial, strict=True)
     ]
-    columns = {
+    return {
         "item_id": items + 1,
         "title": np.array(titles, dtype=object),
         "genre": np.array([f"Genre {g + 1}" for g in genre], dtype=object),
@@ -242,7 +364,6 @@ def write_items(config: SyntheticConfig, path: str | Path) -> None:
             [f"Series {s + 1}" if in_series else "" for s, in_series in zip(series, serial, strict=True)], dtype=object
         ),
     }
-    _write(columns, Path(path))
 
 
 def _id_array(ids: list[str], integers: bool) -> np.ndarray:

@@ -9,13 +9,20 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 from dman_runtime.interactions import InputError, Interactions, read_interactions, read_items
-from dman_train.synthetic import SyntheticConfig, generate, write_items, write_log
+from dman_runtime.protocol import held_out, metrics, ranks_of_targets
+from dman_train import synthetic
+from dman_train.config import ModelConfig
+from dman_train.model import DMAN
+from dman_train.replay import replay
+from dman_train.synthetic import PlantedConfig, SyntheticConfig, generate, planted_keys, write_items, write_log
 from tools.generate import main
 
 CONFIG = SyntheticConfig()
 SMALL = SyntheticConfig(users=40, items=200, mean_events=60)
+PUZZLE = PlantedConfig(users=40, items=200, answers=5, queries=3)
 
 
 @pytest.fixture(scope="module")
@@ -229,3 +236,152 @@ def test_generate_command_fails_with_one_line_and_status_2(
     printed = capsys.readouterr()
     assert printed.err.startswith(message)
     assert (printed.err.count("\n"), printed.out) == (1, "")
+
+
+# -- planted ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def planted_log() -> Interactions:
+    return generate(PlantedConfig())
+
+
+def puzzle_histories(config: PlantedConfig) -> list[list[int]]:
+    return list(catalogue_histories(generate(config)))
+
+
+def test_planted_log_has_all_items_often_enough_and_histories_of_hundreds(planted_log: Interactions) -> None:
+    config, lengths = PlantedConfig(), np.diff(planted_log.offsets)
+    assert (planted_log.num_users, len(planted_log.item_ids)) == (config.users, config.items)
+    assert planted_log.filtered(min_user_events=5, min_item_events=5).fingerprint() == planted_log.fingerprint()
+    gap_and_answers = [config.min_gap + 3, config.max_gap + 3]
+    assert 15 + 4 * gap_and_answers[0] <= lengths.min() and lengths.max() <= 15 + 4 * gap_and_answers[1]
+
+
+@pytest.mark.parametrize("split", ["valid", "test"])
+def test_planted_targets_are_found_at_rank_one_by_who_remembers_all(split: str, planted_log: Interactions) -> None:
+    """Also with seen items excluded: were a target among them, its rank would be a miss."""
+    config, data = PlantedConfig(), held_out(planted_log, split)  # every item occurs: indices are the catalogue's
+    expected = [config.expected(history.tolist()) for history in data.histories[:500]]
+    scores = np.zeros((500, config.items))
+    scores[np.arange(500), expected] = 1
+    ranks = ranks_of_targets(scores, data.targets[:500], data.histories[:500])
+    assert metrics(ranks.seen_excluded)["ndcg@10"] == metrics(ranks.seen_kept)["ndcg@10"] == 1
+
+
+def test_planted_answers_come_twice_a_query_and_never_again() -> None:
+    for history, keys in zip(puzzle_histories(PUZZLE), planted_keys(PUZZLE).tolist(), strict=True):
+        expected = [None, *(PUZZLE.expected(history[:end]) for end in range(1, len(history)))]
+        answers = [(place, item) for place, item in enumerate(expected) if item is not None]
+        assert len(answers) == 2 * PUZZLE.queries and answers[-1][0] == len(history) - 1
+        assert all(history[place] == item and item not in history[:place] for place, item in answers)
+        assert {item for _, item in answers} == {
+            PUZZLE.answer(query, place, keys[place]) for query in range(PUZZLE.queries) for place in (0, 1)
+        }
+        assert all(history[: PUZZLE.head].count(PUZZLE.key(place, keys[place])) == 1 for place in (0, 1))
+
+
+@pytest.mark.parametrize("place", [0, 1], ids=["validation", "test"])
+def test_planted_last_inputs_are_the_same_whatever_the_key(place: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Another key for everyone changes every target, and nothing in the inputs that a short memory sees."""
+    histories, keys = puzzle_histories(PUZZLE), planted_keys(PUZZLE)
+    keys[:, place] = (keys[:, place] + 1) % PUZZLE.answers
+    monkeypatch.setattr(synthetic, "planted_keys", lambda _: keys)
+    target, window = place - 2, PUZZLE.min_gap + 1 + place
+    for one, other in zip(histories, puzzle_histories(PUZZLE), strict=True):
+        assert one[target] != other[target]
+        assert one[:target][-window:] == other[:target][-window:]
+        assert one[:target] != other[:target]
+
+
+def test_planted_keys_are_uniform_and_independent_of_each_other() -> None:
+    keys = planted_keys(replace(PUZZLE, users=50_000))
+    counts = np.bincount(keys @ [5, 1], minlength=25)
+    assert len(counts) == 25 and ((counts - 2000) ** 2 / 2000).sum() < 52  # chi-squared, 24 degrees: p = .001
+
+
+def counted_hit_rate(config: PlantedConfig, window: int) -> float:
+    """HR@10 on the second answers to the last queries: naive Bayes on which items are among the last `window` inputs,
+    with probabilities counted over the queries before."""
+    histories = puzzle_histories(config)
+    counts = np.ones((config.queries, config.answers, config.items))  # of inputs that hold the item, by answer
+    totals = np.full((config.queries, config.answers, 1), 2.0)
+    asked = []
+    for history in histories:
+        for end, item in enumerate(history):
+            alphabet, value = divmod(item - config.answer(0, 0, 0), config.answers)
+            query, place = divmod(alphabet, 2)
+            if query < 0 or place == 0:
+                continue
+            inputs = list(set(history[max(0, end - window) : end]))
+            if end < len(history) - 1:
+                counts[query, value, inputs] += 1
+                totals[query, value] += 1
+            else:
+                asked.append((query, value, inputs))
+    present, absent = np.log(counts / totals), np.log(1 - counts / totals)
+    scores = [(present - absent)[query][:, inputs].sum(1) + absent[query].sum(1) for query, _, inputs in asked]
+    ranks = [(score >= score[value]).sum() for score, (_, value, _) in zip(scores, asked, strict=True)]
+    return float((np.array(ranks) <= 10).mean())
+
+
+def test_planted_answers_can_be_learned_from_whole_histories_but_not_from_the_recent_part() -> None:
+    config = PlantedConfig(users=2000, items=500, answers=20, queries=3)
+    assert config.chance() == 0.5
+    assert counted_hit_rate(config, 1000) > 0.9
+    for window in (20, 40, config.min_gap + 2):
+        assert abs(counted_hit_rate(config, window) - config.chance()) < 0.05  # four standard errors
+
+
+@pytest.mark.parametrize(("variant", "reaches"), [("xl", False), ("dman", True)])
+def test_planted_keys_are_out_of_reach_of_default_segments_without_memory(variant: str, reaches: bool) -> None:
+    """The segments before feed the ones after, layer by layer; still nothing of what tells the answer gets through."""
+    torch.manual_seed(0)
+    model = DMAN(ModelConfig(variant=variant, width=16, memory_slots=4), PUZZLE.items).eval()
+    for back in (2, 1):  # validation, test
+        inputs = [np.array(history[:-back]) for history in puzzle_histories(PUZZLE)]
+        erased = [np.append(np.zeros_like(one[: -PUZZLE.min_gap]), one[-PUZZLE.min_gap :]) for one in inputs]
+        (users, _), (without, _) = replay(model, inputs), replay(model, erased)
+        assert (users - without).abs().amax(1).gt(1e-6).tolist() == [reaches] * PUZZLE.users
+
+
+def test_planted_log_is_the_same_bytes_for_the_same_config(tmp_path: Path) -> None:
+    for name, config in (("one", PUZZLE), ("two", PUZZLE), ("other", replace(PUZZLE, seed=1))):
+        write_log(generate(config), tmp_path / f"{name}.csv")
+    one, two, other = ((tmp_path / f"{name}.csv").read_bytes() for name in ("one", "two", "other"))
+    assert one == two != other
+
+
+@pytest.mark.parametrize("field", [field.name for field in fields(PlantedConfig)])
+def test_every_field_of_the_planted_config_changes_the_log(field: str) -> None:
+    value = getattr(PUZZLE, field)
+    other = value / 2 if isinstance(value, float) else value + 1
+    assert generate(PUZZLE).fingerprint() != generate(replace(PUZZLE, **{field: other})).fingerprint()
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"answers": 1}, "answers is 1. Make it at least 2"),
+        ({"head": 1}, "head is 1. Make it at least 2"),
+        ({"max_gap": 59}, "max_gap is 59. Make it at least min_gap, 60"),
+        ({"genres": 2}, "genres is 2. Make it at least home_genres, 3"),
+        ({"items": 62}, "items is 62. Make it at least 63: an ordinary item for each genre as well"),
+        ({"seed": -1}, "seed is -1. Make it 0 or more"),
+    ],
+)
+def test_impossible_planted_config_is_refused_with_the_remedy(change: dict[str, int], message: str) -> None:
+    with pytest.raises(ValueError) as raised:
+        replace(PUZZLE, **change)
+    assert str(raised.value) == message
+    if "items" in change:
+        assert replace(PUZZLE, items=63).ordinary_items == PUZZLE.genres
+
+
+def test_planted_items_have_titles_and_kinds(tmp_path: Path) -> None:
+    write_items(PUZZLE, tmp_path / "items.csv")
+    items = list(read_items(tmp_path / "items.csv").values())
+    assert len(items) == PUZZLE.items
+    assert (items[PUZZLE.key(1, 2)].title, items[PUZZLE.query(2)].title) == ("Key 2: 3", "Query 3")
+    assert items[PUZZLE.answer(1, 0, 4)].title == "Answer 1 to query 2: 5"
+    assert {item.attributes["kind"] for item in items} == {"Ordinary", "Key", "Query", "Answer"}

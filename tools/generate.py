@@ -1,15 +1,32 @@
-"""Write a synthetic interaction log and its item file: `python -m tools.generate --output data/log.csv`."""
+"""Write a synthetic interaction log and its item file: `python -m tools.generate --output data/log.csv`.
+
+`--task planted` writes the puzzle of `PlantedConfig` instead: every user's last two events depend on the first few.
+"""
 
 from __future__ import annotations
 
 import argparse
 import sys
 from collections.abc import Sequence
+from dataclasses import fields
 from pathlib import Path
 
-from dman_train.synthetic import SyntheticConfig, generate, write_items, write_log
+from dman_train.synthetic import PlantedConfig, SyntheticConfig, generate, write_items, write_log
 
-_DEFAULTS = SyntheticConfig()
+_TASKS: dict[str, type[SyntheticConfig] | type[PlantedConfig]] = {
+    "interests": SyntheticConfig,
+    "planted": PlantedConfig,
+}
+_FIELDS = {
+    "users": "number of users",
+    "items": "items in the catalogue",
+    "mean_events": "mean events per user",
+    "answers": "values of a key: chance is 10 / answers at HR@10",
+    "queries": "queries per user",
+    "min_gap": "ordinary events before a query, at least",
+    "max_gap": "and at most",
+    "seed": "the same seed gives the same files",
+}
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -20,20 +37,38 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--output", type=Path, default=Path("data/log.csv"), help="the log: .csv, .tsv or .parquet")
     parser.add_argument("--items", type=Path, default=Path("data/items.csv"), help="titles and attributes: likewise")
-    parser.add_argument("--users", type=int, default=_DEFAULTS.users, help="number of users")
-    parser.add_argument("--num-items", type=int, default=_DEFAULTS.items, help="items in the catalogue")
-    parser.add_argument("--mean-events", type=int, default=_DEFAULTS.mean_events, help="mean events per user")
-    parser.add_argument("--seed", type=int, default=_DEFAULTS.seed, help="the same seed gives the same files")
+    parser.add_argument("--task", choices=_TASKS, default="interests", help="what a long memory is good for")
+    for field, meaning in _FIELDS.items():
+        defaults = [f"{getattr(config, field)} for {task}" for task, config in _TASKS.items() if hasattr(config, field)]
+        text = f"{meaning} (default: {', '.join(defaults)})"
+        parser.add_argument(
+            _flag(field), dest=_dest(field), type=int, default=argparse.SUPPRESS, metavar="N", help=text
+        )
     return parser
+
+
+def _flag(field: str) -> str:
+    return "--num-items" if field == "items" else f"--{field.replace('_', '-')}"
+
+
+def _dest(field: str) -> str:
+    return f"config_{field}"  # --items is a path
+
+
+def _config(options: argparse.Namespace) -> SyntheticConfig | PlantedConfig:
+    """Raises ValueError."""
+    given = {field: getattr(options, _dest(field)) for field in _FIELDS if hasattr(options, _dest(field))}
+    config_class = _TASKS[options.task]
+    if strange := sorted(map(_flag, set(given) - {field.name for field in fields(config_class)})):
+        raise ValueError(f"task {options.task} has no {', '.join(strange)}. Leave it out or choose another --task")
+    return config_class(**given)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Returns the exit status: 0, or 2 after one line on stderr."""
     options = _parser().parse_args(arguments)
     try:
-        config = SyntheticConfig(
-            users=options.users, items=options.num_items, mean_events=options.mean_events, seed=options.seed
-        )
+        config = _config(options)
         log = generate(config)
         write_log(log, options.output)
         write_items(config, options.items)
