@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 export ORT_DISABLE_TELEMETRY := 1
 
-.PHONY: demo test lint proto bench clean
+.PHONY: demo test lint proto bench report clean
 
 # torch first and by itself: the pinned version is the CPU build, and nothing later may replace it.
 $(STAMP): pyproject.toml constraints.txt
@@ -32,6 +32,9 @@ proto: $(STAMP)  ## regenerate the committed gRPC stubs
 
 bench: $(STAMP)  ## measure the bundle in bundle/ and write reports/serving.md
 	$(BIN)/python -m tools.bench
+
+report: $(STAMP)  ## build reports/accuracy.md from the recorded runs in reports/runs
+	$(BIN)/python -m tools.report
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -37,7 +37,7 @@ class ModelConfig:
     width: int = option(128, "D: width of embeddings and hidden states")
     heads: int = option(2, "attention heads; must divide the width (1 for paper)")
     ffn_multiplier: int = option(2, "hidden width of the feed-forward blocks in units of D (plus only)")
-    residual: Literal["plain", "gated"] = option("plain", "plain: x + y; gated: x + sigmoid(W x) * y (plus only)")
+    residual: Literal["plain", "gated"] = option("gated", "plain: x + y; gated: x + sigmoid(W x) * y (plus only)")
     dropout: float = option(0.2, "dropout rate on inputs, attention weights and block outputs")
     routing: Literal["slot", "shared", "full"] = option(
         "slot", "bilinear maps of eq. 6: one per memory slot, one in all, or one per pair of input and slot"
@@ -77,6 +77,30 @@ class ModelConfig:
 
 
 @dataclass(frozen=True)
+class BaselineConfig:
+    """A model of `dman_train.baselines` to compare with. Raises ConfigError."""
+
+    system: Literal["gru4rec", "caser", "sasrec", "shan", "hpmn", "sdm"] = option("sasrec", "which model")
+    history: int = option(200, "events that the model sees; the paper's * form sees the latest segment, 20")
+    width: int = option(128, "D: width of embeddings and hidden states")
+    layers: int = option(2, "layers (sasrec, gru4rec, hpmn)")
+    heads: int = option(2, "attention heads (sasrec, sdm); must divide the width")
+    dropout: float = option(0.2, "dropout rate")
+    segment_length: int = option(20, "events of the short-term part (shan, sdm)")
+
+    def __post_init__(self) -> None:
+        _check_choices(self)
+        _check_range(self, 1, 4096, "history", "segment_length")
+        _check_range(self, 1, 16, "layers", "heads")
+        _check_range(self, 4, 4096, "width")
+        _check_range(self, 0.0, 0.95, "dropout")
+        if self.width % self.heads:
+            raise ConfigError(
+                f"width {self.width} is not a multiple of heads {self.heads}; choose heads that divide it"
+            )
+
+
+@dataclass(frozen=True)
 class TrainConfig:
     """How the weights are found. Raises ConfigError."""
 
@@ -98,6 +122,9 @@ class TrainConfig:
     final_learning_rate: float = option(0.1, "share of the learning rate that is left at the last epoch (cosine)")
     weight_decay: float = option(0.0, "decoupled weight decay")
     gradient_clip: float = option(1.0, "largest gradient norm, per optimiser")
+    precision: Literal["float32", "bfloat16"] = option(
+        "float32", "of the matrix products; bfloat16 is faster where the CPU or GPU has it, sums stay in float32"
+    )
     epochs: int = option(12, "passes over the training events")
     patience: int = option(4, "epochs without a better validation NDCG@10 before training stops")
     evaluation_users: int = option(0, "users in the validation of each epoch; 0 for all")
@@ -161,7 +188,7 @@ def _check_range(config: Any, low: float, high: float, *names: str) -> None:
 class Preset:
     """A model and a training recipe that belong together."""
 
-    model: ModelConfig
+    model: ModelConfig | BaselineConfig
     train: TrainConfig
 
 
@@ -178,7 +205,10 @@ PRESETS = {
 }
 
 
-def to_dict(config: ModelConfig | TrainConfig | DataConfig) -> dict[str, Any]:
+BASELINE_PRESETS = {"default": Preset(BaselineConfig(), TrainConfig())}
+
+
+def to_dict(config: ModelConfig | BaselineConfig | TrainConfig | DataConfig) -> dict[str, Any]:
     return asdict(config)
 
 

@@ -1,6 +1,7 @@
 """Leave-one-out metrics of a run (PyTorch) or a bundle (ONNX Runtime):
 
 python -m dman_train.evaluate --run DIR | --bundle DIR  [--data FILE] [--split valid|test] [--json]
+python -m dman_train.evaluate --run DIR --interpret DIR [--user ID]    what gate and memory do, as JSON and plots
 """
 
 from __future__ import annotations
@@ -11,14 +12,18 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from dman_runtime.bundle import BundleError, open_bundle
 from dman_runtime.encoder import Encoder
-from dman_runtime.interactions import Columns, InputError
+from dman_runtime.interactions import Columns, InputError, Interactions
 from dman_runtime.offline import evaluate as evaluate_bundle
 from dman_runtime.offline import read_known
 from dman_runtime.options import Parser, UsageError, configure_logging, print_json, run_command
-from dman_runtime.protocol import format_report, held_out, report
+from dman_runtime.protocol import HeldOut, format_report, held_out, report
+from dman_runtime.tables import quoted
 from dman_train.config import ConfigError, DataConfig, to_dict
+from dman_train.interpret import write_interpretation
 from dman_train.replay import all_ranks
 from dman_train.run import RunError, open_run
 from dman_train.train import DEFAULT_RUN
@@ -31,6 +36,8 @@ def parser() -> Parser:
     p.flag("--data", type=Path, default=None, help="interaction log; without it, the one that was trained on")
     p.flag("--split", choices=["valid", "test"], default="test", help="which held-out event to predict")
     p.flag("--provider", choices=["auto", "cuda", "cpu"], default="auto", help="where the graphs of a bundle run")
+    p.flag("--interpret", type=Path, default=None, metavar="DIR", help="write what gate and memory of a run do here")
+    p.flag("--user", default=None, metavar="ID", help="with --interpret: this user only, and segment by segment")
     p.add_argument("--json", action="store_true", help="print the metrics as JSON on the last line")
     p.config_flags(DataConfig, title="data (default: as in training)")
     return p
@@ -45,6 +52,10 @@ def _main(argv: Sequence[str] | None) -> int:
     configure_logging()
     if arguments.run is not None and arguments.bundle is not None:
         raise UsageError("--run and --bundle are two ways to evaluate; give one")
+    if arguments.interpret is not None and arguments.bundle is not None:
+        raise UsageError("--interpret looks into the model of a run; give --run instead of --bundle")
+    if arguments.user is not None and arguments.interpret is None:
+        raise UsageError("--user chooses whom to interpret; give --interpret DIR too")
     result = _evaluate_run(arguments) if arguments.bundle is None else _evaluate_bundle(arguments)
     print(format_report(result))
     if arguments.json:
@@ -65,8 +76,25 @@ def _evaluate_run(arguments: argparse.Namespace) -> dict[str, object]:
     path = arguments.data or Path(run.config["dataset"]["path"])
     vocabulary = run.vocabulary()
     index = {item_id: i for i, item_id in enumerate(vocabulary.item_ids)}
-    data = held_out(read_known(path, index, columns=columns, **filters), arguments.split)
-    return report(all_ranks(run.best_model(), data), arguments.split)
+    log = read_known(path, index, columns=columns, **filters)
+    data, model = held_out(log, arguments.split), run.best_model()
+    if arguments.user is not None:
+        data = _only(arguments.user, data, log, path)
+    if arguments.interpret is not None:
+        about = {"run": str(run.path), "split": arguments.split, "user": arguments.user}
+        segments = arguments.user is not None
+        write_interpretation(model, data.histories, arguments.interpret, about=about, segments=segments)
+    return report(all_ranks(model, data), arguments.split)
+
+
+def _only(user_id: str, data: HeldOut, log: Interactions, path: Path) -> HeldOut:
+    """The part of `data` that is about one user."""
+    if user_id not in log.user_ids:
+        raise UsageError(f"--user {quoted(user_id)} is not in {path}, or has too few events for --min-user-events")
+    rows = np.flatnonzero(data.users == log.user_ids.index(user_id))
+    if not len(rows):
+        raise UsageError(f"--user {quoted(user_id)} has fewer than three events of known items; choose another user")
+    return HeldOut(data.users[rows], [data.histories[row] for row in rows], data.targets[rows])
 
 
 def _evaluate_bundle(arguments: argparse.Namespace) -> dict[str, object]:

@@ -74,8 +74,11 @@ def _export(arguments: argparse.Namespace) -> dict[str, Any]:
     run = open_run(arguments.run)
     if run.metrics is None:
         logger.warning("%s is not finished; exporting its best epoch so far", run.path)
+    model = run.best_model()
+    if not isinstance(model, DMAN):
+        raise RunError(f"{run.path} is a run of a baseline; only a DMAN can be exported")
     return export_bundle(
-        run.best_model(),
+        model,
         run.vocabulary(),
         arguments.out,
         state_dtype=arguments.state_dtype,

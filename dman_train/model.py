@@ -11,7 +11,7 @@ A history is cut into segments of T events from its head. While segment n is enc
 When segment n closes, M^l <- f_abs^l(M^l, H^l_{n-1}) (eq. 4), by routing (eq. 6-7), trained by eq. 5.
 
 Keys and values are never projected: W_k is absorbed into the query and W_v into the output, so a call costs
-O(S D^2 + S K D) whatever the number of context positions. The numbers are those of plain attention.
+O(S H D^2 + S H K D) whatever the number of context positions. The numbers are those of plain attention.
 """
 
 from __future__ import annotations
@@ -26,6 +26,9 @@ from torch.func import functional_call
 
 from dman_train.config import ModelConfig
 
+# Length of a LayerNormed user embedding. Scores spread by about one at the start; at a length of one, training spends
+# its first epochs on growing them.
+SCORE_SCALE = 4.0
 MASKED = -1e9  # added to the logit of a key that a query must not see
 
 
@@ -40,7 +43,7 @@ class Encoding(NamedTuple):
 class Attention(nn.Module):
     """softmax(q W_q (s W_k)^T / sqrt(d) + bias) (s W_v) W_o over sources s, per head (eq. 1 and 2).
 
-    W_o exists in the `plus` architecture only.
+    W_o exists in the `plus` architecture only. Sources stay as they are: W_q W_k^T and W_v W_o are multiplied first.
     """
 
     def __init__(self, config: ModelConfig) -> None:
@@ -57,17 +60,30 @@ class Attention(nn.Module):
             nn.init.uniform_(weight, -bound, bound)
 
     def forward(self, queries: Tensor, sources: Tensor, bias: Tensor | None = None) -> Tensor:
-        """(B, Q, D) queries over (B, K, D) sources with an additive bias that broadcasts to (B, H, Q, K)."""
-        (batch, count, width), heads = queries.shape, self.heads
-        q = self.query(queries).view(batch * count, heads, self.head_width).transpose(0, 1)  # (H, B*Q, D/H)
-        q = (q @ self.key).view(heads, batch, count, width).transpose(0, 1)  # (B, H, Q, D), in source space
-        logits = q.reshape(batch, heads * count, width) @ sources.transpose(1, 2) / math.sqrt(self.head_width)
-        logits = logits.view(batch, heads, count, sources.shape[1])  # (B, H, Q, K)
+        """(B, Q, D) queries over (B, K, D) sources with an additive bias that broadcasts to (B, Q, H, K)."""
+        return self.project(self.mix(self.pull(queries), sources, bias))
+
+    def pull(self, queries: Tensor) -> Tensor:
+        """(B, Q, D) queries -> (B, Q*H, D) in the space of the sources: q W_q W_k^T / sqrt(d) of every head."""
+        by_head = self.query.weight.view(self.heads, self.head_width, -1)
+        weight = (by_head.transpose(1, 2) @ self.key).transpose(0, 1) / math.sqrt(self.head_width)  # (D, H, D)
+        batch, count, width = queries.shape
+        return (queries @ weight.reshape(width, -1)).view(batch, count * self.heads, width)
+
+    def mix(self, pulled: Tensor, sources: Tensor, bias: Tensor | None = None) -> Tensor:
+        """(B, Q*H, D) pulled queries, (B, K, D) sources -> (B, Q, H*D) weighted means of the sources."""
+        (batch, rows, width), heads = pulled.shape, self.heads
+        logits = (pulled @ sources.transpose(1, 2)).view(batch, rows // heads, heads, sources.shape[1])  # (B, Q, H, K)
         weights = self.dropout(torch.softmax(logits if bias is None else logits + bias, dim=-1))
-        mixed = weights.view(batch, heads * count, sources.shape[1]) @ sources  # (B, H*Q, D)
-        mixed = mixed.view(batch, heads, count, width).transpose(0, 1).reshape(heads, batch * count, width)
-        values = (mixed @ self.value).transpose(0, 1).reshape(batch, count, width)  # (B, Q, D)
-        return self.output(values)
+        mixed = weights.view(batch, rows, sources.shape[1]) @ sources  # (B, Q*H, D)
+        return mixed.view(batch, rows // heads, heads * width)
+
+    def project(self, mixed: Tensor) -> Tensor:
+        """(B, Q, H*D) -> (B, Q, D): W_v W_o. Linear."""
+        if isinstance(self.output, nn.Identity):  # one head
+            return mixed @ self.value[0]
+        weight = self.value @ self.output.weight.T.view(self.heads, self.head_width, -1)  # (H, D, D)
+        return mixed @ weight.view(-1, weight.shape[-1])
 
 
 class Residual(nn.Module):
@@ -89,11 +105,10 @@ class PaperBlock(nn.Module):
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.attention = Attention(config)
+        self.norm_queries = self.norm_sources = nn.Identity()
 
-    def read(self, queries: Tensor, sources: Tensor, bias: Tensor | None = None) -> Tensor:
+    def forward(self, queries: Tensor, sources: Tensor, bias: Tensor | None = None) -> Tensor:
         return self.attention(queries, sources, bias)
-
-    forward = read
 
 
 class PlusBlock(nn.Module):
@@ -113,33 +128,34 @@ class PlusBlock(nn.Module):
         )
         self.residual_attention, self.residual_ffn = Residual(config), Residual(config)
 
-    def read(self, queries: Tensor, sources: Tensor, bias: Tensor | None = None) -> Tensor:
-        """The attention of this layer alone."""
-        return self.attention(self.norm_queries(queries), self.norm_sources(sources), bias)
-
     def forward(self, queries: Tensor, sources: Tensor, bias: Tensor | None = None) -> Tensor:
-        x = self.residual_attention(queries, self.read(queries, sources, bias))
+        read = self.attention(self.norm_queries(queries), self.norm_sources(sources), bias)
+        x = self.residual_attention(queries, read)
         return self.residual_ffn(x, self.ffn(self.norm_ffn(x)))
 
 
-class _Reader(nn.Module):
-    """Makes `block.read` reachable for `functional_call`, which goes through forward."""
+class _ReadDifference(nn.Module):
+    """What the attention of a block reads from `new`, less what it reads from `old`: the difference of eq. 5."""
 
-    def __init__(self, block: nn.Module) -> None:
+    def __init__(self, block: PaperBlock | PlusBlock) -> None:
         super().__init__()
         self.block = block
 
-    def forward(self, queries: Tensor, sources: Tensor, bias: Tensor | None = None) -> Tensor:
-        return self.block.read(queries, sources, bias)  # type: ignore[operator]
+    def forward(self, queries: Tensor, new: Tensor, old: Tensor, old_bias: Tensor) -> Tensor:
+        attention, norm = self.block.attention, self.block.norm_sources
+        pulled = attention.pull(self.block.norm_queries(queries))
+        return attention.project(attention.mix(pulled, norm(new)) - attention.mix(pulled, norm(old), old_bias))
 
 
-def _frozen_read(block: nn.Module, queries: Tensor, sources: Tensor, bias: Tensor | None = None) -> Tensor:
-    """`block.read` without dropout and without gradient to its weights: the content reader of eq. 5."""
-    reader, training = _Reader(block), block.training
+def _frozen_read_difference(
+    block: PaperBlock | PlusBlock, queries: Tensor, new: Tensor, old: Tensor, old_bias: Tensor
+) -> Tensor:
+    """`_ReadDifference` without dropout and without gradient to the weights of the block."""
+    reader, training = _ReadDifference(block), block.training
     frozen = {name: weight.detach() for name, weight in reader.named_parameters()}
     block.eval()
     try:
-        return functional_call(reader, frozen, (queries, sources, bias))
+        return functional_call(reader, frozen, (queries, new, old, old_bias))
     finally:
         block.train(training)
 
@@ -219,6 +235,7 @@ class DMAN(nn.Module):
         depth, width = config.layers, config.width
         self.items = nn.Parameter(torch.randn(vocabulary, width) * 0.02)
         self.input_scale = math.sqrt(width)
+        self.output_scale = (SCORE_SCALE if config.architecture == "plus" else 1.0) / math.sqrt(width)
         self.input_dropout = nn.Dropout(config.dropout)
         self.distance_bias = nn.Parameter(torch.zeros(depth, config.heads, 2 * config.segment_length))
         plus = config.architecture == "plus"
@@ -270,17 +287,14 @@ class DMAN(nn.Module):
         for layer, block in enumerate(self.short_term):
             hidden.append(h)
             sources = torch.cat([context[:, layer], h], dim=1)  # (B, K, D)
-            layer_bias = bias[layer][None] + visible[:, None]  # (B, H, S, K)
+            layer_bias = bias[layer] + visible  # (B, S, H, K)
             if last is not None and layer == layers - 1:  # nothing later reads the other positions
-                h = _take(h, last)
-                layer_bias = layer_bias.gather(
-                    2, last.view(-1, 1, 1, 1).expand(-1, layer_bias.shape[1], 1, layer_bias.shape[3])
-                )
+                h, layer_bias = _take(h, last), _take(layer_bias, last)
             h = block(h, sources, layer_bias)
         stacked = torch.stack(hidden, dim=1)  # (B, L, S, D)
         h = self.norm_short(h)
         if not self.config.has_memory:
-            return Encoding(h / self.input_scale, stacked, [])
+            return Encoding(h * self.output_scale, stacked, [])
         g, long_queries = item_embeddings if last is None else _take(item_embeddings, last), []
         for layer, block in enumerate(self.long_term):
             long_queries.append(g)
@@ -289,17 +303,17 @@ class DMAN(nn.Module):
         share = torch.sigmoid(self.gate_short(h) + self.gate_long(g))  # (B, Q, D) of the short-term branch
         user = share * h + (1 - share) * g
         assert user.shape[-1] == width
-        return Encoding(user / self.input_scale, stacked, long_queries)
+        return Encoding(user * self.output_scale, stacked, long_queries)
 
     def _positions(self, new: int, context: int, context_lengths: Tensor) -> tuple[Tensor, Tensor]:
-        """Relative bias (L, H, S, K) and visibility (B, S, K) as additive terms; distances are query minus key."""
+        """Relative bias (L, S, H, K) and visibility (B, S, 1, K) as additive terms; distances are query minus key."""
         device = context_lengths.device
         key = torch.arange(context + new, device=device)
         query = torch.arange(new, device=device) + context
         distance = query[:, None] - key[None, :]  # (S, K)
-        bias = self.distance_bias[:, :, distance.clamp(0, 2 * self.config.segment_length - 1)]
+        bias = self.distance_bias[:, :, distance.clamp(0, 2 * self.config.segment_length - 1)].transpose(1, 2)
         seen = (key >= context - context_lengths[:, None])[:, None, :] & (distance >= 0)[None]  # (B, S, K)
-        return bias, torch.where(seen, 0.0, MASKED)
+        return bias, torch.where(seen, 0.0, MASKED)[:, :, None]
 
     def abstract(self, memory: Tensor, hidden: Tensor, lengths: Tensor | None = None) -> Tensor:
         """f_abs of every layer (eq. 4): (B, L, m, D), (B, L, T, D) -> (B, L, m, D).
@@ -338,15 +352,14 @@ class DMAN(nn.Module):
         bias = torch.where(_valid_primaries(slots, segment, lengths), 0.0, MASKED)[:, None, None]  # (B, 1, 1, m+T)
         total = new_memory.new_zeros(())
         for layer, block in enumerate(self.long_term):
-            query = queries[layer].detach()
-            with torch.no_grad():
-                sources = torch.cat([old_memory[:, layer], hidden[:, layer]], dim=1)
-                target = _frozen_read(block, query, sources, bias)
-            error = (_frozen_read(block, query, new_memory[:, layer]) - target).square().mean(-1)  # (B, S)
-            total = total + (error * query_mask).sum()
+            sources = torch.cat([old_memory[:, layer], hidden[:, layer]], dim=1)
+            query, new = queries[layer].detach(), new_memory[:, layer]
+            difference = _frozen_read_difference(block, query, new, sources.detach(), bias)  # type: ignore[arg-type]
+            total = total + (difference.float().square().mean(-1) * query_mask).sum()
         return total / self.config.layers
 
 
 def _take(x: Tensor, position: Tensor) -> Tensor:
-    """(B, S, D), (B) -> (B, 1, D): the row at each position."""
-    return x.gather(1, position.view(-1, 1, 1).expand(-1, 1, x.shape[2]))
+    """(B, S, ...), (B) -> (B, 1, ...): the row at each position."""
+    index = position.view(-1, *[1] * (x.dim() - 1)).expand(-1, 1, *x.shape[2:])
+    return x.gather(1, index)

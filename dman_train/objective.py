@@ -8,16 +8,18 @@ segment reads stays attached to the last `backprop_segments` abstractions, and e
 from __future__ import annotations
 
 from dataclasses import dataclass, fields
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from dman_train.baselines.base import Baseline
 from dman_train.config import TrainConfig
 from dman_train.model import DMAN, Encoding
 
 FULL_SOFTMAX_LIMIT = 50_000  # items; beyond it loss="auto" samples
+SOFTMAX_BLOCK = 1 << 19  # scores that the full softmax holds at a time
 
 
 @dataclass
@@ -79,10 +81,15 @@ class _Memories(NamedTuple):
     read: Tensor  # what this segment attends to
 
 
-class Objective(nn.Module):
-    """One step over all lanes, as a module so that DistributedDataParallel can wrap it."""
+class NextItemObjective(nn.Module):
+    """The loss of eq. 9, whatever model gives the user embeddings.
 
-    def __init__(self, model: DMAN, config: TrainConfig, item_counts: Tensor) -> None:
+    A subclass names in `inputs` the fields of a `Batch` that its `forward` takes, before a state and negatives.
+    """
+
+    inputs: tuple[str, ...]
+
+    def __init__(self, model: DMAN | Baseline, config: TrainConfig, item_counts: Tensor) -> None:
         """`item_counts` (V): training events of each item, for the logQ correction."""
         super().__init__()
         self.model, self.config = model, config
@@ -93,6 +100,33 @@ class Objective(nn.Module):
         if self.loss == "sampled":
             proposal = item_counts.double().clamp(min=1).pow(0.75)
             self.register_buffer("proposal", (proposal / proposal.sum()).float(), persistent=False)
+
+    def _likelihood(self, users: Tensor, targets: Tensor, negatives: Tensor | None, real: Tensor) -> Tensor:
+        """Eq. 9 summed over P real positions: (P, D) user embeddings, (P) targets."""
+        table = self.model.item_table()
+        if self.loss == "full":
+            return _FullSoftmax.apply(users, table, targets)  # type: ignore[no-untyped-call]
+        assert negatives is not None
+        positive = (users * F.embedding(targets, table)).sum(-1)  # (P)
+        if self.loss == "sampled":
+            logits = (users @ F.embedding(negatives, table).T).float() - torch.log(
+                self.proposal[negatives] * len(negatives)
+            )
+            logits = logits.masked_fill(negatives[None] == targets[:, None], float("-inf"))  # (P, negatives)
+            # No correction here: the target is not drawn but always there. Corrected as well, the loss would no longer
+            # tend to the full softmax where an item is expected more than once among the negatives.
+            return (torch.logsumexp(torch.cat([positive[:, None], logits], 1), 1) - positive).sum()
+        sampled = negatives[real]  # (P, n)
+        scores = torch.einsum("pd,pnd->pn", users, F.embedding(sampled, table)).float()
+        wrong = F.softplus(scores).masked_fill(sampled == targets[:, None], 0.0)
+        return (F.softplus(-positive) + wrong.sum(-1)).sum()
+
+
+class Objective(NextItemObjective):
+    """One step over all lanes, as a module so that DistributedDataParallel can wrap it."""
+
+    inputs = ("items", "targets", "lengths", "starts")
+    model: DMAN
 
     def forward(
         self,
@@ -139,23 +173,63 @@ class Objective(nn.Module):
             query_mask=positions,
         )
 
-    def _likelihood(self, users: Tensor, targets: Tensor, negatives: Tensor | None, real: Tensor) -> Tensor:
-        """Eq. 9 summed over P real positions: (P, D) user embeddings, (P) targets."""
-        table = self.model.item_table()
-        if self.loss == "full":
-            return F.cross_entropy(users @ table.T, targets, reduction="sum")
-        assert negatives is not None
-        positive = (users * F.embedding(targets, table)).sum(-1)  # (P)
-        if self.loss == "sampled":
-            logits = users @ F.embedding(negatives, table).T - torch.log(self.proposal[negatives] * len(negatives))
-            logits = logits.masked_fill(negatives[None] == targets[:, None], float("-inf"))  # (P, negatives)
-            # No correction here: the target is not drawn but always there. Corrected as well, the loss would no longer
-            # tend to the full softmax where an item is expected more than once among the negatives.
-            return (torch.logsumexp(torch.cat([positive[:, None], logits], 1), 1) - positive).sum()
-        sampled = negatives[real]  # (P, n)
-        scores = torch.einsum("pd,pnd->pn", users, F.embedding(sampled, table))
-        wrong = F.softplus(scores).masked_fill(sampled == targets[:, None], 0.0)
-        return (F.softplus(-positive) + wrong.sum(-1)).sum()
+
+class WindowObjective(NextItemObjective):
+    """One step over windows, for models without a state."""
+
+    inputs = ("items", "targets", "lengths", "users")
+    model: Baseline
+
+    def forward(
+        self, items: Tensor, targets: Tensor, lengths: Tensor, users: Tensor, state: None, negatives: Tensor | None
+    ) -> tuple[Losses, None]:
+        """(B, W) items and targets, (B) lengths and users. The penalty of a model stands where eq. 5 stands."""
+        real = torch.arange(items.shape[1], device=items.device) < lengths[:, None]  # (B, W)
+        embeddings = self.model.encode(items, users)
+        likelihood, penalty = self._likelihood(embeddings[real], targets[real], negatives, real), self.model.penalty()
+        return Losses(likelihood, real.sum(), penalty * real.sum(), real.sum()), state
+
+
+class _FullSoftmax(torch.autograd.Function):
+    """F.cross_entropy(users @ table.T, targets, reduction="sum"), a block of positions at a time.
+
+    The scores of all positions, 35 MB at 2,560 positions and 3,416 items, never exist at once: a block stays in the
+    cache of a CPU, and its gradients are taken on the way. Under autocast the products are in its precision, the
+    softmax and all sums in float32.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, users: Tensor, table: Tensor, targets: Tensor) -> Tensor:
+        """(P, D) users, (V, D) table, (P) targets -> the sum over P."""
+        device = users.device.type
+        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else table.dtype
+        with torch.autocast(device, enabled=False):
+            total, gradients = _full_softmax(users.to(dtype), table.to(dtype), targets)
+        ctx.save_for_backward(*gradients)
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor, None]:
+        by_users, by_table = ctx.saved_tensors
+        return by_users * gradient, by_table * gradient, None
+
+
+def _full_softmax(users: Tensor, table: Tensor, targets: Tensor) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+    """The loss and its gradients by users and table, in float32."""
+    total, rows = users.new_zeros((), dtype=torch.float32), max(1, SOFTMAX_BLOCK // table.shape[0])
+    by_users, by_table = [], torch.zeros_like(table, dtype=torch.float32)
+    for block, chosen in zip(torch.split(users, rows), torch.split(targets[:, None], rows), strict=True):
+        scores = (block @ table.T).float()
+        highest, positive = scores.max(1, keepdim=True).values, scores.gather(1, chosen)
+        weights = scores.sub_(highest).exp_()
+        normaliser = weights.sum(1, keepdim=True)
+        total += (normaliser.log() + highest - positive).sum()
+        weights /= normaliser
+        weights.scatter_add_(1, chosen, torch.full_like(positive, -1))
+        by_scores = weights.to(table.dtype)  # d loss / d scores
+        by_users.append((by_scores @ table).float())
+        by_table += by_scores.T @ block
+    return total, (torch.cat(by_users), by_table)
 
 
 def _next_state(state: LaneState, memories: _Memories, encoding: Encoding, lengths: Tensor) -> LaneState:
@@ -170,7 +244,7 @@ def _next_state(state: LaneState, memories: _Memories, encoding: Encoding, lengt
     )
 
 
-def draw_negatives(objective: Objective, shape: tuple[int, ...], generator: torch.Generator) -> Tensor | None:
+def draw_negatives(objective: NextItemObjective, shape: tuple[int, ...], generator: torch.Generator) -> Tensor | None:
     """Negatives of one step: (n) for loss="sampled", `shape` + (n) for loss="negatives", None for the full softmax."""
     count, vocabulary = objective.config.negatives, objective.model.vocabulary
     if objective.loss == "full":

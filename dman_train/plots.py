@@ -1,13 +1,16 @@
-"""Pictures of a run; the only module that imports matplotlib."""
+"""Pictures of a run and of what its model does; the only module that imports matplotlib."""
 
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import matplotlib
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
 
 
 def plot_curves(epochs: list[dict[str, float]], path: Path) -> None:
@@ -22,7 +25,108 @@ def plot_curves(epochs: list[dict[str, float]], path: Path) -> None:
         right.plot(number, [epoch.get(f"valid/{metric}", float("nan")) for epoch in epochs], marker="o", label=metric)
     right.set(title="validation, seen items excluded", xlabel="epoch")
     right.legend()
+    _save(figure, path)
+
+
+def plot_sizes(series: dict[str, dict[int, float]], path: Path) -> None:
+    """Writes test NDCG@10 by the values of each size, a panel for each, as a PNG."""
+    figure, axes = plt.subplots(1, len(series), figsize=(4 * len(series), 3.5), layout="constrained", squeeze=False)
+    for axis, (title, points) in zip(axes[0], series.items(), strict=True):
+        axis.plot(list(points), list(points.values()), marker="o")
+        axis.set(title=title, ylabel="test NDCG@10", xticks=list(points))
+    _save(figure, path)
+
+
+# What `interpret` found; each takes its part of interpretation.json
+
+
+def plot_gate(gate: dict[str, Any], path: Path) -> None:
+    """Writes the short-term share of the users, over all and by length of the history, as a PNG."""
+    figure, (left, right) = plt.subplots(1, 2, figsize=(9, 3.5), layout="constrained")
+    edges = gate["histogram"]["edges"]
+    left.stairs(gate["histogram"]["fraction"], edges, fill=True)
+    left.axvline(gate["mean"], color="black", linestyle="--", label=f"mean {gate['mean']:.3f}")
+    left.set(title="gate (eq. 3): share of the short-term branch", xlabel="share", ylabel="fraction of users")
+    left.legend()
+    groups = [group for group in gate["by_history_length"] if group["users"]]
+    _boxes(right, [(f"{group['events']}\n{group['users']} users", group) for group in groups])
+    right.set(title="by events in the history", ylabel="share")
+    _save(figure, path)
+
+
+def plot_attention(layers: list[dict[str, Any]], path: Path) -> None:
+    """Writes the mean attention to each memory slot, and how concentrated it is, as a PNG."""
+    figure, axes = plt.subplots(1, len(layers) + 1, figsize=(4 * len(layers) + 4, 3.5), layout="constrained")
+    for number, layer in enumerate(layers):
+        slots = range(len(layer["slots"]))
+        axes[number].bar(slots, layer["slots"])
+        axes[number].axhline(1 / len(slots), color="black", linestyle="--", label="1/m")
+        axes[number].set(title=f"layer {number}: mean attention to the slots", xlabel="memory slot", ylim=(0, None))
+        axes[number].legend()
+    measures = [("entropy\n/ log m", "entropy"), ("largest\nslot", "largest_slot")]
+    _boxes(axes[-1], [(f"{text}\n(layer {n})", layer[key]) for text, key in measures for n, layer in enumerate(layers)])
+    axes[-1].set(title="over users", ylim=(0, 1.05))
+    _save(figure, path)
+
+
+def plot_slots(diversity: dict[str, Any], path: Path) -> None:
+    """Writes the similarity of the memory slots, and the effective rank of the memory, as a PNG."""
+    figure, (left, right) = plt.subplots(1, 2, figsize=(9, 3.5), layout="constrained")
+    layers, initial = diversity["layers"], diversity["initial"]
+    if diversity["users"]:
+        for number, layer in enumerate(layers):
+            label = f"layer {number}: mean {layer['cosine']['mean']:.2f}"
+            left.stairs(layer["pairs"]["fraction"], layer["pairs"]["edges"], label=label)
+        left.legend()
+        _boxes(right, [(f"layer {number}", layer["effective_rank"]) for number, layer in enumerate(layers)])
+    places = range(1, len(initial) + 1)
+    right.plot(places, [layer["effective_rank"] for layer in initial], "kx", label="initial memory")
+    right.legend()
+    left.set(
+        title=f"pairs of slots, {diversity['users']} written memories", xlabel="cosine", ylabel="fraction of pairs"
+    )
+    right.set(title="effective rank of the memory", ylim=(0, 1.1 * right.get_ylim()[1]))
+    left.set(xticks=[-1, -0.5, 0, 0.5, 1])
+    _save(figure, path)
+
+
+def plot_trajectory(segments: list[dict[str, Any]], path: Path) -> None:
+    """Writes one user's gate, slot attention and slot diversity, segment by segment, as a PNG."""
+    layers, number = len(segments[0]["cosine"]), range(1, len(segments) + 1)
+    figure, axes = plt.subplots(3 + layers, 1, figsize=(9, 2.2 * (3 + layers)), layout="constrained", sharex=True)
+    axes[0].plot(number, [segment["gate"] for segment in segments], marker=".")
+    axes[0].set(title="gate (eq. 3): share of the short-term branch")
+    for layer in range(layers):
+        weights = list(zip(*(segment["attention"][layer] for segment in segments), strict=True))  # (m, segments)
+        extent = (0.5, len(segments) + 0.5, len(weights) - 0.5, -0.5)
+        image = axes[1 + layer].imshow(weights, aspect="auto", interpolation="nearest", vmin=0, extent=extent)
+        axes[1 + layer].set(title=f"attention to the slots, layer {layer}", ylabel="slot")
+        figure.colorbar(image, ax=axes[1 + layer])
+    for axis, name, title in (
+        (axes[-2], "cosine", "mean cosine of two slots"),
+        (axes[-1], "effective_rank", "effective rank"),
+    ):
+        for layer in range(layers):
+            axis.plot(number, [segment[name][layer] for segment in segments], marker=".", label=f"layer {layer}")
+        axis.set(title=title)
+        axis.legend()
+    axes[-1].set(xlabel="segment")
+    _save(figure, path)
+
+
+def _boxes(axis: Axes, spreads: list[tuple[str, dict[str, float]]]) -> None:
+    """Boxes of the quartiles with whiskers to the 5th and 95th percentile, one for each label and spread."""
+    keys = {"whislo": "p5", "q1": "p25", "med": "p50", "q3": "p75", "whishi": "p95"}
+    axis.bxp(
+        [{"label": label} | {k: spread[p] for k, p in keys.items()} for label, spread in spreads], showfliers=False
+    )
+
+
+def _save(figure: Figure, path: Path) -> None:
+    """Replaces the file at once, and forgets the figure."""
     temporary = path.with_name(f".{path.name}")
-    figure.savefig(temporary, dpi=100, format="png")
-    plt.close(figure)
+    try:
+        figure.savefig(temporary, dpi=100, format="png")
+    finally:
+        plt.close(figure)
     temporary.replace(path)

@@ -2,21 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from dman_runtime.protocol import HeldOut, Ranks, ranks_of_targets
-from dman_train.model import DMAN
+from dman_train.baselines.base import Baseline
+from dman_train.model import DMAN, Encoding
+
+Watch = Callable[[Tensor, Tensor, Encoding], None]
 
 
 @torch.no_grad()
-def replay(model: DMAN, histories: Sequence[np.ndarray]) -> tuple[Tensor, Tensor]:
+def replay(model: DMAN, histories: Sequence[np.ndarray], watch: Watch | None = None) -> tuple[Tensor, Tensor]:
     """User embeddings (N, D) and memories (N, L, m, D) after N histories of item indices, none of them empty.
 
-    Histories of similar length should be neighbours: each segment runs the users that still have one.
+    Histories of similar length should be neighbours: each segment runs the users that still have one. For each segment
+    in turn, `watch` gets the rows (A) of the histories that have it, the memories (A, L, m, D) it reads, which are
+    overwritten after the call, and the Encoding of its last positions.
     """
     if any(len(history) == 0 for history in histories):
         raise ValueError("an empty history has no user embedding")
@@ -39,6 +44,8 @@ def replay(model: DMAN, histories: Sequence[np.ndarray]) -> tuple[Tensor, Tensor
         visible = torch.full((active,), context.shape[2] if config.recurrent else 0, device=device)
         encoding = model.encode(model.embed(new), context, visible, memory_now, last)
         users[:active] = encoding.user_embedding[:, 0]
+        if watch is not None:
+            watch(order[:active], memory_now, encoding)
         closed = int((sorted_lengths >= start + T).sum())
         if start and closed:
             memory[:closed] = model.abstract(memory_now[:closed], context[:closed])
@@ -47,7 +54,7 @@ def replay(model: DMAN, histories: Sequence[np.ndarray]) -> tuple[Tensor, Tensor
     return users[unsort], memory[unsort]
 
 
-def target_ranks(model: DMAN, data: HeldOut, *, batch: int = 256) -> Iterator[tuple[np.ndarray, Ranks]]:
+def target_ranks(model: DMAN | Baseline, data: HeldOut, *, batch: int = 256) -> Iterator[tuple[np.ndarray, Ranks]]:
     """Yields (rows of `data`, ranks of their targets), shortest histories first."""
     was_training = model.training
     model.eval()
@@ -58,13 +65,18 @@ def target_ranks(model: DMAN, data: HeldOut, *, batch: int = 256) -> Iterator[tu
             for start in range(0, len(order), batch):
                 rows = order[start : start + batch]
                 histories = [data.histories[row] for row in rows]
-                scores = (replay(model, histories)[0] @ table).cpu().numpy()
+                users = (
+                    replay(model, histories)[0]
+                    if isinstance(model, DMAN)
+                    else model.user_embeddings(histories, data.users[rows])
+                )
+                scores = (users @ table).cpu().numpy()
                 yield rows, ranks_of_targets(scores, data.targets[rows], histories)
     finally:
         model.train(was_training)
 
 
-def all_ranks(model: DMAN, data: HeldOut) -> Ranks:
+def all_ranks(model: DMAN | Baseline, data: HeldOut) -> Ranks:
     """Ranks of all targets, in the order of `data`."""
     parts = list(target_ranks(model, data))
     if not parts:  # no user is long enough to hold an event out

@@ -12,11 +12,13 @@ tensorboard/      the same and more, for TensorBoard
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import pickle
 import shutil
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +26,10 @@ import numpy as np
 import torch
 
 from dman_runtime.interactions import Interactions, ItemInfo
-from dman_train.config import DataConfig, ModelConfig, TrainConfig, from_dict, to_dict
+from dman_runtime.protocol import Ranks, Split
+from dman_train.baselines import build
+from dman_train.baselines.base import Baseline
+from dman_train.config import BaselineConfig, DataConfig, ModelConfig, TrainConfig, from_dict, to_dict
 from dman_train.model import DMAN
 
 
@@ -80,8 +85,9 @@ class Run:
         """Final metrics, or None while the run is unfinished."""
         return self._json("metrics.json") if (self.path / "metrics.json").exists() else None
 
-    def model_config(self) -> ModelConfig:
-        return from_dict(ModelConfig, self.config["model"], where=f"{self.path}/config.json")
+    def model_config(self) -> ModelConfig | BaselineConfig:
+        kind = BaselineConfig if "system" in self.config["model"] else ModelConfig
+        return from_dict(kind, self.config["model"], where=f"{self.path}/config.json")
 
     def train_config(self) -> TrainConfig:
         return from_dict(TrainConfig, self.config["train"], where=f"{self.path}/config.json")
@@ -100,14 +106,19 @@ class Run:
         file = self.path / "metrics.jsonl"
         return [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
 
-    def best_model(self) -> DMAN:
+    def best_model(self) -> DMAN | Baseline:
         """The model with the weights of the best epoch, in evaluation mode."""
         file = self.path / "best.pt"
         if not file.exists():
             raise RunError(f"{self.path} has no trained weights yet; finish an epoch of training first")
         weights = self.load_tensors(file)
         try:
-            model = DMAN(self.model_config(), weights["items"].shape[0])
+            config, vocabulary = self.model_config(), weights["items"].shape[0]
+            model: DMAN | Baseline
+            if isinstance(config, BaselineConfig):
+                model = build(config, vocabulary, self.config["dataset"]["users"])
+            else:
+                model = DMAN(config, vocabulary)
             model.load_state_dict(weights)
         except (RuntimeError, KeyError, TypeError, AttributeError):
             raise RunError(f"{file} does not fit config.json; restore both or train again") from None
@@ -152,6 +163,13 @@ class Run:
         torch.save(content, temporary)
         temporary.replace(self.path / name)
 
+    def save_ranks(self, ranks: Mapping[Split, Ranks], lengths: Sequence[int]) -> None:
+        """`ranks.npz`: (N) seen_excluded and seen_kept ranks of each split, and the (N) lengths of the test inputs."""
+        arrays = {f"{split}_{name}": value for split, both in ranks.items() for name, value in asdict(both).items()}
+        buffer = io.BytesIO()
+        np.savez_compressed(buffer, allow_pickle=False, lengths=np.array(lengths, np.int64), **arrays)
+        self.write("ranks.npz", buffer.getvalue())
+
     def append_epoch(self, result: dict[str, float]) -> None:
         self.write_epochs([*self.epochs(), result])
 
@@ -184,7 +202,7 @@ def create_run(path: Path, *, keep_old: bool) -> Run:
 
 
 def describe(
-    model: ModelConfig,
+    model: ModelConfig | BaselineConfig,
     train: TrainConfig,
     data: DataConfig,
     *,

@@ -6,10 +6,11 @@ Several processes: torchrun --nproc-per-node 2 -m dman_train.train ...
 from __future__ import annotations
 
 import argparse
+import functools
 import logging
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,55 +20,65 @@ import torch.distributed as dist
 
 from dman_runtime.interactions import Columns, InputError, Interactions, read_interactions, read_items
 from dman_runtime.options import Parser, UsageError, configure_logging, overridden, print_json, run_command
-from dman_runtime.protocol import format_report, held_out, report, training_events
-from dman_train.config import PRESETS, ConfigError, DataConfig, ModelConfig, TrainConfig
+from dman_runtime.protocol import Split, format_report, held_out, report, training_events
+from dman_train.config import PRESETS, BaselineConfig, ConfigError, DataConfig, ModelConfig, Preset, TrainConfig
 from dman_train.replay import all_ranks
 from dman_train.run import Run, RunError, Vocabulary, create_run, describe, open_run
 from dman_train.synthetic import SyntheticConfig, generate, write_items, write_log
-from dman_train.trainer import SELECTION_METRIC, Trainer, TrainingData, join_distributed, stop_requests
+from dman_train.trainer import (
+    SELECTION_METRIC,
+    Trainer,
+    TrainingData,
+    join_distributed,
+    leave_distributed,
+    stop_requests,
+)
 
 logger = logging.getLogger(__name__)
 DEFAULT_RUN, DEFAULT_DATA, DEFAULT_ITEMS = Path("runs/latest"), Path("data/log.csv"), Path("data/items.csv")
 CHECKPOINT_SECONDS = 120.0
+SPLITS: tuple[Split, ...] = ("valid", "test")
 
 
-def parser() -> Parser:
-    p = Parser(prog="python -m dman_train.train", description="Train a DMAN on an interaction log.")
+def parser(presets: Mapping[str, Preset] = PRESETS) -> Parser:
+    """The options of a command that trains the models of `presets`, one of which is "default"."""
+    model, module = type(presets["default"].model), "dman_train.train" if presets is PRESETS else "dman_train.baselines"
+    what = "DMAN" if model is ModelConfig else "system to compare with"
+    p = Parser(prog=f"python -m {module}", description=f"Train a {what} on an interaction log.")
     p.flag("--data", type=Path, default=DEFAULT_DATA, help="interaction log; generated when the default is absent")
     p.flag("--items", type=Path, default=None, help="item file with titles and attributes")
     p.flag("--run", type=Path, default=DEFAULT_RUN, help="run directory to write")
-    p.flag("--preset", choices=sorted(PRESETS), default="default", help="where options start from")
+    p.flag("--preset", choices=sorted(presets), default="default", help="where options start from")
     p.flag("--device", choices=["auto", "cpu", "cuda"], default="auto", help="where to train")
     p.flag("--threads", type=int, default=0, help="CPU threads; 0: one per core")
     p.add_argument("--resume", action="store_true", help="continue the interrupted run in --run")
     p.add_argument("--json", action="store_true", help="print the final metrics as JSON on the last line")
-    p.config_flags(ModelConfig, title="model")
+    p.config_flags(model, title="model")
     p.config_flags(TrainConfig, title="training")
     p.config_flags(DataConfig, title="data")
     return p
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    return run_command(_main, argv, ConfigError, InputError, RunError, FloatingPointError)
+def main(argv: Sequence[str] | None = None, *, presets: Mapping[str, Preset] = PRESETS) -> int:
+    command = functools.partial(_main, presets=presets)
+    return run_command(command, argv, ConfigError, InputError, RunError, FloatingPointError)
 
 
-def _main(argv: Sequence[str] | None) -> int:
-    arguments = parser().parse_args(argv)
+def _main(argv: Sequence[str] | None, *, presets: Mapping[str, Preset]) -> int:
+    arguments = parser(presets).parse_args(argv)
     configure_logging()
     join_distributed()
-    try:
-        return _train(arguments, list(sys.argv[1:] if argv is None else argv))
-    finally:
-        if dist.is_initialized():
-            dist.destroy_process_group()
+    code = _train(arguments, list(sys.argv[1:] if argv is None else argv), presets)
+    leave_distributed()  # not after an error: the other ranks would never get there
+    return code
 
 
-def _train(arguments: argparse.Namespace, command: list[str]) -> int:
+def _train(arguments: argparse.Namespace, command: list[str], presets: Mapping[str, Preset]) -> int:
     if arguments.threads < 0:
         raise UsageError(f"--threads is {arguments.threads}; give 1 or more, or 0 for one per core")
     if arguments.threads:
         torch.set_num_threads(arguments.threads)
-    model, train, data = _configs(arguments)
+    model, train, data = _configs(arguments, presets[arguments.preset])
     if arguments.resume and arguments.data == DEFAULT_DATA:
         arguments.data = Path(open_run(arguments.run).config["dataset"]["path"])
     if arguments.data == DEFAULT_DATA and not DEFAULT_DATA.exists() and _is_first_rank():
@@ -88,9 +99,10 @@ def _train(arguments: argparse.Namespace, command: list[str]) -> int:
     return 0
 
 
-def _configs(arguments: argparse.Namespace) -> tuple[ModelConfig, TrainConfig, DataConfig]:
+def _configs(
+    arguments: argparse.Namespace, preset: Preset
+) -> tuple[ModelConfig | BaselineConfig, TrainConfig, DataConfig]:
     """Configs from preset and options; when resuming, from the run, with options checked against it."""
-    preset = PRESETS[arguments.preset]
     if not arguments.resume:
         return (
             overridden(preset.model, arguments),
@@ -99,6 +111,8 @@ def _configs(arguments: argparse.Namespace) -> tuple[ModelConfig, TrainConfig, D
         )
     run = open_run(arguments.run)
     saved = (run.model_config(), run.train_config(), run.data_config())
+    if type(saved[0]) is not type(preset.model):
+        raise UsageError(f"{run.path} is a run of the other command; resume it with dman_train.train or .baselines")
     for config in saved:
         if overridden(config, arguments) != config:
             raise UsageError(f"--resume continues {run.path} with its own configuration; leave the options out")
@@ -123,7 +137,7 @@ def training_data(interactions: Interactions) -> TrainingData:
 
 def _open(
     arguments: argparse.Namespace,
-    model: ModelConfig,
+    model: ModelConfig | BaselineConfig,
     train: TrainConfig,
     data: DataConfig,
     interactions: Interactions,
@@ -238,9 +252,10 @@ def _out_of_patience(run: Run, patience: int) -> bool:
 def _finish(run: Run, interactions: Interactions, *, as_json: bool) -> None:
     """Evaluates the best epoch on both splits and closes the run."""
     model = run.best_model()
-    result: dict[str, Any] = {
-        split: report(all_ranks(model, held_out(interactions, split)), split) for split in ("valid", "test")
-    }
+    data = {split: held_out(interactions, split) for split in SPLITS}
+    ranks = {split: all_ranks(model, data[split]) for split in SPLITS}
+    run.save_ranks(ranks, [len(history) for history in data["test"].histories])
+    result: dict[str, Any] = {split: report(ranks[split], split) for split in SPLITS}
     seconds = [epoch["seconds"] for epoch in run.epochs()]
     result |= {"epochs": len(seconds), "training_seconds": sum(seconds)}
     run.write_json("metrics.json", result)

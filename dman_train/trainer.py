@@ -20,10 +20,12 @@ from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 from dman_runtime.protocol import HeldOut, Ranks, metrics
-from dman_train.config import ConfigError, ModelConfig, TrainConfig
-from dman_train.lanes import Batch, Lanes
+from dman_train.baselines import build
+from dman_train.baselines.base import Baseline
+from dman_train.config import BaselineConfig, ConfigError, ModelConfig, TrainConfig
+from dman_train.lanes import Batch, Lanes, Windows
 from dman_train.model import DMAN
-from dman_train.objective import LaneState, Losses, Objective, draw_negatives
+from dman_train.objective import LaneState, Losses, NextItemObjective, Objective, WindowObjective, draw_negatives
 from dman_train.replay import all_ranks
 
 logger = logging.getLogger(__name__)
@@ -48,28 +50,51 @@ class Trainer:
     """
 
     def __init__(
-        self, model_config: ModelConfig, config: TrainConfig, data: TrainingData, device: torch.device
+        self,
+        model_config: ModelConfig | BaselineConfig,
+        config: TrainConfig,
+        data: TrainingData,
+        device: torch.device,
     ) -> None:
         self.config, self.data, self.device = config, data, device
         self.rank = dist.get_rank() if dist.is_initialized() else 0
         self.world = dist.get_world_size() if dist.is_initialized() else 1
         if config.lanes % self.world:
             raise ConfigError(f"lanes {config.lanes} cannot be shared among {self.world} processes; choose a multiple")
-        torch.manual_seed(config.seed)
-        self.model = DMAN(model_config, len(data.item_counts)).to(device)
-        self.objective = Objective(self.model, config, torch.from_numpy(data.item_counts)).to(device)
-        self._step_module = DistributedDataParallel(self.objective) if self.world > 1 else self.objective
-        self.lanes = Lanes(
-            data.items,
-            data.offsets,
-            segment_length=model_config.segment_length,
-            lanes=config.lanes,
-            vary_first=config.random_first_segment,
-            seed=config.seed,
-        )
         share = config.lanes // self.world
         self._my_lanes = slice(self.rank * share, (self.rank + 1) * share)
-        self.state = LaneState.empty(self.model, share, config.backprop_segments)
+        torch.manual_seed(config.seed)
+        counts = torch.from_numpy(data.item_counts)
+        self.model: DMAN | Baseline
+        self.objective: NextItemObjective
+        self.schedule: Lanes | Windows
+        self.state: LaneState | None
+        if isinstance(model_config, BaselineConfig):
+            if self.world > 1:
+                raise ConfigError("baselines are trained by one process; start it without torchrun")
+            self.model = build(model_config, len(counts), len(data.offsets) - 1).to(device)
+            self.objective = WindowObjective(self.model, config, counts).to(device)
+            self.schedule = Windows(
+                data.items,
+                data.offsets,
+                length=model_config.history,
+                positions=config.lanes * model_config.segment_length,
+                seed=config.seed,
+            )
+            self._my_lanes, self.state = slice(None), None
+        else:
+            self.model = DMAN(model_config, len(counts)).to(device)
+            self.objective = Objective(self.model, config, counts).to(device)
+            self.schedule = Lanes(
+                data.items,
+                data.offsets,
+                segment_length=model_config.segment_length,
+                lanes=config.lanes,
+                vary_first=config.random_first_segment,
+                seed=config.seed,
+            )
+            self.state = LaneState.empty(self.model, share, config.backprop_segments)
+        self._step_module = DistributedDataParallel(self.objective) if self.world > 1 else self.objective
         self.negatives = torch.Generator().manual_seed(config.seed)
         self.optimisers = self._build_optimisers()
         self.step = self.events = self.epoch = 0
@@ -78,7 +103,8 @@ class Trainer:
 
     def _build_optimisers(self) -> list[torch.optim.Optimizer]:
         """Optimiser 1: everything but f_abs. Optimiser 2: f_abs."""
-        config, abstraction = self.config, self.model.abstraction_parameters()
+        config = self.config
+        abstraction = self.model.abstraction_parameters() if isinstance(self.model, DMAN) else []
         chosen = {id(p) for p in abstraction}
         groups = [([p for p in self.model.parameters() if id(p) not in chosen], config.learning_rate)]
         if abstraction:
@@ -91,19 +117,20 @@ class Trainer:
     def learning_rate_share(self) -> float:
         """Share of the full learning rate at this point: linear warm-up, then a cosine down to the final share."""
         warm = min(1.0, (self.step + 1) / max(1, self.config.warmup_steps))
-        done = min(1.0, self.events / (self.config.epochs * self.lanes.events))
+        done = min(1.0, self.events / (self.config.epochs * self.schedule.events))
         final = self.config.final_learning_rate
         return warm * (final + (1 - final) * 0.5 * (1 + math.cos(math.pi * done)))
 
     def train_step(self) -> tuple[Batch, Tensor, Tensor]:
         """One step of all lanes: the whole batch, and the mean losses of eq. 9 and eq. 5."""
-        batch = next(self.lanes)
+        batch = next(self.schedule)
         negatives = draw_negatives(self.objective, batch.items.shape, self.negatives)
         mine = batch.lanes(self._my_lanes)
         if negatives is not None:
             negatives = (negatives[self._my_lanes] if negatives.dim() == 3 else negatives).to(self.device)
-        tensors = [torch.from_numpy(a).to(self.device) for a in (mine.items, mine.targets, mine.lengths, mine.starts)]
-        losses, self.state = self._step_module(*tensors, self.state, negatives)
+        tensors = [torch.from_numpy(getattr(mine, name)).to(self.device) for name in self.objective.inputs]
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.config.precision == "bfloat16"):
+            losses, self.state = self._step_module(*tensors, self.state, negatives)
         likelihood, abstraction = self._means(losses)
         # DistributedDataParallel averages gradients over ranks; each rank's loss is a share of the global mean.
         loss = self.world * (likelihood + self.config.abstraction_weight * abstraction)
@@ -133,7 +160,7 @@ class Trainer:
 
     def train_epoch(self, *, on_step: Callable[[], None], progress: bool) -> dict[str, float]:
         """Steps until the next epoch border, then validation. Calls `on_step` after every step."""
-        goal = (self.epoch + 1) * self.lanes.events
+        goal = (self.epoch + 1) * self.schedule.events
         began, first = time.perf_counter(), self.events
         description = f"epoch {self.epoch + 1}/{self.config.epochs}"
         with tqdm(total=goal, initial=first, unit="ev", desc=description, disable=None if progress else True) as bar:
@@ -176,7 +203,8 @@ class Trainer:
 
     def state_dict(self) -> dict[str, Any]:
         """Collective: every rank calls it, every rank gets the whole state."""
-        mine = {"lanes": self.state.state_dict(), "dropout": torch.get_rng_state(), "sums": self.sums.clone()}
+        lanes = self.state.state_dict() if self.state else None
+        mine = {"lanes": lanes, "dropout": torch.get_rng_state(), "sums": self.sums.clone()}
         parts: list[Any] = [mine]
         if self.world > 1:
             parts = [None] * self.world
@@ -184,7 +212,7 @@ class Trainer:
         return {
             "model": self.model.state_dict(),
             "optimisers": [optimiser.state_dict() for optimiser in self.optimisers],
-            "schedule": self.lanes.state_dict(),
+            "schedule": self.schedule.state_dict(),
             "negatives": self.negatives.get_state(),
             "ranks": parts,
             "progress": {"step": self.step, "events": self.events, "epoch": self.epoch},
@@ -199,10 +227,11 @@ class Trainer:
         self.model.load_state_dict(state["model"])
         for optimiser, saved in zip(self.optimisers, state["optimisers"], strict=True):
             optimiser.load_state_dict(saved)
-        self.lanes.load_state_dict(state["schedule"])
+        self.schedule.load_state_dict(state["schedule"])
         self.negatives.set_state(state["negatives"])
         mine = state["ranks"][self.rank]
-        self.state = LaneState(**{name: tensor.to(self.device) for name, tensor in mine["lanes"].items()})
+        if mine["lanes"] is not None:
+            self.state = LaneState(**{name: tensor.to(self.device) for name, tensor in mine["lanes"].items()})
         torch.set_rng_state(mine["dropout"])
         self.sums = mine.get("sums", self.sums).clone()  # checkpoints of earlier versions have none
         for name, value in state["progress"].items():
@@ -230,3 +259,13 @@ def join_distributed() -> None:
     """Joins the process group that torchrun describes in the environment, if there is one."""
     if "RANK" in os.environ and "WORLD_SIZE" in os.environ and not dist.is_initialized():
         dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
+
+
+def leave_distributed() -> None:
+    """Leaves the process group, if there is one, once every rank has got here.
+
+    A rank that goes while another still talks to it can take that one's connection threads down: gloo then aborts.
+    """
+    if dist.is_initialized():
+        dist.barrier()
+        dist.destroy_process_group()

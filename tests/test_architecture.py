@@ -19,7 +19,7 @@ import sdk
 from dman_runtime import cli
 from dman_runtime.options import Parser
 from dman_train import evaluate, export, train
-from dman_train.config import DataConfig, ModelConfig, TrainConfig
+from dman_train.config import BASELINE_PRESETS, BaselineConfig, DataConfig, ModelConfig, TrainConfig
 from protos.dman.v1 import dman_pb2 as pb
 
 OURS = ("protos", "sdk", "dman_runtime", "dman_train", "tools", "tests")
@@ -218,6 +218,8 @@ DOCUMENTED: dict[str, Callable[[], set[str]]] = {
     "options of dman_train.train": lambda: options(train.parser),
     "options of dman_train.export": lambda: options(export.parser),
     "options of dman_train.evaluate": lambda: options(evaluate.parser),
+    "options of dman_train.baselines": lambda: options(lambda: train.parser(BASELINE_PRESETS)),
+    "baseline fields": lambda: field_names(BaselineConfig),
     "model fields": lambda: field_names(ModelConfig),
     "training fields": lambda: field_names(TrainConfig),
     "data fields": lambda: field_names(DataConfig),

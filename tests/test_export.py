@@ -42,7 +42,7 @@ ONNX_ERROR = {"rtol": 1e-4, "atol": 1e-5}
 GRAPHS = {
     "dman": TINY,
     "paper-fifo": replace(TINY, architecture="paper", heads=1, variant="fifo"),
-    "gated-xl": replace(TINY, residual="gated", variant="xl", layers=1),
+    "plain-xl": replace(TINY, residual="plain", variant="xl", layers=1),
     "nran-full": replace(TINY, variant="nran", routing="full", routing_softmax="primaries", layers=3),
 }
 

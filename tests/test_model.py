@@ -20,7 +20,7 @@ EXACT = {"rtol": 1e-4, "atol": 2e-5}  # float32, two orders of summation
 PAPER = replace(TINY, architecture="paper", heads=1)
 VARIANTS = {
     "plus": TINY,
-    "gated": replace(TINY, residual="gated", heads=4, layers=3),
+    "plain": replace(TINY, residual="plain", heads=4, layers=3),
     "paper": PAPER,
     "xl": replace(TINY, variant="xl"),
     "fifo": replace(TINY, variant="fifo"),
@@ -55,13 +55,13 @@ def softmax(logits: Tensor) -> Tensor:
 def test_attention_absorbed_equals_projected_keys_and_values(heads: int) -> None:
     torch.manual_seed(0)
     attention = Attention(replace(TINY, heads=heads)).eval()
-    queries, sources, bias = torch.randn(3, 4, 32), torch.randn(3, 7, 32), torch.randn(3, heads, 4, 7)
+    queries, sources, bias = torch.randn(3, 4, 32), torch.randn(3, 7, 32), torch.randn(3, 4, heads, 7)
     outputs = []
     for head in range(heads):
         rows = slice(head * 32 // heads, (head + 1) * 32 // heads)
         q = queries @ attention.query.weight[rows].T  # (B, Q, d)
         k, v = sources @ attention.key[head].T, sources @ attention.value[head]  # (B, K, d)
-        outputs.append(softmax(q @ k.transpose(1, 2) / (32 / heads) ** 0.5 + bias[:, head]) @ v)
+        outputs.append(softmax(q @ k.transpose(1, 2) / (32 / heads) ** 0.5 + bias[:, :, head]) @ v)
     expected = torch.cat(outputs, -1) @ attention.output.weight.T
     torch.testing.assert_close(attention(queries, sources, bias), expected, **EXACT)
 
@@ -378,7 +378,7 @@ OTHER_MODEL = {
     "width": 16,
     "heads": 1,
     "ffn_multiplier": 3,
-    "residual": "gated",
+    "residual": "plain",
     "dropout": 0.5,
     "routing": "shared",
     "routing_iterations": 2,
@@ -439,6 +439,7 @@ INVALID: list[tuple[type, str, object]] = [
     (TrainConfig, "final_learning_rate", 1.5),
     (TrainConfig, "weight_decay", -1e-9),
     (TrainConfig, "gradient_clip", -1.0),
+    (TrainConfig, "precision", "float16"),
     (TrainConfig, "epochs", 0),
     (TrainConfig, "epochs", True),
     (TrainConfig, "patience", 0),

@@ -16,7 +16,7 @@ from dman_runtime.protocol import held_out, training_events
 from dman_train.config import ModelConfig, TrainConfig
 from dman_train.lanes import Batch, Lanes
 from dman_train.model import DMAN
-from dman_train.objective import FULL_SOFTMAX_LIMIT, LaneState, Objective, draw_negatives
+from dman_train.objective import FULL_SOFTMAX_LIMIT, LaneState, Objective, _FullSoftmax, draw_negatives
 from dman_train.replay import replay
 
 USER_EVENTS = (1, 2, 3, 6, 7, 11, 12, 26, 0, 40)  # around the borders of segments of 5; two users without a target
@@ -138,8 +138,11 @@ def objective_of(model: DMAN, config: TrainConfig, counts: Tensor | None = None)
 
 
 def run_step(objective: Objective, batch: Batch, state: LaneState) -> LaneState:
-    tensors = [torch.from_numpy(a) for a in (batch.items, batch.targets, batch.lengths, batch.starts)]
-    return objective(*tensors, state, None)[1]
+    return objective(*tensors_of(batch), state, None)[1]
+
+
+def tensors_of(batch: Batch) -> list[Tensor]:
+    return [torch.from_numpy(getattr(batch, name)) for name in Objective.inputs]
 
 
 def settled_memory(model: DMAN, state: LaneState) -> Tensor:
@@ -210,8 +213,7 @@ def test_lane_restart_forgets_everything(config: TrainConfig) -> None:
     for _ in range(12):
         state = run_step(objective, next(schedule), state)
     batch = next(schedule)
-    restarted = Batch(batch.items, batch.targets, batch.lengths, np.array([True, True]))
-    tensors = [torch.from_numpy(a) for a in vars(restarted).values()]
+    tensors = tensors_of(replace(batch, starts=np.array([True, True])))
     used, _ = objective(*tensors, state, None)
     fresh, _ = objective(*tensors, LaneState.empty(model, 2, config.backprop_segments), None)
     assert torch.equal(used.likelihood, fresh.likelihood)
@@ -252,8 +254,8 @@ def test_abstraction_loss_is_about_the_newest_absorption_and_real_positions(conf
     for start in range(0, 28, 5):
         items, length = np.zeros((1, 5), np.int64), min(5, 28 - start)
         items[0, :length] = history[start : start + length]
-        batch = Batch(items, items, np.array([length]), np.array([start == 0]))
-        losses, after = objective(*(torch.from_numpy(a) for a in vars(batch).values()), state, None)
+        batch = Batch(items, items, np.array([length]), np.array([start == 0]), np.array([0]))
+        losses, after = objective(*tensors_of(batch), state, None)
         before, state = state, after
     old, new = (replay(model, [history[:end]])[1] for end in (20, 25))
     last = model.embed(torch.from_numpy(history[25:]))[None]
@@ -296,6 +298,41 @@ def test_full_softmax_equals_hand_computation() -> None:
     objective = scored("full", users=USERS, table=TABLE)
     found = objective._likelihood(USERS, TARGETS, None, REAL)
     assert found.item() == pytest.approx(sum(full_losses()), rel=1e-5)
+
+
+@pytest.mark.parametrize("block", [1, 40, 250, 1 << 19])  # scores at a time: one position, one, several, all
+def test_full_softmax_and_its_gradients_equal_cross_entropy(block: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("dman_train.objective.SOFTMAX_BLOCK", block)
+    users, table, targets = torch.randn(23, 8), torch.randn(40, 8), torch.randint(40, (23,))
+    found, expected = ([x.clone().requires_grad_() for x in (users, table)] for _ in range(2))
+    loss = _FullSoftmax.apply(*found, targets)
+    reference = torch.nn.functional.cross_entropy(expected[0] @ expected[1].T, targets, reduction="sum")
+    (0.3 * loss).backward()
+    (0.3 * reference).backward()
+    torch.testing.assert_close(loss, reference)
+    for a, b in zip(found, expected, strict=True):
+        torch.testing.assert_close(a.grad, b.grad)
+
+
+def test_full_softmax_survives_large_scores() -> None:
+    users, table = torch.full((1, 4), 50.0), torch.stack([torch.full((4,), 50.0), torch.full((4,), -50.0)])
+    assert _FullSoftmax.apply(users, table, torch.tensor([1])).item() == pytest.approx(20_000)
+
+
+def test_full_softmax_in_bfloat16_stays_near_float32() -> None:
+    users, table, targets = torch.randn(50, 16), torch.randn(60, 16), torch.randint(60, (50,))
+    exact, rounded = ([x.clone().requires_grad_() for x in (users, table)] for _ in range(2))
+    reference = _FullSoftmax.apply(*exact, targets)
+    with torch.autocast("cpu", torch.bfloat16):
+        loss = _FullSoftmax.apply(*rounded, targets)
+    reference.backward()
+    loss.backward()
+    assert loss.dtype == torch.float32 and loss != reference
+    torch.testing.assert_close(loss, reference, rtol=1e-2, atol=0)
+    for a, b in zip(rounded, exact, strict=True):
+        assert a.grad is not None and b.grad is not None
+        assert a.grad.dtype == torch.float32
+        assert (a.grad - b.grad).abs().max() < 2e-2 * b.grad.abs().max()
 
 
 def test_negatives_loss_equals_hand_computation_and_masks_accidental_hits() -> None:

@@ -19,10 +19,13 @@ from hypothesis import strategies as st
 
 from dman_runtime.bundle import open_bundle
 from dman_runtime.encoder import Encoder
+from dman_runtime.interactions import read_interactions, read_items
 from dman_runtime.options import UsageError
+from dman_train.synthetic import PlantedConfig
+from dman_train.synthetic import generate as generated
 from protos.dman.v1 import dman_pb2 as pb
 from protos.dman.v1.dman_pb2_grpc import RecommenderStub
-from tools import bench, bench_batch, loadgen
+from tools import bench, bench_batch, generate, loadgen
 from tools.bench_blocks import (
     WARM_UP_CALLS,
     Block,
@@ -303,3 +306,38 @@ def test_report_shows_missed_targets_and_replaces_the_old_page_whole(tmp_path: P
     assert "| speed | 2x | <= 1x | NO |" in text and "| size | 1 B | <= 2 B | yes |" in text
     assert "| other | 3 | none | - |" in text and "old" not in text
     assert list(tmp_path.iterdir()) == [report]
+
+
+# -- generator -------------------------------------------------------------------------------------------------------
+
+
+def test_generate_writes_a_planted_log_that_reads_back_whole(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    options = "--users 300 --num-items 200 --answers 5 --queries 3 --min-gap 8 --max-gap 9 --seed 2"
+    assert generate.main(["--task", "planted", *options.split()]) == 0
+    log = read_interactions(Path("data/log.csv"), min_user_events=5, min_item_events=5)
+    config = PlantedConfig(users=300, items=200, answers=5, queries=3, min_gap=8, max_gap=9, seed=2)
+    assert log.fingerprint() == generated(config).fingerprint()
+    assert list(read_items(Path("data/items.csv"))) == log.item_ids
+    printed = capsys.readouterr().out
+    assert printed.startswith(f"wrote {len(log):,} events of 300 users on 200 items to data/log.csv, the 200 items")
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ("--task planted --mean-events 9", "error: task planted has no --mean-events. Leave it out or choose another"),
+        ("--queries 3 --answers 9", "error: task interests has no --answers, --queries. Leave it out"),
+        ("--task planted --min-gap 101", "error: max_gap is 100. Make it at least min_gap, 101"),
+    ],
+)
+def test_generate_refuses_options_of_the_other_task(
+    options: str, message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert generate.main(options.split()) == 2
+    error = capsys.readouterr().err
+    assert error.startswith(message) and error.count("\n") == 1
+    assert not list(tmp_path.iterdir())

@@ -17,7 +17,15 @@ import torch
 
 from dman_runtime.bundle import read_manifest
 from dman_train import evaluate, export, train
-from dman_train.config import PRESETS, ConfigError, DataConfig, ModelConfig, TrainConfig
+from dman_train.config import (
+    BASELINE_PRESETS,
+    PRESETS,
+    BaselineConfig,
+    ConfigError,
+    DataConfig,
+    ModelConfig,
+    TrainConfig,
+)
 from dman_train.run import Run, RunError, open_run
 from dman_train.trainer import stop_requests
 
@@ -54,6 +62,7 @@ def test_train_writes_a_run_that_describes_itself(trained_run: Path) -> None:
         "vocabulary.json",
         "metrics.jsonl",
         "metrics.json",
+        "ranks.npz",
         "best.pt",
         "curves.png",
         "tensorboard",
@@ -104,6 +113,53 @@ def test_export_records_data_and_metrics_of_the_run(trained_run: Path, trained_b
 def test_run_that_is_unfinished_can_be_evaluated(run_copy: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (run_copy / "metrics.json").unlink()
     assert last_json(capsys, evaluate.main, "--run", run_copy)["users"] > 50
+
+
+# Baselines
+
+
+@pytest.fixture(scope="module")
+def baseline_run(small_log: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("baseline") / "run"
+    assert train.main(baseline_command(small_log, path), presets=BASELINE_PRESETS) == 0
+    return path
+
+
+def baseline_command(log: Path, run: Path) -> list[str]:
+    options = ["--system", "shan", "--history", "12", "--segment-length", "4", "--width", "8", "--lanes", "16"]
+    return ["--data", str(log), "--run", str(run), "--epochs", "2", "--threads", "1", *options]
+
+
+def test_baseline_run_is_a_run_like_any_other(baseline_run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run = open_run(baseline_run)
+    config = run.model_config()
+    assert isinstance(config, BaselineConfig) and (config.system, config.history) == ("shan", 12)
+    assert run.metrics is not None
+    found = last_json(capsys, evaluate.main, "--run", baseline_run)
+    assert found["hr@10"] == pytest.approx(run.metrics["test"]["hr@10"]) and found["users"] > 50
+
+
+def test_baseline_resumes_to_the_weights_of_one_run(
+    baseline_run: Path, small_log: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = iter(range(1, 10_000))
+    monkeypatch.setattr(train, "stop_requests", lambda: nullcontext(lambda: next(asked) == 7))
+    command = baseline_command(small_log, tmp_path / "run")
+    assert train.main(command, presets=BASELINE_PRESETS) == 130
+    monkeypatch.undo()
+    assert train.main(["--resume", "--run", str(tmp_path / "run")]) == 2, "that is the other command's"
+    assert train.main(["--resume", "--run", str(tmp_path / "run")], presets=BASELINE_PRESETS) == 0
+    resumed, whole = (open_run(path).best_model().state_dict() for path in (tmp_path / "run", baseline_run))
+    assert all(torch.equal(resumed[name], weight) for name, weight in whole.items())
+
+
+def test_baseline_cannot_be_exported_or_interpreted(
+    baseline_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for main, option in ((export.main, "--out"), (evaluate.main, "--interpret")):
+        assert main(["--run", str(baseline_run), option, str(tmp_path / "out")]) == 2
+        assert capsys.readouterr().err.strip().count("\n") == 0
+        assert not (tmp_path / "out").exists()
 
 
 # Stopping and resuming
@@ -359,15 +415,16 @@ def test_open_run_errors_carry_the_remedy(tmp_path: Path) -> None:
 
 def configs(*options: str) -> dict[str, Any]:
     """All config fields that a command line and the environment give, by name."""
-    parts = train._configs(train.parser().parse_args(list(options)))
+    arguments = train.parser().parse_args(list(options))
+    parts = train._configs(arguments, PRESETS[arguments.preset])
     return {f.name: getattr(part, f.name) for part in parts for f in fields(part)}
 
 
 OTHER: dict[str, Any] = {
-    "architecture": "paper", "variant": "xl", "residual": "gated", "routing": "full", "routing_softmax": "primaries",
+    "architecture": "paper", "variant": "xl", "residual": "plain", "routing": "full", "routing_softmax": "primaries",
     "loss": "sampled", "memory_training": "joint", "random_first_segment": False, "backprop_segments": 2,
     "dropout": 0.5, "abstraction_weight": 0.25, "learning_rate": 0.5, "abstraction_learning_rate": 0.5,
-    "final_learning_rate": 0.5, "weight_decay": 0.5, "gradient_clip": 0.5,
+    "precision": "bfloat16", "final_learning_rate": 0.5, "weight_decay": 0.5, "gradient_clip": 0.5,
     "user_column": "u", "item_column": "i", "time_column": "t", "position_column": "p", "heads": 1,
 }  # fmt: skip
 NEEDS = {"architecture": {"heads": 1}, "backprop_segments": {"memory_training": "joint"}}

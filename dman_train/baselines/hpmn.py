@@ -1,0 +1,74 @@
+"""HPMN: Ren et al., "Lifelong Sequential Modeling with Personalized Memorization for User Response Prediction",
+SIGIR 2019 (arXiv 1905.00758).
+
+Layer i of a stack of GRUs reads every PERIOD-th state of layer i - 1, so it moves on every PERIOD^(i-1) events and
+remembers further back. The newest states of all K layers are the memory slots; attention reads them, and a penalty
+on the covariance of any two slots keeps them apart.
+
+The reference (alimamarankgroup/HPMN) estimates the response to a given item: the target is the last input and the
+query; it reads three times, each read added to the query of the next, and a deep network classifies [read, target].
+The periods between its layers are 2, 2 (Amazon), 2, 2, 3 (Taobao) and 2 throughout (XLong, five layers), over inputs
+of one length, filled up at the left, whose end is also the end of a period. Here: there is no target to ask about,
+so the last event is the query; one read; a linear layer of [read, last event]; one period for all; periods counted
+from the left end of a window, so that a slot is up to a period old, and zero before its first period ends; layers that
+would never move are left out. The energies are those of the reference, a network over query, slot and their product
+(their difference adds nothing to it). The penalty is that of the reference, which sums it over a batch of 128 with
+weight 1e-5, as a mean over all positions, padded ones included.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from dman_train.baselines.base import Baseline
+from dman_train.config import BaselineConfig
+
+PERIOD = 4  # states of a layer for each one of the next
+PENALTY = 1e-3  # weight of the covariance penalty
+
+
+class HPMN(Baseline):
+    def __init__(self, config: BaselineConfig, vocabulary: int, users: int) -> None:
+        super().__init__(config, vocabulary, users)
+        width = config.width
+        self.periods = [PERIOD**i for i in range(config.layers) if PERIOD**i <= config.history]
+        self.layers = nn.ModuleList(nn.GRU(width, width, batch_first=True) for _ in self.periods)
+        self.query = nn.Linear(width, width)
+        self.energy = nn.Sequential(
+            nn.Linear(3 * width, 80), nn.ReLU(), nn.Linear(80, 40), nn.ReLU(), nn.Linear(40, 1, bias=False)
+        )
+        self.output = nn.Linear(2 * width, width)
+        self._penalty = torch.zeros(())
+
+    def encode(self, items: Tensor, users: Tensor) -> Tensor:
+        last = self.embed(items)
+        memory = self._memory(last)
+        self._penalty = PENALTY * _covariance_norm(memory)
+        query = self.query(last)[:, :, None].expand_as(memory)
+        energies = self.energy(torch.cat([query, memory, query * memory], dim=-1))  # (B, W, K, 1)
+        read = (torch.softmax(energies, dim=2) * memory).sum(2)
+        return self.output(self.dropout(torch.cat([read, last], dim=-1)))  # of small inputs: no scale is taken off
+
+    def penalty(self) -> Tensor:
+        return self._penalty
+
+    def _memory(self, x: Tensor) -> Tensor:
+        """(B, W, D) events -> (B, W, K, D) the slots after each event."""
+        event, slots, states = torch.arange(1, x.shape[1] + 1, device=x.device), [], x
+        for period, gru in zip(self.periods, self.layers, strict=True):
+            if period > 1:
+                states = states[:, PERIOD - 1 :: PERIOD]
+            if states.shape[1]:
+                states, _ = gru(states)  # (B, W // period, D)
+            slots.append(F.pad(states, (0, 0, 1, 0)).index_select(1, event // period))
+        return torch.stack(slots, dim=2)
+
+
+def _covariance_norm(memory: Tensor) -> Tensor:
+    """(..., K, D) slots -> mean Frobenius norm of the covariances (K, K) between different slots."""
+    centred = memory - memory.mean(-1, keepdim=True)
+    covariance = centred @ centred.transpose(-1, -2) / memory.shape[-1]  # (..., K, K)
+    same = torch.eye(memory.shape[-2], dtype=torch.bool, device=memory.device)
+    return torch.linalg.vector_norm(covariance.masked_fill(same, 0.0), dim=(-2, -1)).mean()

@@ -1,0 +1,73 @@
+"""SDM: Lv et al., "SDM: Sequential Deep Matching Model for Online Large-scale Recommender System", CIKM 2019
+(arXiv 1909.00385).
+
+Short-term part: an LSTM over the current session, causal self-attention over its states, and attention of the user
+over what came out. Long-term part: attention of the user over the items of earlier sessions, and a dense layer with
+tanh. A gate of both and the user embedding u mixes them: g * short + (1 - g) * long.
+
+The reference (alicogintel/SDM; shenweichen/DeepMatch has another) adds shop, brand and category of the items and the
+profile of the user, pools each in a long-term part of its own that spans a week, tells sessions by time, and learns by
+sampled softmax with an output table of its own. Its default has one LSTM layer, and one attention block with a residual
+and LayerNorm; the attention of the user has a residual, too, in its code, though not in the paper. Here: item and user
+ids only, the input embeddings as output table, and the loss of the harness. A session is a segment of `segment_length`
+events, counted from the left end of a window; the LSTM starts anew in each. With one segment only, there is neither
+a long-term part nor a gate.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from dman_train.baselines.base import Baseline
+from dman_train.baselines.shan import cut_segments, pool_earlier_segments
+from dman_train.config import BaselineConfig
+
+
+class SDM(Baseline):
+    def __init__(self, config: BaselineConfig, vocabulary: int, users: int) -> None:
+        super().__init__(config, vocabulary, users)
+        width, several = config.width, config.history > config.segment_length
+        self.user_table = nn.Parameter(torch.randn(users, width) * 0.02)
+        self.lstm = nn.LSTM(width, width, batch_first=True)
+        self.project = nn.Linear(width, 3 * width, bias=False)
+        self.attended = nn.Linear(width, width)
+        self.norm = nn.LayerNorm(width)
+        self.query = nn.Linear(width, width)
+        self.long_output = nn.Linear(width, width) if several else None
+        self.gate = nn.Linear(3 * width, width) if several else None
+
+    def encode(self, items: Tensor, users: Tensor) -> Tensor:
+        x, user = self.embed(items), F.embedding(users, self.user_table) * self.input_scale  # (B, W, D), (B, D)
+        segments = cut_segments(x, self.config.segment_length)  # (B, S, T, D)
+        states = self._self_attention(self.lstm(segments.flatten(0, 1))[0]).view_as(segments)
+        mixed = self._short_term(states, user)
+        if self.gate is not None:
+            longs = self._long_term(x, user)[:, :, None].expand_as(mixed)
+            gate = torch.sigmoid(self.gate(torch.cat([mixed, longs, user[:, None, None].expand_as(mixed)], dim=-1)))
+            mixed = gate * mixed + (1 - gate) * longs
+        return mixed.flatten(1, 2)[:, : items.shape[1]] * self.output_scale
+
+    def _self_attention(self, states: Tensor) -> Tensor:
+        """(N, T, D) -> (N, T, D)."""
+        heads = self.project(states).unflatten(2, (3, self.config.heads, -1)).permute(2, 0, 3, 1, 4)
+        q, k, v = heads  # (N, H, T, D/H) each
+        read = F.scaled_dot_product_attention(q, k, v, is_causal=True, dropout_p=self.dropout.p * self.training)
+        return self.norm(states + self.dropout(self.attended(read.transpose(1, 2).flatten(2))))
+
+    def _short_term(self, states: Tensor, user: Tensor) -> Tensor:
+        """(B, S, T, D) states, (B, D) users -> (B, S, T, D): what the user attends to in the segment so far."""
+        energies = torch.einsum("bstd,bd->bst", states, torch.tanh(self.query(user))) / math.sqrt(user.shape[1])
+        later = torch.ones(states.shape[2], states.shape[2], dtype=torch.bool, device=user.device).triu(1)
+        weights = torch.softmax(energies[:, :, None].masked_fill(later, float("-inf")), dim=-1)  # (B, S, T, T)
+        return states + self.dropout(weights) @ states
+
+    def _long_term(self, x: Tensor, user: Tensor) -> Tensor:
+        """(B, W, D) events, (B, D) users -> (B, S, D): what the user attends to in earlier segments."""
+        energies = torch.einsum("bwd,bd->bw", x, user) / math.sqrt(user.shape[1])
+        pooled = pool_earlier_segments(x, energies, self.config.segment_length)
+        assert self.long_output is not None
+        return torch.tanh(self.long_output(pooled))

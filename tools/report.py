@@ -1,0 +1,243 @@
+"""Builds reports/accuracy.md from the recorded runs: `make report`.
+
+Runs that differ in the seed only are one row. What is not recorded is not in the report.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from dman_runtime.options import Parser, UsageError, run_command
+from dman_train.config import BASELINE_PRESETS, PRESETS, to_dict
+from tools.bench_report import table
+from tools.records import GROUPS, Record, paired_bootstrap, read_records
+
+METRICS = ("hr@10", "ndcg@10", "hr@50", "ndcg@100")
+REPEATS = ("wikipedia-edits", "taobao-userbehavior-sample")  # users come back to items: ranked with seen items kept
+CHARTED = {"memory_slots": "m, memory slots", "layers": "L, layers", "segment_length": "T, events per segment"}
+# DESIGN.md section 6, same protocol on MovieLens-1M; None where not published
+PUBLISHED: tuple[tuple[str, tuple[float | None, ...]], ...] = (
+    ("DMAN, the paper's figures", (0.2518, None, 0.5324, 0.2203)),
+    ("SASRec, 1 BCE negative", (0.2500, 0.1341, None, None)),
+    ("BERT4Rec", (0.2843, 0.1537, None, None)),
+    ("SASRec, full softmax", (0.3152, 0.1821, None, None)),
+    ("SASRec, 3000 sampled negatives", (0.3159, 0.1857, None, None)),
+    ("HSTU-large (own split, uses timestamps)", (0.3294, 0.1893, 0.5935, None)),
+)
+HOW_TO_READ = (
+    "Leave-one-out, all items ranked, ties against the model; the epoch is chosen by validation NDCG@10. Items that "
+    "the user has had are left out of the ranking, except on logs whose users come back to items "
+    f"({', '.join(REPEATS)}), where they stay in. Where a row stands for several seeds, a number is their mean and "
+    "± half the distance between the lowest and the highest. A difference is a mean over users with its 95 % interval "
+    "from 2,000 bootstrap samples of users (a user's gain is the mean over the seeds)."
+)
+
+
+@dataclass(frozen=True)
+class Row:
+    """Runs of one configuration on one dataset."""
+
+    label: str
+    records: tuple[Record, ...]
+
+    @property
+    def content(self) -> dict[str, Any]:
+        return self.records[0].content
+
+    @property
+    def is_dman(self) -> bool:
+        return "system" not in self.content["model"]
+
+    @property
+    def seen(self) -> str:
+        return "seen_kept" if self.records[0].dataset in REPEATS else "seen_excluded"
+
+    def metric(self, name: str, split: str = "test") -> str:
+        values = [record.metric(name, split=split, seen=self.seen) for record in self.records]
+        spread = f" ± {(max(values) - min(values)) / 2:.4f}" if len(values) > 1 else ""
+        return f"{np.mean(values):.4f}{spread}"
+
+    def ranks(self, group: int | None = None) -> list[np.ndarray]:
+        return [r.ranks[self.seen] if group is None else r.ranks[self.seen][r.groups == group] for r in self.records]
+
+    def cells(self) -> list[str]:
+        seconds = np.mean([record.content["metrics"]["training_seconds"] for record in self.records])
+        state = f"{self.content['state_bytes']:,}" if self.content["state_bytes"] else "-"
+        seeds = ", ".join(str(record.content["train"].get("seed", "-")) for record in self.records)
+        numbers = [f"{self.metric('hr@10', 'valid')}", *(self.metric(name) for name in METRICS)]
+        return [self.label, seeds, *numbers, f"{self.content['parameters']:,}", state, f"{seconds:,.0f}"]
+
+
+HEADS = (
+    "", "seeds", "valid HR@10", "HR@10", "NDCG@10", "HR@50", "NDCG@100", "parameters", "state bytes", "seconds"
+)  # fmt: skip
+
+
+def label_of(content: dict[str, Any]) -> str:
+    """The system, and in what it differs from its default preset."""
+    model, train = content["model"], content["train"]
+    if "system" in model:
+        preset, name = BASELINE_PRESETS["default"], model["system"]
+        if "history" in model:
+            latest = model["history"] <= model["segment_length"]
+            name += "*" if latest else f", last {model['history']}"
+    else:
+        preset, name = PRESETS["paper" if model["architecture"] == "paper" else "default"], "DMAN"
+        name = {"dman": name, "xl": "xl (no memory)"}.get(model["variant"], model["variant"])
+        name += " `paper`" if model["architecture"] == "paper" else ""
+    ignored = {"seed", "system", "history", "variant", "architecture", "precision"}
+    standard = to_dict(preset.model) | to_dict(preset.train)
+    changed = [
+        f"{key}={value}"
+        for key, value in (model | train).items()
+        if key not in ignored and standard.get(key, value) != value
+    ]
+    return f"{name}, {', '.join(changed)}" if changed else name
+
+
+def rows_of(records: Iterable[Record]) -> list[Row]:
+    """Records of one dataset, grouped over seeds, best validation first."""
+    groups: dict[str, list[Record]] = {}
+    for record in records:
+        content = record.content
+        train = {key: value for key, value in content["train"].items() if key != "seed"}
+        groups.setdefault(json.dumps([content["model"], train], sort_keys=True), []).append(record)
+    rows = [Row(label_of(group[0].content), tuple(group)) for group in groups.values()]
+    return sorted(
+        rows, key=lambda row: -np.mean([r.metric("hr@10", split="valid", seen=row.seen) for r in row.records])
+    )
+
+
+def ours(rows: Sequence[Row]) -> Row | None:
+    """The row of the default preset, or the best of DMAN where that was not run."""
+    candidates = [row for row in rows if row.is_dman and row.content["model"]["variant"] == "dman"]
+    return next((row for row in candidates if row.label == "DMAN"), candidates[0] if candidates else None)
+
+
+def dataset_section(name: str, records: Sequence[Record], directory: Path) -> str:
+    rows, described = rows_of(records), records[0].content["dataset"]
+    best = ours(rows)
+    parts = [
+        f"## {name}",
+        "{users:,} users, {items:,} items, {events:,} events (fingerprint `{fingerprint:.12}`).".format(**described),
+        "### Systems",
+    ]
+    systems = [row for row in rows if not row.is_dman or row is best]
+    published = [[f"*{label}*", "", "", *(f"*{v:.4f}*" if v else "" for v in values), "", "", ""]
+                 for label, values in PUBLISHED if name == "ml-1m"]  # fmt: skip
+    parts.append(table(HEADS, [*(row.cells() for row in systems), *published]))
+    variants = [row for row in rows if row.is_dman]
+    if len(variants) > 1:
+        parts += ["### DMAN: variants and decisions", table(HEADS, [row.cells() for row in variants])]
+        parts += charts(name, variants, directory)
+    if best and len(rows) > 1:
+        parts += [f"### {best.label}, less each other row", differences(best, [row for row in rows if row is not best])]
+    parts += ["### By length of the history", by_length(rows)]
+    return "\n\n".join(parts)
+
+
+def differences(best: Row, others: Sequence[Row]) -> str:
+    heads = ("less", "HR@10", "NDCG@10", "NDCG@10, > 200 events")
+    lines = []
+    for row in others:
+        if any(len(a) != len(b) for a, b in zip(best.ranks(), row.ranks(), strict=False)):
+            continue  # of another version of the data
+        whole = [str(paired_bootstrap(best.ranks(), row.ranks(), metric=metric)) for metric in ("hr@10", "ndcg@10")]
+        long = [np.concatenate(parts) for parts in zip(*(_per_seed(best, g) for g in (2, 3)), strict=True)]
+        their = [np.concatenate(parts) for parts in zip(*(_per_seed(row, g) for g in (2, 3)), strict=True)]
+        lines.append([row.label, *whole, str(paired_bootstrap(long, their, metric="ndcg@10")) if len(long[0]) else "-"])
+    return table(heads, lines)
+
+
+def _per_seed(row: Row, group: int) -> list[np.ndarray]:
+    return row.ranks(group)
+
+
+def by_length(rows: Sequence[Row]) -> str:
+    heads = ["HR@10 / NDCG@10", *(f"{group} events ({n} users)" for group, n in zip(GROUPS, _sizes(rows), strict=True))]
+    lines = []
+    for row in rows:
+        cells = []
+        for group in range(len(GROUPS)):
+            found = [record.group_metrics(group, seen=row.seen) for record in row.records]
+            cells.append(
+                f"{np.mean([m['hr@10'] for m in found]):.4f} / {np.mean([m['ndcg@10'] for m in found]):.4f}"
+                if found[0]
+                else "-"
+            )
+        lines.append([row.label, *cells])
+    return table(heads, lines)
+
+
+def _sizes(rows: Sequence[Row]) -> list[int]:
+    return np.bincount(rows[0].records[0].groups, minlength=len(GROUPS)).tolist()
+
+
+def charts(name: str, rows: Sequence[Row], directory: Path) -> list[str]:
+    """Figure 2 of the paper: a chart for each size of which several values were run, all else as in the preset."""
+    from dman_train.plots import plot_sizes
+
+    standard, series = to_dict(PRESETS["default"].model) | to_dict(PRESETS["default"].train), {}
+    for key, title in CHARTED.items():
+        points = {}
+        for row in rows:
+            config = row.content["model"] | row.content["train"]
+            others = {k: v for k, v in config.items() if k not in (key, "seed", "precision")}
+            if all(standard[k] == v for k, v in others.items()):
+                points[config[key]] = float(np.mean([r.metric("ndcg@10") for r in row.records]))
+        if len(points) > 1:
+            series[title] = dict(sorted(points.items()))
+    if not series:
+        return []
+    plot_sizes(series, directory / f"accuracy-{name}.png")
+    return [f"![test NDCG@10 by sizes](accuracy-{name}.png)"]
+
+
+def commands(records: Sequence[Record]) -> str:
+    lines = [[f"`{record.name}`", f"`{record.content['command']}`"] for record in records]
+    return table(("record", "command"), lines)
+
+
+def parser() -> Parser:
+    p = Parser(prog="python -m tools.report", description="Build the accuracy report from recorded runs.")
+    p.flag("--records", type=Path, default=Path("reports/runs"), help="directory of the records")
+    p.add_argument("--out", type=Path, default=Path("reports/accuracy.md"), help="the report; charts go beside it")
+    return p
+
+
+def _main(argv: Sequence[str] | None) -> int:
+    arguments = parser().parse_args(argv)
+    records = read_records(arguments.records)
+    if not records:
+        raise UsageError(f"{arguments.records} holds no records; write some with python -m tools.records")
+    notes = arguments.records / "notes.md"
+    parts = [
+        "# Accuracy",
+        "Written by `make report` from `reports/runs`.",
+        HOW_TO_READ.format(repeats=", ".join(REPEATS)),
+    ]
+    if notes.exists():
+        parts.append(notes.read_text(encoding="utf-8").strip())
+    arguments.out.parent.mkdir(parents=True, exist_ok=True)
+    for name in sorted({record.dataset for record in records}):
+        chosen = [record for record in records if record.dataset == name]
+        parts.append(dataset_section(name, chosen, arguments.out.parent))
+    parts += ["## Commands", commands(records)]
+    arguments.out.write_text("\n\n".join(parts) + "\n", encoding="utf-8")
+    print(f"{arguments.out}: {len(records)} runs")
+    return 0
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    return run_command(_main, argv)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
