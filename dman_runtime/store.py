@@ -4,13 +4,18 @@ One LMDB environment (engine 0.9) holds four databases; numbers are little-endia
 
 | database | key | value |
 |---|---|---|
-| meta | `info`; `item_ids`; `version` | JSON; zlib of a JSON list; u64, the last version given to any user |
-| state | user id, UTF-8 | u64 version, u64 event count, then the record, which this module never reads |
+| meta | `info`; `item_ids` | JSON; zlib of a JSON list |
+| state | user id, UTF-8 | u64 version, u64 event count, the *tail*, then the record, which this module never reads |
+| history | user id, `\\0`, chunk number as u32 big-endian | 64 events of (u32 item index, i64 timestamp) |
 | seen | user id, UTF-8 | byte 0 and the sorted u32 item indices, or byte 1 and a bitmap of all items: the shorter |
-| history | user id, `\\0`, chunk number as u32 big-endian | up to 256 events of (u32 item index, i64 timestamp) |
 
-A version is never given twice, so a user who is deleted and comes back does not reuse one. Any number of threads
-and processes may read and write; each process opens the store once, and after any fork. POSIX only.
+The tail holds the events that do not fill a chunk yet, so an update touches one B-tree, and two more when a chunk is
+full. `seen` covers the chunks. A durable commit costs a sync of every page it touches: each B-tree more made it a
+seventh slower.
+
+The version of a user is the number of the transaction that wrote it. None is given twice, so a user who is deleted and
+comes back does not reuse one. Any number of threads and processes may read and write; each process opens the store
+once, and after any fork. POSIX only.
 """
 
 from __future__ import annotations
@@ -35,16 +40,16 @@ import numpy as np
 from lmdb.verify import VerifyError, verify
 from numpy.typing import NDArray
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 DEFAULT_MAP_SIZE = 64 << 30  # bytes of address space; the disk holds only what is used
 MAX_USER_ID_BYTES = 400  # an LMDB key holds 511, and a history key is 5 longer than the user id
-CHUNK_EVENTS = 256
+CHUNK_EVENTS = 64
 _MAX_READERS = 2048  # concurrent read transactions of all processes
 # Commits leave a sixteenth of the map free, within these bytes: copy-on-write makes even a deletion need pages.
 _MIN_RESERVE, _MAX_RESERVE = 256 << 10, 16 << 20
 _SCAN_USERS = 1000  # user ids per read transaction of `user_ids`
 _EVENT = np.dtype([("item", "<u4"), ("timestamp", "<i8")])
-_HEADER, _VERSION, _CHUNK = struct.Struct("<QQ"), struct.Struct("<Q"), struct.Struct(">BI")
+_HEADER, _CHUNK = struct.Struct("<QQ"), struct.Struct(">BI")
 _MAGIC, _DATA_FORMAT = struct.pack("=I", 0xBEEFC0DE), struct.pack("=I", 1)  # how LMDB 0.9 marks its file
 _CONTROL_CHARACTER = re.compile(r"[\x00-\x1f\x7f-\x9f]")
 _SORTED, _BITMAP = 0, 1  # first byte of a value of `seen`
@@ -244,14 +249,21 @@ class StateStore:
     def get_with_seen(
         self, user_id: str, *, record_bytes: int | None = None
     ) -> tuple[StoredUser, NDArray[np.uint32]] | None:
-        """The user and the distinct item indices of the whole history, sorted, in one snapshot; None if unknown.
+        """The user and the item indices of the whole history, in one snapshot; None if unknown.
 
-        With `record_bytes`, the record is only its first that many bytes.
+        They are in no order, and those of the last events may come twice. With `record_bytes`, the record is only its
+        first that many bytes.
         """
         key = user_key(user_id)
         with self._read() as txn:
-            user = self._user(txn, key, record_bytes)
-            return (user, self._seen(txn, key)) if user else None
+            value = txn.get(key, db=self._dbs.state)
+            if value is None:
+                return None
+            user, tail = _unpacked(value, record_bytes)
+            recent = np.frombuffer(tail, _EVENT)["item"]
+            if user.event_count < CHUNK_EVENTS:
+                return user, recent
+            return user, np.concatenate([self._seen(txn, key), recent])
 
     def history(self, user_id: str, *, limit: int | None = None) -> tuple[NDArray[np.uint32], NDArray[np.int64]]:
         """Item indices (N,) and timestamps (N,) of the last `limit` events, oldest first; all events where None.
@@ -262,11 +274,15 @@ class StateStore:
             raise ValueError(f"limit must be 0 or more, not {limit}")
         key = user_key(user_id)
         with self._read() as txn:
-            user = self._user(txn, key)
-            count = user.event_count if user else 0
+            value = txn.get(key, db=self._dbs.state)
+            if value is None:
+                count, tail = 0, b""
+            else:
+                user, tail = _unpacked(value, record_bytes=0)
+                count = user.event_count
             start = 0 if limit is None else max(0, count - limit)
-            chunks = range(start // CHUNK_EVENTS, -(-count // CHUNK_EVENTS))
-            events = np.frombuffer(b"".join(self._chunk(txn, key, chunk, count) for chunk in chunks), _EVENT)
+            chunks = range(start // CHUNK_EVENTS, count // CHUNK_EVENTS)
+            events = np.frombuffer(b"".join([*(self._chunk(txn, key, chunk) for chunk in chunks), tail]), _EVENT)
         events = events[len(events) - (count - start) :]
         return events["item"].astype(np.uint32), events["timestamp"].astype(np.int64)
 
@@ -281,17 +297,14 @@ class StateStore:
         if len({key for key, _, _ in prepared}) != len(prepared):
             raise ValueError("a user appears twice in one commit; merge the writes of one user")
         with self._write() as txn:
-            users = [self._user(txn, key, record_bytes=0) for key, _, _ in prepared]
-            if any((user.version if user else 0) != w.expected_version for user, w in zip(users, writes, strict=True)):
+            stored = [txn.get(key, db=self._dbs.state) for key, _, _ in prepared]
+            before = [None if value is None else _unpacked(value, record_bytes=0) for value in stored]
+            if any((old[0].version if old else 0) != w.expected_version for old, w in zip(before, writes, strict=True)):
                 return False
-            version: int = _VERSION.unpack(txn.get(b"version", b"", db=self._dbs.meta))[0]
             size = 0
-            for (key, write, events), user in zip(prepared, users, strict=True):
-                version += 1
-                size += self._put(
-                    txn, key, write.record, events, version=version, count=user.event_count if user else 0
-                )
-            txn.put(b"version", _VERSION.pack(version), db=self._dbs.meta)
+            for (key, write, events), old in zip(prepared, before, strict=True):
+                count, tail = (old[0].event_count, old[1]) if old else (0, b"")
+                size += self._put(txn, key, write.record, count=count, tail=tail, events=events)
             # The next transaction cannot use the pages that this one replaces: leave as much again.
             reserve = min(max(self._map_size // 16, _MIN_RESERVE), _MAX_RESERVE) + size
             # No more pages than the file has can be live, which is cheaper to ask than how many are.
@@ -308,12 +321,12 @@ class StateStore:
         """
         key = user_key(user_id)
         with self._write() as txn:
-            user = self._user(txn, key)
+            user = self._user(txn, key, record_bytes=0)
             if user is None:
                 return None
             txn.delete(key, db=self._dbs.state)
             txn.delete(key, db=self._dbs.seen)
-            for chunk in range(-(-user.event_count // CHUNK_EVENTS)):
+            for chunk in range(user.event_count // CHUNK_EVENTS):
                 txn.delete(key + _CHUNK.pack(0, chunk), db=self._dbs.history)
         return user.event_count
 
@@ -382,18 +395,11 @@ class StateStore:
 
     def _user(self, txn: lmdb.Transaction, key: bytes, record_bytes: int | None = None) -> StoredUser | None:
         value = txn.get(key, db=self._dbs.state)
-        if value is None:
-            return None
-        if len(value) < _HEADER.size:
-            raise lmdb.CorruptedError("a state is too short")
-        version, event_count = _HEADER.unpack_from(value)
-        end = None if record_bytes is None else _HEADER.size + record_bytes
-        return StoredUser(version, event_count, bytes(value[_HEADER.size : end]))
+        return None if value is None else _unpacked(value, record_bytes)[0]
 
-    def _chunk(self, txn: lmdb.Transaction, key: bytes, chunk: int, count: int) -> bytes | memoryview:
-        """One chunk of a history of `count` events; empty where the next event would start it."""
+    def _chunk(self, txn: lmdb.Transaction, key: bytes, chunk: int) -> bytes | memoryview:
         value = txn.get(key + _CHUNK.pack(0, chunk), b"", db=self._dbs.history)
-        if len(value) != min(CHUNK_EVENTS, count - chunk * CHUNK_EVENTS) * _EVENT.itemsize:
+        if len(value) != CHUNK_EVENTS * _EVENT.itemsize:
             raise lmdb.CorruptedError("a history does not have the length its state says")
         return value
 
@@ -427,22 +433,18 @@ class StateStore:
         return events
 
     def _put(
-        self, txn: lmdb.Transaction, key: bytes, record: bytes, events: NDArray[np.void], *, version: int, count: int
+        self, txn: lmdb.Transaction, key: bytes, record: bytes, *, count: int, tail: bytes, events: NDArray[np.void]
     ) -> int:
-        """Put one user's record and new events behind `count` old ones; return the bytes put."""
-        value = _HEADER.pack(version, count + len(events)) + record
+        """Put one user's record and new events behind `count` old ones, the last in `tail`; return the bytes put."""
+        tail, step = tail + events.tobytes(), CHUNK_EVENTS * _EVENT.itemsize
+        full = len(tail) // step * step  # bytes that fill chunks
+        for start in range(0, full, step):
+            chunk = _CHUNK.pack(0, count // CHUNK_EVENTS + start // step)
+            txn.put(key + chunk, tail[start : start + step], db=self._dbs.history)
+        put = full + (self._add_seen(txn, key, np.frombuffer(tail[:full], _EVENT)["item"]) if full else 0)
+        value = b"".join((_HEADER.pack(txn.id(), count + len(events)), tail[full:], record))
         txn.put(key, value, db=self._dbs.state)
-        if not len(events):
-            return len(value)
-        return len(value) + self._append(txn, key, count, events) + self._add_seen(txn, key, events["item"])
-
-    def _append(self, txn: lmdb.Transaction, key: bytes, count: int, events: NDArray[np.void]) -> int:
-        """Fill the last chunk of a history of `count` events, then start new ones; return the bytes put."""
-        first, step = count // CHUNK_EVENTS, CHUNK_EVENTS * _EVENT.itemsize
-        value = bytes(self._chunk(txn, key, first, count)) + events.tobytes()
-        for start in range(0, len(value), step):
-            txn.put(key + _CHUNK.pack(0, first + start // step), value[start : start + step], db=self._dbs.history)
-        return len(value)
+        return put + len(value)
 
     def _add_seen(self, txn: lmdb.Transaction, key: bytes, items: NDArray[np.uint32]) -> int:
         """Add to the seen items and return the bytes put. A bitmap is updated in place and stays one."""
@@ -468,6 +470,18 @@ class StateStore:
     def _live_bytes(self, txn: lmdb.Transaction) -> int:
         stats = [txn.stat(), *(txn.stat(db) for db in self._dbs)]
         return self._page_size * sum(s["branch_pages"] + s["leaf_pages"] + s["overflow_pages"] for s in stats)
+
+
+def _unpacked(value: bytes | memoryview, record_bytes: int | None) -> tuple[StoredUser, bytes]:
+    """A value of `state`: the user, with the first `record_bytes` of the record or all of it, and the tail."""
+    if len(value) < _HEADER.size:
+        raise lmdb.CorruptedError("a state is too short")
+    version, count = _HEADER.unpack_from(value)
+    begin = _HEADER.size + count % CHUNK_EVENTS * _EVENT.itemsize
+    if len(value) < begin:
+        raise lmdb.CorruptedError("a state is too short")
+    end = None if record_bytes is None else begin + record_bytes
+    return StoredUser(version, count, bytes(value[begin:end])), bytes(value[_HEADER.size : begin])
 
 
 class _Snapshot:
@@ -503,7 +517,6 @@ def _create(txn: lmdb.Transaction, meta: lmdb._Database, path: Path, bundle_id: 
     info = {"format_version": FORMAT_VERSION, "bundle_id": bundle_id, "item_count": len(item_ids)}
     txn.put(b"info", json.dumps(info).encode(), db=meta)
     txn.put(b"item_ids", zlib.compress(json.dumps(item_ids).encode()), db=meta)
-    txn.put(b"version", _VERSION.pack(0), db=meta)
     for directory in (path, path.resolve().parent):  # LMDB syncs the file; its name is ours to sync
         descriptor = os.open(directory, os.O_RDONLY)
         os.fsync(descriptor)
