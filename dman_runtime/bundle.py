@@ -173,7 +173,7 @@ def _load_array(file: Path, shape: tuple[int, ...], *, memory_map: bool) -> np.n
         raise BundleError(f"{file} is not an array ({error}); export the bundle again") from None
     if array.shape != shape or array.dtype != np.float32:
         raise BundleError(f"{file} holds {array.dtype}{list(array.shape)}, expected float32{list(shape)}; export again")
-    return array
+    return np.asarray(array)  # np.memmap wraps the result of every indexing in Python
 
 
 def _read_items(file: Path, vocabulary: int) -> Items:

@@ -35,62 +35,55 @@ class Graphs(Protocol):
 
 def advance(states: StateBatch, new_items: Sequence[np.ndarray], *, bundle: Bundle, graphs: Graphs) -> None:
     """Appends `new_items[row]` (item indices, oldest first, may be empty) to each state, in place."""
-    lengths = np.array([len(items) for items in new_items], np.int64)
-    done = np.zeros(len(states), np.int64)
     segment = states.shape.segment_length
-    while (active := np.flatnonzero(done < lengths)).size:
-        take = np.minimum(segment - states.event_counts[active] % segment, lengths[active] - done[active])
-        order = np.argsort(take, kind="stable")  # runs of alike length waste no padding
-        for start in range(0, len(order), ROWS_PER_RUN):
-            part = order[start : start + ROWS_PER_RUN]
-            rows, counts = active[part], take[part]
-            items = np.zeros((len(rows), int(counts.max())), np.int64)
-            for i, row in enumerate(rows):
-                items[i, : counts[i]] = new_items[row][done[row] : done[row] + counts[i]]
-            _encode(states, rows, items, counts, bundle=bundle, graphs=graphs)
-            _close_segments(states, rows, bundle=bundle, graphs=graphs)
-        done[active] += take
+    left = {row: items for row, items in enumerate(new_items) if len(items)}
+    while left:
+        pieces = []
+        for row, items in left.items():
+            open_places = segment - int(states.event_counts[row]) % segment
+            pieces.append((row, items[:open_places]))
+        left = {row: left[row][len(piece) :] for row, piece in pieces if len(piece) < len(left[row])}
+        pieces.sort(key=lambda piece: len(piece[1]))  # runs of alike length waste no padding
+        for start in range(0, len(pieces), ROWS_PER_RUN):
+            part = pieces[start : start + ROWS_PER_RUN]
+            _encode(states, part, bundle=bundle, graphs=graphs)
+            _close_segments(states, [row for row, _ in part], bundle=bundle, graphs=graphs)
 
 
-def _encode(
-    states: StateBatch, rows: np.ndarray, items: np.ndarray, lengths: np.ndarray, *, bundle: Bundle, graphs: Graphs
-) -> None:
-    """Encodes (R, S) left-aligned new items in R rows of `states` and appends what they leave behind."""
+def _encode(states: StateBatch, pieces: Sequence[tuple[int, np.ndarray]], *, bundle: Bundle, graphs: Graphs) -> None:
+    """Encodes the new items of some rows of `states`, at least one each, and appends what they leave behind.
+
+    Row by row in numpy: for one user, where latency counts, that is faster than any indexing of a whole batch, and for
+    many it is lost beside the graph.
+    """
+    shape, rows = states.shape, [row for row, _ in pieces]
     counts = states.counts[rows]
-    context = _right_aligned_context(states, rows, counts, bundle)
-    visible = counts if states.shape.recurrent else states.event_counts[rows] % states.shape.segment_length
-    embeddings, hidden = graphs.encode(
-        bundle.item_embeddings[items], lengths, context, visible, states.memory[rows].astype(np.float32, copy=False)
-    )
-    new = np.arange(items.shape[1])
-    i, j = np.nonzero(new < lengths[:, None])  # the real new positions
-    target = counts[i] + j
-    states.recent[rows[i], target] = items[i, j]
-    states.hidden[rows[i], :, target] = hidden[i, 1:, j]
+    new_lengths = np.array([len(items) for _, items in pieces], np.int64)
+    new = np.zeros((len(pieces), int(new_lengths.max()), shape.width), np.float32)  # (R, S, D) left-aligned
+    context = np.zeros((len(pieces), shape.layers, int(counts.max()), shape.width), np.float32)  # right-aligned
+    for place, (row, items) in enumerate(pieces):
+        new[place, : len(items)] = bundle.item_embeddings[items]
+        if count := int(counts[place]):
+            context[place, 0, -count:] = bundle.item_embeddings[states.recent[row, :count]]
+            context[place, 1:, -count:] = states.hidden[row, :, :count]
+    visible = counts if shape.recurrent else states.event_counts[rows] % shape.segment_length
+    memory = states.memory[rows].astype(np.float32, copy=False)
+    embeddings, hidden = graphs.encode(new, new_lengths, context, visible, memory)
+    for place, (row, items) in enumerate(pieces):
+        begin = int(counts[place])
+        end = begin + len(items)
+        states.recent[row, begin:end] = items
+        states.hidden[row, :, begin:end] = hidden[place, 1:, : len(items)]
     states.user_embeddings[rows] = embeddings
-    states.counts[rows] += lengths
-    states.event_counts[rows] += lengths
+    states.counts[rows] += new_lengths
+    states.event_counts[rows] += new_lengths
 
 
-def _right_aligned_context(states: StateBatch, rows: np.ndarray, counts: np.ndarray, bundle: Bundle) -> np.ndarray:
-    """(R, L, C, D) float32, C = the longest context; rows with less have leading padding, which length masks."""
-    longest, shape = int(counts.max()), states.shape
-    context = np.empty((len(rows), shape.layers, longest, shape.width), np.float32)
-    if (counts == longest).all():
-        context[:, 0] = bundle.item_embeddings[states.recent[rows, :longest]]
-        context[:, 1:] = states.hidden[rows, :, :longest]
-        return context
-    source = np.maximum(np.arange(longest) - (longest - counts[:, None]), 0)  # (R, C); padding repeats position 0
-    context[:, 0] = bundle.item_embeddings[states.recent[rows[:, None], source]]
-    context[:, 1:] = states.hidden[rows[:, None], :, source].swapaxes(1, 2)
-    return context
-
-
-def _close_segments(states: StateBatch, rows: np.ndarray, *, bundle: Bundle, graphs: Graphs) -> None:
+def _close_segments(states: StateBatch, rows: Sequence[int], *, bundle: Bundle, graphs: Graphs) -> None:
     """Where the open segment is full: absorb the one before it (eq. 4) and keep the full one as context."""
-    segment = states.shape.segment_length
-    full = rows[states.counts[rows] == states.shape.context_limit]
-    if not full.size:
+    segment, limit = states.shape.segment_length, states.shape.context_limit
+    full = [row for row in rows if states.counts[row] == limit]
+    if not full:
         return
     if states.shape.memory_slots:
         closed = np.empty((len(full), states.shape.layers, segment, states.shape.width), np.float32)

@@ -53,7 +53,7 @@ class ExactRetriever:
 
     def __init__(self, item_embeddings: np.ndarray) -> None:
         """`item_embeddings`: (V, D) float32; may be memory-mapped."""
-        self._table = np.asarray(item_embeddings)  # a plain view: np.memmap wraps every result
+        self._table = item_embeddings
 
     def scores(self, users: np.ndarray) -> np.ndarray:
         """(B, D) user embeddings -> (B, V) scores."""

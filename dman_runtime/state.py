@@ -75,6 +75,13 @@ class StateBatch:
     @classmethod
     def empty(cls, bundle: Bundle, size: int) -> StateBatch:
         """States of `size` users without history."""
+        batch = cls._blank(bundle, size)
+        batch.memory[:] = bundle.initial_memory
+        return batch
+
+    @classmethod
+    def _blank(cls, bundle: Bundle, size: int) -> StateBatch:
+        """`empty` with undefined memory."""
         shape = bundle.manifest.state
         limit = shape.context_limit
         return cls(
@@ -82,8 +89,8 @@ class StateBatch:
             event_counts=np.zeros(size, np.int64),
             counts=np.zeros(size, np.int64),
             recent=np.zeros((size, limit), np.int64),
-            hidden=np.zeros((size, shape.layers - 1, limit, shape.width), shape.dtype),
-            memory=np.repeat(bundle.initial_memory[None].astype(shape.dtype), size, axis=0),
+            hidden=np.empty((size, shape.layers - 1, limit, shape.width), shape.dtype),
+            memory=np.empty((size, *bundle.initial_memory.shape), shape.dtype),
             user_embeddings=np.zeros((size, shape.width), np.float32),
             request_ids=[[] for _ in range(size)],
         )
@@ -91,9 +98,11 @@ class StateBatch:
     @classmethod
     def from_records(cls, bundle: Bundle, records: Sequence[bytes | None]) -> StateBatch:
         """Unpacks records; None is an empty history. Raises StateError."""
-        batch = cls.empty(bundle, len(records))
+        batch = cls._blank(bundle, len(records))
         for row, record in enumerate(records):
-            if record is not None:
+            if record is None:
+                batch.memory[row] = bundle.initial_memory
+            else:
                 batch._unpack(row, record, bundle)
         return batch
 
@@ -109,6 +118,8 @@ class StateBatch:
         if layout.has_memory:
             memory = np.frombuffer(record, self.shape.dtype, self.memory[row].size, layout.memory_at)
             self.memory[row] = memory.reshape(self.memory[row].shape)
+        else:
+            self.memory[row] = bundle.initial_memory
 
     def to_record(self, row: int, bundle: Bundle) -> bytes:
         """Packs one row."""
