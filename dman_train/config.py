@@ -37,6 +37,7 @@ class ModelConfig:
     width: int = option(128, "D: width of embeddings and hidden states")
     heads: int = option(2, "attention heads; must divide the width (1 for paper)")
     ffn_multiplier: int = option(2, "hidden width of the feed-forward blocks in units of D (plus only)")
+    long_term_ffn: bool = option(True, "feed-forward blocks in the long-term branch as well (plus only)")
     residual: Literal["plain", "gated"] = option("gated", "plain: x + y; gated: x + sigmoid(W x) * y (plus only)")
     dropout: float = option(0.2, "dropout rate on inputs, attention weights and block outputs")
     routing: Literal["slot", "shared", "full"] = option(
@@ -53,6 +54,7 @@ class ModelConfig:
         _check_range(self, 1, 16, "layers", "heads", "ffn_multiplier", "routing_iterations")
         _check_range(self, 4, 4096, "width")
         _check_range(self, 0.0, 0.95, "dropout")
+        _check_switch(self, "long_term_ffn")
         if self.width % self.heads:
             raise ConfigError(
                 f"width {self.width} is not a multiple of heads {self.heads}; choose heads that divide it"
@@ -140,8 +142,7 @@ class TrainConfig:
             self, 0.0, 1.0, "final_learning_rate", "learning_rate", "abstraction_learning_rate", "weight_decay"
         )
         _check_range(self, 0.0, 1e6, "gradient_clip", "abstraction_weight")
-        if not isinstance(self.random_first_segment, bool):
-            raise ConfigError(f"random_first_segment is {self.random_first_segment!r}; choose true or false")
+        _check_switch(self, "random_first_segment")
         if self.backprop_segments > 1 and self.memory_training != "joint":
             raise ConfigError("backprop_segments above 1 needs memory_training 'joint'")
 
@@ -173,6 +174,11 @@ def literal_choices(config_class: type) -> dict[str, tuple[str, ...]]:
 
     hints = get_type_hints(config_class)
     return {f.name: get_args(hints[f.name]) for f in fields(config_class) if get_origin(hints[f.name]) is Literal}
+
+
+def _check_switch(config: Any, name: str) -> None:
+    if not isinstance(getattr(config, name), bool):
+        raise ConfigError(f"{name} is {getattr(config, name)!r}; choose true or false")
 
 
 def _check_range(config: Any, low: float, high: float, *names: str) -> None:

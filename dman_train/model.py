@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from dman_train.config import ModelConfig
+from dman_train.dropout import Dropout
 
 # Length of a LayerNormed user embedding. Scores spread by about one at the start; at a length of one, training spends
 # its first epochs on growing them.
@@ -54,7 +55,7 @@ class Attention(nn.Module):
         self.key = nn.Parameter(torch.empty(heads, self.head_width, width))
         self.value = nn.Parameter(torch.empty(heads, width, self.head_width))
         self.output = nn.Identity() if config.architecture == "paper" else nn.Linear(width, width, bias=False)
-        self.dropout = nn.Dropout(config.dropout)
+        self.dropout = Dropout(config.dropout)
         bound = math.sqrt(3 / width)
         for weight in (self.query.weight, self.key, self.value):
             nn.init.uniform_(weight, -bound, bound)
@@ -92,7 +93,7 @@ class Residual(nn.Module):
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.gate = nn.Linear(config.width, config.width) if config.residual == "gated" else None
-        self.dropout = nn.Dropout(config.dropout)
+        self.dropout = Dropout(config.dropout)
 
     def forward(self, x: Tensor, y: Tensor) -> Tensor:
         y = self.dropout(y)
@@ -114,23 +115,28 @@ class PaperBlock(nn.Module):
 class PlusBlock(nn.Module):
     """One layer of one branch: pre-LayerNorm attention, then a feed-forward block, both residual."""
 
-    def __init__(self, config: ModelConfig, *, shared_norm: bool) -> None:
+    def __init__(self, config: ModelConfig, *, shared_norm: bool, feed_forward: bool) -> None:
         super().__init__()
         self.attention = Attention(config)
         self.norm_queries = nn.LayerNorm(config.width)
         # Short-term sources are layer inputs as the queries are; memory slots live on their own scale.
         self.norm_sources = self.norm_queries if shared_norm else nn.LayerNorm(config.width)
+        self.residual_attention, self.feed_forward = Residual(config), feed_forward
+        if not feed_forward:
+            return
         self.norm_ffn = nn.LayerNorm(config.width)
         self.ffn = nn.Sequential(
             nn.Linear(config.width, config.ffn_multiplier * config.width),
             nn.GELU(approximate="tanh"),
             nn.Linear(config.ffn_multiplier * config.width, config.width),
         )
-        self.residual_attention, self.residual_ffn = Residual(config), Residual(config)
+        self.residual_ffn = Residual(config)
 
     def forward(self, queries: Tensor, sources: Tensor, bias: Tensor | None = None) -> Tensor:
         read = self.attention(self.norm_queries(queries), self.norm_sources(sources), bias)
         x = self.residual_attention(queries, read)
+        if not self.feed_forward:
+            return x
         return self.residual_ffn(x, self.ffn(self.norm_ffn(x)))
 
 
@@ -236,17 +242,18 @@ class DMAN(nn.Module):
         self.items = nn.Parameter(torch.randn(vocabulary, width) * 0.02)
         self.input_scale = math.sqrt(width)
         self.output_scale = (SCORE_SCALE if config.architecture == "plus" else 1.0) / math.sqrt(width)
-        self.input_dropout = nn.Dropout(config.dropout)
+        self.input_dropout = Dropout(config.dropout)
         self.distance_bias = nn.Parameter(torch.zeros(depth, config.heads, 2 * config.segment_length))
         plus = config.architecture == "plus"
         self.short_term = nn.ModuleList(
-            PlusBlock(config, shared_norm=True) if plus else PaperBlock(config) for _ in range(depth)
+            PlusBlock(config, shared_norm=True, feed_forward=True) if plus else PaperBlock(config) for _ in range(depth)
         )
         self.norm_short = nn.LayerNorm(width) if plus else nn.Identity()
         if config.has_memory:
             self.initial_memory = nn.Parameter(torch.randn(depth, config.memory_slots, width))
             self.long_term = nn.ModuleList(
-                PlusBlock(config, shared_norm=False) if plus else PaperBlock(config) for _ in range(depth)
+                PlusBlock(config, shared_norm=False, feed_forward=config.long_term_ffn) if plus else PaperBlock(config)
+                for _ in range(depth)
             )
             self.norm_long = nn.LayerNorm(width) if plus else nn.Identity()
             self.gate_short, self.gate_long = nn.Linear(width, width), nn.Linear(width, width, bias=False)

@@ -22,7 +22,7 @@ from dman_runtime.engine import MAX_K
 from dman_runtime.protocol import MISS, metrics
 from dman_runtime.recurrence import replay
 from dman_runtime.state import StateBatch
-from dman_runtime.store import StateStore
+from dman_runtime.store import FORMAT_VERSION, StateStore
 from dman_train import evaluate as train_evaluate
 from dman_train import export
 from sdk import Client, Event, Recommendations
@@ -353,7 +353,7 @@ def test_inspect_shows_bundle_state_and_user(
     assert shown["bytes"] == sum(path.stat().st_size for path in exact_bundle.iterdir() if path.suffix != ".json")
 
     both = run_json(capsys, "inspect", "--bundle", exact_bundle, "--state", state)
-    assert both["state"] == {"bundle_id": bundle.bundle_id, "format_version": 1, "users": 24}
+    assert both["state"] == {"bundle_id": bundle.bundle_id, "format_version": FORMAT_VERSION, "users": 24}
 
     user = run_json(capsys, "inspect", "--bundle", exact_bundle, "--state", state, "--user", "1")
     events = histories[1]

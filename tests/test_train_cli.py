@@ -95,7 +95,9 @@ def test_evaluate_of_run_and_bundle_agree_with_training(
     for name in names:
         for column in (lambda result: result, lambda result: result["seen_kept"]):
             assert column(of_run)[name] == pytest.approx(column(trained[split])[name], abs=1e-6)
-            assert column(of_bundle)[name] == pytest.approx(column(trained[split])[name], abs=1e-3)
+            # float16 states may move one of these few users across a cut-off
+            one_user = 1 / trained[split]["users"]
+            assert column(of_bundle)[name] == pytest.approx(column(trained[split])[name], abs=one_user)
 
 
 def test_evaluate_without_json_prints_the_table(trained_run: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -422,8 +424,8 @@ def configs(*options: str) -> dict[str, Any]:
 
 OTHER: dict[str, Any] = {
     "architecture": "paper", "variant": "xl", "residual": "plain", "routing": "full", "routing_softmax": "primaries",
-    "loss": "sampled", "memory_training": "joint", "random_first_segment": False, "backprop_segments": 2,
-    "dropout": 0.5, "abstraction_weight": 0.25, "learning_rate": 0.5, "abstraction_learning_rate": 0.5,
+    "loss": "sampled", "memory_training": "joint", "random_first_segment": False, "long_term_ffn": False,
+    "backprop_segments": 2, "dropout": 0.5, "abstraction_weight": 0.25, "learning_rate": 0.5, "abstraction_learning_rate": 0.5,
     "precision": "bfloat16", "final_learning_rate": 0.5, "weight_decay": 0.5, "gradient_clip": 0.5,
     "user_column": "u", "item_column": "i", "time_column": "t", "position_column": "p", "heads": 1,
 }  # fmt: skip

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dman_train.config import BaselineConfig
+from dman_train.dropout import Dropout
 from dman_train.model import SCORE_SCALE
 
 
@@ -27,7 +28,7 @@ class Baseline(nn.Module):
         self.items = nn.Parameter(torch.randn(vocabulary, config.width) * 0.02)
         self.input_scale = math.sqrt(config.width)
         self.output_scale = SCORE_SCALE / math.sqrt(config.width)  # of LayerNormed outputs, as in a DMAN
-        self.dropout = nn.Dropout(config.dropout)
+        self.dropout = Dropout(config.dropout)
 
     def item_table(self) -> Tensor:
         """(V, D') item embeddings that scores are computed with; the input embeddings unless replaced."""

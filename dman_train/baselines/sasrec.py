@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from dman_train.baselines.base import Baseline
 from dman_train.config import BaselineConfig
+from dman_train.dropout import Dropout
 
 
 class SASRec(Baseline):
@@ -39,7 +40,7 @@ class _Block(nn.Module):
         self.project = nn.Linear(width, 3 * width, bias=False)
         self.output = nn.Linear(width, width, bias=False)
         self.ffn = nn.Sequential(nn.Linear(width, 4 * width), nn.GELU(approximate="tanh"), nn.Linear(4 * width, width))
-        self.dropout = nn.Dropout(config.dropout)
+        self.dropout = Dropout(config.dropout)
 
     def forward(self, x: Tensor) -> Tensor:
         batch, length, width = x.shape
