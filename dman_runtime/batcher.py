@@ -64,7 +64,6 @@ class Batcher:
         return self._submit(query)
 
     def _submit(self, work: Sequence[Update] | Query) -> Any:
-        job = _Job(work, Future())
         with self._changed:
             if self._closed:
                 raise Stopped
@@ -72,11 +71,15 @@ class Batcher:
             if alone:
                 self._running = True
             else:
+                job = _Job(work, Future())
                 self._queue.append(job)
                 self._changed.notify_all()
-        if alone:
-            self._process([job])
-        return job.result.result()
+        if not alone:
+            return job.result.result()
+        try:
+            return self._engine.recommend(work) if isinstance(work, Query) else self._engine.update(work)
+        finally:
+            self._end()
 
     def close(self) -> None:
         """Finishes the queued work and ends the thread."""
@@ -110,10 +113,14 @@ class Batcher:
                 if isinstance(job.work, Query):
                     _settle(job, self._engine.recommend, job.work)
         finally:
-            with self._changed:
-                self._running = False
-                if self._queue or self._closed:
-                    self._changed.notify_all()
+            self._end()
+
+    def _end(self) -> None:
+        """Lets the next batch run."""
+        with self._changed:
+            self._running = False
+            if self._queue or self._closed:
+                self._changed.notify_all()
 
     def _apply(self, jobs: list[_Job]) -> None:
         """One commit for all; when that fails, each alone, so that one bad request fails nobody else's."""

@@ -61,13 +61,14 @@ def _encode(states: StateBatch, pieces: Sequence[tuple[int, np.ndarray]], *, bun
     new_lengths = np.array([len(items) for _, items in pieces], np.int64)
     new = np.zeros((len(pieces), int(new_lengths.max()), shape.width), np.float32)  # (R, S, D) left-aligned
     context = np.zeros((len(pieces), shape.layers, int(counts.max()), shape.width), np.float32)  # right-aligned
+    memory = np.empty((len(pieces), *states.memory.shape[1:]), np.float32)
     for place, (row, items) in enumerate(pieces):
+        memory[place] = states.memory[row]
         new[place, : len(items)] = bundle.item_embeddings[items]
         if count := int(counts[place]):
             context[place, 0, -count:] = bundle.item_embeddings[states.recent[row, :count]]
             context[place, 1:, -count:] = states.hidden[row, :, :count]
     visible = counts if shape.recurrent else states.event_counts[rows] % shape.segment_length
-    memory = states.memory[rows].astype(np.float32, copy=False)
     embeddings, hidden = graphs.encode(new, new_lengths, context, visible, memory)
     for place, (row, items) in enumerate(pieces):
         begin = int(counts[place])

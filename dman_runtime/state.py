@@ -23,6 +23,7 @@ import struct
 import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 
@@ -179,8 +180,7 @@ def _read_header(record: bytes, bundle: Bundle) -> tuple[int, int, int, int]:
     return dtype, ids, positions, events
 
 
-@dataclass(frozen=True)
-class RecordLayout:
+class RecordLayout(NamedTuple):
     """Where the parts of a record are. Byte offsets."""
 
     event_count: int
