@@ -412,7 +412,7 @@ class StateStore:
         raise lmdb.CorruptedError("a list of seen items is unreadable")
 
     def _seen(self, txn: lmdb.Transaction, key: bytes) -> NDArray[np.uint32]:
-        value = txn.get(key, b"\0", db=self._dbs.seen)
+        value = txn.get(key, b"", db=self._dbs.seen)
         seen = self._seen_payload(value)
         if value[0] == _BITMAP:
             seen = np.flatnonzero(np.unpackbits(seen, count=self.item_count, bitorder="little"))

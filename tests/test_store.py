@@ -677,6 +677,7 @@ def test_open_refuses_the_format_of_lmdb_1(tmp_path: Path) -> None:
     [
         ("state", b"short"),
         ("state", bytes(8) + b"\5" + bytes(20)),
+        ("seen", b""),
         ("seen", b"\7"),
         ("seen", b"\1\0"),
         ("history", b"short"),
