@@ -244,7 +244,8 @@ class StateStore:
         """`get` for each user, all from one snapshot."""
         keys = [user_key(user_id) for user_id in user_ids]
         with self._read() as txn:
-            return [self._user(txn, key) for key in keys]
+            found = [self._stored(txn, key) for key in keys]
+        return [stored[0] if stored else None for stored in found]
 
     def get_with_seen(
         self, user_id: str, *, record_bytes: int | None = None
@@ -256,10 +257,10 @@ class StateStore:
         """
         key = user_key(user_id)
         with self._read() as txn:
-            value = txn.get(key, db=self._dbs.state)
-            if value is None:
+            stored = self._stored(txn, key, record_bytes)
+            if stored is None:
                 return None
-            user, tail = _unpacked(value, record_bytes)
+            user, tail = stored
             recent = np.frombuffer(tail, _EVENT)["item"]
             if user.event_count < CHUNK_EVENTS:
                 return user, recent
@@ -274,12 +275,8 @@ class StateStore:
             raise ValueError(f"limit must be 0 or more, not {limit}")
         key = user_key(user_id)
         with self._read() as txn:
-            value = txn.get(key, db=self._dbs.state)
-            if value is None:
-                count, tail = 0, b""
-            else:
-                user, tail = _unpacked(value, record_bytes=0)
-                count = user.event_count
+            stored = self._stored(txn, key, record_bytes=0)
+            count, tail = (stored[0].event_count, stored[1]) if stored else (0, b"")
             start = 0 if limit is None else max(0, count - limit)
             chunks = range(start // CHUNK_EVENTS, count // CHUNK_EVENTS)
             events = np.frombuffer(b"".join([*(self._chunk(txn, key, chunk) for chunk in chunks), tail]), _EVENT)
@@ -297,8 +294,7 @@ class StateStore:
         if len({key for key, _, _ in prepared}) != len(prepared):
             raise ValueError("a user appears twice in one commit; merge the writes of one user")
         with self._write() as txn:
-            stored = [txn.get(key, db=self._dbs.state) for key, _, _ in prepared]
-            before = [None if value is None else _unpacked(value, record_bytes=0) for value in stored]
+            before = [self._stored(txn, key, record_bytes=0) for key, _, _ in prepared]
             if any((old[0].version if old else 0) != w.expected_version for old, w in zip(before, writes, strict=True)):
                 return False
             size = 0
@@ -321,14 +317,15 @@ class StateStore:
         """
         key = user_key(user_id)
         with self._write() as txn:
-            user = self._user(txn, key, record_bytes=0)
-            if user is None:
+            stored = self._stored(txn, key, record_bytes=0)
+            if stored is None:
                 return None
+            count = stored[0].event_count
             txn.delete(key, db=self._dbs.state)
             txn.delete(key, db=self._dbs.seen)
-            for chunk in range(user.event_count // CHUNK_EVENTS):
+            for chunk in range(count // CHUNK_EVENTS):
                 txn.delete(key + _CHUNK.pack(0, chunk), db=self._dbs.history)
-        return user.event_count
+        return count
 
     def stats(self) -> StoreStats:
         """Users and sizes, from one snapshot."""
@@ -393,9 +390,21 @@ class StateStore:
         with _store_errors(self.path, self._map_size), self._environment().begin(write=True) as txn:
             yield txn
 
-    def _user(self, txn: lmdb.Transaction, key: bytes, record_bytes: int | None = None) -> StoredUser | None:
+    def _stored(
+        self, txn: lmdb.Transaction, key: bytes, record_bytes: int | None = None
+    ) -> tuple[StoredUser, bytes] | None:
+        """The user, with the first `record_bytes` of the record or all of it, and the tail; None for an unknown one."""
         value = txn.get(key, db=self._dbs.state)
-        return None if value is None else _unpacked(value, record_bytes)[0]
+        if value is None:
+            return None
+        if len(value) < _HEADER.size:
+            raise lmdb.CorruptedError("a state is too short")
+        version, count = _HEADER.unpack_from(value)
+        begin = _HEADER.size + count % CHUNK_EVENTS * _EVENT.itemsize
+        if len(value) < begin:
+            raise lmdb.CorruptedError("a state is too short")
+        end = None if record_bytes is None else begin + record_bytes
+        return StoredUser(version, count, bytes(value[begin:end])), bytes(value[_HEADER.size : begin])
 
     def _chunk(self, txn: lmdb.Transaction, key: bytes, chunk: int) -> bytes | memoryview:
         value = txn.get(key + _CHUNK.pack(0, chunk), b"", db=self._dbs.history)
@@ -470,18 +479,6 @@ class StateStore:
     def _live_bytes(self, txn: lmdb.Transaction) -> int:
         stats = [txn.stat(), *(txn.stat(db) for db in self._dbs)]
         return self._page_size * sum(s["branch_pages"] + s["leaf_pages"] + s["overflow_pages"] for s in stats)
-
-
-def _unpacked(value: bytes | memoryview, record_bytes: int | None) -> tuple[StoredUser, bytes]:
-    """A value of `state`: the user, with the first `record_bytes` of the record or all of it, and the tail."""
-    if len(value) < _HEADER.size:
-        raise lmdb.CorruptedError("a state is too short")
-    version, count = _HEADER.unpack_from(value)
-    begin = _HEADER.size + count % CHUNK_EVENTS * _EVENT.itemsize
-    if len(value) < begin:
-        raise lmdb.CorruptedError("a state is too short")
-    end = None if record_bytes is None else begin + record_bytes
-    return StoredUser(version, count, bytes(value[begin:end])), bytes(value[_HEADER.size : begin])
 
 
 class _Snapshot:
