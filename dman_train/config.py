@@ -55,10 +55,7 @@ class ModelConfig:
         _check_range(self, 4, 4096, "width")
         _check_range(self, 0.0, 0.95, "dropout")
         _check_switch(self, "long_term_ffn")
-        if self.width % self.heads:
-            raise ConfigError(
-                f"width {self.width} is not a multiple of heads {self.heads}; choose heads that divide it"
-            )
+        _check_heads(self)
         if self.architecture == "paper" and self.heads != 1:
             raise ConfigError(f"architecture 'paper' has one head, not {self.heads}; set heads to 1")
 
@@ -96,10 +93,7 @@ class BaselineConfig:
         _check_range(self, 1, 16, "layers", "heads")
         _check_range(self, 4, 4096, "width")
         _check_range(self, 0.0, 0.95, "dropout")
-        if self.width % self.heads:
-            raise ConfigError(
-                f"width {self.width} is not a multiple of heads {self.heads}; choose heads that divide it"
-            )
+        _check_heads(self)
 
 
 @dataclass(frozen=True)
@@ -174,6 +168,13 @@ def literal_choices(config_class: type) -> dict[str, tuple[str, ...]]:
 
     hints = get_type_hints(config_class)
     return {f.name: get_args(hints[f.name]) for f in fields(config_class) if get_origin(hints[f.name]) is Literal}
+
+
+def _check_heads(config: ModelConfig | BaselineConfig) -> None:
+    if config.width % config.heads:
+        raise ConfigError(
+            f"width {config.width} is not a multiple of heads {config.heads}; choose heads that divide it"
+        )
 
 
 def _check_switch(config: Any, name: str) -> None:
