@@ -64,8 +64,12 @@ class Row:
         spread = f" ± {(max(values) - min(values)) / 2:.4f}" if len(values) > 1 else ""
         return f"{np.mean(values):.4f}{spread}"
 
-    def ranks(self, group: int | None = None) -> list[np.ndarray]:
-        return [r.ranks[self.seen] if group is None else r.ranks[self.seen][r.groups == group] for r in self.records]
+    def ranks(self) -> list[np.ndarray]:
+        return [record.ranks[self.seen] for record in self.records]
+
+    def ranks_of_long_histories(self) -> list[np.ndarray]:
+        """Of the users in the last two groups, group by group."""
+        return [np.concatenate([r.ranks[self.seen][r.groups == group] for group in (2, 3)]) for r in self.records]
 
     def cells(self) -> list[str]:
         seconds = np.mean([record.content["metrics"]["training_seconds"] for record in self.records])
@@ -144,20 +148,16 @@ def dataset_section(name: str, records: Sequence[Record], directory: Path) -> st
 
 
 def differences(best: Row, others: Sequence[Row]) -> str:
-    heads = ("less", "HR@10", "NDCG@10", "NDCG@10, > 200 events")
+    heads = ("less", "HR@10", "NDCG@10", "NDCG@10, >= 200 events")
     lines = []
     for row in others:
         if any(len(a) != len(b) for a, b in zip(best.ranks(), row.ranks(), strict=False)):
             continue  # of another version of the data
         whole = [str(paired_bootstrap(best.ranks(), row.ranks(), metric=metric)) for metric in ("hr@10", "ndcg@10")]
-        long = [np.concatenate(parts) for parts in zip(*(_per_seed(best, g) for g in (2, 3)), strict=True)]
-        their = [np.concatenate(parts) for parts in zip(*(_per_seed(row, g) for g in (2, 3)), strict=True)]
-        lines.append([row.label, *whole, str(paired_bootstrap(long, their, metric="ndcg@10")) if len(long[0]) else "-"])
+        ours_long, theirs_long = best.ranks_of_long_histories(), row.ranks_of_long_histories()
+        long = str(paired_bootstrap(ours_long, theirs_long, metric="ndcg@10")) if len(ours_long[0]) else "-"
+        lines.append([row.label, *whole, long])
     return table(heads, lines)
-
-
-def _per_seed(row: Row, group: int) -> list[np.ndarray]:
-    return row.ranks(group)
 
 
 def by_length(rows: Sequence[Row]) -> str:
@@ -221,7 +221,7 @@ def _main(argv: Sequence[str] | None) -> int:
     parts = [
         "# Accuracy",
         "Written by `make report` from `reports/runs`.",
-        HOW_TO_READ.format(repeats=", ".join(REPEATS)),
+        HOW_TO_READ,
     ]
     if notes.exists():
         parts.append(notes.read_text(encoding="utf-8").strip())
