@@ -37,7 +37,11 @@ class ModelConfig:
     width: int = option(128, "D: width of embeddings and hidden states")
     heads: int = option(2, "attention heads; must divide the width (1 for paper)")
     ffn_multiplier: int = option(2, "hidden width of the feed-forward blocks in units of D (plus only)")
-    long_term_ffn: bool = option(True, "feed-forward blocks in the long-term branch as well (plus only)")
+    long_term: Literal["light", "full"] = option(
+        "light",
+        "blocks of the long-term branch: light: attention with one head, plain residual; "
+        "full: as in the short-term branch (plus only)",
+    )
     residual: Literal["plain", "gated"] = option("gated", "plain: x + y; gated: x + sigmoid(W x) * y (plus only)")
     dropout: float = option(0.2, "dropout rate on inputs, attention weights and block outputs")
     routing: Literal["slot", "shared", "full"] = option(
@@ -54,7 +58,6 @@ class ModelConfig:
         _check_range(self, 1, 16, "layers", "heads", "ffn_multiplier", "routing_iterations")
         _check_range(self, 4, 4096, "width")
         _check_range(self, 0.0, 0.95, "dropout")
-        _check_switch(self, "long_term_ffn")
         _check_heads(self)
         if self.architecture == "paper" and self.heads != 1:
             raise ConfigError(f"architecture 'paper' has one head, not {self.heads}; set heads to 1")
@@ -111,6 +114,7 @@ class TrainConfig:
     )
     backprop_segments: int = option(1, "joint only: segment borders that eq. 9 is back-propagated over, 1 to 4")
     abstraction_weight: float = option(1.0, "weight of the abstraction loss (eq. 5)")
+    abstraction_every: int = option(4, "eq. 5 is computed on every n-th lane; on all it costs as much as the memory")
     lanes: int = option(128, "users that are walked side by side; a batch is lanes x T events")
     learning_rate: float = option(1e-3, "Adam step size of everything but f_abs")
     abstraction_learning_rate: float = option(1e-3, "Adam step size of f_abs")
@@ -129,7 +133,7 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         _check_choices(self)
-        _check_range(self, 1, 1_000_000, "negatives", "lanes", "epochs", "patience")
+        _check_range(self, 1, 1_000_000, "negatives", "abstraction_every", "lanes", "epochs", "patience")
         _check_range(self, 0, 1_000_000_000, "warmup_steps", "evaluation_users", "seed")
         _check_range(self, 1, 4, "backprop_segments")
         _check_range(

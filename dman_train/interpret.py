@@ -31,8 +31,14 @@ logger = logging.getLogger(__name__)
 NEAR_IDENTICAL = 0.95  # cosine similarity above which two slots count as one
 SHARE_EDGES = np.linspace(0, 1, 41)
 COSINE_EDGES = np.linspace(-1, 1, 41)
-HISTORY_LENGTHS = [("<50", 0, 49), ("50-199", 50, 199), ("200-500", 200, 500), (">500", 501, None)]  # events, inclusive
+LENGTH_BORDERS = (50, 200, 500)  # history lengths that part the groups of users
+LENGTH_GROUPS = ("< 50", "50 to 199", "200 to 499", ">= 500")  # events
 PERCENTILES = (5, 25, 50, 75, 95)
+
+
+def length_group(events: np.ndarray) -> np.ndarray:
+    """Which of LENGTH_GROUPS each history is in."""
+    return np.searchsorted(LENGTH_BORDERS, events, side="right")
 
 
 class Diversity(NamedTuple):
@@ -59,12 +65,11 @@ def slot_diversity(memory: Tensor) -> Diversity:
     return Diversity(cosine.sum(-1) / count, near, pairs, torch.special.entr(share).sum(-1).exp())
 
 
-def slot_attention(model: DMAN, queries: Sequence[Tensor], memory: Tensor) -> Tensor:
-    """L x (B, 1, D) inputs of the long-term layers, (B, L, m, D) memories -> (B, L, m) weights, mean over the heads."""
+def slot_attention(model: DMAN, pulled: Sequence[Tensor], memory: Tensor) -> Tensor:
+    """`Encoding.long_pulled` of one position, (B, L, m, D) memories -> (B, L, m) weights, mean over the heads."""
     weights = []
     for layer, block in enumerate(model.long_term):
-        pulled = block.attention.pull(block.norm_queries(queries[layer]))  # type: ignore[operator, union-attr]
-        logits = pulled @ block.norm_sources(memory[:, layer]).transpose(1, 2)  # type: ignore[operator]  # (B, H, m)
+        logits = pulled[layer] @ block.norm_sources(memory[:, layer]).transpose(1, 2)  # type: ignore[operator]  # (B, H, m)
         weights.append(torch.softmax(logits, dim=-1).mean(1))
     return torch.stack(weights, dim=1)
 
@@ -126,7 +131,7 @@ def _observe_batch(
         at = torch.from_numpy(np.flatnonzero(kept)).to(memory.device)
         values = (
             share()[at, 0].mean(-1),
-            slot_attention(model, [queries[at] for queries in encoding.long_queries], memory[at]),
+            slot_attention(model, [pulled[at] for pulled in encoding.long_pulled], memory[at]),
             *slot_diversity(memory[at]),
         )
         absorbed = np.full(len(at), max(before - 1, 0))
@@ -190,9 +195,9 @@ def _histogram(edges: np.ndarray, counts: np.ndarray) -> dict[str, list[float]]:
 
 
 def _by_history_length(seen: Observations) -> list[dict[str, Any]]:
-    rows = []
-    for name, low, high in HISTORY_LENGTHS:
-        inside = (seen.events >= low) & (seen.events <= (high or np.inf))
+    group, rows = length_group(seen.events), []
+    for index, name in enumerate(LENGTH_GROUPS):
+        inside = group == index
         rows.append({"events": name, "users": int(inside.sum()), **_spread(seen.gate[inside])})
     return rows
 

@@ -17,7 +17,8 @@ O(S H D^2 + S H K D) whatever the number of context positions. The numbers are t
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
+from dataclasses import replace
+from typing import NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
@@ -38,7 +39,7 @@ class Encoding(NamedTuple):
 
     user_embedding: Tensor  # (B, Q, D)
     hidden: Tensor  # (B, L, S, D) the layer inputs h^l: what a state keeps as context
-    long_queries: list[Tensor]  # L x (B, Q, D) the layer inputs of the long-term branch: the queries of eq. 5
+    long_pulled: list[Tensor]  # L x (B, Q*H, D) queries of the long-term branch, as `Attention.pull` gives them
 
 
 class Attention(nn.Module):
@@ -108,8 +109,8 @@ class PaperBlock(nn.Module):
         self.attention = Attention(config)
         self.norm_queries = self.norm_sources = nn.Identity()
 
-    def forward(self, queries: Tensor, sources: Tensor, bias: Tensor | None = None) -> Tensor:
-        return self.attention(queries, sources, bias)
+    def add(self, x: Tensor, read: Tensor) -> Tensor:
+        return read
 
 
 class PlusBlock(nn.Module):
@@ -119,25 +120,28 @@ class PlusBlock(nn.Module):
         super().__init__()
         self.attention = Attention(config)
         self.norm_queries = nn.LayerNorm(config.width)
-        # Short-term sources are layer inputs as the queries are; memory slots live on their own scale.
+        # Short-term sources are the queries and the layer inputs before them; memory slots live on their own scale.
         self.norm_sources = self.norm_queries if shared_norm else nn.LayerNorm(config.width)
         self.residual_attention, self.feed_forward = Residual(config), feed_forward
-        if not feed_forward:
-            return
-        self.norm_ffn = nn.LayerNorm(config.width)
-        self.ffn = nn.Sequential(
-            nn.Linear(config.width, config.ffn_multiplier * config.width),
-            nn.GELU(approximate="tanh"),
-            nn.Linear(config.ffn_multiplier * config.width, config.width),
-        )
-        self.residual_ffn = Residual(config)
+        if feed_forward:
+            self.norm_ffn = nn.LayerNorm(config.width)
+            self.ffn = nn.Sequential(
+                nn.Linear(config.width, config.ffn_multiplier * config.width),
+                nn.GELU(approximate="tanh"),
+                nn.Linear(config.ffn_multiplier * config.width, config.width),
+            )
+            self.residual_ffn = Residual(config)
 
-    def forward(self, queries: Tensor, sources: Tensor, bias: Tensor | None = None) -> Tensor:
-        read = self.attention(self.norm_queries(queries), self.norm_sources(sources), bias)
-        x = self.residual_attention(queries, read)
+    def add(self, x: Tensor, read: Tensor) -> Tensor:
+        """(B, Q, D) layer inputs and what the attention read for them -> (B, Q, D) layer outputs."""
+        x = self.residual_attention(x, read)
         if not self.feed_forward:
             return x
         return self.residual_ffn(x, self.ffn(self.norm_ffn(x)))
+
+
+def _blocks(branch: nn.ModuleList) -> list[PaperBlock | PlusBlock]:
+    return cast("list[PaperBlock | PlusBlock]", list(branch))
 
 
 class _ReadDifference(nn.Module):
@@ -147,21 +151,20 @@ class _ReadDifference(nn.Module):
         super().__init__()
         self.block = block
 
-    def forward(self, queries: Tensor, new: Tensor, old: Tensor, old_bias: Tensor) -> Tensor:
+    def forward(self, pulled: Tensor, new: Tensor, old: Tensor, old_bias: Tensor) -> Tensor:
         attention, norm = self.block.attention, self.block.norm_sources
-        pulled = attention.pull(self.block.norm_queries(queries))
         return attention.project(attention.mix(pulled, norm(new)) - attention.mix(pulled, norm(old), old_bias))
 
 
 def _frozen_read_difference(
-    block: PaperBlock | PlusBlock, queries: Tensor, new: Tensor, old: Tensor, old_bias: Tensor
+    block: PaperBlock | PlusBlock, pulled: Tensor, new: Tensor, old: Tensor, old_bias: Tensor
 ) -> Tensor:
     """`_ReadDifference` without dropout and without gradient to the weights of the block."""
     reader, training = _ReadDifference(block), block.training
     frozen = {name: weight.detach() for name, weight in reader.named_parameters()}
     block.eval()
     try:
-        return functional_call(reader, frozen, (queries, new, old, old_bias))
+        return functional_call(reader, frozen, (pulled, new, old, old_bias))
     finally:
         block.train(training)
 
@@ -251,8 +254,10 @@ class DMAN(nn.Module):
         self.norm_short = nn.LayerNorm(width) if plus else nn.Identity()
         if config.has_memory:
             self.initial_memory = nn.Parameter(torch.randn(depth, config.memory_slots, width))
+            light = config.long_term == "light"
+            reading = replace(config, heads=1, residual="plain") if light else config
             self.long_term = nn.ModuleList(
-                PlusBlock(config, shared_norm=False, feed_forward=config.long_term_ffn) if plus else PaperBlock(config)
+                PlusBlock(reading, shared_norm=False, feed_forward=not light) if plus else PaperBlock(config)
                 for _ in range(depth)
             )
             self.norm_long = nn.LayerNorm(width) if plus else nn.Identity()
@@ -291,26 +296,27 @@ class DMAN(nn.Module):
         layers, width = self.config.layers, self.config.width
         bias, visible = self._positions(item_embeddings.shape[1], context.shape[2], context_lengths)
         h, hidden = item_embeddings, []
-        for layer, block in enumerate(self.short_term):
+        for layer, block in enumerate(_blocks(self.short_term)):
             hidden.append(h)
-            sources = torch.cat([context[:, layer], h], dim=1)  # (B, K, D)
-            layer_bias = bias[layer] + visible  # (B, S, H, K)
+            queries, layer_bias = block.norm_queries(h), bias[layer] + visible  # (B, S, D), (B, S, H, K)
+            sources = torch.cat([block.norm_sources(context[:, layer]), queries], dim=1)  # (B, K, D)
             if last is not None and layer == layers - 1:  # nothing later reads the other positions
-                h, layer_bias = _take(h, last), _take(layer_bias, last)
-            h = block(h, sources, layer_bias)
+                h, queries, layer_bias = _take(h, last), _take(queries, last), _take(layer_bias, last)
+            h = block.add(h, block.attention(queries, sources, layer_bias))
         stacked = torch.stack(hidden, dim=1)  # (B, L, S, D)
         h = self.norm_short(h)
         if not self.config.has_memory:
             return Encoding(h * self.output_scale, stacked, [])
-        g, long_queries = item_embeddings if last is None else _take(item_embeddings, last), []
-        for layer, block in enumerate(self.long_term):
-            long_queries.append(g)
-            g = block(g, memory[:, layer])
+        g, long_pulled = item_embeddings if last is None else _take(item_embeddings, last), []
+        for layer, block in enumerate(_blocks(self.long_term)):
+            attention, sources = block.attention, block.norm_sources(memory[:, layer])
+            long_pulled.append(attention.pull(block.norm_queries(g)))
+            g = block.add(g, attention.project(attention.mix(long_pulled[-1], sources)))
         g = self.norm_long(g)
         share = torch.sigmoid(self.gate_short(h) + self.gate_long(g))  # (B, Q, D) of the short-term branch
         user = share * h + (1 - share) * g
         assert user.shape[-1] == width
-        return Encoding(user * self.output_scale, stacked, long_queries)
+        return Encoding(user * self.output_scale, stacked, long_pulled)
 
     def _positions(self, new: int, context: int, context_lengths: Tensor) -> tuple[Tensor, Tensor]:
         """Relative bias (L, S, H, K) and visibility (B, S, 1, K) as additive terms; distances are query minus key."""
@@ -343,7 +349,7 @@ class DMAN(nn.Module):
         new_memory: Tensor,
         hidden: Tensor,
         lengths: Tensor,
-        queries: list[Tensor],
+        pulled: list[Tensor],
         query_mask: Tensor,
     ) -> Tensor:
         """Eq. 5: reading the new memory should give what reading the old memory and the absorbed segment gave.
@@ -353,15 +359,15 @@ class DMAN(nn.Module):
 
         Args:
             old_memory, new_memory: (B, L, m, D); hidden: (B, L, T, D), its last `lengths` (B) rows real.
-            queries: L x (B, S, D); query_mask: (B, S) bool, the positions that count.
+            pulled: L x (B, S*H, D) queries, `Encoding.long_pulled`; query_mask: (B, S) bool, the positions that count.
         """
         slots, segment = old_memory.shape[2], hidden.shape[2]
         bias = torch.where(_valid_primaries(slots, segment, lengths), 0.0, MASKED)[:, None, None]  # (B, 1, 1, m+T)
         total = new_memory.new_zeros(())
-        for layer, block in enumerate(self.long_term):
+        for layer, block in enumerate(_blocks(self.long_term)):
             sources = torch.cat([old_memory[:, layer], hidden[:, layer]], dim=1)
-            query, new = queries[layer].detach(), new_memory[:, layer]
-            difference = _frozen_read_difference(block, query, new, sources.detach(), bias)  # type: ignore[arg-type]
+            query, new = pulled[layer].detach(), new_memory[:, layer]
+            difference = _frozen_read_difference(block, query, new, sources.detach(), bias)
             total = total + (difference.float().square().mean(-1) * query_mask).sum()
         return total / self.config.layers
 

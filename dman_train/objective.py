@@ -77,7 +77,7 @@ class _Memories(NamedTuple):
 
     settled: Tensor  # after the oldest absorption in the window: where the next step starts from
     before: Tensor  # before the newest absorption
-    after: Tensor  # after it, attached to f_abs
+    after: Tensor  # after it; attached to f_abs when eq. 9 trains f_abs
     read: Tensor  # what this segment attends to
 
 
@@ -146,6 +146,7 @@ class Objective(NextItemObjective):
         real = torch.arange(items.shape[1], device=items.device) < lengths[:, None]  # (B, T)
         likelihood = self._likelihood(encoding.user_embedding[real], targets[real], negatives, real)
         reconstructed = real & (state.absorbed_lengths[-1] > 0)[:, None]
+        reconstructed = reconstructed[:: self.config.abstraction_every]
         abstraction = self._abstraction_loss(state, memories, encoding, reconstructed)
         losses = Losses(likelihood, real.sum(), abstraction, reconstructed.sum())
         return losses, _next_state(state, memories, encoding, lengths)
@@ -154,22 +155,29 @@ class Objective(NextItemObjective):
         model, joint = self.model, self.config.memory_training == "joint"
         # f_abs sees the initial slots detached, so that eq. 5 cannot reach them; reading them directly does train them.
         chain = [torch.where(state.initial[:, None, None, None], model.initial_memory.detach(), state.memory)]
-        for hidden, lengths in zip(state.absorbed, state.absorbed_lengths, strict=True):
-            due = (lengths > 0)[:, None, None, None]
-            chain.append(torch.where(due, model.abstract(chain[-1], hidden, lengths), chain[-1]))
+        with torch.set_grad_enabled(joint and torch.is_grad_enabled()):
+            for hidden, lengths in zip(state.absorbed, state.absorbed_lengths, strict=True):
+                due = (lengths > 0)[:, None, None, None]
+                chain.append(torch.where(due, model.abstract(chain[-1], hidden, lengths), chain[-1]))
         untouched = (state.initial & (state.absorbed_lengths == 0).all(0))[:, None, None, None]
-        read = torch.where(untouched, model.initial_memory, chain[-1] if joint else chain[-1].detach())
+        read = torch.where(untouched, model.initial_memory, chain[-1])
         return _Memories(settled=chain[1].detach(), before=chain[-2].detach(), after=chain[-1], read=read)
 
     def _abstraction_loss(self, state: LaneState, memories: _Memories, encoding: Encoding, positions: Tensor) -> Tensor:
+        """Eq. 5 on every n-th lane, for the `positions` (B/n, T) that count. Any lane gets any user in turn."""
         if not self.model.abstraction_parameters():
             return encoding.user_embedding.new_zeros(())
+        lanes = slice(None, None, self.config.abstraction_every)
+        before, after = memories.before[lanes], memories.after[lanes]
+        hidden, lengths = state.absorbed[-1, lanes], state.absorbed_lengths[-1, lanes]
+        if self.config.memory_training == "alternating":  # `after` is not attached to f_abs
+            after = self.model.abstract(before, hidden, lengths)
         return self.model.abstraction_loss(
-            old_memory=memories.before,
-            new_memory=memories.after,
-            hidden=state.absorbed[-1],
-            lengths=state.absorbed_lengths[-1],
-            queries=encoding.long_queries,
+            old_memory=before,
+            new_memory=after,
+            hidden=hidden,
+            lengths=lengths,
+            pulled=[queries[lanes] for queries in encoding.long_pulled],
             query_mask=positions,
         )
 
@@ -257,6 +265,7 @@ def draw_negatives(objective: NextItemObjective, shape: tuple[int, ...], generat
 def _right_aligned(hidden: Tensor, lengths: Tensor) -> Tensor:
     """(B, L, T, D) with `lengths` real rows on the left -> the same rows on the right."""
     segment = hidden.shape[2]
-    source = torch.arange(segment, device=hidden.device) - (segment - lengths[:, None])  # (B, T)
-    index = source.clamp(min=0)[:, None, :, None].expand_as(hidden)
-    return hidden.gather(2, index) * (source >= 0)[:, None, :, None]
+    partial = (lengths < segment).nonzero().squeeze(1)  # few: the first and the last segment of a user
+    source = torch.arange(segment, device=hidden.device) - (segment - lengths[partial, None])  # (P, T)
+    index = source.clamp(min=0)[:, None, :, None].expand(-1, *hidden.shape[1:])
+    return hidden.index_copy(0, partial, hidden[partial].gather(2, index) * (source >= 0)[:, None, :, None])

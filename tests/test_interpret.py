@@ -86,14 +86,15 @@ def test_attention_is_the_softmax_over_the_slots_of_the_memory_read(config: Mode
 
 def _attention(model: DMAN, g: Tensor, memory: Tensor) -> np.ndarray:
     """(L, m): eq. 2 head by head with projected keys, for one long-term input g (D)."""
-    rows, width = [], model.config.width // model.config.heads
+    rows = []
     for layer, block in enumerate(model.long_term):
         w, sources = block.attention, block.norm_sources(memory[layer])
-        q = (w.query.weight @ block.norm_queries(g)).view(model.config.heads, width)
+        heads, width = w.heads, w.head_width
+        q = (w.query.weight @ block.norm_queries(g)).view(heads, width)
         logits = [[float(q[h] @ (w.key[h] @ slot)) / width**0.5 for slot in sources] for h in range(len(q))]
         weights = np.exp(logits) / np.exp(logits).sum(-1, keepdims=True)
         rows.append(weights.mean(0))
-        g = block(g[None, None], memory[None, layer])[0, 0]
+        g = block.add(g, w(block.norm_queries(g)[None, None], sources[None])[0, 0])
     return np.array(rows)
 
 
@@ -175,8 +176,8 @@ def test_degenerate_memories_stay_finite() -> None:
 
 def test_identical_slots_are_read_alike() -> None:
     model = random_model(TINY, TINY_ITEMS)
-    memory, queries = torch.randn(3, 2, 1, 32).repeat(1, 1, 4, 1), [torch.randn(3, 1, 32)] * 2
-    torch.testing.assert_close(slot_attention(model, queries, memory), torch.full((3, 2, 4), 0.25))
+    memory, pulled = torch.randn(3, 2, 1, 32).repeat(1, 1, 4, 1), [torch.randn(3, 2, 32)] * 2
+    torch.testing.assert_close(slot_attention(model, pulled, memory), torch.full((3, 2, 4), 0.25))
 
 
 def observations(events: list[int], gate: list[float], attention: list[list[float]]) -> Observations:
@@ -192,7 +193,7 @@ def test_summary_equals_a_table_by_hand() -> None:
     seen = observations(events, gate, [[0.5, 0.5]] * 5 + [[1.0, 0.0]] * 2)
     found = summarise(random_model(replace(TINY, layers=1, memory_slots=2), TINY_ITEMS), seen)
     lengths = [(row["events"], row["users"], row["mean"]) for row in found["gate"]["by_history_length"]]
-    expected = [("<50", 2, 0.2), ("50-199", 2, 0.5), ("200-500", 2, 0.7), (">500", 1, 1.0)]
+    expected = [("< 50", 2, 0.2), ("50 to 199", 2, 0.5), ("200 to 499", 1, 0.6), (">= 500", 2, 0.9)]
     assert lengths == [(name, users, pytest.approx(mean)) for name, users, mean in expected]
     assert sum(found["gate"]["histogram"]["fraction"]) == pytest.approx(1)
     (layer,) = found["attention"]

@@ -22,7 +22,7 @@ VARIANTS = {
     "plus": TINY,
     "plain": replace(TINY, residual="plain", heads=4, layers=3),
     "paper": PAPER,
-    "light": replace(TINY, long_term_ffn=False),
+    "heavy": replace(TINY, long_term="full"),
     "xl": replace(TINY, variant="xl"),
     "fifo": replace(TINY, variant="fifo"),
     "nran": replace(TINY, variant="nran"),
@@ -324,7 +324,7 @@ def names(model: DMAN, *, abstraction: bool) -> set[str]:
     return {n for n, _ in model.named_parameters() if n.startswith("abstraction.") is abstraction}
 
 
-ALTERNATING = TrainConfig(loss="full")
+ALTERNATING = TrainConfig(loss="full", abstraction_every=1)
 JOINT = [replace(ALTERNATING, memory_training="joint", backprop_segments=n) for n in (1, 2, 3, 4)]
 
 
@@ -353,6 +353,7 @@ def test_abstraction_loss_equals_equation_5() -> None:
     model = random_model(PAPER, TINY_ITEMS)
     old, new, hidden = torch.randn(2, 2, 4, 32), torch.randn(2, 2, 4, 32), torch.randn(2, 2, 5, 32)
     queries, lengths = [torch.randn(2, 3, 32) for _ in range(2)], [5, 2]
+    pulled = [block.attention.pull(query) for block, query in zip(model.long_term, queries, strict=True)]
     mask = torch.tensor([[True, True, False], [False, True, True]])
     expected = torch.zeros(())
     for row, position in mask.nonzero().tolist():
@@ -362,7 +363,7 @@ def test_abstraction_loss_equals_equation_5() -> None:
             target = _attend(w, query, [*old[row, layer], *real], None)
             expected += (_attend(w, query, list(new[row, layer]), None) - target).square().mean() / 2
     found = model.abstraction_loss(
-        old_memory=old, new_memory=new, hidden=hidden, lengths=torch.tensor(lengths), queries=queries, query_mask=mask
+        old_memory=old, new_memory=new, hidden=hidden, lengths=torch.tensor(lengths), pulled=pulled, query_mask=mask
     )
     torch.testing.assert_close(found, expected, **EXACT)
 
@@ -379,7 +380,7 @@ OTHER_MODEL = {
     "width": 16,
     "heads": 1,
     "ffn_multiplier": 3,
-    "long_term_ffn": False,
+    "long_term": "full",
     "residual": "plain",
     "dropout": 0.5,
     "routing": "shared",
@@ -420,7 +421,7 @@ INVALID: list[tuple[type, str, object]] = [
     (ModelConfig, "heads", 3),
     (ModelConfig, "heads", 0),
     (ModelConfig, "ffn_multiplier", -1),
-    (ModelConfig, "long_term_ffn", 1),
+    (ModelConfig, "long_term", "heavy"),
     (ModelConfig, "residual", ""),
     (ModelConfig, "dropout", 1.0),
     (ModelConfig, "dropout", float("nan")),
@@ -432,6 +433,7 @@ INVALID: list[tuple[type, str, object]] = [
     (TrainConfig, "memory_training", "off"),
     (TrainConfig, "backprop_segments", 5),
     (TrainConfig, "backprop_segments", 2),  # without joint
+    (TrainConfig, "abstraction_every", 0),
     (TrainConfig, "abstraction_weight", -1.0),
     (TrainConfig, "lanes", 0),
     (TrainConfig, "lanes", 2.5),

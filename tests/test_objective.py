@@ -264,11 +264,27 @@ def test_abstraction_loss_is_about_the_newest_absorption_and_real_positions(conf
         new_memory=new,
         hidden=before.absorbed[-1],
         lengths=torch.tensor([5]),
-        queries=model.encode(last, before.context, torch.tensor([5]), new).long_queries,
+        pulled=model.encode(last, before.context, torch.tensor([5]), new).long_pulled,
         query_mask=torch.ones(1, 3, dtype=torch.bool),
     )
     assert losses.abstraction_count == 3
     torch.testing.assert_close(losses.abstraction, expected, rtol=1e-4, atol=1e-5)
+
+
+@torch.no_grad()
+def test_abstraction_loss_of_every_nth_lane_is_that_of_these_lanes() -> None:
+    model, schedule = random_model(TINY, int(OFFSETS[-1])), lanes_of(lanes=6, vary_first=False)
+    every, third = (objective_of(model, TrainConfig(loss="full", abstraction_every=n)) for n in (1, 3))
+    state, compared = LaneState.empty(model, 6, 1), 0
+    for _ in range(30):
+        batch = next(schedule)
+        losses, after = third(*tensors_of(batch), state, None)
+        chosen = LaneState(*(x[:, ::3] if x.shape[0] == 1 else x[::3] for x in state.state_dict().values()))
+        expected, _ = every(*tensors_of(batch.lanes(slice(None, None, 3))), chosen, None)
+        assert losses.abstraction_count == expected.abstraction_count
+        torch.testing.assert_close(losses.abstraction, expected.abstraction, rtol=1e-5, atol=1e-6)
+        state, compared = after, compared + int(losses.abstraction_count > 0)
+    assert compared > 5
 
 
 # Losses

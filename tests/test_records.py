@@ -11,10 +11,11 @@ import pytest
 from dman_runtime.protocol import HeldOut, held_out, metrics
 from dman_train.baselines.counts import RECENT, count_ranks, most_popular, transitions
 from dman_train.config import DataConfig
+from dman_train.interpret import LENGTH_GROUPS
 from dman_train.run import Run
 from dman_train.train import load
 from tools import records, report
-from tools.records import GROUPS, RANK_LIMIT, paired_bootstrap, read_records
+from tools.records import RANK_LIMIT, paired_bootstrap, read_records
 
 ITEMS = np.array([0, 1, 2, 0, 1, 3, 3], np.int32)  # users: 0 1 2 0 | 1 3 3
 OFFSETS = np.array([0, 4, 7])
@@ -91,7 +92,7 @@ def test_record_holds_the_ranks_of_all_users(trained_run: Path, tmp_path: Path) 
         found, expected = metrics(record.ranks[seen]), metrics(np.load(trained_run / "ranks.npz")[f"test_{seen}"])
         assert found == pytest.approx(expected), "nothing that a metric sees is lost by the limit"
         assert record.ranks[seen].max() <= RANK_LIMIT
-    sizes = [(record.groups == group).sum() for group in range(len(GROUPS))]
+    sizes = [(record.groups == group).sum() for group in range(len(LENGTH_GROUPS))]
     whole = sum(size * record.group_metrics(g)["hr@10"] for g, size in enumerate(sizes) if size)
     assert whole / sum(sizes) == pytest.approx(record.metric("hr@10"))
 

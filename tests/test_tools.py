@@ -14,6 +14,7 @@ from pathlib import Path
 import grpc
 import numpy as np
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -25,7 +26,7 @@ from dman_train.synthetic import PlantedConfig
 from dman_train.synthetic import generate as generated
 from protos.dman.v1 import dman_pb2 as pb
 from protos.dman.v1.dman_pb2_grpc import RecommenderStub
-from tools import bench, bench_batch, generate, loadgen
+from tools import bench, bench_batch, bench_training, generate, loadgen
 from tools.bench_blocks import (
     WARM_UP_CALLS,
     Block,
@@ -253,6 +254,30 @@ def test_bench_quick_measures_every_section_and_leaves_nothing_behind(
     assert result["sections"]["History length"]["largest_record_bytes"] > 0
     assert all(rss > 20e6 for rss in result["sections"]["Resident memory"]["served_rss"])
     assert list(scratch.iterdir()) == [] and list(report.parent.iterdir()) == [report]
+
+
+def test_bench_training_compares_dman_with_every_system(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    log, page, threads = tmp_path / "log.parquet", tmp_path / "reports" / "training.md", torch.get_num_threads()
+    assert generate.main(["--users", "40", "--output", str(log), "--items", str(tmp_path / "items.csv")]) == 0
+    options = ["--data", str(log), "--out", str(page), "--rounds", "2", "--steps", "1", "--threads", str(threads)]
+    assert bench_training.main([*options, "--json"]) == 0
+    result = last_json(capsys)
+    names = ["DMAN", "SASRec", "gru4rec", "caser", "shan", "hpmn", "sdm"]
+    assert all(any(turn.startswith(name) for turn in result["turns"]) for name in names)
+    assert all(events > 0 and seconds > 0 for turns in result["turns"].values() for events, seconds in turns)
+    speed = {name: [events / seconds for events, seconds in turns] for name, turns in result["turns"].items()}
+    rounds = zip(speed["DMAN"], speed["SASRec, 200 events"], strict=True)
+    assert float(result["ratio"]) == pytest.approx(np.median([dman / sasrec for dman, sasrec in rounds]), abs=0.006)
+    text = page.read_text()
+    assert f"| {result['ratio']} | >= 1 | {'yes' if result['met'] else 'NO'} |" in text
+    assert all(f"| {name} |" in text for name in result["turns"])
+
+
+def test_bench_training_says_what_is_wrong(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert bench_training.main(["--data", str(tmp_path / "none.csv")]) == 2
+    assert "none.csv" in capsys.readouterr().err
+    assert bench_training.main(["--data", str(tmp_path / "none.csv"), "--rounds", "0"]) == 2
+    assert "--rounds is 0; give 1 or more" in capsys.readouterr().err
 
 
 def test_bench_without_a_bundle_says_how_to_make_one(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -255,7 +255,7 @@ def test_trainer_learns_a_deterministic_sequence(model: ModelConfig, config: Tra
     trainer = Trainer(model, replace(config, learning_rate=1e-2), cycle_data(), CPU)
     for _ in range(config.epochs):
         trainer.train_epoch(on_step=lambda: None, progress=False)
-    assert (trainer.validate().seen_kept == 1).mean() > 0.95
+    assert (trainer.validate().seen_kept == 1).mean() > 0.9
 
 
 def planted_histories(seed: int) -> list[np.ndarray]:
@@ -331,6 +331,7 @@ OTHER: dict[str, tuple[TrainConfig, object]] = {
     "memory_training": (CONFIG, "joint"),
     "backprop_segments": (JOINT, 2),
     "abstraction_weight": (JOINT, 3.0),
+    "abstraction_every": (CONFIG, 3),
     "lanes": (CONFIG, 9),
     "learning_rate": (CONFIG, 1e-3),
     "abstraction_learning_rate": (CONFIG, 1e-3),

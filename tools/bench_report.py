@@ -74,7 +74,7 @@ def block_data(blocks: Mapping[str, Sequence[Block]]) -> dict[str, object]:
 def machine(scratch: Path) -> dict[str, str]:
     """What the numbers depend on besides the code."""
     return {
-        "CPU": f"{_cpu_model()}, {len(os.sched_getaffinity(0))} of {os.cpu_count()} cores usable",
+        "CPU": f"{cpu_model()}, {len(os.sched_getaffinity(0))} of {os.cpu_count()} cores usable",
         "memory": f"{psutil.virtual_memory().total / 1e9:.1f} GB",
         "system": f"{platform.system()} {platform.release()}, Python {platform.python_version()}",
         "ONNX Runtime": next((f"{name} {found}" for name in RUNTIMES if (found := _version(name))), "unknown"),
@@ -84,7 +84,7 @@ def machine(scratch: Path) -> dict[str, str]:
     }
 
 
-def _cpu_model() -> str:
+def cpu_model() -> str:
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:

@@ -28,13 +28,12 @@ from dman_runtime.protocol import Ranks, held_out, metrics, report, training_eve
 from dman_runtime.state import max_record_bytes
 from dman_train.baselines.counts import COUNTS, count_ranks
 from dman_train.config import DataConfig, ModelConfig, to_dict
+from dman_train.interpret import length_group
 from dman_train.run import Run, RunError, open_run
 from dman_train.train import SPLITS, load
 
 FORMAT_VERSION = 1
 RANK_LIMIT = 255  # larger ranks are stored as this one, which no metric tells apart
-LENGTH_BORDERS = (50, 200, 500)  # history lengths that part the groups of users
-GROUPS = ("< 50", "50 to 199", "200 to 499", ">= 500")
 _DROPPED = {"--run": 1, "--json": 0, "--threads": 1, "--resume": 0}  # options that say nothing of the result
 
 
@@ -45,7 +44,7 @@ class Record:
     name: str
     content: dict[str, Any]
     ranks: dict[str, np.ndarray]  # "seen_excluded" and "seen_kept": (N) uint8 test ranks, capped at RANK_LIMIT
-    groups: np.ndarray  # (N) uint8 index into GROUPS
+    groups: np.ndarray  # (N) uint8 index into LENGTH_GROUPS
 
     @property
     def dataset(self) -> str:
@@ -117,7 +116,7 @@ def record_of_counts(system: str, path: Path) -> dict[str, Any]:
 
 
 def _ranks(ranks: Ranks, lengths: np.ndarray) -> dict[str, Any]:
-    groups = np.searchsorted(LENGTH_BORDERS, lengths, side="right")
+    groups = length_group(lengths)
     return {
         "ranks": {name: _packed(np.minimum(values, RANK_LIMIT)) for name, values in asdict(ranks).items()},
         "groups": _packed(groups),

@@ -16,8 +16,9 @@ import numpy as np
 
 from dman_runtime.options import Parser, UsageError, run_command
 from dman_train.config import BASELINE_PRESETS, PRESETS, to_dict
+from dman_train.interpret import LENGTH_GROUPS
 from tools.bench_report import table
-from tools.records import GROUPS, Record, paired_bootstrap, read_records
+from tools.records import Record, paired_bootstrap, read_records
 
 METRICS = ("hr@10", "ndcg@10", "hr@50", "ndcg@100")
 REPEATS = ("wikipedia-edits", "taobao-userbehavior-sample")  # users come back to items: ranked with seen items kept
@@ -161,11 +162,12 @@ def differences(best: Row, others: Sequence[Row]) -> str:
 
 
 def by_length(rows: Sequence[Row]) -> str:
-    heads = ["HR@10 / NDCG@10", *(f"{group} events ({n} users)" for group, n in zip(GROUPS, _sizes(rows), strict=True))]
+    sizes = zip(LENGTH_GROUPS, _sizes(rows), strict=True)
+    heads = ["HR@10 / NDCG@10", *(f"{group} events ({n} users)" for group, n in sizes)]
     lines = []
     for row in rows:
         cells = []
-        for group in range(len(GROUPS)):
+        for group in range(len(LENGTH_GROUPS)):
             found = [record.group_metrics(group, seen=row.seen) for record in row.records]
             cells.append(
                 f"{np.mean([m['hr@10'] for m in found]):.4f} / {np.mean([m['ndcg@10'] for m in found]):.4f}"
@@ -177,7 +179,7 @@ def by_length(rows: Sequence[Row]) -> str:
 
 
 def _sizes(rows: Sequence[Row]) -> list[int]:
-    return np.bincount(rows[0].records[0].groups, minlength=len(GROUPS)).tolist()
+    return np.bincount(rows[0].records[0].groups, minlength=len(LENGTH_GROUPS)).tolist()
 
 
 def charts(name: str, rows: Sequence[Row], directory: Path) -> list[str]:

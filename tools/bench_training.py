@@ -1,0 +1,124 @@
+"""Measures how fast training is, DMAN beside the systems it is compared with, and writes a report.
+
+    python -m tools.bench_training --data ../shared/data/ml-1m/interactions.parquet --out reports/training.md
+
+All systems take turns of a few steps in one process and on one thread; an event counts once it was an input of a step.
+"""
+
+from __future__ import annotations
+
+import os
+import shlex
+import statistics
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import replace
+from datetime import UTC, datetime
+from pathlib import Path
+
+import torch
+
+from dman_runtime.interactions import InputError
+from dman_runtime.options import Parser, UsageError, print_json, run_command
+from dman_train.config import PRESETS, BaselineConfig, DataConfig, ModelConfig, TrainConfig
+from dman_train.train import load, training_data
+from dman_train.trainer import Trainer
+from tools.bench_report import Claim, cpu_model, table
+
+REFERENCE = "SASRec, 200 events"  # what the speed of DMAN is measured against
+SHORT_HISTORY = 20  # of the * forms: one segment
+HEADS = ("system", "events/s, median", "of single rounds", "ms a step", "DMAN / this, median", "of single rounds")
+
+
+def systems() -> dict[str, ModelConfig | BaselineConfig]:
+    """What is measured; DMAN first."""
+    chosen: dict[str, ModelConfig | BaselineConfig] = {
+        "DMAN": ModelConfig(),
+        "DMAN without memory (xl)": ModelConfig(variant="xl"),
+        REFERENCE: BaselineConfig(),
+    }
+    for system in ("gru4rec", "caser", "shan", "hpmn", "sdm"):
+        chosen[f"{system}, 200 events"] = BaselineConfig(system=system)
+    chosen["SASRec*, 20 events"] = BaselineConfig(history=SHORT_HISTORY)
+    return chosen
+
+
+def measure(trainers: dict[str, Trainer], *, rounds: int, steps: int) -> dict[str, list[tuple[int, float]]]:
+    """Events and seconds of each system's turn in each round; a round more comes first and does not count."""
+    found: dict[str, list[tuple[int, float]]] = {name: [] for name in trainers}
+    for turn in range(rounds + 1):
+        for name, trainer in trainers.items():
+            began, events = time.perf_counter(), trainer.events
+            for _ in range(steps):
+                trainer.train_step()
+            if turn:
+                found[name].append((trainer.events - events, time.perf_counter() - began))
+    return found
+
+
+def _spread(values: Sequence[float], form: str) -> tuple[str, str]:
+    return format(statistics.median(values), form), f"{min(values):{form}} to {max(values):{form}}"
+
+
+def report(found: dict[str, list[tuple[int, float]]], *, steps: int, how: str) -> tuple[str, Claim]:
+    """The Markdown page and its claim."""
+    speeds = {name: [events / seconds for events, seconds in turns] for name, turns in found.items()}
+    ratios = {name: [a / b for a, b in zip(speeds["DMAN"], of, strict=True)] for name, of in speeds.items()}
+    rows = []
+    for name, of in speeds.items():
+        milliseconds = statistics.median(seconds for _, seconds in found[name]) / steps * 1e3
+        rows.append([name, *_spread(of, ",.0f"), f"{milliseconds:.0f}", *_spread(ratios[name], ".2f")])
+    ratio = statistics.median(ratios[REFERENCE])
+    claim = Claim(f"events/s of DMAN / {REFERENCE}", f"{ratio:.2f}", ">= 1", ratio >= 1)
+    heads = ("claim", "measured", "target", "met")
+    parts = ["# Speed of training", how, table(heads, [claim.row()]), table(HEADS, rows)]
+    return "\n\n".join(parts) + "\n", claim
+
+
+def _parser() -> Parser:
+    p = Parser(prog="python -m tools.bench_training", description="Measure how fast training is; write a report.")
+    p.add_argument("--data", type=Path, required=True, help="interaction log")
+    p.add_argument("--out", type=Path, default=Path("reports/training.md"), help="the report")
+    p.add_argument("--precision", choices=["float32", "bfloat16"], default="bfloat16", help="of the matrix products")
+    p.add_argument("--rounds", type=int, default=7, metavar="N", help="turns of each system")
+    p.add_argument("--steps", type=int, default=6, metavar="N", help="steps of a turn")
+    p.add_argument("--threads", type=int, default=1, metavar="N", help="CPU threads")
+    p.add_argument("--json", action="store_true", help="print the result as JSON on the last line")
+    return p
+
+
+def _main(argv: Sequence[str] | None) -> int:
+    arguments = _parser().parse_args(argv)
+    for name in ("rounds", "steps", "threads"):
+        if getattr(arguments, name) < 1:
+            raise UsageError(f"--{name} is {getattr(arguments, name)}; give 1 or more")
+    load_before = os.getloadavg()[0]
+    torch.set_num_threads(arguments.threads)
+    data = training_data(load(arguments.data, DataConfig()))
+    recipe: TrainConfig = replace(PRESETS["default"].train, precision=arguments.precision)
+    trainers = {name: Trainer(config, recipe, data, torch.device("cpu")) for name, config in systems().items()}
+    found = measure(trainers, rounds=arguments.rounds, steps=arguments.steps)
+    given = sys.argv[1:] if argv is None else argv
+    how = (
+        f"`{shlex.join(['python', '-m', 'tools.bench_training', *given])}`, {datetime.now(UTC):%Y-%m-%d %H:%M} UTC, "
+        f"{cpu_model()}, {arguments.threads} thread(s), {arguments.precision}, "
+        f"load average before it {load_before:.2f}. D={ModelConfig().width}, L={ModelConfig().layers}, "
+        f"the recipe of the default preset and its loss for all. {arguments.rounds} rounds of {arguments.steps} steps "
+        "of each system in turn; ratios are of single rounds."
+    )
+    page, claim = report(found, steps=arguments.steps, how=how)
+    arguments.out.parent.mkdir(parents=True, exist_ok=True)
+    arguments.out.write_text(page)
+    print(page)
+    if arguments.json:
+        print_json({"ratio": claim.measured, "met": claim.met, "turns": found})
+    return 0
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    return run_command(_main, argv, InputError)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
