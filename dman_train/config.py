@@ -32,7 +32,7 @@ class ModelConfig:
         "fifo (memory = last m hidden states), nran (no context from earlier segments)",
     )
     segment_length: int = option(20, "T: events per segment")
-    memory_slots: int = option(20, "m: memory slots per layer")
+    memory_slots: int = option(10, "m: memory slots per layer")
     layers: int = option(2, "L: attention layers of each branch")
     width: int = option(128, "D: width of embeddings and hidden states")
     heads: int = option(2, "attention heads; must divide the width (1 for paper)")
@@ -47,7 +47,7 @@ class ModelConfig:
     routing: Literal["slot", "shared", "full"] = option(
         "slot", "bilinear maps of eq. 6: one per memory slot, one in all, or one per pair of input and slot"
     )
-    routing_iterations: int = option(3, "routing iterations of eq. 7")
+    routing_iterations: int = option(1, "routing iterations of eq. 7")
     routing_softmax: Literal["slots", "primaries"] = option(
         "slots", "what the coupling coefficients of eq. 7 sum to one over"
     )
@@ -110,11 +110,11 @@ class TrainConfig:
     )
     negatives: int = option(1024, "negatives: shared per batch for loss=sampled, per event for loss=negatives")
     memory_training: Literal["alternating", "joint"] = option(
-        "alternating", "alternating: eq. 5 alone trains f_abs; joint: eq. 9 reaches it through the memory as well"
+        "joint", "alternating: eq. 5 alone trains f_abs; joint: eq. 9 reaches it through the memory as well"
     )
     backprop_segments: int = option(1, "joint only: segment borders that eq. 9 is back-propagated over, 1 to 4")
     abstraction_weight: float = option(1.0, "weight of the abstraction loss (eq. 5)")
-    abstraction_every: int = option(4, "eq. 5 is computed on every n-th lane; on all it costs as much as the memory")
+    abstraction_every: int = option(4, "eq. 5 is computed on every n-th lane")
     lanes: int = option(128, "users that are walked side by side; a batch is lanes x T events")
     learning_rate: float = option(1e-3, "Adam step size of everything but f_abs")
     abstraction_learning_rate: float = option(1e-3, "Adam step size of f_abs")
@@ -206,8 +206,15 @@ class Preset:
 PRESETS = {
     "default": Preset(ModelConfig(), TrainConfig()),
     "paper": Preset(
-        ModelConfig(architecture="paper", heads=1, dropout=0.1),
-        TrainConfig(loss="negatives", negatives=5, learning_rate=2e-3, epochs=30),
+        ModelConfig(architecture="paper", heads=1, dropout=0.1, memory_slots=20, routing_iterations=3),
+        TrainConfig(
+            loss="negatives",
+            negatives=5,
+            memory_training="alternating",
+            abstraction_every=1,
+            learning_rate=2e-3,
+            epochs=30,
+        ),
     ),
     "tiny": Preset(
         ModelConfig(width=32, heads=1, segment_length=10, memory_slots=8, dropout=0.1),

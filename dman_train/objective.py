@@ -2,7 +2,8 @@
 
 The likelihood (eq. 9) trains everything but f_abs; the abstraction loss (eq. 5) trains f_abs. Their gradients are
 disjoint by construction, so one backward pass serves both optimisers. With `memory_training="joint"` the memory that a
-segment reads stays attached to the last `backprop_segments` abstractions, and eq. 9 reaches f_abs as well.
+segment reads stays attached to the last `backprop_segments` abstractions, and eq. 9 reaches f_abs as well. Eq. 5
+is computed on every `abstraction_every`-th lane only.
 """
 
 from __future__ import annotations
@@ -73,12 +74,12 @@ class Losses:
 
 
 class _Memories(NamedTuple):
-    """(B, L, m, D) each."""
+    """(B, L, m, D), where not said otherwise."""
 
     settled: Tensor  # after the oldest absorption in the window: where the next step starts from
-    before: Tensor  # before the newest absorption
-    after: Tensor  # after it; attached to f_abs when eq. 9 trains f_abs
-    read: Tensor  # what this segment attends to
+    before: Tensor  # (B/n, L, m, D) before the newest absorption, on the lanes of eq. 5
+    after: Tensor  # (B/n, L, m, D) after it, attached to f_abs
+    read: Tensor  # what this segment attends to; attached to f_abs when eq. 9 trains it
 
 
 class NextItemObjective(nn.Module):
@@ -145,38 +146,49 @@ class Objective(NextItemObjective):
         encoding = self.model.encode(item_embeddings, state.context, context_lengths, memories.read)
         real = torch.arange(items.shape[1], device=items.device) < lengths[:, None]  # (B, T)
         likelihood = self._likelihood(encoding.user_embedding[real], targets[real], negatives, real)
-        reconstructed = real & (state.absorbed_lengths[-1] > 0)[:, None]
-        reconstructed = reconstructed[:: self.config.abstraction_every]
+        reconstructed = (real & (state.absorbed_lengths[-1] > 0)[:, None])[self._reconstructed_lanes]
         abstraction = self._abstraction_loss(state, memories, encoding, reconstructed)
         losses = Losses(likelihood, real.sum(), abstraction, reconstructed.sum())
         return losses, _next_state(state, memories, encoding, lengths)
 
     def _absorb(self, state: LaneState) -> _Memories:
-        model, joint = self.model, self.config.memory_training == "joint"
+        model = self.model
         # f_abs sees the initial slots detached, so that eq. 5 cannot reach them; reading them directly does train them.
-        chain = [torch.where(state.initial[:, None, None, None], model.initial_memory.detach(), state.memory)]
+        first = torch.where(state.initial[:, None, None, None], model.initial_memory.detach(), state.memory)
+        joint, lanes = self.config.memory_training == "joint", self._reconstructed_lanes
         with torch.set_grad_enabled(joint and torch.is_grad_enabled()):
-            for hidden, lengths in zip(state.absorbed, state.absorbed_lengths, strict=True):
-                due = (lengths > 0)[:, None, None, None]
-                chain.append(torch.where(due, model.abstract(chain[-1], hidden, lengths), chain[-1]))
+            chain = self._chain(first, state.absorbed, state.absorbed_lengths)
+        if joint:
+            after = chain[-1][lanes]
+        else:
+            after = self._chain(first[lanes], state.absorbed[:, lanes], state.absorbed_lengths[:, lanes])[-1]
         untouched = (state.initial & (state.absorbed_lengths == 0).all(0))[:, None, None, None]
         read = torch.where(untouched, model.initial_memory, chain[-1])
-        return _Memories(settled=chain[1].detach(), before=chain[-2].detach(), after=chain[-1], read=read)
+        return _Memories(settled=chain[1].detach(), before=chain[-2][lanes].detach(), after=after, read=read)
+
+    def _chain(self, memory: Tensor, absorbed: Tensor, absorbed_lengths: Tensor) -> list[Tensor]:
+        """(B, L, m, D) `memory` and what it becomes by each of N absorptions; fields as in LaneState."""
+        chain = [memory]
+        for hidden, lengths in zip(absorbed, absorbed_lengths, strict=True):
+            due = (lengths > 0)[:, None, None, None]
+            chain.append(torch.where(due, self.model.abstract(chain[-1], hidden, lengths), chain[-1]))
+        return chain
+
+    @property
+    def _reconstructed_lanes(self) -> slice:
+        """The lanes that eq. 5 is computed on. Any lane gets any user in turn."""
+        return slice(None, None, self.config.abstraction_every)
 
     def _abstraction_loss(self, state: LaneState, memories: _Memories, encoding: Encoding, positions: Tensor) -> Tensor:
-        """Eq. 5 on every n-th lane, for the `positions` (B/n, T) that count. Any lane gets any user in turn."""
+        """Eq. 5 on its lanes, over the `positions` (B/n, T) that count."""
         if not self.model.abstraction_parameters():
             return encoding.user_embedding.new_zeros(())
-        lanes = slice(None, None, self.config.abstraction_every)
-        before, after = memories.before[lanes], memories.after[lanes]
-        hidden, lengths = state.absorbed[-1, lanes], state.absorbed_lengths[-1, lanes]
-        if self.config.memory_training == "alternating":  # `after` is not attached to f_abs
-            after = self.model.abstract(before, hidden, lengths)
+        lanes = self._reconstructed_lanes
         return self.model.abstraction_loss(
-            old_memory=before,
-            new_memory=after,
-            hidden=hidden,
-            lengths=lengths,
+            old_memory=memories.before,
+            new_memory=memories.after,
+            hidden=state.absorbed[-1, lanes],
+            lengths=state.absorbed_lengths[-1, lanes],
             pulled=[queries[lanes] for queries in encoding.long_pulled],
             query_mask=positions,
         )

@@ -68,7 +68,7 @@ def _branches(model: DMAN, history: np.ndarray) -> tuple[Tensor, Tensor]:
     visible = history if model.config.recurrent else history[(len(history) - 1) // 5 * 5 :]
     g = model.embed(torch.from_numpy(history[-1:]))[None]  # (1, 1, D)
     for block, memory in zip(model.long_term, memory_read(model, history), strict=True):
-        g = block(g, memory[None])
+        g = block.add(g, block.attention(block.norm_queries(g), block.norm_sources(memory[None])))
     return replay(xl, [visible])[0][0] / model.output_scale, model.norm_long(g)[0, 0]
 
 

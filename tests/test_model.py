@@ -324,7 +324,7 @@ def names(model: DMAN, *, abstraction: bool) -> set[str]:
     return {n for n, _ in model.named_parameters() if n.startswith("abstraction.") is abstraction}
 
 
-ALTERNATING = TrainConfig(loss="full", abstraction_every=1)
+ALTERNATING = TrainConfig(loss="full", memory_training="alternating", abstraction_every=1)
 JOINT = [replace(ALTERNATING, memory_training="joint", backprop_segments=n) for n in (1, 2, 3, 4)]
 
 
@@ -432,7 +432,6 @@ INVALID: list[tuple[type, str, object]] = [
     (TrainConfig, "negatives", 0),
     (TrainConfig, "memory_training", "off"),
     (TrainConfig, "backprop_segments", 5),
-    (TrainConfig, "backprop_segments", 2),  # without joint
     (TrainConfig, "abstraction_every", 0),
     (TrainConfig, "abstraction_weight", -1.0),
     (TrainConfig, "lanes", 0),
@@ -465,6 +464,11 @@ def test_config_error_names_the_field(config: type, name: str, value: object) ->
 def test_invalid_values_are_tried_for_every_field() -> None:
     known = {(c, f.name) for c in (ModelConfig, TrainConfig) for f in fields(c)}
     assert {(c, name) for c, name, _ in INVALID if c is not DataConfig} == known
+
+
+def test_alternating_training_refuses_to_go_back_over_several_segments() -> None:
+    with pytest.raises(ConfigError, match="needs memory_training 'joint'"):
+        TrainConfig(memory_training="alternating", backprop_segments=2)
 
 
 def test_paper_config_refuses_several_heads() -> None:

@@ -128,7 +128,7 @@ def test_lanes_never_touch_held_out_items() -> None:
 
 # What a lane remembers
 
-SETTINGS = {"alternating": TrainConfig(loss="full")} | {
+SETTINGS = {"alternating": TrainConfig(loss="full", memory_training="alternating")} | {
     f"joint-{n}": TrainConfig(loss="full", memory_training="joint", backprop_segments=n) for n in (1, 2, 3, 4)
 }
 
@@ -271,20 +271,29 @@ def test_abstraction_loss_is_about_the_newest_absorption_and_real_positions(conf
     torch.testing.assert_close(losses.abstraction, expected, rtol=1e-4, atol=1e-5)
 
 
-@torch.no_grad()
-def test_abstraction_loss_of_every_nth_lane_is_that_of_these_lanes() -> None:
+@pytest.mark.parametrize("config", SETTINGS.values(), ids=SETTINGS.keys())
+def test_abstraction_loss_of_every_nth_lane_is_that_of_these_lanes_alone(config: TrainConfig) -> None:
     model, schedule = random_model(TINY, int(OFFSETS[-1])), lanes_of(lanes=6, vary_first=False)
-    every, third = (objective_of(model, TrainConfig(loss="full", abstraction_every=n)) for n in (1, 3))
-    state, compared = LaneState.empty(model, 6, 1), 0
+    every, third = (objective_of(model, replace(config, abstraction_every=n)) for n in (1, 3))
+    state, compared = LaneState.empty(model, 6, config.backprop_segments), 0
     for _ in range(30):
         batch = next(schedule)
         losses, after = third(*tensors_of(batch), state, None)
-        chosen = LaneState(*(x[:, ::3] if x.shape[0] == 1 else x[::3] for x in state.state_dict().values()))
+        chosen = LaneState(
+            **{name: x[:, ::3] if name.startswith("absorbed") else x[::3] for name, x in state.state_dict().items()}
+        )
         expected, _ = every(*tensors_of(batch.lanes(slice(None, None, 3))), chosen, None)
         assert losses.abstraction_count == expected.abstraction_count
         torch.testing.assert_close(losses.abstraction, expected.abstraction, rtol=1e-5, atol=1e-6)
+        _assert_same_f_abs_gradients(model, losses.abstraction, expected.abstraction)
         state, compared = after, compared + int(losses.abstraction_count > 0)
     assert compared > 5
+
+
+def _assert_same_f_abs_gradients(model: DMAN, *losses: Tensor) -> None:
+    weights = model.abstraction_parameters()
+    found = [torch.autograd.grad(loss, weights, allow_unused=True, materialize_grads=True) for loss in losses]
+    torch.testing.assert_close(found[0], found[1], rtol=1e-3, atol=1e-5)
 
 
 # Losses

@@ -227,7 +227,7 @@ BAD_OPTIONS = [
     (["--dropout", "1.5"], "dropout"),
     (["--learning-rate", "nan"], "learning_rate"),
     (["--loss", "hinge"], "--loss"),
-    (["--backprop-segments", "3"], "backprop_segments"),
+    (["--memory-training", "alternating", "--backprop-segments", "3"], "backprop_segments"),
     (["--architecture", "paper", "--heads", "2"], "heads"),
     (["--seed", "-1"], "seed"),
     (["--threads", "-1"], "--threads"),
@@ -424,14 +424,13 @@ def configs(*options: str) -> dict[str, Any]:
 
 OTHER: dict[str, Any] = {
     "architecture": "paper", "variant": "xl", "residual": "plain", "routing": "full", "routing_softmax": "primaries",
-    "loss": "sampled", "memory_training": "joint", "random_first_segment": False, "long_term": "full",
-    "abstraction_every": 1,
-    "backprop_segments": 2, "dropout": 0.5, "abstraction_weight": 0.25, "learning_rate": 0.5,
+    "loss": "sampled", "memory_training": "alternating", "random_first_segment": False, "long_term": "full",
+    "abstraction_every": 1, "backprop_segments": 2, "dropout": 0.5, "abstraction_weight": 0.25, "learning_rate": 0.5,
     "abstraction_learning_rate": 0.5, "precision": "bfloat16", "final_learning_rate": 0.5, "weight_decay": 0.5,
     "gradient_clip": 0.5, "user_column": "u", "item_column": "i", "time_column": "t", "position_column": "p",
     "heads": 1,
 }  # fmt: skip
-NEEDS = {"architecture": {"heads": 1}, "backprop_segments": {"memory_training": "joint"}}
+NEEDS = {"architecture": {"heads": 1}}
 
 
 @pytest.mark.parametrize("name", [f.name for c in (ModelConfig, TrainConfig, DataConfig) for f in fields(c)])

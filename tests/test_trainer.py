@@ -267,8 +267,13 @@ def planted_histories(seed: int) -> list[np.ndarray]:
 
 @pytest.mark.parametrize(
     ("variant", "config"),
-    [("dman", CONFIG), ("dman", replace(CONFIG, memory_training="joint", backprop_segments=2)), ("xl", CONFIG)],
-    ids=["alternating", "joint", "xl"],
+    [
+        ("dman", replace(CONFIG, memory_training="alternating", abstraction_every=1)),
+        ("dman", replace(CONFIG, memory_training="joint")),
+        ("dman", replace(CONFIG, memory_training="joint", backprop_segments=2)),
+        ("xl", CONFIG),
+    ],
+    ids=["alternating", "joint", "joint-2", "xl"],
 )
 def test_memory_carries_what_left_the_context(variant: str, config: TrainConfig) -> None:
     """Segments of 4 and one layer: when the question comes, the key is out of every context. Chance is 1/4."""
@@ -324,13 +329,13 @@ def test_trainer_validates_against_the_ranks_of_replay() -> None:
 
 # Every setting does something
 
-JOINT = replace(CONFIG, memory_training="joint")
+
 OTHER: dict[str, tuple[TrainConfig, object]] = {
     "loss": (CONFIG, "sampled"),
     "negatives": (replace(CONFIG, loss="sampled", negatives=16), 17),
-    "memory_training": (CONFIG, "joint"),
-    "backprop_segments": (JOINT, 2),
-    "abstraction_weight": (JOINT, 3.0),
+    "memory_training": (CONFIG, "alternating"),
+    "backprop_segments": (CONFIG, 2),
+    "abstraction_weight": (CONFIG, 3.0),
     "abstraction_every": (CONFIG, 3),
     "lanes": (CONFIG, 9),
     "learning_rate": (CONFIG, 1e-3),
