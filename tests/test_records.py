@@ -105,6 +105,16 @@ def test_record_names_no_place_of_this_machine(trained_run: Path, tmp_path: Path
     assert command.startswith("python -m dman_train.train --data ../shared/data/") and "--run" not in command
 
 
+def test_generated_log_is_named_by_its_file(small_log: Path, tmp_path: Path) -> None:
+    (tmp_path / "data").mkdir()
+    log = tmp_path / "data" / f"puzzle{small_log.suffix}"
+    log.write_bytes(small_log.read_bytes())
+    assert records.main(["--counts", "popular", "--data", str(log), "--out", str(tmp_path)]) == 0
+    (record,) = read_records(tmp_path)
+    assert record.dataset == "puzzle"
+    assert record.content["command"].endswith(f"--data data/{log.name}")
+
+
 def test_record_of_counts(small_log: Path, tmp_path: Path) -> None:
     assert records.main(["--counts", "popular", "--data", str(small_log), "--out", str(tmp_path)]) == 0
     (record,) = read_records(tmp_path)

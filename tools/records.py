@@ -100,7 +100,7 @@ def record_of_counts(system: str, path: Path) -> dict[str, Any]:
     dataset = _dataset(path, described)
     return {
         "format_version": FORMAT_VERSION,
-        "command": f"python -m tools.records --counts {system} --data ../shared/data/{dataset['path']}",
+        "command": f"python -m tools.records --counts {system} --data {dataset['path']}",
         "model": {"system": system},
         "train": {},
         "data": to_dict(DataConfig()),
@@ -124,8 +124,10 @@ def _ranks(ranks: Ranks, lengths: np.ndarray) -> dict[str, Any]:
 
 
 def _dataset(path: Path, described: dict[str, Any]) -> dict[str, Any]:
-    """Name and place of a log as in `../shared/data`: the folder names it."""
-    return {**described, "name": path.resolve().parent.name, "path": "/".join(path.resolve().parts[-2:])}
+    """Name and place of a log. Generated ones lie in `data`, named by the file; else the folder names it."""
+    folder, file = path.resolve().parts[-2:]
+    name, place = (path.stem, "data") if folder == "data" else (folder, f"../shared/data/{folder}")
+    return {**described, "name": name, "path": f"{place}/{file}"}
 
 
 def _command(config: dict[str, Any]) -> str:
@@ -136,7 +138,7 @@ def _command(config: dict[str, Any]) -> str:
             for _ in range(_DROPPED[word]):
                 next(words, None)
         elif word == "--data":
-            kept += [word, "../shared/data/" + "/".join(Path(next(words)).parts[-2:])]
+            kept += [word, _dataset(Path(next(words)), {})["path"]]
         elif word == "--items":
             next(words, None)
         else:
