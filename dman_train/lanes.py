@@ -58,12 +58,11 @@ class Lanes:
         items, targets = np.zeros((count, segment), np.int64), np.zeros((count, segment), np.int64)
         lengths, starts, users = np.zeros(count, np.int64), np.zeros(count, bool), np.zeros(count, np.int64)
         for lane in range(count):
-            limit = segment
             if self._user[lane] < 0:
                 self._user[lane], self._position[lane], starts[lane] = self._take_user(), 0, True
-                limit = int(self._random.integers(1, segment + 1)) if self._vary_first else segment
             first = self._offsets[self._user[lane]] + self._position[lane]
             last = self._offsets[self._user[lane] + 1] - 1  # the final event is a target only
+            limit = self._first_length(last - first) if starts[lane] else segment
             length = int(min(limit, last - first))
             items[lane, :length] = self._items[first : first + length]
             targets[lane, :length] = self._items[first + 1 : first + length + 1]
@@ -72,6 +71,12 @@ class Lanes:
             if first + length == last:
                 self._user[lane] = -1
         return Batch(items, targets, lengths, starts, users)
+
+    def _first_length(self, inputs: int) -> int:
+        """A random length of the first segment that leaves the user with as few segments as any: padding is work."""
+        if not self._vary_first:
+            return self._segment
+        return int(self._random.integers((inputs - 1) % self._segment + 1, self._segment + 1))
 
     def _take_user(self) -> int:
         if self._next == len(self._order):

@@ -314,7 +314,7 @@ class DMAN(nn.Module):
             g = block.add(g, attention.project(attention.mix(long_pulled[-1], sources)))
         g = self.norm_long(g)
         share = torch.sigmoid(self.gate_short(h) + self.gate_long(g))  # (B, Q, D) of the short-term branch
-        user = share * h + (1 - share) * g
+        user = g + share * (h - g)
         assert user.shape[-1] == width
         return Encoding(user * self.output_scale, stacked, long_pulled)
 

@@ -87,6 +87,19 @@ def test_lanes_vary_the_first_segment_only() -> None:
     assert first == {1, 2, 3, 4, 5}
 
 
+def test_lanes_cut_a_user_into_as_few_segments_as_any_first_length_gives() -> None:
+    schedule, pieces = lanes_of(lanes=1), dict[int, set[int]]()
+    walk: list[int] = []
+    for _ in range(300):
+        batch = next(schedule)
+        if batch.starts[0] and walk:
+            pieces.setdefault(user_of(walk[0]), set()).add(len(walk))
+            walk = []
+        walk.append(int(batch.items[0, 0]))
+    inputs = {user: USER_EVENTS[user] - 1 for user in WALKABLE}
+    assert pieces == {user: {math.ceil(inputs[user] / 5)} for user in WALKABLE}
+
+
 @pytest.mark.parametrize("steps", [0, 7, 40])
 def test_lanes_continue_exactly_from_their_state(steps: int) -> None:
     original, copy = lanes_of(lanes=3), lanes_of(lanes=3, seed=9)
