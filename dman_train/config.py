@@ -114,7 +114,7 @@ class TrainConfig:
     )
     backprop_segments: int = option(1, "joint only: segment borders that eq. 9 is back-propagated over, 1 to 4")
     abstraction_weight: float = option(1.0, "weight of the abstraction loss (eq. 5)")
-    abstraction_every: int = option(8, "eq. 5 is computed on every n-th lane")
+    abstraction_every: int = option(8, "eq. 5 is computed on every n-th lane of a process")
     lanes: int = option(128, "users that are walked side by side; a batch is lanes x T events")
     learning_rate: float = option(1e-3, "Adam step size of everything but f_abs")
     abstraction_learning_rate: float = option(1e-3, "Adam step size of f_abs")

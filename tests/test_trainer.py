@@ -31,7 +31,9 @@ from dman_train.trainer import Trainer, TrainingData, join_distributed, leave_di
 
 CPU = torch.device("cpu")
 ITEMS = 40
-CONFIG = TrainConfig(lanes=8, warmup_steps=3, epochs=3, learning_rate=5e-3, abstraction_learning_rate=5e-3)
+CONFIG = TrainConfig(
+    lanes=8, abstraction_every=2, warmup_steps=3, epochs=3, learning_rate=5e-3, abstraction_learning_rate=5e-3
+)
 
 
 def data_of(histories: list[np.ndarray], vocabulary: int) -> TrainingData:
