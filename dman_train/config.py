@@ -127,6 +127,10 @@ class TrainConfig:
     )
     epochs: int = option(12, "passes over the training events")
     patience: int = option(4, "epochs without a better validation NDCG@10 before training stops")
+    seen_items: Literal["exclude", "keep"] = option(
+        "exclude",
+        "items that a user has had, in validation: exclude them from the ranking, or keep them where users come back",
+    )
     evaluation_users: int = option(0, "users in the validation of each epoch; 0 for all")
     random_first_segment: bool = option(True, "vary the length of a user's first segment, so that every shift is seen")
     seed: int = option(0, "seed of initial weights, user order, dropout and negatives")

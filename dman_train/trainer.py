@@ -186,7 +186,9 @@ class Trainer:
             "events_per_second": (self.events - first) / seconds,
             "seconds": seconds,
         }
-        return result | {f"valid/{name}": value for name, value in metrics(self.validate().seen_excluded).items()}
+        ranks = self.validate()
+        chosen = ranks.seen_kept if self.config.seen_items == "keep" else ranks.seen_excluded
+        return result | {f"valid/{name}": value for name, value in metrics(chosen).items()}
 
     def validate(self) -> Ranks:
         """Ranks of the validation targets; each rank of a distributed run does its share, all get all."""

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
 from dman_runtime.protocol import HeldOut, held_out, metrics
 from dman_train.baselines.counts import RECENT, count_ranks, most_popular, transitions
-from dman_train.config import DataConfig
+from dman_train.config import DataConfig, TrainConfig, to_dict
 from dman_train.interpret import LENGTH_GROUPS
 from dman_train.run import Run
 from dman_train.train import load
@@ -184,6 +185,27 @@ def test_report_shows_runs_seeds_and_differences(trained_run: Path, small_log: P
     assert f"| popular | {gain}" in text
     for record in read_records(tmp_path / "runs"):
         assert f"| `{record.name}` | `{record.content['command']}` |" in text
+
+
+@pytest.mark.parametrize(
+    ("model", "idle", "decisive"),
+    [
+        ({"system": "gru4rec", "history": 200}, {"memory_training": "alternating"}, {"learning_rate": 0.5}),
+        ({"variant": "xl", "memory_slots": 10}, {"abstraction_every": 1}, {"dropout": 0.5}),
+        ({"variant": "fifo", "memory_slots": 10}, {"routing_iterations": 3}, {"memory_slots": 20}),
+        ({"variant": "dman", "memory_slots": 10}, {"seed": 3}, {"memory_training": "alternating"}),
+    ],
+)
+def test_runs_are_told_apart_by_what_decides_them(
+    model: dict[str, Any], idle: dict[str, Any], decisive: dict[str, Any]
+) -> None:
+    def options(changed: dict[str, Any]) -> dict[str, Any]:
+        train = to_dict(TrainConfig()) | changed
+        return report.decisive({"model": model | {k: train.pop(k) for k in model if k in train}, "train": train})
+
+    assert options(idle) == options({}) != options(decisive)
+    old = {name: value for name, value in to_dict(TrainConfig()).items() if name != "abstraction_every"}
+    assert report.decisive({"model": model, "train": old}) == options({})
 
 
 def test_report_of_nothing_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

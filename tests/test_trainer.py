@@ -359,6 +359,17 @@ def test_train_config_field_changes_the_weights(name: str) -> None:
     assert not same_bits(weights(trained(TINY, base, 6)), weights(trained(TINY, replace(base, **{name: value}), 6)))
 
 
+@pytest.mark.parametrize("choice", ["exclude", "keep"])
+def test_seen_items_decide_what_the_epoch_is_chosen_by(choice: str) -> None:
+    trainer = trained(TINY, replace(CONFIG, seen_items=choice), 3)  # type: ignore[arg-type]
+    measured, ranks = trainer.train_epoch(on_step=lambda: None, progress=False), trainer.validate()
+    assert metrics(ranks.seen_kept) != metrics(ranks.seen_excluded)
+    expected = metrics(ranks.seen_kept if choice == "keep" else ranks.seen_excluded)
+    assert {
+        name.removeprefix("valid/"): value for name, value in measured.items() if name.startswith("valid/")
+    } == expected
+
+
 def test_train_config_evaluation_users_limits_the_validation() -> None:
     assert len(trained(TINY, replace(CONFIG, evaluation_users=7), 0).validate().seen_kept) == 7
 
@@ -373,7 +384,7 @@ def test_train_config_patience_stops_training_that_does_not_improve(small_log: P
 
 
 def test_train_config_fields_are_all_tried() -> None:
-    assert set(OTHER) | {"evaluation_users", "patience"} == {f.name for f in fields(TrainConfig)}
+    assert set(OTHER) | {"evaluation_users", "patience", "seen_items"} == {f.name for f in fields(TrainConfig)}
 
 
 if __name__ == "__main__":

@@ -23,6 +23,10 @@ from tools.records import Record, paired_bootstrap, read_records
 METRICS = ("hr@10", "ndcg@10", "hr@50", "ndcg@100")
 REPEATS = ("wikipedia-edits", "taobao-userbehavior-sample")  # users come back to items: ranked with seen items kept
 CHARTED = {"memory_slots": "m, memory slots", "layers": "L, layers", "segment_length": "T, events per segment"}
+TRAINING_OF_F_ABS = {
+    "memory_training", "backprop_segments", "abstraction_weight", "abstraction_every", "abstraction_learning_rate"
+}  # fmt: skip
+ROUTING = {"routing", "routing_iterations", "routing_softmax"}
 # DESIGN.md section 6, same protocol on MovieLens-1M; None where not published
 PUBLISHED: tuple[tuple[str, tuple[float | None, ...]], ...] = (
     ("DMAN, the paper's figures", (0.2518, None, 0.5324, 0.2203)),
@@ -87,7 +91,7 @@ HEADS = (
 
 def label_of(content: dict[str, Any]) -> str:
     """The system, and in what it differs from its default preset."""
-    model, train = content["model"], content["train"]
+    model = content["model"]
     if "system" in model:
         preset, name = BASELINE_PRESETS["default"], model["system"]
         if "history" in model:
@@ -97,23 +101,36 @@ def label_of(content: dict[str, Any]) -> str:
         preset, name = PRESETS["paper" if model["architecture"] == "paper" else "default"], "DMAN"
         name = {"dman": name, "xl": "xl (no memory)"}.get(model["variant"], model["variant"])
         name += " `paper`" if model["architecture"] == "paper" else ""
-    ignored = {"seed", "system", "history", "variant", "architecture", "precision"}
+    named = {"system", "history", "variant", "architecture", "precision", "seen_items"}
     standard = to_dict(preset.model) | to_dict(preset.train)
     changed = [
         f"{key}={value}"
-        for key, value in (model | train).items()
-        if key not in ignored and standard.get(key, value) != value
+        for key, value in decisive(content).items()
+        if key not in named and standard.get(key, value) != value
     ]
     return f"{name}, {', '.join(changed)}" if changed else name
+
+
+def decisive(content: dict[str, Any]) -> dict[str, Any]:
+    """The options of a run that decide its result, but for the seed. What an old record lacks is the default."""
+    model, train = content["model"], content["train"]
+    standard = to_dict(BASELINE_PRESETS["default"].train)
+    idle = {"seed"}
+    if "system" in model:
+        idle |= TRAINING_OF_F_ABS | {"random_first_segment"}
+    elif model["variant"] in ("xl", "fifo"):
+        idle |= TRAINING_OF_F_ABS | ROUTING
+    if model.get("variant") == "xl":
+        idle |= {"memory_slots", "long_term"}
+    options = model | (standard | train if train else {})
+    return {key: value for key, value in options.items() if key not in idle}
 
 
 def rows_of(records: Iterable[Record]) -> list[Row]:
     """Records of one dataset, grouped over seeds, best validation first."""
     groups: dict[str, list[Record]] = {}
     for record in records:
-        content = record.content
-        train = {key: value for key, value in content["train"].items() if key != "seed"}
-        groups.setdefault(json.dumps([content["model"], train], sort_keys=True), []).append(record)
+        groups.setdefault(json.dumps(decisive(record.content), sort_keys=True), []).append(record)
     rows = [Row(label_of(group[0].content), tuple(group)) for group in groups.values()]
     return sorted(
         rows, key=lambda row: -np.mean([r.metric("hr@10", split="valid", seen=row.seen) for r in row.records])
