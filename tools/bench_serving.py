@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
 
+from dman_train.config import ModelConfig
 from protos.dman.v1 import dman_pb2 as pb
 from protos.dman.v1.dman_pb2_grpc import RecommenderStub
 from tools.bench_blocks import Block, Operation, Plan, Spread, clean, p50s, ratios, run_in_processes
@@ -24,7 +25,7 @@ from tools.loadgen import (
     update_operation,
 )
 
-DEFAULT_SHAPE = {"segment_length": 20, "memory_slots": 20, "layers": 2, "width": 128, "dtype": "float16"}
+SIZES = ("segment_length", "memory_slots", "layers", "width")  # what the limit holds for: the default preset's
 MAX_RECORD_BYTES = 24_000
 
 
@@ -90,7 +91,7 @@ def history_length(bench: Bench) -> Section:
         bytes_by_count = _record_bytes(bench, server.address, ["grows from nothing", list(lengths)[-1]])
     short, long = (blocks[name] for name in lengths)
     ratio, (largest_at, largest) = ratios(long, short), max(bytes_by_count.items(), key=lambda entry: entry[1])
-    default_sizes = all(getattr(shape, name) == value for name, value in DEFAULT_SHAPE.items())
+    default_sizes = shape.dtype == "float16" and all(getattr(shape, n) == getattr(ModelConfig(), n) for n in SIZES)
     limit = f"<= {MAX_RECORD_BYTES} B" if default_sizes else f"none at these sizes ({MAX_RECORD_BYTES} B at default)"
     return Section(
         "History length",
