@@ -59,24 +59,34 @@ class Parser(argparse.ArgumentParser):
                 self.set_defaults(**{field.name: _from_environment(variable, kind)})
 
 
-def _from_environment(variable: str, kind: Any) -> Any:
-    text = os.environ[variable]
+def field_value(text: str, kind: Any) -> Any:
+    """`text` as a config field of this type holds it. Raises ValueError. Choices are left to the config to check."""
     if kind is bool:
         if text.lower() not in ("0", "1", "true", "false"):
-            raise UsageError(f"{variable} is {text!r}; use true or false")
+            raise ValueError(text)
         return text.lower() in ("1", "true")
-    if get_origin(kind) is Literal:
-        return text  # the config itself checks it
+    return text if get_origin(kind) is Literal else kind(text)
+
+
+def _from_environment(variable: str, kind: Any) -> Any:
+    text = os.environ[variable]
     try:
-        return kind(text)
+        return field_value(text, kind)
     except ValueError:
-        raise UsageError(f"{variable} is {text!r}, not of type {kind.__name__}") from None
+        remedy = "; use true or false" if kind is bool else f", not of type {kind.__name__}"
+        raise UsageError(f"{variable} is {text!r}{remedy}") from None
 
 
 def overridden(config: Any, arguments: argparse.Namespace) -> Any:
     """`config` with the fields that were given as options."""
     given = {f.name: getattr(arguments, f.name) for f in fields(config) if hasattr(arguments, f.name)}
     return replace(config, **given)
+
+
+def require_positive(arguments: argparse.Namespace, *names: str) -> None:
+    for name in names:
+        if getattr(arguments, name) < 1:
+            raise UsageError(f"--{name} is {getattr(arguments, name)}; give 1 or more")
 
 
 def print_json(result: dict[str, Any]) -> None:

@@ -257,7 +257,7 @@ def test_trainer_learns_a_deterministic_sequence(model: ModelConfig, config: Tra
     trainer = Trainer(model, replace(config, learning_rate=1e-2), cycle_data(), CPU)
     for _ in range(config.epochs):
         trainer.train_epoch(on_step=lambda: None, progress=False)
-    assert (trainer.validate().seen_kept == 1).mean() > 0.9
+    assert (trainer.validate().seen_kept == 1).mean() > 0.95
 
 
 def planted_histories(seed: int) -> list[np.ndarray]:

@@ -24,7 +24,7 @@ from dman_runtime.options import Parser, UsageError, print_json, run_command
 from dman_runtime.store import StoreError
 from tools.bench_batch import cuda, import_speed
 from tools.bench_memory import resident_memory
-from tools.bench_report import Section, machine, sizes_of, table, write_report
+from tools.bench_report import Section, claims_table, machine, sizes_of, write_report
 from tools.bench_servers import echo_server
 from tools.bench_serving import history_length, round_trips
 from tools.bench_setting import QUICK, Bench, Sizes
@@ -77,7 +77,7 @@ def _main(argv: Sequence[str] | None) -> int:
     command = shlex.join(["python", "-m", "tools.bench", *(sys.argv[1:] if argv is None else argv)])
     write_report(arguments.out, facts, command, sections)
     claims = [claim for section in sections for claim in section.claims]
-    print(table(("claim", "measured", "target", "met"), [claim.row() for claim in claims]))
+    print(claims_table(claims))
     print(f"wrote {arguments.out}")
     if arguments.json:
         found = {section.title: section.data for section in sections}

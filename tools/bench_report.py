@@ -115,16 +115,23 @@ def sizes_of(bundle: Bundle) -> dict[str, str]:
     }
 
 
+def claims_table(claims: Sequence[Claim]) -> str:
+    return table(("claim", "measured", "target", "met"), [claim.row() for claim in claims])
+
+
 def write_report(path: Path, facts: dict[str, str], command: str, sections: Sequence[Section]) -> None:
-    """Writes the page under its name only when it is complete."""
-    claims = [claim.row() for section in sections for claim in section.claims]
     parts = [
         "# What serving costs",
         f"Written by `{command}`. {HOW_TO_READ}",
         table(("", ""), list(facts.items())),
-        table(("claim", "measured", "target", "met"), claims),
+        claims_table([claim for section in sections for claim in section.claims]),
         *(section.markdown() for section in sections),
     ]
+    write_page(path, parts)
+
+
+def write_page(path: Path, parts: Sequence[str]) -> None:
+    """Writes paragraphs and tables as a page, under its name only when it is complete."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.partial")
     temporary.write_text("\n\n".join(parts) + "\n", encoding="utf-8")

@@ -20,15 +20,16 @@ from pathlib import Path
 import torch
 
 from dman_runtime.interactions import InputError
-from dman_runtime.options import Parser, UsageError, print_json, run_command
+from dman_runtime.options import Parser, print_json, require_positive, run_command
 from dman_train.config import PRESETS, BaselineConfig, DataConfig, ModelConfig, TrainConfig
 from dman_train.train import load, training_data
 from dman_train.trainer import Trainer
-from tools.bench_report import Claim, cpu_model, table
+from tools.bench_blocks import Spread
+from tools.bench_report import Claim, claims_table, cpu_model, table, write_page
 
 REFERENCE = "SASRec, 200 events"  # what the speed of DMAN is measured against
 SHORT_HISTORY = 20  # of the * forms: one segment
-HEADS = ("system", "events/s, median", "of single rounds", "ms a step", "DMAN / this, median", "of single rounds")
+HEADS = ("system", "events/s", "ms a step", "DMAN / this")
 
 
 def systems() -> dict[str, ModelConfig | BaselineConfig]:
@@ -57,23 +58,19 @@ def measure(trainers: dict[str, Trainer], *, rounds: int, steps: int) -> dict[st
     return found
 
 
-def _spread(values: Sequence[float], form: str) -> tuple[str, str]:
-    return format(statistics.median(values), form), f"{min(values):{form}} to {max(values):{form}}"
-
-
-def report(found: dict[str, list[tuple[int, float]]], *, steps: int, how: str) -> tuple[str, Claim]:
-    """The Markdown page and its claim."""
-    speeds = {name: [events / seconds for events, seconds in turns] for name, turns in found.items()}
-    ratios = {name: [a / b for a, b in zip(speeds["DMAN"], of, strict=True)] for name, of in speeds.items()}
-    rows = []
-    for name, of in speeds.items():
+def report(found: dict[str, list[tuple[int, float]]], *, steps: int) -> tuple[Claim, str]:
+    """The claim, and the table of all systems."""
+    speeds = {name: Spread(tuple(events / seconds for events, seconds in turns)) for name, turns in found.items()}
+    dman, rows, ratios = speeds["DMAN"].values, [], {}
+    for name, speed in speeds.items():
+        ratios[name] = Spread(tuple(ours / theirs for ours, theirs in zip(dman, speed.values, strict=True)))
         milliseconds = statistics.median(seconds for _, seconds in found[name]) / steps * 1e3
-        rows.append([name, *_spread(of, ",.0f"), f"{milliseconds:.0f}", *_spread(ratios[name], ".2f")])
-    ratio = statistics.median(ratios[REFERENCE])
-    claim = Claim(f"events/s of DMAN / {REFERENCE}", f"{ratio:.2f}", ">= 1", ratio >= 1)
-    heads = ("claim", "measured", "target", "met")
-    parts = ["# Speed of training", how, table(heads, [claim.row()]), table(HEADS, rows)]
-    return "\n\n".join(parts) + "\n", claim
+        lowest, highest = min(speed.values), max(speed.values)
+        rows.append(
+            [name, f"{speed.median:,.0f} ({lowest:,.0f} to {highest:,.0f})", f"{milliseconds:.0f}", str(ratios[name])]
+        )
+    ratio = ratios[REFERENCE].median
+    return Claim(f"events/s of DMAN / {REFERENCE}", f"{ratio:.2f}", ">= 1", ratio >= 1), table(HEADS, rows)
 
 
 def _parser() -> Parser:
@@ -90,9 +87,7 @@ def _parser() -> Parser:
 
 def _main(argv: Sequence[str] | None) -> int:
     arguments = _parser().parse_args(argv)
-    for name in ("rounds", "steps", "threads"):
-        if getattr(arguments, name) < 1:
-            raise UsageError(f"--{name} is {getattr(arguments, name)}; give 1 or more")
+    require_positive(arguments, "rounds", "steps", "threads")
     load_before = os.getloadavg()[0]
     torch.set_num_threads(arguments.threads)
     data = training_data(load(arguments.data, DataConfig()))
@@ -105,12 +100,11 @@ def _main(argv: Sequence[str] | None) -> int:
         f"{cpu_model()}, {arguments.threads} thread(s), {arguments.precision}, "
         f"load average before it {load_before:.2f}. D={ModelConfig().width}, L={ModelConfig().layers}, "
         f"the recipe of the default preset and its loss for all. {arguments.rounds} rounds of {arguments.steps} steps "
-        "of each system in turn; ratios are of single rounds."
+        "of each system in turn; numbers are medians of the rounds (smallest to largest), ratios are of single rounds."
     )
-    page, claim = report(found, steps=arguments.steps, how=how)
-    arguments.out.parent.mkdir(parents=True, exist_ok=True)
-    arguments.out.write_text(page)
-    print(page)
+    claim, speeds = report(found, steps=arguments.steps)
+    write_page(arguments.out, ["# Speed of training", how, claims_table([claim]), speeds])
+    print(claims_table([claim]), speeds, f"wrote {arguments.out}", sep="\n\n")
     if arguments.json:
         print_json({"ratio": claim.measured, "met": claim.met, "turns": found})
     return 0

@@ -30,6 +30,7 @@ from dman_runtime.protocol import CUTOFFS_HR, MISS, HeldOut, held_out, metrics
 from dman_train.replay import all_ranks
 from dman_train.run import RunError, open_run
 from sdk import Client
+from tools.bench_report import table, write_page
 
 K = max(CUTOFFS_HR)
 
@@ -113,23 +114,19 @@ def write_report(result: dict[str, Any], path: Path, command: str) -> float:
     """Writes the table; returns the largest difference between two ways."""
     ways = ("pytorch", "engine", "server")
     spread = {name: float(np.ptp([result[way][name] for way in ways])) for name in result["pytorch"]}
-    lines = [
-        "# The served system equals the trained one",
-        "",
-        f"`{command}`",
-        "",
-        f"{result['split']} split, {result['users']} users, bundle {result['bundle_id']}, seen items excluded.",
-        "",
-        "| metric | PyTorch | engine (ONNX Runtime) | client and live server | largest difference |",
-        "|---|---|---|---|---|",
+    heads = ("metric", "PyTorch", "engine (ONNX Runtime)", "client and live server", "largest difference")
+    rows = [
+        [name, *(f"{result[way][name]:.4f}" for way in ways), f"{difference:.4f}"]
+        for name, difference in spread.items()
     ]
-    for name, difference in spread.items():
-        lines.append(f"| {name} | " + " | ".join(f"{result[way][name]:.4f}" for way in ways) + f" | {difference:.4f} |")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}")
-    temporary.write_text("\n".join(lines) + "\n", encoding="utf-8")
-    temporary.replace(path)
-    print("\n".join(lines))
+    parts = [
+        "# The served system equals the trained one",
+        f"`{command}`",
+        f"{result['split']} split, {result['users']} users, bundle {result['bundle_id']}, seen items excluded.",
+        table(heads, rows),
+    ]
+    write_page(path, parts)
+    print("\n\n".join(parts))
     return max(spread.values())
 
 

@@ -25,7 +25,7 @@ import grpc
 
 from dman_runtime.bundle import BundleError, open_bundle
 from dman_runtime.engine import MAX_K
-from dman_runtime.options import Parser, UsageError, print_json, run_command
+from dman_runtime.options import Parser, UsageError, print_json, require_positive, run_command
 from protos.dman.v1 import dman_pb2 as pb
 from protos.dman.v1.dman_pb2_grpc import RecommenderStub
 from tools.bench_blocks import Block, Operation, Plan, Summary, run_in_processes, split, summary
@@ -177,9 +177,7 @@ def _parser() -> Parser:
 
 
 def _check(arguments: argparse.Namespace) -> None:
-    for name in ("users", "events", "requests", "concurrency", "processes"):
-        if getattr(arguments, name) < 1:
-            raise UsageError(f"--{name} is {getattr(arguments, name)}; choose 1 or more")
+    require_positive(arguments, "users", "events", "requests", "concurrency", "processes")
     if not 1 <= arguments.k <= MAX_K:
         raise UsageError(f"--k is {arguments.k}; choose 1 to {MAX_K}")
     if not 0 < arguments.seconds <= 86_400:

@@ -73,7 +73,7 @@ def record_of(run: Run) -> dict[str, Any]:
         "model": config["model"],
         "train": config["train"],
         "data": config["data"],
-        "dataset": _dataset(Path(config["dataset"]["path"]), config["dataset"]),
+        "dataset": config["dataset"] | _place(Path(config["dataset"]["path"])),
         "versions": config["versions"],
         "machine": platform.machine(),
         "parameters": sum(weight.numel() for weight in model.parameters()),
@@ -97,7 +97,7 @@ def record_of_counts(system: str, path: Path) -> dict[str, Any]:
         "items": len(data.item_ids),
         "events": len(data),
     }
-    dataset = _dataset(path, described)
+    dataset = described | _place(path)
     return {
         "format_version": FORMAT_VERSION,
         "command": f"python -m tools.records --counts {system} --data {dataset['path']}",
@@ -123,11 +123,12 @@ def _ranks(ranks: Ranks, lengths: np.ndarray) -> dict[str, Any]:
     }
 
 
-def _dataset(path: Path, described: dict[str, Any]) -> dict[str, Any]:
-    """Name and place of a log. Generated ones lie in `data`, named by the file; else the folder names it."""
+def _place(path: Path) -> dict[str, str]:
+    """Name and path of a log. Generated ones lie in `data`, named by the file; else the folder names it."""
     folder, file = path.resolve().parts[-2:]
-    name, place = (path.stem, "data") if folder == "data" else (folder, f"../shared/data/{folder}")
-    return {**described, "name": name, "path": f"{place}/{file}"}
+    if folder == "data":
+        return {"name": path.stem, "path": f"data/{file}"}
+    return {"name": folder, "path": f"../shared/data/{folder}/{file}"}
 
 
 def _command(config: dict[str, Any]) -> str:
@@ -138,7 +139,7 @@ def _command(config: dict[str, Any]) -> str:
             for _ in range(_DROPPED[word]):
                 next(words, None)
         elif word == "--data":
-            kept += [word, _dataset(Path(next(words)), {})["path"]]
+            kept += [word, _place(Path(next(words)))["path"]]
         elif word == "--items":
             next(words, None)
         else:

@@ -15,9 +15,9 @@ from typing import Any
 import numpy as np
 
 from dman_runtime.options import Parser, UsageError, run_command
-from dman_train.config import BASELINE_PRESETS, PRESETS, to_dict
+from dman_train.config import BASELINE_PRESETS, PRESETS, TrainConfig, to_dict
 from dman_train.interpret import LENGTH_GROUPS
-from tools.bench_report import table
+from tools.bench_report import table, write_page
 from tools.records import Record, paired_bootstrap, read_records
 
 METRICS = ("hr@10", "ndcg@10", "hr@50", "ndcg@100")
@@ -112,9 +112,8 @@ def label_of(content: dict[str, Any]) -> str:
 
 
 def decisive(content: dict[str, Any]) -> dict[str, Any]:
-    """The options of a run that decide its result, but for the seed. What an old record lacks is the default."""
+    """The options of a run that decide its result, but for the seed; training options that a record lacks are added."""
     model, train = content["model"], content["train"]
-    standard = to_dict(BASELINE_PRESETS["default"].train)
     idle = {"seed"}
     if "system" in model:
         idle |= TRAINING_OF_F_ABS | {"random_first_segment"}
@@ -122,7 +121,7 @@ def decisive(content: dict[str, Any]) -> dict[str, Any]:
         idle |= TRAINING_OF_F_ABS | ROUTING
     if model.get("variant") == "xl":
         idle |= {"memory_slots", "long_term"}
-    options = model | (standard | train if train else {})
+    options = model | (to_dict(TrainConfig()) | train if train else {})
     return {key: value for key, value in options.items() if key not in idle}
 
 
@@ -207,8 +206,8 @@ def charts(name: str, rows: Sequence[Row], directory: Path) -> list[str]:
     for key, title in CHARTED.items():
         points = {}
         for row in rows:
-            config = row.content["model"] | row.content["train"]
-            others = {k: v for k, v in config.items() if k not in (key, "seed", "precision")}
+            config = decisive(row.content)
+            others = {k: v for k, v in config.items() if k not in (key, "precision")}
             if all(standard[k] == v for k, v in others.items()):
                 points[config[key]] = float(np.mean([r.metric("ndcg@10") for r in row.records]))
         if len(points) > 1:
@@ -244,12 +243,11 @@ def _main(argv: Sequence[str] | None) -> int:
     ]
     if notes.exists():
         parts.append(notes.read_text(encoding="utf-8").strip())
-    arguments.out.parent.mkdir(parents=True, exist_ok=True)
     for name in sorted({record.dataset for record in records}):
         chosen = [record for record in records if record.dataset == name]
         parts.append(dataset_section(name, chosen, arguments.out.parent))
     parts += ["## Commands", commands(records)]
-    arguments.out.write_text("\n\n".join(parts) + "\n", encoding="utf-8")
+    write_page(arguments.out, parts)
     print(f"{arguments.out}: {len(records)} runs")
     return 0
 

@@ -10,12 +10,11 @@ after two epochs or more is stopped. The test split is never read.
 
 from __future__ import annotations
 
-import logging
+import argparse
 import shlex
 import sys
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
@@ -25,7 +24,15 @@ from optuna.storages import JournalStorage
 from optuna.storages.journal import JournalFileBackend
 
 from dman_runtime.interactions import InputError
-from dman_runtime.options import Parser, UsageError, configure_logging, overridden, run_command
+from dman_runtime.options import (
+    Parser,
+    UsageError,
+    configure_logging,
+    field_value,
+    overridden,
+    require_positive,
+    run_command,
+)
 from dman_train.config import (
     BASELINE_PRESETS,
     PRESETS,
@@ -39,9 +46,8 @@ from dman_train.config import (
 )
 from dman_train.train import load, training_data
 from dman_train.trainer import SELECTION_METRIC, Trainer, TrainingData
-from tools.bench_report import table
+from tools.bench_report import table, write_page
 
-logger = logging.getLogger("dman_train.tune")
 Suggest = Callable[[optuna.Trial], Any]
 MEASURE = f"valid/{SELECTION_METRIC}"
 UNDISTURBED_TRIALS, UNDISTURBED_EPOCHS = 3, 2  # before any trial is stopped early
@@ -52,7 +58,7 @@ def parse_space(text: str, preset: Preset) -> tuple[str, Suggest]:
     name, _, values = text.partition("=")
     name = name.strip().lstrip("-").replace("-", "_")
     kinds = get_type_hints(type(preset.model)) | get_type_hints(type(preset.train))
-    if name not in {f.name for config in (preset.model, preset.train) for f in fields(config)} or not values:
+    if name not in kinds or not values:
         raise UsageError(f"--space {text}: give field=low:high, field=low:high:log or field=a,b,c with a config field")
     kind, parts = kinds[name], values.split(":")
     try:
@@ -70,23 +76,18 @@ def parse_space(text: str, preset: Preset) -> tuple[str, Suggest]:
 
 
 def _converted(text: str, kind: Any) -> Any:
-    if kind is bool:
-        if text.lower() not in ("true", "false"):
-            raise ValueError(text)
-        return text.lower() == "true"
-    if get_origin(kind) is Literal:
-        if text not in get_args(kind):
-            raise ValueError(text)
-        return text
-    return kind(text)
+    if get_origin(kind) is Literal and text not in get_args(kind):
+        raise ValueError(text)
+    return field_value(text, kind)
 
 
 def search(study: optuna.Study, trials: int, spaces: dict[str, Suggest], preset: Preset, data: TrainingData) -> None:
     """Adds trials to the study until it has this many."""
 
     def objective(trial: optuna.Trial) -> float:
-        drawn = {name: suggest(trial) for name, suggest in spaces.items()}
-        trainer = Trainer(_with(preset.model, drawn), _with(preset.train, drawn), data, torch.device("cpu"))
+        drawn = argparse.Namespace(**{name: suggest(trial) for name, suggest in spaces.items()})
+        model, train = overridden(preset.model, drawn), overridden(preset.train, drawn)
+        trainer = Trainer(model, train, data, torch.device("cpu"))
         began, best = time.perf_counter(), 0.0
         for epoch in range(trainer.config.epochs):
             measured = trainer.train_epoch(on_step=lambda: None, progress=False)
@@ -103,13 +104,8 @@ def search(study: optuna.Study, trials: int, spaces: dict[str, Suggest], preset:
         study.optimize(objective, n_trials=trials - done, catch=(ConfigError, FloatingPointError))
 
 
-def _with(config: Any, values: dict[str, Any]) -> Any:
-    names = {f.name for f in fields(config)}
-    return replace(config, **{name: value for name, value in values.items() if name in names})
-
-
-def page(study: optuna.Study, command: str) -> str:
-    """The trials, best first, as Markdown."""
+def page(study: optuna.Study, command: str) -> list[str]:
+    """Title, command and the trials, best first, as Markdown."""
     names = sorted({name for trial in study.trials for name in trial.params})
     heads = ["trial", *names, "valid NDCG@10 by epoch", "best", "valid HR@10, last", "seconds", "outcome"]
     rows = []
@@ -128,7 +124,7 @@ def page(study: optuna.Study, command: str) -> str:
                 trial.state.name.lower(),
             ]
         )
-    return f"# {study.study_name}\n\n`{command}`\n\n{table(heads, rows)}\n"
+    return [f"# {study.study_name}", f"`{command}`", table(heads, rows)]
 
 
 def _parser(model: type[ModelConfig] | type[BaselineConfig]) -> Parser:
@@ -149,9 +145,7 @@ def _main(argv: Sequence[str] | None) -> int:
     system = any(word == "--system" or word.startswith("--system=") for word in given)
     chosen = (BASELINE_PRESETS if system else PRESETS)["default"]
     arguments = _parser(type(chosen.model)).parse_args(given)
-    for name in ("trials", "threads"):
-        if getattr(arguments, name) < 1:
-            raise UsageError(f"--{name} is {getattr(arguments, name)}; give 1 or more")
+    require_positive(arguments, "trials", "threads")
     configure_logging()
     torch.set_num_threads(arguments.threads)
     preset = Preset(overridden(chosen.model, arguments), overridden(chosen.train, arguments))
@@ -160,7 +154,7 @@ def _main(argv: Sequence[str] | None) -> int:
     study = _open(arguments.study, preset, interactions.fingerprint())
     search(study, arguments.trials, spaces, preset, training_data(interactions))
     command = shlex.join(["python", "-m", "tools.tune", *given])
-    arguments.study.with_suffix(".md").write_text(page(study, command))
+    write_page(Path(f"{arguments.study}.md"), page(study, command))
     finished = [trial for trial in study.trials if trial.state == optuna.trial.TrialState.COMPLETE]
     if not finished:
         raise UsageError(f"no trial could be finished; see {arguments.study.with_suffix('.md')}")
@@ -171,7 +165,7 @@ def _main(argv: Sequence[str] | None) -> int:
 def _open(path: Path, preset: Preset, fingerprint: str) -> optuna.Study:
     """The study of this name, new or to go on with. Raises UsageError when it is about something else."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    storage = JournalStorage(JournalFileBackend(str(path.with_suffix(".journal"))))
+    storage = JournalStorage(JournalFileBackend(f"{path}.journal"))
     about = {"data": fingerprint, "model": to_dict(preset.model), "train": to_dict(preset.train)}
     study = optuna.create_study(
         storage=storage,
