@@ -176,7 +176,11 @@ def _resume(trainer: Trainer, run: Run) -> None:
     file = run.path / "checkpoint.pt"
     if not file.exists():
         raise UsageError(f"{run.path} has no checkpoint; start it again under another --run")
-    trainer.load_state_dict(run.load_tensors(file))
+    state = run.load_tensors(file)
+    try:
+        trainer.load_state_dict(state)
+    except (RuntimeError, KeyError, TypeError, AttributeError):
+        raise RunError(f"{file} does not fit config.json; restore both or train again") from None
     if _is_first_rank():
         run.write_epochs(run.epochs()[: trainer.epoch])  # one may have been recorded after the checkpoint
     _barrier()

@@ -335,6 +335,18 @@ def test_resume_from_a_damaged_checkpoint_is_refused(
     assert "checkpoint.pt cannot be read" in assert_one_line_error(capsys, train.main, *command)
 
 
+@pytest.mark.parametrize(
+    "state", [{}, {"ranks": [None], "model": {"items": torch.zeros(3, 4)}}], ids=["empty", "other"]
+)
+def test_resume_from_a_checkpoint_of_another_model_is_refused(
+    small_log: Path, run_copy: Path, capsys: pytest.CaptureFixture[str], state: dict[str, Any]
+) -> None:
+    (run_copy / "metrics.json").unlink()
+    torch.save(state, run_copy / "checkpoint.pt")
+    command = ["--data", small_log, "--run", run_copy, "--resume"]
+    assert "checkpoint.pt does not fit config.json" in assert_one_line_error(capsys, train.main, *command)
+
+
 @pytest.mark.parametrize("main", [evaluate.main, export.main], ids=["evaluate", "export"])
 def test_commands_refuse_what_is_no_run(main: Main, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for path in (tmp_path, tmp_path / "absent"):
