@@ -73,6 +73,12 @@ class Interactions:
         """The times of one user's events: (n,) int64 seconds, a view."""
         return self.timestamps[self.offsets[user_index] : self.offsets[user_index + 1]]
 
+    def repeated_share(self) -> float:
+        """The share of events with an item that their user had had before."""
+        users = np.repeat(np.arange(self.num_users), np.diff(self.offsets))
+        distinct = len(np.unique(users * len(self.item_ids) + self.items))
+        return 1 - distinct / max(1, len(self))
+
     def fingerprint(self) -> str:
         """SHA-256 in hex over the ids, their order and every history; the same on every platform."""
         digest = hashlib.sha256()

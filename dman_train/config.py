@@ -127,9 +127,10 @@ class TrainConfig:
     )
     epochs: int = option(12, "passes over the training events")
     patience: int = option(4, "epochs without a better validation NDCG@10 before training stops")
-    seen_items: Literal["exclude", "keep"] = option(
+    seen_items: Literal["exclude", "exclude-from-ranking", "keep"] = option(
         "exclude",
-        "items that a user has had, in validation: exclude them from the ranking, or keep them where users come back",
+        "items that a user has had already: exclude: no negatives in the loss, and not in the ranking of validation; "
+        "exclude-from-ranking: negatives all the same; keep: in both, for logs whose users come back to items",
     )
     evaluation_users: int = option(0, "users in the validation of each epoch; 0 for all")
     random_first_segment: bool = option(True, "vary the length of a user's first segment, so that every shift is seen")

@@ -24,10 +24,26 @@ class Batch:
     lengths: np.ndarray  # (B) int64 real positions, 1..T
     starts: np.ndarray  # (B) bool, true where a lane begins a new user
     users: np.ndarray  # (B) int64 whose events they are, as in the offsets
+    firsts: np.ndarray  # (B) int64 where the first input stands in the log
 
     @property
     def positions(self) -> int:
         return int(self.lengths.sum())
+
+    def seen(self, items: np.ndarray, offsets: np.ndarray, vocabulary: int) -> np.ndarray:
+        """What the users have had by each of the P real positions, given the log that the batch is of.
+
+        Returns (M) int64: p * V + i for every position p and item i that has been an input up to and with p, in a
+        piece before this one as well. Ascending by p; an item that was had twice is named twice.
+        """
+        pieces, position = [], 0
+        for user, first, length in zip(self.users, self.firsts, self.lengths, strict=True):
+            history = items[offsets[user] : first + length].astype(np.int64)
+            rows = np.arange(position, position + length) * vocabulary
+            had = np.tri(length, len(history), len(history) - length, dtype=bool)
+            pieces.append((rows[:, None] + history)[had])
+            position += length
+        return np.concatenate(pieces)
 
     def lanes(self, part: slice) -> Batch:
         """The same step for some of the lanes."""
@@ -56,7 +72,8 @@ class Lanes:
     def __next__(self) -> Batch:
         count, segment = len(self._user), self._segment
         items, targets = np.zeros((count, segment), np.int64), np.zeros((count, segment), np.int64)
-        lengths, starts, users = np.zeros(count, np.int64), np.zeros(count, bool), np.zeros(count, np.int64)
+        lengths, users, firsts = (np.zeros(count, np.int64) for _ in range(3))
+        starts = np.zeros(count, bool)
         for lane in range(count):
             if self._user[lane] < 0:
                 self._user[lane], self._position[lane], starts[lane] = self._take_user(), 0, True
@@ -66,11 +83,11 @@ class Lanes:
             length = int(min(limit, last - first))
             items[lane, :length] = self._items[first : first + length]
             targets[lane, :length] = self._items[first + 1 : first + length + 1]
-            lengths[lane], users[lane] = length, self._user[lane]
+            lengths[lane], users[lane], firsts[lane] = length, self._user[lane], first
             self._position[lane] += length
             if first + length == last:
                 self._user[lane] = -1
-        return Batch(items, targets, lengths, starts, users)
+        return Batch(items, targets, lengths, starts, users, firsts)
 
     def _first_length(self, inputs: int) -> int:
         """A random length of the first segment that leaves the user with as few segments as any: padding is work."""
@@ -157,7 +174,8 @@ class Windows:
         real = place < lengths[:, None]
         index = np.where(real, rows[:, 1:2] + place, 0)
         items, targets = (np.where(real, self._items[index + shift * real], 0).astype(np.int64) for shift in (0, 1))
-        return Batch(items, targets, lengths.astype(np.int64), np.ones(len(rows), bool), rows[:, 0].astype(np.int64))
+        users, firsts = rows[:, 0].astype(np.int64), rows[:, 1].astype(np.int64)
+        return Batch(items, targets, lengths.astype(np.int64), np.ones(len(rows), bool), users, firsts)
 
     def state_dict(self) -> dict[str, Any]:
         return {"random": self._before, "next": self._next}

@@ -1,7 +1,9 @@
 """What a training step minimises, and what a lane carries from one segment to the next.
 
 The likelihood (eq. 9) trains everything but f_abs; the abstraction loss (eq. 5) trains f_abs. Their gradients are
-disjoint by construction, so one backward pass serves both optimisers. With `memory_training="joint"` the memory that a
+disjoint by construction, so one backward pass serves both optimisers. Items that a user has had are no negatives in
+eq. 9 where the ranking will leave them out (`seen_items`): with a score that must be low for what the user has had and
+high for what is like it, the two pull against each other. With `memory_training="joint"` the memory that a
 segment reads stays attached to the last `backprop_segments` abstractions, and eq. 9 reaches f_abs as well. Eq. 5
 is computed on every `abstraction_every`-th lane only.
 """
@@ -102,25 +104,33 @@ class NextItemObjective(nn.Module):
             proposal = item_counts.double().clamp(min=1).pow(0.75)
             self.register_buffer("proposal", (proposal / proposal.sum()).float(), persistent=False)
 
-    def _likelihood(self, users: Tensor, targets: Tensor, negatives: Tensor | None, real: Tensor) -> Tensor:
-        """Eq. 9 summed over P real positions: (P, D) user embeddings, (P) targets."""
+    def _likelihood(
+        self, users: Tensor, targets: Tensor, negatives: Tensor | None, real: Tensor, seen: Tensor | None
+    ) -> Tensor:
+        """Eq. 9 summed over P real positions: (P, D) user embeddings, (P) targets, `seen` as `Batch.seen` gives it."""
         table = self.model.item_table()
         if self.loss == "full":
-            return _FullSoftmax.apply(users, table, targets)  # type: ignore[no-untyped-call]
+            return _FullSoftmax.apply(users, table, targets, seen)  # type: ignore[no-untyped-call]
         assert negatives is not None
         positive = (users * F.embedding(targets, table)).sum(-1)  # (P)
         if self.loss == "sampled":
             logits = (users @ F.embedding(negatives, table).T).float() - torch.log(
                 self.proposal[negatives] * len(negatives)
             )
-            logits = logits.masked_fill(negatives[None] == targets[:, None], float("-inf"))  # (P, negatives)
+            left_out = negatives[None] == targets[:, None]  # (P, negatives)
+            if seen is not None:
+                left_out |= _seen_among(negatives, seen, positions=len(users), vocabulary=self.model.vocabulary)
+            logits = logits.masked_fill(left_out, float("-inf"))
             # No correction here: the target is not drawn but always there. Corrected as well, the loss would no longer
             # tend to the full softmax where an item is expected more than once among the negatives.
             return (torch.logsumexp(torch.cat([positive[:, None], logits], 1), 1) - positive).sum()
         sampled = negatives[real]  # (P, n)
         scores = torch.einsum("pd,pnd->pn", users, F.embedding(sampled, table)).float()
-        wrong = F.softplus(scores).masked_fill(sampled == targets[:, None], 0.0)
-        return (F.softplus(-positive) + wrong.sum(-1)).sum()
+        left_out = sampled == targets[:, None]
+        if seen is not None:
+            position = torch.arange(len(sampled), device=seen.device)[:, None]
+            left_out |= torch.isin(position * self.model.vocabulary + sampled, seen)
+        return (F.softplus(-positive) + F.softplus(scores).masked_fill(left_out, 0.0).sum(-1)).sum()
 
 
 class Objective(NextItemObjective):
@@ -137,6 +147,7 @@ class Objective(NextItemObjective):
         starts: Tensor,
         state: LaneState,
         negatives: Tensor | None,
+        seen: Tensor | None = None,
     ) -> tuple[Losses, LaneState]:
         """(B, T) items and targets, (B) lengths and starts. Losses and the lanes' state after the segment."""
         state = state.restarted(starts)
@@ -145,7 +156,7 @@ class Objective(NextItemObjective):
         context_lengths = state.context_lengths if self.model.config.recurrent else torch.zeros_like(lengths)
         encoding = self.model.encode(item_embeddings, state.context, context_lengths, memories.read)
         real = torch.arange(items.shape[1], device=items.device) < lengths[:, None]  # (B, T)
-        likelihood = self._likelihood(encoding.user_embedding[real], targets[real], negatives, real)
+        likelihood = self._likelihood(encoding.user_embedding[real], targets[real], negatives, real, seen)
         reconstructed = (real & (state.absorbed_lengths[-1] > 0)[:, None])[self._reconstructed_lanes]
         abstraction = self._abstraction_loss(state, memories, encoding, reconstructed)
         losses = Losses(likelihood, real.sum(), abstraction, reconstructed.sum())
@@ -201,46 +212,63 @@ class WindowObjective(NextItemObjective):
     model: Baseline
 
     def forward(
-        self, items: Tensor, targets: Tensor, lengths: Tensor, users: Tensor, state: None, negatives: Tensor | None
+        self,
+        items: Tensor,
+        targets: Tensor,
+        lengths: Tensor,
+        users: Tensor,
+        state: None,
+        negatives: Tensor | None,
+        seen: Tensor | None = None,
     ) -> tuple[Losses, None]:
         """(B, W) items and targets, (B) lengths and users. The penalty of a model stands where eq. 5 stands."""
         real = torch.arange(items.shape[1], device=items.device) < lengths[:, None]  # (B, W)
         embeddings = self.model.encode(items, users)
-        likelihood, penalty = self._likelihood(embeddings[real], targets[real], negatives, real), self.model.penalty()
+        likelihood = self._likelihood(embeddings[real], targets[real], negatives, real, seen)
+        penalty = self.model.penalty()
         return Losses(likelihood, real.sum(), penalty * real.sum(), real.sum()), state
 
 
 class _FullSoftmax(torch.autograd.Function):
     """F.cross_entropy(users @ table.T, targets, reduction="sum"), a block of positions at a time.
 
+    Items that `seen` names for a position (`Batch.seen`) have no part in its softmax, unless they are its target.
     The scores of all positions, 35 MB at 2,560 positions and 3,416 items, never exist at once: a block stays in the
     cache of a CPU, and its gradients are taken on the way. Under autocast the products are in its precision, the
     softmax and all sums in float32.
     """
 
     @staticmethod
-    def forward(ctx: Any, users: Tensor, table: Tensor, targets: Tensor) -> Tensor:
+    def forward(ctx: Any, users: Tensor, table: Tensor, targets: Tensor, seen: Tensor | None) -> Tensor:
         """(P, D) users, (V, D) table, (P) targets -> the sum over P."""
         device = users.device.type
         dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else table.dtype
         with torch.autocast(device, enabled=False):
-            total, gradients = _full_softmax(users.to(dtype), table.to(dtype), targets)
+            total, gradients = _full_softmax(users.to(dtype), table.to(dtype), targets, seen)
         ctx.save_for_backward(*gradients)
         return total
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor, None]:
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor, None, None]:
         by_users, by_table = ctx.saved_tensors
-        return by_users * gradient, by_table * gradient, None
+        return by_users * gradient, by_table * gradient, None, None
 
 
-def _full_softmax(users: Tensor, table: Tensor, targets: Tensor) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+def _full_softmax(
+    users: Tensor, table: Tensor, targets: Tensor, seen: Tensor | None
+) -> tuple[Tensor, tuple[Tensor, Tensor]]:
     """The loss and its gradients by users and table, in float32."""
     total, rows = users.new_zeros((), dtype=torch.float32), max(1, SOFTMAX_BLOCK // table.shape[0])
     by_users, by_table = [], torch.zeros_like(table, dtype=torch.float32)
-    for block, chosen in zip(torch.split(users, rows), torch.split(targets[:, None], rows), strict=True):
+    blocks = zip(torch.split(users, rows), torch.split(targets[:, None], rows), strict=True)
+    left_out = _by_block(seen, len(users), rows, table.shape[0])
+    for number, (block, chosen) in enumerate(blocks):
         scores = (block @ table.T).float()
-        highest, positive = scores.max(1, keepdim=True).values, scores.gather(1, chosen)
+        positive = scores.gather(1, chosen)
+        if left_out:
+            scores.view(-1).index_fill_(0, left_out[number], float("-inf"))
+            scores.scatter_(1, chosen, positive)
+        highest = scores.max(1, keepdim=True).values
         weights = scores.sub_(highest).exp_()
         normaliser = weights.sum(1, keepdim=True)
         total += (normaliser.log() + highest - positive).sum()
@@ -250,6 +278,27 @@ def _full_softmax(users: Tensor, table: Tensor, targets: Tensor) -> tuple[Tensor
         by_users.append((by_scores @ table).float())
         by_table += by_scores.T @ block
     return total, (torch.cat(by_users), by_table)
+
+
+def _by_block(seen: Tensor | None, positions: int, rows: int, vocabulary: int) -> list[Tensor]:
+    """Cuts `Batch.seen` into blocks of so many rows; each counts from its own first row. Empty where there is none."""
+    if seen is None:
+        return []
+    starts = torch.arange(0, positions, rows, device=seen.device) * vocabulary
+    cuts = torch.searchsorted(seen, starts).tolist()  # ascending by row, which is all that these borders need
+    return [part - start for part, start in zip(seen.tensor_split(cuts[1:]), starts, strict=True)]
+
+
+def _seen_among(negatives: Tensor, seen: Tensor, *, positions: int, vocabulary: int) -> Tensor:
+    """(n) negatives, maybe repeated, and `Batch.seen` -> (P, n) bool: which ones the user of a position has had."""
+    distinct, place = torch.unique(negatives, return_inverse=True)
+    column = torch.full((vocabulary,), -1, device=seen.device)
+    column[distinct] = torch.arange(len(distinct), device=seen.device)
+    found = column[seen % vocabulary]
+    drawn = found >= 0
+    had = torch.zeros(positions, len(distinct), dtype=torch.bool, device=seen.device)
+    had[seen[drawn] // vocabulary, found[drawn]] = True
+    return had[:, place]
 
 
 def _next_state(state: LaneState, memories: _Memories, encoding: Encoding, lengths: Tensor) -> LaneState:

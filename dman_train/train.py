@@ -90,6 +90,12 @@ def _train(arguments: argparse.Namespace, command: list[str], presets: Mapping[s
     run = _open(arguments, model, train, data, interactions, command)
     if arguments.resume:
         _resume(trainer, run)
+    if train.seen_items != "keep" and interactions.repeated_share() > 0.3 and _is_first_rank():
+        logger.warning(
+            "%.0f %% of the events are of items that their user had had before, and what a user has had is left out of "
+            "the ranking; where users come back to items, train with --seen-items keep and ask for include_seen",
+            100 * interactions.repeated_share(),
+        )
     finished = _loop(trainer, run)
     if not finished:
         logger.info("stopped at step %d; continue with --resume --run %s", trainer.step, run.path)

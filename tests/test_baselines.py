@@ -111,7 +111,8 @@ def test_baseline_embeds_ragged_histories_by_their_last_events(config: BaselineC
 def test_baseline_trains_every_parameter(config: BaselineConfig) -> None:
     model = random_baseline(config).train()
     items, users = (x.numpy() for x in random_window(config))
-    rolled = Batch(items, np.roll(items, 1), np.full(USERS, config.history), np.ones(USERS, bool), users)
+    lengths, starts, firsts = np.full(USERS, config.history), np.ones(USERS, bool), np.zeros(USERS, np.int64)
+    rolled = Batch(items, np.roll(items, 1), lengths, starts, users, firsts)
     mean_loss(model, rolled).backward()
     for name, parameter in model.named_parameters():
         assert parameter.grad is not None and torch.isfinite(parameter.grad).all(), name

@@ -14,7 +14,7 @@ from torch import Tensor
 from dman_runtime.interactions import InputError, Interactions
 from dman_runtime.protocol import held_out, training_events
 from dman_train.config import ModelConfig, TrainConfig
-from dman_train.lanes import Batch, Lanes
+from dman_train.lanes import Batch, Lanes, Windows
 from dman_train.model import DMAN
 from dman_train.objective import FULL_SOFTMAX_LIMIT, LaneState, Objective, _FullSoftmax, draw_negatives
 from dman_train.replay import replay
@@ -267,7 +267,7 @@ def test_abstraction_loss_is_about_the_newest_absorption_and_real_positions(conf
     for start in range(0, 28, 5):
         items, length = np.zeros((1, 5), np.int64), min(5, 28 - start)
         items[0, :length] = history[start : start + length]
-        batch = Batch(items, items, np.array([length]), np.array([start == 0]), np.array([0]))
+        batch = Batch(items, items, *map(np.array, ([length], [start == 0], [0], [start])))
         losses, after = objective(*tensors_of(batch), state, None)
         before, state = state, after
     old, new = (replay(model, [history[:end]])[1] for end in (20, 25))
@@ -334,7 +334,7 @@ def full_losses() -> list[float]:
 
 def test_full_softmax_equals_hand_computation() -> None:
     objective = scored("full", users=USERS, table=TABLE)
-    found = objective._likelihood(USERS, TARGETS, None, REAL)
+    found = objective._likelihood(USERS, TARGETS, None, REAL, None)
     assert found.item() == pytest.approx(sum(full_losses()), rel=1e-5)
 
 
@@ -343,7 +343,7 @@ def test_full_softmax_and_its_gradients_equal_cross_entropy(block: int, monkeypa
     monkeypatch.setattr("dman_train.objective.SOFTMAX_BLOCK", block)
     users, table, targets = torch.randn(23, 8), torch.randn(40, 8), torch.randint(40, (23,))
     found, expected = ([x.clone().requires_grad_() for x in (users, table)] for _ in range(2))
-    loss = _FullSoftmax.apply(*found, targets)
+    loss = _FullSoftmax.apply(*found, targets, None)
     reference = torch.nn.functional.cross_entropy(expected[0] @ expected[1].T, targets, reduction="sum")
     (0.3 * loss).backward()
     (0.3 * reference).backward()
@@ -354,15 +354,15 @@ def test_full_softmax_and_its_gradients_equal_cross_entropy(block: int, monkeypa
 
 def test_full_softmax_survives_large_scores() -> None:
     users, table = torch.full((1, 4), 50.0), torch.stack([torch.full((4,), 50.0), torch.full((4,), -50.0)])
-    assert _FullSoftmax.apply(users, table, torch.tensor([1])).item() == pytest.approx(20_000)
+    assert _FullSoftmax.apply(users, table, torch.tensor([1]), None).item() == pytest.approx(20_000)
 
 
 def test_full_softmax_in_bfloat16_stays_near_float32() -> None:
     users, table, targets = torch.randn(50, 16), torch.randn(60, 16), torch.randint(60, (50,))
     exact, rounded = ([x.clone().requires_grad_() for x in (users, table)] for _ in range(2))
-    reference = _FullSoftmax.apply(*exact, targets)
+    reference = _FullSoftmax.apply(*exact, targets, None)
     with torch.autocast("cpu", torch.bfloat16):
-        loss = _FullSoftmax.apply(*rounded, targets)
+        loss = _FullSoftmax.apply(*rounded, targets, None)
     reference.backward()
     loss.backward()
     assert loss.dtype == torch.float32 and loss != reference
@@ -379,7 +379,7 @@ def test_negatives_loss_equals_hand_computation_and_masks_accidental_hits() -> N
     sigmoid = lambda s: 1 / (1 + math.exp(-s))  # noqa: E731
     first = -math.log(sigmoid(2)) - math.log(1 - sigmoid(1)) - math.log(1 - sigmoid(0))
     second = -math.log(sigmoid(0)) - 2 * math.log(1 - sigmoid(1.5)) - math.log(1 - sigmoid(-0.5))
-    found = objective._likelihood(USERS, TARGETS, negatives, REAL)
+    found = objective._likelihood(USERS, TARGETS, negatives, REAL, None)
     assert found.item() == pytest.approx(first + second, rel=1e-5)
 
 
@@ -388,13 +388,13 @@ def test_negatives_loss_ignores_draws_of_padded_positions() -> None:
     real = torch.tensor([[True, False], [True, False]])
     draws = torch.tensor([[[0], [3]], [[4], [1]]])
     other = torch.tensor([[[0], [1]], [[4], [2]]])
-    found = objective._likelihood(USERS, TARGETS, draws, real)
-    assert found == objective._likelihood(USERS, TARGETS, other, real)
+    found = objective._likelihood(USERS, TARGETS, draws, real, None)
+    assert found == objective._likelihood(USERS, TARGETS, other, real, None)
 
 
 def test_sampled_softmax_over_all_items_equals_full_softmax() -> None:
     objective = scored("sampled", users=USERS, table=TABLE, negatives=5)
-    found = objective._likelihood(USERS, TARGETS, torch.arange(5), REAL)  # the proposal is uniform
+    found = objective._likelihood(USERS, TARGETS, torch.arange(5), REAL, None)  # the proposal is uniform
     assert found.item() == pytest.approx(sum(full_losses()), rel=1e-5)
 
 
@@ -405,7 +405,8 @@ def test_sampled_softmax_is_unbiased_under_a_skewed_proposal() -> None:
     for user, full in enumerate(full_losses()):
         one = slice(user, user + 1)
         losses = [
-            objective._likelihood(USERS[one], TARGETS[one], torch.tensor([j]), REAL[:, :1]).item() for j in range(5)
+            objective._likelihood(USERS[one], TARGETS[one], torch.tensor([j]), REAL[:, :1], None).item()
+            for j in range(5)
         ]
         assert losses[int(TARGETS[user])] == 0, "an accidental hit counts for nothing"
         expected = sum(p * math.exp(loss) for p, loss in zip(q, losses, strict=True))
@@ -418,8 +419,83 @@ def test_sampled_softmax_tends_to_full_softmax_with_many_negatives() -> None:
     objective = scored("sampled", users=users, table=table, counts=torch.arange(1, 51), negatives=100_000)
     negatives = draw_negatives(objective, (1, 20), torch.Generator().manual_seed(0))
     full = torch.nn.functional.cross_entropy(users @ table.T, targets, reduction="sum")
-    found = objective._likelihood(users, targets, negatives, torch.ones(1, 20, dtype=torch.bool))
+    found = objective._likelihood(users, targets, negatives, torch.ones(1, 20, dtype=torch.bool), None)
     assert found.item() == pytest.approx(full.item(), rel=5e-3)
+
+
+# Items that the user has had
+
+
+def test_batch_names_what_each_position_has_seen() -> None:
+    """Two lanes: the second piece of user 1, whose first events were 7 and 3, and the first of user 0."""
+    items, offsets = np.array([2, 5, 2, 7, 3, 4, 7, 1], np.int32), np.array([0, 3, 8])
+    inputs = np.array([[4, 7], [2, 0]])
+    batch = Batch(inputs, inputs, *map(np.array, ([2, 1], [False, True], [1, 0], [5, 0])))
+    found = batch.seen(items, offsets, 10)
+    assert found.dtype == np.int64
+    pairs = [(pair // 10, pair % 10) for pair in found.tolist()]
+    assert pairs == [(0, 7), (0, 3), (0, 4), (1, 7), (1, 3), (1, 4), (1, 7), (2, 2)]
+
+
+@pytest.mark.parametrize("schedule", ["lanes", "windows"])
+def test_seen_items_of_a_schedule_are_what_the_log_has_before(schedule: str) -> None:
+    random = np.random.default_rng(0)
+    items, offsets = random.integers(0, 6, len(EVENTS)).astype(np.int32), OFFSETS  # with repetitions
+    if schedule == "lanes":
+        batches: Lanes | Windows = Lanes(items, offsets, segment_length=5, lanes=3, vary_first=True, seed=0)
+    else:
+        batches = Windows(items, offsets, length=6, positions=20, seed=0)
+    for _ in range(60):
+        batch = next(batches)
+        found: dict[int, set[int]] = {}
+        for pair in batch.seen(items, offsets, 6).tolist():
+            found.setdefault(pair // 6, set()).add(pair % 6)
+        expected, rows = [], zip(batch.users, batch.firsts, batch.lengths, batch.items, strict=True)
+        for user, first, length, inputs in rows:
+            assert offsets[user] <= first and first + length < offsets[user + 1]
+            assert np.array_equal(items[first : first + length], inputs[:length])
+            expected += [set(items[offsets[user] : first + t + 1].tolist()) for t in range(length)]
+        assert found == dict(enumerate(expected))
+
+
+@pytest.mark.parametrize("block", [1, 40, 250, 1 << 19])
+def test_full_softmax_and_its_gradients_leave_seen_items_out(block: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("dman_train.objective.SOFTMAX_BLOCK", block)
+    users, table, targets = torch.randn(23, 8), torch.randn(40, 8), torch.randint(40, (23,))
+    had = torch.rand(23, 40) < 0.3
+    had[4] = False
+    had[5, targets[5]] = True  # comes back: stays in
+    seen = had.flatten().nonzero().squeeze(1)
+    seen = torch.cat([seen[:3], seen])  # an item that was had twice
+    found, expected = ([x.clone().requires_grad_() for x in (users, table)] for _ in range(2))
+    loss = _FullSoftmax.apply(*found, targets, seen)
+    left_out = had.scatter(1, targets[:, None], False)
+    scores = (expected[0] @ expected[1].T).masked_fill(left_out, float("-inf"))
+    reference = torch.nn.functional.cross_entropy(scores, targets, reduction="sum")
+    loss.backward()
+    reference.backward()
+    torch.testing.assert_close(loss, reference)
+    for a, b in zip(found, expected, strict=True):
+        torch.testing.assert_close(a.grad, b.grad)
+
+
+def test_sampled_softmax_over_all_items_leaves_seen_items_out() -> None:
+    objective = scored("sampled", users=USERS, table=TABLE, negatives=6)
+    seen = torch.tensor([0 * 5 + 3, 0 * 5 + 3, 1 * 5 + 0, 1 * 5 + 2])  # the last one is the target of user 1
+    first = math.log(sum(math.exp(s) for s in (1, 2, -1, -1.5))) - 2
+    second = math.log(sum(math.exp(s) for s in (0, 0, 1, 1.5))) - 0
+    found = objective._likelihood(USERS, TARGETS, torch.arange(5), REAL, seen)
+    assert found.item() == pytest.approx(first + second, rel=1e-5)
+    twice = objective._likelihood(USERS[:1], TARGETS[:1], torch.tensor([4, 3, 4]), REAL[:, :1], seen[:2])
+    assert twice.item() == pytest.approx(math.log(math.exp(2) + 2 * math.exp(-1.5) / (3 / 5)) - 2, rel=1e-5)
+
+
+def test_negatives_loss_leaves_seen_items_out() -> None:
+    objective = scored("negatives", users=USERS, table=TABLE, negatives=2)
+    draws, seen = torch.tensor([[[0, 3], [3, 4]]]), torch.tensor([0 * 5 + 3, 1 * 5 + 4])
+    sigmoid = lambda s: 1 / (1 + math.exp(-s))  # noqa: E731
+    expected = -math.log(sigmoid(2)) - math.log(1 - sigmoid(1)) - math.log(sigmoid(0)) - math.log(1 - sigmoid(1))
+    assert objective._likelihood(USERS, TARGETS, draws, REAL, seen).item() == pytest.approx(expected, rel=1e-5)
 
 
 def test_sampled_negatives_follow_the_flattened_unigram() -> None:

@@ -254,7 +254,7 @@ ONE_LAYER_PAPER = replace(TINY, architecture="paper", heads=1, layers=1, dropout
     ids=["full", "sampled", "paper"],
 )
 def test_trainer_learns_a_deterministic_sequence(model: ModelConfig, config: TrainConfig) -> None:
-    trainer = Trainer(model, replace(config, learning_rate=1e-2), cycle_data(), CPU)
+    trainer = Trainer(model, replace(config, learning_rate=1e-2, seen_items="keep"), cycle_data(), CPU)
     for _ in range(config.epochs):
         trainer.train_epoch(on_step=lambda: None, progress=False)
     assert (trainer.validate().seen_kept == 1).mean() > 0.95
@@ -281,7 +281,7 @@ def test_memory_carries_what_left_the_context(variant: str, config: TrainConfig)
     """Segments of 4 and one layer: when the question comes, the key is out of every context. Chance is 1/4."""
     model = ModelConfig(width=32, heads=2, segment_length=4, memory_slots=2, layers=1, dropout=0.0, variant=variant)
     config = replace(config, lanes=32, abstraction_every=1, epochs=30, warmup_steps=20, random_first_segment=False)
-    config = replace(config, learning_rate=1e-2, abstraction_learning_rate=1e-2)
+    config = replace(config, learning_rate=1e-2, abstraction_learning_rate=1e-2, seen_items="keep")
     learned = [np.append(history, 0) for history in planted_histories(seed=0)]  # the last event is not trained on
     trainer = Trainer(model, config, data_of(learned, 13), CPU)
     while trainer.events < config.epochs * trainer.schedule.events:
@@ -349,6 +349,7 @@ OTHER: dict[str, tuple[TrainConfig, object]] = {
     "precision": (CONFIG, "bfloat16"),
     "epochs": (CONFIG, 9),
     "random_first_segment": (CONFIG, False),
+    "seen_items": (CONFIG, "exclude-from-ranking"),
     "seed": (CONFIG, 1),
 }
 
@@ -359,7 +360,7 @@ def test_train_config_field_changes_the_weights(name: str) -> None:
     assert not same_bits(weights(trained(TINY, base, 6)), weights(trained(TINY, replace(base, **{name: value}), 6)))
 
 
-@pytest.mark.parametrize("choice", ["exclude", "keep"])
+@pytest.mark.parametrize("choice", ["exclude", "exclude-from-ranking", "keep"])
 def test_seen_items_decide_what_the_epoch_is_chosen_by(choice: str) -> None:
     trainer = trained(TINY, replace(CONFIG, seen_items=choice), 3)  # type: ignore[arg-type]
     measured, ranks = trainer.train_epoch(on_step=lambda: None, progress=False), trainer.validate()
@@ -368,6 +369,11 @@ def test_seen_items_decide_what_the_epoch_is_chosen_by(choice: str) -> None:
     assert {
         name.removeprefix("valid/"): value for name, value in measured.items() if name.startswith("valid/")
     } == expected
+
+
+def test_seen_items_stay_in_the_loss_unless_they_are_excluded_from_both() -> None:
+    same = [weights(trained(TINY, replace(CONFIG, seen_items=x), 3)) for x in ("exclude-from-ranking", "keep")]
+    assert same_bits(*same)
 
 
 def test_train_config_evaluation_users_limits_the_validation() -> None:
@@ -384,7 +390,7 @@ def test_train_config_patience_stops_training_that_does_not_improve(small_log: P
 
 
 def test_train_config_fields_are_all_tried() -> None:
-    assert set(OTHER) | {"evaluation_users", "patience", "seen_items"} == {f.name for f in fields(TrainConfig)}
+    assert set(OTHER) | {"evaluation_users", "patience"} == {f.name for f in fields(TrainConfig)}
 
 
 if __name__ == "__main__":

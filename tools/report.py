@@ -21,7 +21,8 @@ from tools.bench_report import table, write_page
 from tools.records import Record, paired_bootstrap, read_records
 
 METRICS = ("hr@10", "ndcg@10", "hr@50", "ndcg@100")
-REPEATS = ("wikipedia-edits", "taobao-userbehavior-sample")  # users come back to items: ranked with seen items kept
+# Users come back to items: ranked with seen items kept.
+REPEATS = ("wikipedia-edits", "taobao-userbehavior-sample", "planted")
 CHARTED = {"memory_slots": "m, memory slots", "layers": "L, layers", "segment_length": "T, events per segment"}
 TRAINING_OF_F_ABS = {
     "memory_training", "backprop_segments", "abstraction_weight", "abstraction_every", "abstraction_learning_rate"
@@ -101,7 +102,9 @@ def label_of(content: dict[str, Any]) -> str:
         preset, name = PRESETS["paper" if model["architecture"] == "paper" else "default"], "DMAN"
         name = {"dman": name, "xl": "xl (no memory)"}.get(model["variant"], model["variant"])
         name += " `paper`" if model["architecture"] == "paper" else ""
-    named = {"system", "history", "variant", "architecture", "precision", "seen_items"}
+    named = {"system", "history", "variant", "architecture", "precision"}
+    if content["train"].get("seen_items") == "keep":  # a property of the log
+        named.add("seen_items")
     standard = to_dict(preset.model) | to_dict(preset.train)
     changed = [
         f"{key}={value}"
