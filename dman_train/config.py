@@ -219,6 +219,7 @@ PRESETS = {
             abstraction_every=1,
             learning_rate=2e-3,
             epochs=30,
+            seen_items="exclude-from-ranking",
         ),
     ),
     "tiny": Preset(

@@ -268,7 +268,7 @@ def _full_softmax(
         if left_out:
             scores.view(-1).index_fill_(0, left_out[number], float("-inf"))
             scores.scatter_(1, chosen, positive)
-        highest = scores.max(1, keepdim=True).values
+        highest = scores.amax(1, keepdim=True)
         weights = scores.sub_(highest).exp_()
         normaliser = weights.sum(1, keepdim=True)
         total += (normaliser.log() + highest - positive).sum()

@@ -113,7 +113,8 @@ def recommend(
         user_id: Text or an integer. None for somebody who is described by `what_if` alone.
         k: How many items, 1 to 1000. There are fewer in the answer when fewer are left.
         exclude: Items to leave out.
-        include_seen: Whether items of the user's own history may be recommended.
+        include_seen: Whether items of the user's own history may be recommended. Only a model that was trained
+            with `--seen-items keep` ranks them sensibly.
         candidates: Rank these items only; None ranks all.
         what_if: Events on top of the user's history, as for `update`, for this answer only: nothing is stored.
         timeout: Seconds for the whole call, retries included; the client's by default.
@@ -144,7 +145,7 @@ def recommend_many(
         user_ids: The users.
         k: How many items for each user, 1 to 1000.
         exclude: Items to leave out, for every user; so do the options that follow apply to every user.
-        include_seen: Whether items of a user's own history may be recommended.
+        include_seen: Whether items of a user's own history may be recommended; see `recommend`.
         candidates: Rank these items only; None ranks all.
         what_if: Events on top of each user's history, for this answer only: nothing is stored.
         timeout: Seconds for the whole call, retries included; the client's by default.
