@@ -75,6 +75,7 @@ class Attention(nn.Module):
     def mix(self, pulled: Tensor, sources: Tensor, bias: Tensor | None = None) -> Tensor:
         """(B, Q*H, D) pulled queries, (B, K, D) sources -> (B, Q, H*D) weighted means of the sources."""
         (batch, rows, width), heads = pulled.shape, self.heads
+        sources = sources.to(pulled.dtype)  # under autocast: once for both products
         logits = (pulled @ sources.transpose(1, 2)).view(batch, rows // heads, heads, sources.shape[1])  # (B, Q, H, K)
         weights = self.dropout(torch.softmax(logits if bias is None else logits + bias, dim=-1))
         mixed = weights.view(batch, rows, sources.shape[1]) @ sources  # (B, Q*H, D)
@@ -127,7 +128,7 @@ class PlusBlock(nn.Module):
             self.norm_ffn = nn.LayerNorm(config.width)
             self.ffn = nn.Sequential(
                 nn.Linear(config.width, config.ffn_multiplier * config.width),
-                nn.GELU(approximate="tanh"),
+                nn.ReLU(),
                 nn.Linear(config.ffn_multiplier * config.width, config.width),
             )
             self.residual_ffn = Residual(config)

@@ -303,12 +303,13 @@ def _seen_among(negatives: Tensor, seen: Tensor, *, positions: int, vocabulary: 
 
 def _next_state(state: LaneState, memories: _Memories, encoding: Encoding, lengths: Tensor) -> LaneState:
     """Shifts H_n into the context and H_{n-1} into the segments to absorb."""
+    newest = state.context[None]
     return LaneState(
         context=_right_aligned(encoding.hidden.detach(), lengths),
         context_lengths=lengths,
         memory=memories.settled,
         initial=state.initial & (state.absorbed_lengths[0] == 0),
-        absorbed=torch.cat([state.absorbed[1:], state.context[None]]),
+        absorbed=torch.cat([state.absorbed[1:], newest]) if len(state.absorbed) > 1 else newest,
         absorbed_lengths=torch.cat([state.absorbed_lengths[1:], state.context_lengths[None]]),
     )
 
@@ -324,9 +325,10 @@ def draw_negatives(objective: NextItemObjective, shape: tuple[int, ...], generat
 
 
 def _right_aligned(hidden: Tensor, lengths: Tensor) -> Tensor:
-    """(B, L, T, D) with `lengths` real rows on the left -> the same rows on the right."""
+    """(B, L, T, D) with `lengths` real rows on the left -> the same rows on the right. In place."""
     segment = hidden.shape[2]
     partial = (lengths < segment).nonzero().squeeze(1)  # few: the first and the last segment of a user
     source = torch.arange(segment, device=hidden.device) - (segment - lengths[partial, None])  # (P, T)
     index = source.clamp(min=0)[:, None, :, None].expand(-1, *hidden.shape[1:])
-    return hidden.index_copy(0, partial, hidden[partial].gather(2, index) * (source >= 0)[:, None, :, None])
+    hidden[partial] = hidden[partial].gather(2, index) * (source >= 0)[:, None, :, None]
+    return hidden
