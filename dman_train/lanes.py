@@ -30,20 +30,10 @@ class Batch:
     def positions(self) -> int:
         return int(self.lengths.sum())
 
-    def seen(self, items: np.ndarray, offsets: np.ndarray, vocabulary: int) -> np.ndarray:
-        """What the users have had by each of the P real positions, given the log that the batch is of.
-
-        Returns (M) int64: p * V + i for every position p and item i that has been an input up to and with p, in a
-        piece before this one as well. Ascending by p; an item that was had twice is named twice.
-        """
-        pieces, position = [], 0
-        for user, first, length in zip(self.users, self.firsts, self.lengths, strict=True):
-            history = items[offsets[user] : first + length].astype(np.int64)
-            rows = np.arange(position, position + length) * vocabulary
-            had = np.tri(length, len(history), len(history) - length, dtype=bool)
-            pieces.append((rows[:, None] + history)[had])
-            position += length
-        return np.concatenate(pieces)
+    def before(self, items: np.ndarray, offsets: np.ndarray) -> list[np.ndarray]:
+        """B x (H) item indices that the user of each piece has had before it, given the log that the batch is of."""
+        starts = offsets[self.users]
+        return [items[start:first] for start, first in zip(starts, self.firsts, strict=True)]
 
     def lanes(self, part: slice) -> Batch:
         """The same step for some of the lanes."""

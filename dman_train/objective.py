@@ -10,6 +10,7 @@ is computed on every `abstraction_every`-th lane only.
 
 from __future__ import annotations
 
+from bisect import bisect_left, bisect_right
 from dataclasses import dataclass, fields
 from typing import Any, NamedTuple
 
@@ -105,31 +106,41 @@ class NextItemObjective(nn.Module):
             self.register_buffer("proposal", (proposal / proposal.sum()).float(), persistent=False)
 
     def _likelihood(
-        self, users: Tensor, targets: Tensor, negatives: Tensor | None, real: Tensor, seen: Tensor | None
+        self,
+        users: Tensor,
+        targets: Tensor,
+        negatives: Tensor | None,
+        items: Tensor,
+        real: Tensor,
+        before: list[Tensor] | None,
     ) -> Tensor:
-        """Eq. 9 summed over P real positions: (P, D) user embeddings, (P) targets, `seen` as `Batch.seen` gives it."""
+        """Eq. 9 summed over P real positions.
+
+        Args:
+            users, targets: (P, D) user embeddings, (P).
+            negatives: As `draw_negatives` gives them.
+            items, real: (B, T) the inputs, and which of them are real: P in all.
+            before: B x (H) what the users have had before these inputs; None when seen items are negatives as well.
+        """
         table = self.model.item_table()
         if self.loss == "full":
+            seen = None if before is None else Seen.of(before, items, real)
             return _FullSoftmax.apply(users, table, targets, seen)  # type: ignore[no-untyped-call]
         assert negatives is not None
         positive = (users * F.embedding(targets, table)).sum(-1)  # (P)
+        drawn = negatives[real] if negatives.dim() == 3 else negatives[None]  # (P, n) or (1, n)
+        left_out = drawn == targets[:, None]  # (P, n)
+        if before is not None:
+            left_out |= _had(negatives, before, items)[real]
         if self.loss == "sampled":
             logits = (users @ F.embedding(negatives, table).T).float() - torch.log(
                 self.proposal[negatives] * len(negatives)
             )
-            left_out = negatives[None] == targets[:, None]  # (P, negatives)
-            if seen is not None:
-                left_out |= _seen_among(negatives, seen, positions=len(users), vocabulary=self.model.vocabulary)
             logits = logits.masked_fill(left_out, float("-inf"))
             # No correction here: the target is not drawn but always there. Corrected as well, the loss would no longer
             # tend to the full softmax where an item is expected more than once among the negatives.
             return (torch.logsumexp(torch.cat([positive[:, None], logits], 1), 1) - positive).sum()
-        sampled = negatives[real]  # (P, n)
-        scores = torch.einsum("pd,pnd->pn", users, F.embedding(sampled, table)).float()
-        left_out = sampled == targets[:, None]
-        if seen is not None:
-            position = torch.arange(len(sampled), device=seen.device)[:, None]
-            left_out |= torch.isin(position * self.model.vocabulary + sampled, seen)
+        scores = torch.einsum("pd,pnd->pn", users, F.embedding(drawn, table)).float()
         return (F.softplus(-positive) + F.softplus(scores).masked_fill(left_out, 0.0).sum(-1)).sum()
 
 
@@ -147,7 +158,7 @@ class Objective(NextItemObjective):
         starts: Tensor,
         state: LaneState,
         negatives: Tensor | None,
-        seen: Tensor | None = None,
+        before: list[Tensor] | None = None,
     ) -> tuple[Losses, LaneState]:
         """(B, T) items and targets, (B) lengths and starts. Losses and the lanes' state after the segment."""
         state = state.restarted(starts)
@@ -156,7 +167,7 @@ class Objective(NextItemObjective):
         context_lengths = state.context_lengths if self.model.config.recurrent else torch.zeros_like(lengths)
         encoding = self.model.encode(item_embeddings, state.context, context_lengths, memories.read)
         real = torch.arange(items.shape[1], device=items.device) < lengths[:, None]  # (B, T)
-        likelihood = self._likelihood(encoding.user_embedding[real], targets[real], negatives, real, seen)
+        likelihood = self._likelihood(encoding.user_embedding[real], targets[real], negatives, items, real, before)
         reconstructed = (real & (state.absorbed_lengths[-1] > 0)[:, None])[self._reconstructed_lanes]
         abstraction = self._abstraction_loss(state, memories, encoding, reconstructed)
         losses = Losses(likelihood, real.sum(), abstraction, reconstructed.sum())
@@ -219,27 +230,67 @@ class WindowObjective(NextItemObjective):
         users: Tensor,
         state: None,
         negatives: Tensor | None,
-        seen: Tensor | None = None,
+        before: list[Tensor] | None = None,
     ) -> tuple[Losses, None]:
         """(B, W) items and targets, (B) lengths and users. The penalty of a model stands where eq. 5 stands."""
         real = torch.arange(items.shape[1], device=items.device) < lengths[:, None]  # (B, W)
         embeddings = self.model.encode(items, users)
-        likelihood = self._likelihood(embeddings[real], targets[real], negatives, real, seen)
+        likelihood = self._likelihood(embeddings[real], targets[real], negatives, items, real, before)
         penalty = self.model.penalty()
         return Losses(likelihood, real.sum(), penalty * real.sum(), real.sum()), state
+
+
+class Seen(NamedTuple):
+    """What the users of P positions have had up to and with each; the positions of a piece are neighbours."""
+
+    before: list[Tensor]  # B x (H) items from before the piece
+    rows: list[int]  # (B+1) the positions of piece b begin at rows[b]
+    positions: Tensor  # (M) int64, ascending: at this position,
+    items: Tensor  # (M) int64 ... this item of the piece itself has been had
+    borders: list[int]  # (P+1) the pairs of position p begin at borders[p]
+
+    @classmethod
+    def of(cls, before: list[Tensor], items: Tensor, real: Tensor) -> Seen:
+        """`items`, `real` (B, T), `before` B x (H)."""
+        later, earlier = torch.tril_indices(items.shape[1], items.shape[1], device=items.device)  # (T (T+1) / 2) each
+        chosen = real[:, later]
+        position = (real.flatten().cumsum(0) - 1).view_as(items)[:, later][chosen]
+        counts = (torch.arange(1, items.shape[1] + 1, device=items.device) * real)[real]  # pairs of each position
+        rows, borders = ([0, *x.cumsum(0).tolist()] for x in (real.sum(1), counts))
+        return cls([had.long() for had in before], rows, position, items[:, earlier][chosen], borders)
+
+    def leave_out(self, scores: Tensor, first: int) -> None:
+        """Sets (N, V) scores of the positions from `first` on to minus infinity where the item has been had."""
+        last, vocabulary = first + len(scores), scores.shape[1]
+        for piece in range(bisect_right(self.rows, first) - 1, bisect_left(self.rows, last)):
+            start, end = max(self.rows[piece], first), self.rows[piece + 1]
+            scores[start - first : end - first].index_fill_(1, self.before[piece], float("-inf"))
+        pairs = slice(self.borders[first], self.borders[last])
+        index = (self.positions[pairs] - first) * vocabulary + self.items[pairs]
+        scores.view(-1).index_fill_(0, index, float("-inf"))
+
+
+def _had(negatives: Tensor, before: list[Tensor], items: Tensor) -> Tensor:
+    """(B, T, n) bool: which of (n) or (B, T, n) negatives the user has had up to and with each of the (B, T) items."""
+    if negatives.dim() == 1:
+        within = (items[:, :, None] == negatives).cumsum(1) > 0
+        return within | torch.stack([torch.isin(negatives, had) for had in before])[:, None]
+    earlier = torch.ones(items.shape[1], items.shape[1], dtype=torch.bool, device=items.device).tril()
+    within = ((negatives[..., None] == items[:, None, None]) & earlier[:, None]).any(-1)
+    return within | torch.stack([torch.isin(drawn, had) for drawn, had in zip(negatives, before, strict=True)])
 
 
 class _FullSoftmax(torch.autograd.Function):
     """F.cross_entropy(users @ table.T, targets, reduction="sum"), a block of positions at a time.
 
-    Items that `seen` names for a position (`Batch.seen`) have no part in its softmax, unless they are its target.
+    What `seen` names for a position has no part in its softmax, unless it is the target.
     The scores of all positions, 35 MB at 2,560 positions and 3,416 items, never exist at once: a block stays in the
     cache of a CPU, and its gradients are taken on the way. Under autocast the products are in its precision, the
     softmax and all sums in float32.
     """
 
     @staticmethod
-    def forward(ctx: Any, users: Tensor, table: Tensor, targets: Tensor, seen: Tensor | None) -> Tensor:
+    def forward(ctx: Any, users: Tensor, table: Tensor, targets: Tensor, seen: Seen | None) -> Tensor:
         """(P, D) users, (V, D) table, (P) targets -> the sum over P."""
         device = users.device.type
         dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else table.dtype
@@ -255,18 +306,17 @@ class _FullSoftmax(torch.autograd.Function):
 
 
 def _full_softmax(
-    users: Tensor, table: Tensor, targets: Tensor, seen: Tensor | None
+    users: Tensor, table: Tensor, targets: Tensor, seen: Seen | None
 ) -> tuple[Tensor, tuple[Tensor, Tensor]]:
     """The loss and its gradients by users and table, in float32."""
     total, rows = users.new_zeros((), dtype=torch.float32), max(1, SOFTMAX_BLOCK // table.shape[0])
     by_users, by_table = [], torch.zeros_like(table, dtype=torch.float32)
-    blocks = zip(torch.split(users, rows), torch.split(targets[:, None], rows), strict=True)
-    left_out = _by_block(seen, len(users), rows, table.shape[0])
-    for number, (block, chosen) in enumerate(blocks):
+    for first in range(0, len(users), rows):
+        block, chosen = users[first : first + rows], targets[first : first + rows, None]
         scores = (block @ table.T).float()
         positive = scores.gather(1, chosen)
-        if left_out:
-            scores.view(-1).index_fill_(0, left_out[number], float("-inf"))
+        if seen is not None:
+            seen.leave_out(scores, first)
             scores.scatter_(1, chosen, positive)
         highest = scores.amax(1, keepdim=True)
         weights = scores.sub_(highest).exp_()
@@ -278,27 +328,6 @@ def _full_softmax(
         by_users.append((by_scores @ table).float())
         by_table += by_scores.T @ block
     return total, (torch.cat(by_users), by_table)
-
-
-def _by_block(seen: Tensor | None, positions: int, rows: int, vocabulary: int) -> list[Tensor]:
-    """Cuts `Batch.seen` into blocks of so many rows; each counts from its own first row. Empty where there is none."""
-    if seen is None:
-        return []
-    starts = torch.arange(0, positions, rows, device=seen.device) * vocabulary
-    cuts = torch.searchsorted(seen, starts).tolist()  # ascending by row, which is all that these borders need
-    return [part - start for part, start in zip(seen.tensor_split(cuts[1:]), starts, strict=True)]
-
-
-def _seen_among(negatives: Tensor, seen: Tensor, *, positions: int, vocabulary: int) -> Tensor:
-    """(n) negatives, maybe repeated, and `Batch.seen` -> (P, n) bool: which ones the user of a position has had."""
-    distinct, place = torch.unique(negatives, return_inverse=True)
-    column = torch.full((vocabulary,), -1, device=seen.device)
-    column[distinct] = torch.arange(len(distinct), device=seen.device)
-    found = column[seen % vocabulary]
-    drawn = found >= 0
-    had = torch.zeros(positions, len(distinct), dtype=torch.bool, device=seen.device)
-    had[seen[drawn] // vocabulary, found[drawn]] = True
-    return had[:, place]
 
 
 def _next_state(state: LaneState, memories: _Memories, encoding: Encoding, lengths: Tensor) -> LaneState:

@@ -129,12 +129,11 @@ class Trainer:
         if negatives is not None:
             negatives = (negatives[self._my_lanes] if negatives.dim() == 3 else negatives).to(self.device)
         tensors = [torch.from_numpy(getattr(mine, name)).to(self.device) for name in self.objective.inputs]
-        seen = None
+        before = None
         if self.config.seen_items == "exclude":
-            seen = torch.from_numpy(mine.seen(self.data.items, self.data.offsets, self.model.vocabulary))
-            seen = seen.to(self.device)
+            before = [torch.from_numpy(had).to(self.device) for had in mine.before(self.data.items, self.data.offsets)]
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.config.precision == "bfloat16"):
-            losses, self.state = self._step_module(*tensors, self.state, negatives, seen)
+            losses, self.state = self._step_module(*tensors, self.state, negatives, before)
         likelihood, abstraction = self._means(losses)
         # DistributedDataParallel averages gradients over ranks; each rank's loss is a share of the global mean.
         loss = self.world * (likelihood + self.config.abstraction_weight * abstraction)

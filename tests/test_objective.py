@@ -16,7 +16,7 @@ from dman_runtime.protocol import held_out, training_events
 from dman_train.config import ModelConfig, TrainConfig
 from dman_train.lanes import Batch, Lanes, Windows
 from dman_train.model import DMAN
-from dman_train.objective import FULL_SOFTMAX_LIMIT, LaneState, Objective, _FullSoftmax, draw_negatives
+from dman_train.objective import FULL_SOFTMAX_LIMIT, LaneState, Objective, Seen, _FullSoftmax, _had, draw_negatives
 from dman_train.replay import replay
 
 USER_EVENTS = (1, 2, 3, 6, 7, 11, 12, 26, 0, 40)  # around the borders of segments of 5; two users without a target
@@ -324,6 +324,7 @@ USERS = torch.tensor([[1.0, 0.0, 2.0, -1.0], [0.5, -1.0, 0.0, 1.0]])
 TABLE = torch.tensor([[1.0, 1, 0, 0], [0, 0, 1, 0], [0, 1, 0, 1], [2, 0, -1, 0], [0, 0, 0, 1.5]])
 TARGETS = torch.tensor([1, 2])
 REAL = torch.ones(1, 2, dtype=torch.bool)  # one lane with two positions
+ITEMS = torch.tensor([[0, 3]])  # their inputs
 # scores of user 0: 1, 2, -1, 0, -1.5; of user 1: -.5, 0, 0, 1, 1.5
 
 
@@ -334,7 +335,7 @@ def full_losses() -> list[float]:
 
 def test_full_softmax_equals_hand_computation() -> None:
     objective = scored("full", users=USERS, table=TABLE)
-    found = objective._likelihood(USERS, TARGETS, None, REAL, None)
+    found = objective._likelihood(USERS, TARGETS, None, ITEMS, REAL, None)
     assert found.item() == pytest.approx(sum(full_losses()), rel=1e-5)
 
 
@@ -379,7 +380,7 @@ def test_negatives_loss_equals_hand_computation_and_masks_accidental_hits() -> N
     sigmoid = lambda s: 1 / (1 + math.exp(-s))  # noqa: E731
     first = -math.log(sigmoid(2)) - math.log(1 - sigmoid(1)) - math.log(1 - sigmoid(0))
     second = -math.log(sigmoid(0)) - 2 * math.log(1 - sigmoid(1.5)) - math.log(1 - sigmoid(-0.5))
-    found = objective._likelihood(USERS, TARGETS, negatives, REAL, None)
+    found = objective._likelihood(USERS, TARGETS, negatives, ITEMS, REAL, None)
     assert found.item() == pytest.approx(first + second, rel=1e-5)
 
 
@@ -388,13 +389,13 @@ def test_negatives_loss_ignores_draws_of_padded_positions() -> None:
     real = torch.tensor([[True, False], [True, False]])
     draws = torch.tensor([[[0], [3]], [[4], [1]]])
     other = torch.tensor([[[0], [1]], [[4], [2]]])
-    found = objective._likelihood(USERS, TARGETS, draws, real, None)
-    assert found == objective._likelihood(USERS, TARGETS, other, real, None)
+    found = objective._likelihood(USERS, TARGETS, draws, ITEMS, real, None)
+    assert found == objective._likelihood(USERS, TARGETS, other, ITEMS, real, None)
 
 
 def test_sampled_softmax_over_all_items_equals_full_softmax() -> None:
     objective = scored("sampled", users=USERS, table=TABLE, negatives=5)
-    found = objective._likelihood(USERS, TARGETS, torch.arange(5), REAL, None)  # the proposal is uniform
+    found = objective._likelihood(USERS, TARGETS, torch.arange(5), ITEMS, REAL, None)  # the proposal is uniform
     assert found.item() == pytest.approx(sum(full_losses()), rel=1e-5)
 
 
@@ -405,7 +406,7 @@ def test_sampled_softmax_is_unbiased_under_a_skewed_proposal() -> None:
     for user, full in enumerate(full_losses()):
         one = slice(user, user + 1)
         losses = [
-            objective._likelihood(USERS[one], TARGETS[one], torch.tensor([j]), REAL[:, :1], None).item()
+            objective._likelihood(USERS[one], TARGETS[one], torch.tensor([j]), ITEMS[:, :1], REAL[:, :1], None).item()
             for j in range(5)
         ]
         assert losses[int(TARGETS[user])] == 0, "an accidental hit counts for nothing"
@@ -419,55 +420,58 @@ def test_sampled_softmax_tends_to_full_softmax_with_many_negatives() -> None:
     objective = scored("sampled", users=users, table=table, counts=torch.arange(1, 51), negatives=100_000)
     negatives = draw_negatives(objective, (1, 20), torch.Generator().manual_seed(0))
     full = torch.nn.functional.cross_entropy(users @ table.T, targets, reduction="sum")
-    found = objective._likelihood(users, targets, negatives, torch.ones(1, 20, dtype=torch.bool), None)
+    real = torch.ones(1, 20, dtype=torch.bool)
+    found = objective._likelihood(users, targets, negatives, real.long(), real, None)
     assert found.item() == pytest.approx(full.item(), rel=5e-3)
 
 
 # Items that the user has had
 
 
-def test_batch_names_what_each_position_has_seen() -> None:
-    """Two lanes: the second piece of user 1, whose first events were 7 and 3, and the first of user 0."""
-    items, offsets = np.array([2, 5, 2, 7, 3, 4, 7, 1], np.int32), np.array([0, 3, 8])
-    inputs = np.array([[4, 7], [2, 0]])
-    batch = Batch(inputs, inputs, *map(np.array, ([2, 1], [False, True], [1, 0], [5, 0])))
-    found = batch.seen(items, offsets, 10)
-    assert found.dtype == np.int64
-    pairs = [(pair // 10, pair % 10) for pair in found.tolist()]
-    assert pairs == [(0, 7), (0, 3), (0, 4), (1, 7), (1, 3), (1, 4), (1, 7), (2, 2)]
-
-
 @pytest.mark.parametrize("schedule", ["lanes", "windows"])
-def test_seen_items_of_a_schedule_are_what_the_log_has_before(schedule: str) -> None:
-    random = np.random.default_rng(0)
-    items, offsets = random.integers(0, 6, len(EVENTS)).astype(np.int32), OFFSETS  # with repetitions
+def test_schedule_knows_what_a_user_has_had_before(schedule: str) -> None:
     if schedule == "lanes":
-        batches: Lanes | Windows = Lanes(items, offsets, segment_length=5, lanes=3, vary_first=True, seed=0)
+        batches: Lanes | Windows = Lanes(EVENTS, OFFSETS, segment_length=5, lanes=3, vary_first=True, seed=0)
     else:
-        batches = Windows(items, offsets, length=6, positions=20, seed=0)
+        batches = Windows(EVENTS, OFFSETS, length=6, positions=20, seed=0)
+    later = 0
     for _ in range(60):
         batch = next(batches)
-        found: dict[int, set[int]] = {}
-        for pair in batch.seen(items, offsets, 6).tolist():
-            found.setdefault(pair // 6, set()).add(pair % 6)
-        expected, rows = [], zip(batch.users, batch.firsts, batch.lengths, batch.items, strict=True)
-        for user, first, length, inputs in rows:
-            assert offsets[user] <= first and first + length < offsets[user + 1]
-            assert np.array_equal(items[first : first + length], inputs[:length])
-            expected += [set(items[offsets[user] : first + t + 1].tolist()) for t in range(length)]
-        assert found == dict(enumerate(expected))
+        pieces = zip(batch.before(EVENTS, OFFSETS), batch.users, batch.items, batch.lengths, batch.starts, strict=True)
+        for before, user, inputs, length, starts in pieces:
+            known = np.concatenate([before, inputs[:length]])
+            assert np.array_equal(known, EVENTS[OFFSETS[user] :][: len(known)])
+            assert len(before) == 0 or not starts or schedule == "windows"
+            later += len(before) > 0
+    assert later
+
+
+def seen_by_hand(before: list[list[int]], items: Tensor, real: Tensor, vocabulary: int) -> Tensor:
+    """(P, V) bool: what has been had up to and with each position."""
+    rows = []
+    for earlier, inputs, places in zip(before, items.tolist(), real.tolist(), strict=True):
+        for place in range(sum(places)):
+            rows.append([i in earlier or i in inputs[: place + 1] for i in range(vocabulary)])
+    return torch.tensor(rows)
+
+
+def random_pieces(vocabulary: int) -> tuple[list[list[int]], Tensor, Tensor]:
+    """Four pieces of up to seven inputs, 20 in all, with repetitions; one user has had nothing before."""
+    items, lengths = torch.randint(vocabulary, (4, 7)), torch.tensor([7, 1, 7, 5])
+    before = [torch.randint(vocabulary, (n,)).tolist() for n in (9, 0, 3, 30)]
+    return before, items, torch.arange(7) < lengths[:, None]
 
 
 @pytest.mark.parametrize("block", [1, 40, 250, 1 << 19])
 def test_full_softmax_and_its_gradients_leave_seen_items_out(block: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("dman_train.objective.SOFTMAX_BLOCK", block)
-    users, table, targets = torch.randn(23, 8), torch.randn(40, 8), torch.randint(40, (23,))
-    had = torch.rand(23, 40) < 0.3
-    had[4] = False
-    had[5, targets[5]] = True  # comes back: stays in
-    seen = had.flatten().nonzero().squeeze(1)
-    seen = torch.cat([seen[:3], seen])  # an item that was had twice
+    torch.manual_seed(0)
+    before, items, real = random_pieces(40)
+    had = seen_by_hand(before, items, real, 40)
+    users, table, targets = torch.randn(20, 8), torch.randn(40, 8), torch.randint(40, (20,))
+    assert had[torch.arange(20), targets].any(), "some targets have been had: they stay in"
     found, expected = ([x.clone().requires_grad_() for x in (users, table)] for _ in range(2))
+    seen = Seen.of([torch.tensor(x, dtype=torch.int32) for x in before], items, real)
     loss = _FullSoftmax.apply(*found, targets, seen)
     left_out = had.scatter(1, targets[:, None], False)
     scores = (expected[0] @ expected[1].T).masked_fill(left_out, float("-inf"))
@@ -479,23 +483,34 @@ def test_full_softmax_and_its_gradients_leave_seen_items_out(block: int, monkeyp
         torch.testing.assert_close(a.grad, b.grad)
 
 
+@pytest.mark.parametrize("shape", [(30,), (4, 7, 6)], ids=["shared", "of each position"])
+def test_negatives_that_have_been_had_are_found(shape: tuple[int, ...]) -> None:
+    torch.manual_seed(0)
+    before, items, real = random_pieces(40)
+    negatives = torch.randint(40, shape)  # with repetitions
+    found = _had(negatives, [torch.tensor(x, dtype=torch.int32) for x in before], items)[real]
+    drawn = negatives[real] if len(shape) == 3 else negatives.expand(20, -1)
+    assert torch.equal(found, seen_by_hand(before, items, real, 40).gather(1, drawn))
+
+
+HAD_BEFORE = [torch.tensor([4])]  # with ITEMS: user 0 has had 4 and 0, then 3 as well; the target 2 of position 1 not
+
+
 def test_sampled_softmax_over_all_items_leaves_seen_items_out() -> None:
-    objective = scored("sampled", users=USERS, table=TABLE, negatives=6)
-    seen = torch.tensor([0 * 5 + 3, 0 * 5 + 3, 1 * 5 + 0, 1 * 5 + 2])  # the last one is the target of user 1
-    first = math.log(sum(math.exp(s) for s in (1, 2, -1, -1.5))) - 2
-    second = math.log(sum(math.exp(s) for s in (0, 0, 1, 1.5))) - 0
-    found = objective._likelihood(USERS, TARGETS, torch.arange(5), REAL, seen)
+    objective = scored("sampled", users=USERS, table=TABLE, negatives=5)
+    first = math.log(sum(math.exp(s) for s in (2, -1, 0))) - 2
+    second = math.log(sum(math.exp(s) for s in (0, 0))) - 0
+    found = objective._likelihood(USERS, TARGETS, torch.arange(5), ITEMS, REAL, HAD_BEFORE)
     assert found.item() == pytest.approx(first + second, rel=1e-5)
-    twice = objective._likelihood(USERS[:1], TARGETS[:1], torch.tensor([4, 3, 4]), REAL[:, :1], seen[:2])
-    assert twice.item() == pytest.approx(math.log(math.exp(2) + 2 * math.exp(-1.5) / (3 / 5)) - 2, rel=1e-5)
 
 
 def test_negatives_loss_leaves_seen_items_out() -> None:
     objective = scored("negatives", users=USERS, table=TABLE, negatives=2)
-    draws, seen = torch.tensor([[[0, 3], [3, 4]]]), torch.tensor([0 * 5 + 3, 1 * 5 + 4])
+    draws = torch.tensor([[[0, 3], [3, 0]]])
     sigmoid = lambda s: 1 / (1 + math.exp(-s))  # noqa: E731
-    expected = -math.log(sigmoid(2)) - math.log(1 - sigmoid(1)) - math.log(sigmoid(0)) - math.log(1 - sigmoid(1))
-    assert objective._likelihood(USERS, TARGETS, draws, REAL, seen).item() == pytest.approx(expected, rel=1e-5)
+    expected = -math.log(sigmoid(2)) - math.log(1 - sigmoid(0)) - math.log(sigmoid(0))
+    found = objective._likelihood(USERS, TARGETS, draws, ITEMS, REAL, HAD_BEFORE)
+    assert found.item() == pytest.approx(expected, rel=1e-5)
 
 
 def test_sampled_negatives_follow_the_flattened_unigram() -> None:
