@@ -90,8 +90,8 @@ HEADS = (
 )  # fmt: skip
 
 
-def label_of(content: dict[str, Any]) -> str:
-    """The system, and in what it differs from its default preset."""
+def label_of(content: dict[str, Any], *, loss: bool = True) -> str:
+    """The system, and in what it differs from its default preset; in the treatment of seen items if `loss`."""
     model = content["model"]
     if "system" in model:
         preset, name = BASELINE_PRESETS["default"], model["system"]
@@ -103,11 +103,11 @@ def label_of(content: dict[str, Any]) -> str:
         name = {"dman": name, "xl": "xl (no memory)"}.get(model["variant"], model["variant"])
         name += " `paper`" if model["architecture"] == "paper" else ""
     named = {"system", "history", "variant", "architecture", "precision"}
-    if content["train"].get("seen_items") == "keep":  # a property of the log
+    if not loss or content["train"].get("seen_items") == "keep":  # a property of the log
         named.add("seen_items")
     standard = to_dict(preset.model) | to_dict(preset.train)
     changed = [
-        f"{key}={value}"
+        "seen items as negatives" if value == "exclude-from-ranking" else f"{key}={value}"
         for key, value in decisive(content).items()
         if key not in named and standard.get(key, value) != value
     ]
@@ -140,20 +140,32 @@ def rows_of(records: Iterable[Record]) -> list[Row]:
 
 
 def ours(rows: Sequence[Row]) -> Row | None:
-    """The row of the default preset, or the best of DMAN where that was not run."""
+    """The row of the default preset, or the best of DMAN where that was not run. The treatment of seen items is no
+    matter: it is the same in all rows."""
     candidates = [row for row in rows if row.is_dman and row.content["model"]["variant"] == "dman"]
-    return next((row for row in candidates if row.label == "DMAN"), candidates[0] if candidates else None)
+    default = (row for row in candidates if label_of(row.content, loss=False) == "DMAN")
+    return next(default, candidates[0] if candidates else None)
+
+
+def by_loss(rows: Iterable[Row]) -> list[list[Row]]:
+    """Rows to be compared with each other: those of one treatment of seen items. The first have the default one, if any
+    have, and the systems that only count."""
+    default, groups = TrainConfig().seen_items, dict[str, list[Row]]()
+    for row in rows:
+        groups.setdefault(row.content["train"].get("seen_items", default), []).append(row)
+    return [groups[key] for key in sorted(groups, key=lambda key: (key != default, key))]
 
 
 def dataset_section(name: str, records: Sequence[Record], directory: Path) -> str:
     rows, described = rows_of(records), records[0].content["dataset"]
-    best = ours(rows)
+    groups = by_loss(rows)
+    best = [ours(group) for group in groups]
     parts = [
         f"## {name}",
         "{users:,} users, {items:,} items, {events:,} events (fingerprint `{fingerprint:.12}`).".format(**described),
         "### Systems",
     ]
-    systems = [row for row in rows if not row.is_dman or row is best]
+    systems = [row for row in rows if not row.is_dman or row in best]
     published = [[f"*{label}*", "", "", *(f"*{v:.4f}*" if v else "" for v in values), "", "", ""]
                  for label, values in PUBLISHED if name == "ml-1m"]  # fmt: skip
     parts.append(table(HEADS, [*(row.cells() for row in systems), *published]))
@@ -161,8 +173,9 @@ def dataset_section(name: str, records: Sequence[Record], directory: Path) -> st
     if len(variants) > 1:
         parts += ["### DMAN: variants and decisions", table(HEADS, [row.cells() for row in variants])]
         parts += charts(name, variants, directory)
-    if best and len(rows) > 1:
-        parts += [f"### {best.label}, less each other row", differences(best, [row for row in rows if row is not best])]
+    for mine, group in zip(best, groups, strict=True):
+        if mine and len(group) > 1:
+            parts += [f"### {mine.label}, less each other row", differences(mine, [x for x in group if x is not mine])]
     parts += ["### By length of the history", by_length(rows)]
     return "\n\n".join(parts)
 
