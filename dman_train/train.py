@@ -37,6 +37,7 @@ from dman_train.trainer import (
 logger = logging.getLogger(__name__)
 DEFAULT_RUN, DEFAULT_DATA, DEFAULT_ITEMS = Path("runs/latest"), Path("data/log.csv"), Path("data/items.csv")
 CHECKPOINT_SECONDS = 120.0
+MANY_REPEATS = 0.3  # share of events with items that were had before, from which on a log looks like one of repeats
 SPLITS: tuple[Split, ...] = ("valid", "test")
 
 
@@ -90,12 +91,8 @@ def _train(arguments: argparse.Namespace, command: list[str], presets: Mapping[s
     run = _open(arguments, model, train, data, interactions, command)
     if arguments.resume:
         _resume(trainer, run)
-    if train.seen_items != "keep" and interactions.repeated_share() > 0.3 and _is_first_rank():
-        logger.warning(
-            "%.0f %% of the events are of items that their user had had before, and what a user has had is left out of "
-            "the ranking; where users come back to items, train with --seen-items keep and ask for include_seen",
-            100 * interactions.repeated_share(),
-        )
+    if train.seen_items != "keep" and _is_first_rank():
+        _warn_of_repeats(interactions.repeated_share())
     finished = _loop(trainer, run)
     if not finished:
         logger.info("stopped at step %d; continue with --resume --run %s", trainer.step, run.path)
@@ -174,6 +171,15 @@ def _open(
         interactions.num_users, len(interactions.item_ids), len(interactions), arguments.data, run.path,
     )  # fmt: skip
     return run
+
+
+def _warn_of_repeats(share: float) -> None:
+    if share > MANY_REPEATS:
+        logger.warning(
+            "%.0f %% of the events are of items that their user had had before, and what a user has had is left out of "
+            "the ranking; where users come back to items, train with --seen-items keep and ask for include_seen",
+            100 * share,
+        )
 
 
 def _resume(trainer: Trainer, run: Run) -> None:

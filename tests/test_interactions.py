@@ -290,6 +290,11 @@ def test_filter_may_leave_nothing_of_interactions(tmp_path: Path) -> None:
     assert as_tuple(empty) == ([], [], [0], [], [], False, True)
 
 
+def test_repeated_share_counts_what_the_same_user_had_before(tmp_path: Path) -> None:
+    rows = [("a", "1", 0), ("b", "1", 1), ("a", "2", 2), ("a", "1", 3), ("a", "1", 4)]
+    assert read_interactions(write(tmp_path / "log.csv", rows)).repeated_share() == pytest.approx(2 / 5)
+
+
 def test_fingerprint_is_stable_and_sees_ids_order_and_items(tmp_path: Path) -> None:
     rows = [("a", "1", 0), ("b", "2", 0), ("a", "2", 1)]
     fingerprint = read_interactions(write(tmp_path / "log.csv", rows)).fingerprint()

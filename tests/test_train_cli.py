@@ -112,6 +112,20 @@ def test_export_records_data_and_metrics_of_the_run(trained_run: Path, trained_b
     assert manifest.data == run.config["data"] | run.config["dataset"]
 
 
+@pytest.mark.parametrize(
+    ("items", "choice", "warned"), [(3, "exclude", True), (3, "keep", False), (30, "exclude", False)]
+)
+def test_training_says_when_users_come_back_to_items(
+    items: int, choice: str, warned: bool, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    log = tmp_path / "log.csv"
+    rows = [f"u{user},{(user + place) % items},{place}" for user in range(12) for place in range(12)]
+    log.write_text("\n".join(["user_id,item_id,timestamp", *rows]) + "\n")
+    with caplog.at_level("WARNING", "dman_train.train"):
+        assert train.main(["--data", str(log), "--run", str(tmp_path / "run"), "--seen-items", choice, *QUICK]) == 0
+    assert ("75 % of the events are of items that their user had had before" in caplog.text) is warned
+
+
 def test_run_that_is_unfinished_can_be_evaluated(run_copy: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (run_copy / "metrics.json").unlink()
     assert last_json(capsys, evaluate.main, "--run", run_copy)["users"] > 50

@@ -21,8 +21,6 @@ from tools.bench_report import table, write_page
 from tools.records import Record, paired_bootstrap, read_records
 
 METRICS = ("hr@10", "ndcg@10", "hr@50", "ndcg@100")
-# Users come back to items: ranked with seen items kept.
-REPEATS = ("wikipedia-edits", "taobao-userbehavior-sample", "planted")
 CHARTED = {"memory_slots": "m, memory slots", "layers": "L, layers", "segment_length": "T, events per segment"}
 TRAINING_OF_F_ABS = {
     "memory_training", "backprop_segments", "abstraction_weight", "abstraction_every", "abstraction_learning_rate"
@@ -39,8 +37,8 @@ PUBLISHED: tuple[tuple[str, tuple[float | None, ...]], ...] = (
 )
 HOW_TO_READ = (
     "Leave-one-out, all items ranked, ties against the model; the epoch is chosen by validation NDCG@10. Items that "
-    "the user has had are left out of the ranking, except on logs whose users come back to items "
-    f"({', '.join(REPEATS)}), where they stay in. Where a row stands for several seeds, a number is their mean and "
+    "the user has had are left out of the ranking, except for runs with `--seen-items keep`, on logs whose users come "
+    "back to items, where they stay in. Where a row stands for several seeds, a number is their mean and "
     "± half the distance between the lowest and the highest. A difference is a mean over users with its 95 % interval "
     "from 2,000 bootstrap samples of users (a user's gain is the mean over the seeds)."
 )
@@ -63,7 +61,7 @@ class Row:
 
     @property
     def seen(self) -> str:
-        return "seen_kept" if self.records[0].dataset in REPEATS else "seen_excluded"
+        return "seen_kept" if self.content["train"].get("seen_items") == "keep" else "seen_excluded"
 
     def metric(self, name: str, split: str = "test") -> str:
         values = [record.metric(name, split=split, seen=self.seen) for record in self.records]
