@@ -116,16 +116,21 @@ class TrainConfig:
     abstraction_weight: float = option(1.0, "weight of the abstraction loss (eq. 5)")
     abstraction_every: int = option(8, "eq. 5 is computed on every n-th lane of a process")
     lanes: int = option(128, "users that are walked side by side; a batch is lanes x T events")
-    learning_rate: float = option(1e-3, "Adam step size of everything but f_abs")
-    abstraction_learning_rate: float = option(1e-3, "Adam step size of f_abs")
+    learning_rate: float = option(4e-3, "Adam step size of everything but f_abs")
+    abstraction_learning_rate: float = option(4e-3, "Adam step size of f_abs")
     warmup_steps: int = option(200, "steps over which the learning rate rises to its full value")
     final_learning_rate: float = option(0.1, "share of the learning rate that is left at the last epoch (cosine)")
     weight_decay: float = option(0.0, "decoupled weight decay")
+    ema_decay: float = option(
+        0.998,
+        "decay per step of the exponential moving average of the weights, which is what is validated and exported; "
+        "0 for the weights themselves",
+    )
     gradient_clip: float = option(1.0, "largest gradient norm, per optimiser")
     precision: Literal["float32", "bfloat16"] = option(
         "float32", "of the matrix products; bfloat16 is faster where the CPU or GPU has it, sums stay in float32"
     )
-    epochs: int = option(12, "passes over the training events")
+    epochs: int = option(8, "passes over the training events")
     patience: int = option(4, "epochs without a better validation NDCG@10 before training stops")
     seen_items: Literal["exclude", "exclude-from-ranking", "keep"] = option(
         "exclude",
@@ -145,6 +150,7 @@ class TrainConfig:
             self, 0.0, 1.0, "final_learning_rate", "learning_rate", "abstraction_learning_rate", "weight_decay"
         )
         _check_range(self, 0.0, 1e6, "gradient_clip", "abstraction_weight")
+        _check_range(self, 0.0, 0.999999, "ema_decay")
         _check_switch(self, "random_first_segment")
         if self.backprop_segments > 1 and self.memory_training != "joint":
             raise ConfigError("backprop_segments above 1 needs memory_training 'joint'")
@@ -218,7 +224,9 @@ PRESETS = {
             memory_training="alternating",
             abstraction_every=1,
             learning_rate=2e-3,
+            abstraction_learning_rate=1e-3,
             epochs=30,
+            ema_decay=0.0,
             seen_items="exclude-from-ranking",
         ),
     ),

@@ -248,7 +248,7 @@ def _record_epoch(run: Run, trainer: Trainer, result: dict[str, float], board: A
     metric = f"valid/{SELECTION_METRIC}"
     previous = [epoch.get(metric, 0.0) for epoch in run.epochs()]
     if result.get(metric, 0.0) >= max(previous, default=-1.0):
-        run.save_tensors("best.pt", trainer.model.state_dict())
+        run.save_tensors("best.pt", trainer.result.state_dict())
     run.append_epoch(result)
     for name, value in result.items():
         board.add_scalar(name, value, trainer.step)

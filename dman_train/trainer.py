@@ -10,13 +10,14 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
+from torch.optim.swa_utils import AveragedModel
 from tqdm import tqdm
 
 from dman_runtime.protocol import HeldOut, Ranks, metrics
@@ -29,6 +30,7 @@ from dman_train.objective import LaneState, Losses, NextItemObjective, Objective
 from dman_train.replay import all_ranks
 
 logger = logging.getLogger(__name__)
+Tensors = tuple[Tensor, ...] | list[Tensor]
 SELECTION_METRIC = "ndcg@10"  # the validation metric that chooses the epoch
 
 
@@ -97,6 +99,7 @@ class Trainer:
         self._step_module = DistributedDataParallel(self.objective) if self.world > 1 else self.objective
         self.negatives = torch.Generator().manual_seed(config.seed)
         self.optimisers = self._build_optimisers()
+        self._average = AveragedModel(self.model, multi_avg_fn=self._towards_weights)
         self.step = self.events = self.epoch = 0
         self.sums = torch.zeros(3)  # over the steps of this epoch: 1, loss of eq. 9, loss of eq. 5
         torch.manual_seed(config.seed + 1 + self.rank)  # dropout differs between ranks
@@ -113,6 +116,16 @@ class Trainer:
             torch.optim.AdamW(parameters, lr=rate, betas=(0.9, 0.98), weight_decay=config.weight_decay, fused=True)
             for parameters, rate in groups
         ]
+
+    @property
+    def result(self) -> DMAN | Baseline:
+        """The model that training gives: with the moving average of the weights, if there is one."""
+        return cast("DMAN | Baseline", self._average.module) if self.config.ema_decay else self.model
+
+    def _towards_weights(self, averages: Tensors, weights: Tensors, steps: Tensor | int) -> None:
+        """One step of the moving average; it covers a ninth of all steps at most, to forget the first, poor weights."""
+        decay = min(self.config.ema_decay, (1 + float(steps)) / (10 + float(steps)))
+        torch._foreach_lerp_(averages, weights, 1 - decay)
 
     def learning_rate_share(self) -> float:
         """Share of the full learning rate at this point: linear warm-up, then a cosine down to the final share."""
@@ -146,6 +159,8 @@ class Trainer:
             optimiser.param_groups[0]["lr"] = rate * share
             optimiser.step()
             optimiser.zero_grad()
+        if self.config.ema_decay:
+            self._average.update_parameters(self.model)
         self.step += 1
         self.events += batch.positions
         return batch, likelihood.detach(), abstraction.detach()
@@ -199,7 +214,7 @@ class Trainer:
         chosen = slice(None, self.config.evaluation_users or None)
         mine = slice(self.rank, None, self.world)
         share = HeldOut(data.users[chosen][mine], data.histories[chosen][mine], data.targets[chosen][mine])
-        ranks = all_ranks(self.model, share)
+        ranks = all_ranks(self.result, share)
         if self.world == 1:
             return ranks
         parts: list[Any] = [None] * self.world
@@ -216,6 +231,7 @@ class Trainer:
             dist.all_gather_object(parts, mine)
         return {
             "model": self.model.state_dict(),
+            "average": self._average.state_dict() if self.config.ema_decay else None,
             "optimisers": [optimiser.state_dict() for optimiser in self.optimisers],
             "schedule": self.schedule.state_dict(),
             "negatives": self.negatives.get_state(),
@@ -230,6 +246,8 @@ class Trainer:
                 "resume with the same number"
             )
         self.model.load_state_dict(state["model"])
+        if self.config.ema_decay:
+            self._average.load_state_dict(state["average"])
         for optimiser, saved in zip(self.optimisers, state["optimisers"], strict=True):
             optimiser.load_state_dict(saved)
         self.schedule.load_state_dict(state["schedule"])

@@ -187,21 +187,29 @@ def test_report_shows_runs_seeds_and_differences(trained_run: Path, small_log: P
         assert f"| `{record.name}` | `{record.content['command']}` |" in text
 
 
-def test_report_compares_what_treats_seen_items_alike(trained_run: Path, small_log: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("option", "before"), [("seen_items", "exclude-from-ranking"), ("ema_decay", 0.0)], ids=["seen-items", "average"]
+)
+def test_report_compares_what_has_one_recipe(
+    option: str, before: object, trained_run: Path, small_log: Path, tmp_path: Path
+) -> None:
     content, runs = written(trained_run, tmp_path / "made").content, tmp_path / "runs"
     runs.mkdir()
-    for seen_items in ("exclude", "exclude-from-ranking"):
+    for value in (getattr(TrainConfig(), option), before):
         for variant in ("dman", "xl"):
             changed = {"model": content["model"] | {"variant": variant}, "train": content["train"]}
-            changed["train"] = changed["train"] | {"seen_items": seen_items}
-            (runs / f"{variant}-{seen_items}.json").write_text(json.dumps(content | changed))
+            changed["train"] = changed["train"] | {option: value}
+            (runs / f"{variant}-{value}.json").write_text(json.dumps(content | changed))
     assert records.main(["--counts", "popular", "--data", str(small_log), "--out", str(runs)]) == 0
     assert report.main(["--records", str(runs), "--out", str(tmp_path / "accuracy.md")]) == 0
     text = (tmp_path / "accuracy.md").read_text()
-    compared = [part.splitlines()[0].endswith("each other row") and part for part in text.split("\n### ")]
-    ours, before = [part for part in compared if part]
-    assert "seen items as negatives" not in ours and "\n| xl" in ours and "| popular |" in ours
-    assert before.count("seen items as negatives") == 2 and "\n| xl" in before and "popular" not in before
+    parts = text.split("\n## Commands")[0].split("\n### ")
+    compared = [part.splitlines()[0].endswith("each other row") and part for part in parts]
+    ours, theirs = [part for part in compared if part]
+    words = report.WORDS[option, before]
+    assert words not in ours and "\n| xl" in ours and "| popular |" in ours
+    assert theirs.count(words) == 2 and "\n| xl" in theirs and "popular" not in theirs
+    assert parts[1].count("\n| ") == 4, "head, rule, our system and the counts"
 
 
 @pytest.mark.parametrize(

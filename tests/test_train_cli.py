@@ -451,9 +451,9 @@ def configs(*options: str) -> dict[str, Any]:
 OTHER: dict[str, Any] = {
     "architecture": "paper", "variant": "xl", "residual": "plain", "routing": "full", "routing_softmax": "primaries",
     "loss": "sampled", "memory_training": "alternating", "random_first_segment": False, "long_term": "full",
-    "abstraction_every": 1, "seen_items": "keep",
+    "abstraction_every": 1, "epochs": 9, "seen_items": "keep",
     "backprop_segments": 2, "dropout": 0.5, "abstraction_weight": 0.25, "learning_rate": 0.5,
-    "abstraction_learning_rate": 0.5, "precision": "bfloat16", "final_learning_rate": 0.5, "weight_decay": 0.5,
+    "abstraction_learning_rate": 0.5, "precision": "bfloat16", "final_learning_rate": 0.5, "weight_decay": 0.5, "ema_decay": 0.5,
     "gradient_clip": 0.5, "user_column": "u", "item_column": "i", "time_column": "t", "position_column": "p",
     "heads": 1,
 }  # fmt: skip
@@ -476,7 +476,7 @@ def test_option_and_variable_reach_the_field(name: str, monkeypatch: pytest.Monk
 
 
 def test_option_wins_over_variable_and_variable_over_preset(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert configs("--preset", "tiny")["epochs"] == 8
+    assert configs("--preset", "tiny")["epochs"] == 8 and configs("--preset", "paper")["epochs"] == 30
     monkeypatch.setenv("DMAN_EPOCHS", "3")
     assert configs("--preset", "tiny")["epochs"] == 3
     assert configs("--preset", "tiny", "--epochs", "5")["epochs"] == 5

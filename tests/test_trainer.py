@@ -59,7 +59,9 @@ def trained(model: ModelConfig, config: TrainConfig, steps: int) -> Trainer:
 
 
 def weights(trainer: Trainer) -> dict[str, torch.Tensor]:
-    return {name: tensor.clone() for name, tensor in trainer.model.state_dict().items()}
+    """Of the model that is trained and of the one that training gives."""
+    models = {"model": trainer.model, "result": trainer.result}
+    return {f"{of}.{name}": tensor.clone() for of, m in models.items() for name, tensor in m.state_dict().items()}
 
 
 def same_bits(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
@@ -86,6 +88,7 @@ def _saving_at(trainer: Trainer, step: int, path: Path) -> Callable[[], None]:
 
 SETTINGS = {
     "full": CONFIG,
+    "weights-themselves": replace(CONFIG, ema_decay=0.0),
     "sampled-joint": replace(CONFIG, loss="sampled", negatives=16, memory_training="joint", backprop_segments=2),
     "negatives": replace(CONFIG, loss="negatives", negatives=3, weight_decay=0.01),
 }
@@ -287,8 +290,8 @@ def test_memory_carries_what_left_the_context(variant: str, config: TrainConfig)
     while trainer.events < config.epochs * trainer.schedule.events:
         trainer.train_step()
     asked = planted_histories(seed=1)
-    users, _ = replay(trainer.model.eval(), [history[:-1] for history in asked])
-    answers = (users @ trainer.model.item_table().T)[:, 4:8].argmax(1) + 4
+    users, _ = replay(trainer.result.eval(), [history[:-1] for history in asked])
+    answers = (users @ trainer.result.item_table().T)[:, 4:8].argmax(1) + 4
     right = float((answers.numpy() == [history[-1] for history in asked]).mean())
     assert right < 0.4 if variant == "xl" else right > 0.9
 
@@ -312,6 +315,26 @@ def test_trainer_learning_rate_warms_up_then_falls_to_the_final_share() -> None:
     assert trainer.learning_rate_share() == pytest.approx(0.2)
     trainer.events = 3 * trainer.schedule.events // 2
     assert trainer.learning_rate_share() == pytest.approx(0.6, abs=0.01)
+
+
+@pytest.mark.parametrize("decay", [0.3, 0.999])
+def test_trainer_gives_a_moving_average_that_forgets_the_first_weights(decay: float) -> None:
+    trainer, averaged = trained(TINY, replace(CONFIG, ema_decay=decay), 0), None
+    for step in range(5):
+        trainer.train_step()
+        now = trainer.model.items.detach().clone()
+        kept = min(decay, (1 + step) / (10 + step))
+        averaged = now if averaged is None else kept * averaged + (1 - kept) * now
+    torch.testing.assert_close(trainer.result.items.detach(), averaged)
+    assert not torch.equal(trainer.result.items, trainer.model.items)
+    with torch.no_grad():
+        trainer.model.items.zero_()
+    assert metrics(trainer.validate().seen_kept)["hr@10"] > 0, "validation asks the average"
+
+
+def test_trainer_without_averaging_gives_the_weights_themselves() -> None:
+    trainer = trained(TINY, replace(CONFIG, ema_decay=0.0), 2)
+    assert trainer.result is trainer.model
 
 
 def test_trainer_optimisers_part_f_abs_from_the_rest() -> None:
@@ -345,6 +368,7 @@ OTHER: dict[str, tuple[TrainConfig, object]] = {
     "warmup_steps": (CONFIG, 4),
     "final_learning_rate": (CONFIG, 0.9),
     "weight_decay": (CONFIG, 0.1),
+    "ema_decay": (CONFIG, 0.0),
     "gradient_clip": (CONFIG, 0.01),
     "precision": (CONFIG, "bfloat16"),
     "epochs": (CONFIG, 9),

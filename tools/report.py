@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,6 +25,9 @@ CHARTED = {"memory_slots": "m, memory slots", "layers": "L, layers", "segment_le
 TRAINING_OF_F_ABS = {
     "memory_training", "backprop_segments", "abstraction_weight", "abstraction_every", "abstraction_learning_rate"
 }  # fmt: skip
+# What decides a result as much as the system does: rows are compared with those that share it.
+RECIPE = ("seen_items", "ema_decay")
+WORDS = {("seen_items", "exclude-from-ranking"): "seen items as negatives", ("ema_decay", 0.0): "weights not averaged"}
 ROUTING = {"routing", "routing_iterations", "routing_softmax"}
 # DESIGN.md section 6, same protocol on MovieLens-1M; None where not published
 PUBLISHED: tuple[tuple[str, tuple[float | None, ...]], ...] = (
@@ -88,8 +91,8 @@ HEADS = (
 )  # fmt: skip
 
 
-def label_of(content: dict[str, Any], *, loss: bool = True) -> str:
-    """The system, and in what it differs from its default preset; in the treatment of seen items if `loss`."""
+def label_of(content: dict[str, Any], *, but: Collection[str] = ()) -> str:
+    """The system, and in what it differs from its default preset, whatever the options `but`."""
     model = content["model"]
     if "system" in model:
         preset, name = BASELINE_PRESETS["default"], model["system"]
@@ -100,12 +103,12 @@ def label_of(content: dict[str, Any], *, loss: bool = True) -> str:
         preset, name = PRESETS["paper" if model["architecture"] == "paper" else "default"], "DMAN"
         name = {"dman": name, "xl": "xl (no memory)"}.get(model["variant"], model["variant"])
         name += " `paper`" if model["architecture"] == "paper" else ""
-    named = {"system", "history", "variant", "architecture", "precision"}
-    if not loss or content["train"].get("seen_items") == "keep":  # a property of the log
+    named = {"system", "history", "variant", "architecture", "precision", *but}
+    if content["train"].get("seen_items") == "keep":  # a property of the log
         named.add("seen_items")
     standard = to_dict(preset.model) | to_dict(preset.train)
     changed = [
-        "seen items as negatives" if value == "exclude-from-ranking" else f"{key}={value}"
+        WORDS.get((key, value), f"{key}={value}")
         for key, value in decisive(content).items()
         if key not in named and standard.get(key, value) != value
     ]
@@ -138,32 +141,37 @@ def rows_of(records: Iterable[Record]) -> list[Row]:
 
 
 def ours(rows: Sequence[Row]) -> Row | None:
-    """The row of the default preset, or the best of DMAN where that was not run. The treatment of seen items is no
-    matter: it is the same in all rows."""
+    """The row of the default preset, or the best of DMAN where that was not run; the recipe is that of the rows."""
     candidates = [row for row in rows if row.is_dman and row.content["model"]["variant"] == "dman"]
-    default = (row for row in candidates if label_of(row.content, loss=False) == "DMAN")
+    default = (row for row in candidates if label_of(row.content, but=(*RECIPE, "epochs")) == "DMAN")
     return next(default, candidates[0] if candidates else None)
 
 
-def by_loss(rows: Iterable[Row]) -> list[list[Row]]:
-    """Rows to be compared with each other: those of one treatment of seen items. The first have the default one, if any
-    have, and the systems that only count."""
-    default, groups = TrainConfig().seen_items, dict[str, list[Row]]()
+def by_recipe(rows: Iterable[Row]) -> list[list[Row]]:
+    """Rows to be compared with each other: those with the same options of RECIPE. The first have the default ones, or
+    keep seen items and else have them, if any do; the systems that only count are among them."""
+    default, groups = to_dict(TrainConfig()), dict[tuple[Any, ...], list[Row]]()
     for row in rows:
-        groups.setdefault(row.content["train"].get("seen_items", default), []).append(row)
-    return [groups[key] for key in sorted(groups, key=lambda key: (key != default, key))]
+        groups.setdefault(tuple(row.content["train"].get(name, default[name]) for name in RECIPE), []).append(row)
+
+    def order(recipe: tuple[Any, ...]) -> list[tuple[bool, bool]]:
+        return [
+            (value not in (default[name], "keep"), value == "keep") for name, value in zip(RECIPE, recipe, strict=True)
+        ]
+
+    return [groups[recipe] for recipe in sorted(groups, key=order)]
 
 
 def dataset_section(name: str, records: Sequence[Record], directory: Path) -> str:
-    rows, described = rows_of(records), records[0].content["dataset"]
-    groups = by_loss(rows)
-    best = [ours(group) for group in groups]
+    described = records[0].content["dataset"]
+    rows, *earlier = by_recipe(rows_of(records))
+    best = ours(rows)
     parts = [
         f"## {name}",
         "{users:,} users, {items:,} items, {events:,} events (fingerprint `{fingerprint:.12}`).".format(**described),
         "### Systems",
     ]
-    systems = [row for row in rows if not row.is_dman or row in best]
+    systems = [row for row in rows if not row.is_dman or row is best]
     published = [[f"*{label}*", "", "", *(f"*{v:.4f}*" if v else "" for v in values), "", "", ""]
                  for label, values in PUBLISHED if name == "ml-1m"]  # fmt: skip
     parts.append(table(HEADS, [*(row.cells() for row in systems), *published]))
@@ -171,11 +179,19 @@ def dataset_section(name: str, records: Sequence[Record], directory: Path) -> st
     if len(variants) > 1:
         parts += ["### DMAN: variants and decisions", table(HEADS, [row.cells() for row in variants])]
         parts += charts(name, variants, directory)
-    for mine, group in zip(best, groups, strict=True):
-        if mine and len(group) > 1:
-            parts += [f"### {mine.label}, less each other row", differences(mine, [x for x in group if x is not mine])]
+    parts += comparison(rows)
     parts += ["### By length of the history", by_length(rows)]
+    for group in earlier:
+        parts += ["### Runs with another recipe", table(HEADS, [row.cells() for row in group]), *comparison(group)]
     return "\n\n".join(parts)
+
+
+def comparison(rows: Sequence[Row]) -> list[str]:
+    """Our system less each other one of the same recipe, if there is one of each."""
+    mine = ours(rows)
+    if mine is None or len(rows) == 1:
+        return []
+    return [f"### {mine.label}, less each other row", differences(mine, [row for row in rows if row is not mine])]
 
 
 def differences(best: Row, others: Sequence[Row]) -> str:
