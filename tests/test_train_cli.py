@@ -453,9 +453,9 @@ OTHER: dict[str, Any] = {
     "loss": "sampled", "memory_training": "alternating", "random_first_segment": False, "long_term": "full",
     "abstraction_every": 1, "epochs": 9, "seen_items": "keep",
     "backprop_segments": 2, "dropout": 0.5, "abstraction_weight": 0.25, "learning_rate": 0.5,
-    "abstraction_learning_rate": 0.5, "precision": "bfloat16", "final_learning_rate": 0.5, "weight_decay": 0.5, "ema_decay": 0.5,
+    "abstraction_learning_rate": 0.5, "precision": "bfloat16", "final_learning_rate": 0.5, "weight_decay": 0.5,
     "gradient_clip": 0.5, "user_column": "u", "item_column": "i", "time_column": "t", "position_column": "p",
-    "heads": 1,
+    "heads": 1, "ema_decay": 0.5,
 }  # fmt: skip
 NEEDS = {"architecture": {"heads": 1}}
 
