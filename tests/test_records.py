@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -96,6 +97,25 @@ def test_record_holds_the_ranks_of_all_users(trained_run: Path, tmp_path: Path) 
     sizes = [(record.groups == group).sum() for group in range(len(LENGTH_GROUPS))]
     whole = sum(size * record.group_metrics(g)["hr@10"] for g, size in enumerate(sizes) if size)
     assert whole / sum(sizes) == pytest.approx(record.metric("hr@10"))
+
+
+@pytest.mark.parametrize("choice", ["exclude", "exclude-from-ranking", "keep"])
+def test_record_reports_the_ranking_that_chose_the_run(
+    choice: str, trained_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    kept = choice == "keep"
+    run = tmp_path / "run"
+    shutil.copytree(trained_run, run)
+    config = json.loads((run / "config.json").read_text())
+    config["train"]["seen_items"] = choice
+    (run / "config.json").write_text(json.dumps(config))
+    record = written(run, tmp_path / "out")
+    result = record.content["metrics"]["test"]
+    assert result["hr@10"] != result["seen_kept"]["hr@10"]
+    expected = (result["seen_kept"] if kept else result)["hr@10"]
+    assert record.metric("hr@10") == expected
+    assert metrics(record.test_ranks)["hr@10"] == pytest.approx(expected)
+    assert f"test HR@10 {expected:.4f}" in capsys.readouterr().out
 
 
 def test_record_names_no_place_of_this_machine(trained_run: Path, tmp_path: Path) -> None:

@@ -50,13 +50,28 @@ class Record:
     def dataset(self) -> str:
         return self.content["dataset"]["name"]
 
-    def metric(self, name: str, *, split: str = "test", seen: str = "seen_excluded") -> float:
-        result = self.content["metrics"][split]
-        return result[name] if seen == "seen_excluded" else result["seen_kept"][name]
+    def metric(self, name: str, *, split: str = "test", seen: str | None = None) -> float:
+        return metrics_of(self.content, split=split, seen=seen)[name]
 
-    def group_metrics(self, group: int, *, seen: str = "seen_excluded") -> dict[str, float]:
+    @property
+    def test_ranks(self) -> np.ndarray:
+        """(N) uint8, of the ranking that the run was chosen by."""
+        return self.ranks[ranking_of(self.content)]
+
+    def group_metrics(self, group: int) -> dict[str, float]:
         """Test metrics of the users of one group; empty without users."""
-        return metrics(self.ranks[seen][self.groups == group])
+        return metrics(self.test_ranks[self.groups == group])
+
+
+def ranking_of(content: dict[str, Any]) -> str:
+    """The ranking that the run was chosen by: "seen_kept" if it kept seen items, else "seen_excluded"."""
+    return "seen_kept" if content["train"].get("seen_items") == "keep" else "seen_excluded"
+
+
+def metrics_of(content: dict[str, Any], *, split: str = "test", seen: str | None = None) -> dict[str, Any]:
+    """Metrics of a split, in the ranking that the run was chosen by unless `seen` names one."""
+    result = content["metrics"][split]
+    return result["seen_kept"] if (seen or ranking_of(content)) == "seen_kept" else result
 
 
 def record_of(run: Run) -> dict[str, Any]:
@@ -239,7 +254,7 @@ def _main(argv: Sequence[str] | None) -> int:
     file = arguments.out / f"{arguments.name or name}.json"
     file.parent.mkdir(parents=True, exist_ok=True)
     file.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
-    test = content["metrics"]["test"]
+    test = metrics_of(content)
     print(f"{file}: test HR@10 {test['hr@10']:.4f}, NDCG@10 {test['ndcg@10']:.4f}")
     return 0
 

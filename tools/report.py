@@ -62,21 +62,17 @@ class Row:
     def is_dman(self) -> bool:
         return "system" not in self.content["model"]
 
-    @property
-    def seen(self) -> str:
-        return "seen_kept" if self.content["train"].get("seen_items") == "keep" else "seen_excluded"
-
     def metric(self, name: str, split: str = "test") -> str:
-        values = [record.metric(name, split=split, seen=self.seen) for record in self.records]
+        values = [record.metric(name, split=split) for record in self.records]
         spread = f" ± {(max(values) - min(values)) / 2:.4f}" if len(values) > 1 else ""
         return f"{np.mean(values):.4f}{spread}"
 
     def ranks(self) -> list[np.ndarray]:
-        return [record.ranks[self.seen] for record in self.records]
+        return [record.test_ranks for record in self.records]
 
     def ranks_of_long_histories(self) -> list[np.ndarray]:
         """Of the users in the last two groups, group by group."""
-        return [np.concatenate([r.ranks[self.seen][r.groups == group] for group in (2, 3)]) for r in self.records]
+        return [np.concatenate([r.test_ranks[r.groups == group] for group in (2, 3)]) for r in self.records]
 
     def cells(self) -> list[str]:
         seconds = np.mean([record.content["metrics"]["training_seconds"] for record in self.records])
@@ -135,9 +131,7 @@ def rows_of(records: Iterable[Record]) -> list[Row]:
     for record in records:
         groups.setdefault(json.dumps(decisive(record.content), sort_keys=True), []).append(record)
     rows = [Row(label_of(group[0].content), tuple(group)) for group in groups.values()]
-    return sorted(
-        rows, key=lambda row: -np.mean([r.metric("hr@10", split="valid", seen=row.seen) for r in row.records])
-    )
+    return sorted(rows, key=lambda row: -np.mean([r.metric("hr@10", split="valid") for r in row.records]))
 
 
 def ours(rows: Sequence[Row]) -> Row | None:
@@ -214,7 +208,7 @@ def by_length(rows: Sequence[Row]) -> str:
     for row in rows:
         cells = []
         for group in range(len(LENGTH_GROUPS)):
-            found = [record.group_metrics(group, seen=row.seen) for record in row.records]
+            found = [record.group_metrics(group) for record in row.records]
             cells.append(
                 f"{np.mean([m['hr@10'] for m in found]):.4f} / {np.mean([m['ndcg@10'] for m in found]):.4f}"
                 if found[0]
