@@ -116,7 +116,7 @@ class TrainConfig:
     abstraction_weight: float = option(1.0, "weight of the abstraction loss (eq. 5)")
     abstraction_every: int = option(8, "eq. 5 is computed on every n-th lane of a process")
     lanes: int = option(128, "users that are walked side by side; a batch is lanes x T events")
-    learning_rate: float = option(4e-3, "Adam step size of everything but f_abs; 1e-3 found a planted long dependency")
+    learning_rate: float = option(4e-3, "Adam step size of all but f_abs; try 1e-3 where only the far past decides")
     abstraction_learning_rate: float = option(4e-3, "Adam step size of f_abs")
     warmup_steps: int = option(200, "steps over which the learning rate rises to its full value")
     final_learning_rate: float = option(0.1, "share of the learning rate that is left at the last epoch (cosine)")
