@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import logging
 import math
 import os
@@ -15,6 +16,7 @@ from typing import Any, cast
 import numpy as np
 import torch
 import torch.distributed as dist
+import torch.distributed.nn  # before there is a group: its functions, which DDP imports, keep the one they find
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim.swa_utils import AveragedModel
@@ -287,8 +289,11 @@ def join_distributed() -> None:
 def leave_distributed() -> None:
     """Leaves the process group, if there is one, once every rank has got here.
 
-    A rank that goes while another still talks to it can take that one's connection threads down: gloo then aborts.
+    A rank that goes while another still talks to it can take that one's connection threads down, and an interpreter
+    that ends while gloo's threads run can abort. They end with the last reference to the group: the caller has dropped
+    its Trainer by now, and the collector takes what hangs in cycles.
     """
     if dist.is_initialized():
         dist.barrier()
+        gc.collect()
         dist.destroy_process_group()
