@@ -28,19 +28,19 @@ class ModelConfig:
     )
     variant: Literal["dman", "xl", "fifo", "nran"] = option(
         "dman",
-        "dman; or an ablation of the paper's Table 5: xl (no long-term branch), "
+        "dman; or an ablation of the paper's Table 5: xl (no memory), "
         "fifo (memory = last m hidden states), nran (no context from earlier segments)",
     )
     segment_length: int = option(20, "T: events per segment")
     memory_slots: int = option(10, "m: memory slots per layer")
-    layers: int = option(2, "L: attention layers of each branch")
+    layers: int = option(2, "L: attention layers")
     width: int = option(128, "D: width of embeddings and hidden states")
     heads: int = option(2, "attention heads; must divide the width (1 for paper)")
     ffn_multiplier: int = option(2, "hidden width of the feed-forward blocks in units of D (plus only)")
-    long_term: Literal["light", "full"] = option(
-        "light",
-        "blocks of the long-term branch: light: attention with one head, plain residual; "
-        "full: as in the short-term branch (plus only)",
+    long_term: Literal["merged", "gated"] = option(
+        "merged",
+        "how the memory is read: merged: by the short-term attention, slots beside events (plus only); "
+        "gated: by a branch of its own, mixed in by the gate of eq. 3",
     )
     residual: Literal["plain", "gated"] = option("gated", "plain: x + y; gated: x + sigmoid(W x) * y (plus only)")
     dropout: float = option(0.2, "dropout rate on inputs, attention weights and block outputs")
@@ -61,10 +61,12 @@ class ModelConfig:
         _check_heads(self)
         if self.architecture == "paper" and self.heads != 1:
             raise ConfigError(f"architecture 'paper' has one head, not {self.heads}; set heads to 1")
+        if self.architecture == "paper" and self.long_term != "gated":
+            raise ConfigError("architecture 'paper' has a long-term branch; set long_term to 'gated'")
 
     @property
     def has_memory(self) -> bool:
-        """Whether there is a long-term branch; without it a state holds no memory slots."""
+        """Whether there is a memory; without it a state holds no slots."""
         return self.variant != "xl"
 
     @property
@@ -217,7 +219,9 @@ class Preset:
 PRESETS = {
     "default": Preset(ModelConfig(), TrainConfig()),
     "paper": Preset(
-        ModelConfig(architecture="paper", heads=1, dropout=0.1, memory_slots=20, routing_iterations=3),
+        ModelConfig(
+            architecture="paper", heads=1, long_term="gated", dropout=0.1, memory_slots=20, routing_iterations=3
+        ),
         TrainConfig(
             loss="negatives",
             negatives=5,

@@ -1,7 +1,7 @@
 """Leave-one-out metrics of a run (PyTorch) or a bundle (ONNX Runtime):
 
 python -m dman_train.evaluate --run DIR | --bundle DIR  [--data FILE] [--split valid|test] [--json]
-python -m dman_train.evaluate --run DIR --interpret DIR [--user ID]    what gate and memory do, as JSON and plots
+python -m dman_train.evaluate --run DIR --interpret DIR [--user ID]    what the memory does, as JSON and plots
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ def parser() -> Parser:
     p.flag("--data", type=Path, default=None, help="interaction log; without it, the one that was trained on")
     p.flag("--split", choices=["valid", "test"], default="test", help="which held-out event to predict")
     p.flag("--provider", choices=["auto", "cuda", "cpu"], default="auto", help="where the graphs of a bundle run")
-    p.flag("--interpret", type=Path, default=None, metavar="DIR", help="write what gate and memory of a run do here")
+    p.flag("--interpret", type=Path, default=None, metavar="DIR", help="write what the memory of a run does here")
     p.flag("--user", default=None, metavar="ID", help="with --interpret: this user only, and segment by segment")
     p.add_argument("--json", action="store_true", help="print the metrics as JSON on the last line")
     p.config_flags(DataConfig, title="data (default: as in training)")

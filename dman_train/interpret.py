@@ -1,5 +1,8 @@
-"""What a trained model does with its users: how the gate mixes the branches (eq. 3), which memory slots the long-term
-branch reads (eq. 2), and how different the slots are.
+"""What a trained model does with its users: how much of what it reads is recent, which memory slots it reads, and how
+different the slots are.
+
+The *short-term share* is that of eq. 3's gate, or, where one attention reads slots and events (`long_term="merged"`),
+the attention that goes to the events.
 
 Everything is about the position that gives the user embedding: the last one of a history, or of each of its segments.
 The memory is the one that this position reads, before its own segment closes; it has been written once a history is
@@ -65,15 +68,6 @@ def slot_diversity(memory: Tensor) -> Diversity:
     return Diversity(cosine.sum(-1) / count, near, pairs, torch.special.entr(share).sum(-1).exp())
 
 
-def slot_attention(model: DMAN, pulled: Sequence[Tensor], memory: Tensor) -> Tensor:
-    """`Encoding.long_pulled` of one position, (B, L, m, D) memories -> (B, L, m) weights, mean over the heads."""
-    weights = []
-    for layer, block in enumerate(model.long_term):
-        logits = pulled[layer] @ block.norm_sources(memory[:, layer]).transpose(1, 2)  # type: ignore[operator]  # (B, H, m)
-        weights.append(torch.softmax(logits, dim=-1).mean(1))
-    return torch.stack(weights, dim=1)
-
-
 @dataclass(frozen=True)
 class Observations:
     """What the model did at N positions, ordered by history and then by events."""
@@ -81,8 +75,8 @@ class Observations:
     history: np.ndarray  # (N) int64 index of the history
     events: np.ndarray  # (N) int64 events up to and with the position
     absorbed: np.ndarray  # (N) int64 segments that the memory it reads has absorbed
-    gate: np.ndarray  # (N) share of the short-term branch (eq. 3), mean over the width
-    attention: np.ndarray  # (N, L, m) as `slot_attention`
+    share: np.ndarray  # (N) short-term share: mean over the width of the gate, or over heads and layers
+    attention: np.ndarray  # (N, L, m) what each slot gets of the attention to all slots, mean over the heads
     cosine: np.ndarray  # (N, L) this and the rest as `Diversity`, of the memory it reads
     near_identical: np.ndarray  # (N, L)
     pairs: np.ndarray  # (N, L, 40)
@@ -106,9 +100,10 @@ def observe(
         raise ValueError("a model without memory has nothing to observe")
     order = np.argsort([len(history) for history in histories], kind="stable")
     parts = []
-    with _gate_share(model) as share:
+    with _watched(model) as reading:
         for start in range(0, len(order), batch):
-            parts += _observe_batch(model, histories, order[start : start + batch], share, every_segment=every_segment)
+            chosen = order[start : start + batch]
+            parts += _observe_batch(model, histories, chosen, reading, every_segment=every_segment)
     return Observations.concatenate(parts)
 
 
@@ -116,7 +111,7 @@ def _observe_batch(
     model: DMAN,
     histories: Sequence[np.ndarray],
     chosen: np.ndarray,
-    share: Callable[[], Tensor],
+    reading: Callable[[Tensor], tuple[Tensor, Tensor]],
     *,
     every_segment: bool,
 ) -> list[Observations]:
@@ -124,16 +119,13 @@ def _observe_batch(
     lengths = np.array([len(histories[row]) for row in chosen])
     parts: list[Observations] = []
 
-    def watch(rows: Tensor, memory: Tensor, encoding: Encoding) -> None:
+    def watch(rows: Tensor, memory: Tensor, _encoding: Encoding) -> None:
         index, before = rows.cpu().numpy(), len(parts)  # `before`: whole segments before this one
         events = np.minimum(lengths[index], (before + 1) * model.config.segment_length)
         kept = np.ones(len(index), bool) if every_segment else events == lengths[index]
         at = torch.from_numpy(np.flatnonzero(kept)).to(memory.device)
-        values = (
-            share()[at, 0].mean(-1),
-            slot_attention(model, [pulled[at] for pulled in encoding.long_pulled], memory[at]),
-            *slot_diversity(memory[at]),
-        )
+        share, attention = reading(torch.from_numpy(events - before * model.config.segment_length - 1).to(rows))
+        values = (share[at], attention[at], *slot_diversity(memory[at]))
         absorbed = np.full(len(at), max(before - 1, 0))
         parts.append(
             Observations(
@@ -146,18 +138,32 @@ def _observe_batch(
 
 
 @contextmanager
-def _gate_share(model: DMAN) -> Iterator[Callable[[], Tensor]]:
-    """Evaluation mode, and a function that gives eq. 3's share in the latest `encode`: (B, Q, D)."""
+def _watched(model: DMAN) -> Iterator[Callable[[Tensor], tuple[Tensor, Tensor]]]:
+    """Evaluation mode, and a function that gives the short-term share (B) and the attention to the slots (B, L, m) in
+    the latest `encode`, for the position (B) that it was asked for."""
     outputs: dict[nn.Module, Tensor] = {}
 
     def keep(module: nn.Module, _inputs: object, output: Tensor) -> None:
         outputs[module] = output
 
-    was_training, gates = model.training, (model.gate_short, model.gate_long)
-    hooks = [gate.register_forward_hook(keep) for gate in gates]
+    readers = [block.attention.dropout for block in model.memory_blocks]  # what they give are the weights (B, Q, H, K)
+    gates = [] if model.merged else [model.gate_short, model.gate_long]
+
+    def weights_at(position: Tensor, reader: nn.Module) -> Tensor:
+        weights = outputs[reader]  # of the last layer, and of the long-term branch, Q = 1
+        return weights[:, 0] if weights.shape[1] == 1 else weights[torch.arange(len(weights)), position]
+
+    def latest(position: Tensor) -> tuple[Tensor, Tensor]:
+        slots = torch.stack([weights_at(position, r)[..., : model.config.memory_slots] for r in readers], dim=1)
+        to_memory = slots.sum(-1)  # (B, L, H)
+        mixed = torch.sigmoid(outputs[gates[0]] + outputs[gates[1]])[:, 0] if gates else 1 - to_memory.flatten(1)
+        return mixed.mean(-1), (slots / to_memory[..., None].clamp_min(1e-30)).mean(2)
+
+    was_training = model.training
+    hooks = [module.register_forward_hook(keep) for module in (*readers, *gates)]
     model.eval()
     try:
-        yield lambda: torch.sigmoid(outputs[gates[0]] + outputs[gates[1]])
+        yield latest
     finally:
         model.train(was_training)
         for hook in hooks:
@@ -168,12 +174,12 @@ def _gate_share(model: DMAN) -> Iterator[Callable[[], Tensor]]:
 
 
 def summarise(model: DMAN, seen: Observations) -> dict[str, Any]:
-    """Gate, attention and slot diversity over the users of `seen`, one position each; plain finite numbers."""
+    """What the users of `seen` read and how diverse their slots are, one position each; plain finite numbers."""
     return {
-        "users": len(seen.gate),
-        "gate": {
-            **_spread(seen.gate),
-            "histogram": _histogram(SHARE_EDGES, np.histogram(seen.gate, SHARE_EDGES)[0]),
+        "users": len(seen.share),
+        "short_term_share": {
+            **_spread(seen.share),
+            "histogram": _histogram(SHARE_EDGES, np.histogram(seen.share, SHARE_EDGES)[0]),
             "by_history_length": _by_history_length(seen),
         },
         "attention": [_attention(seen.attention[:, layer]) for layer in range(model.config.layers)],
@@ -198,7 +204,7 @@ def _by_history_length(seen: Observations) -> list[dict[str, Any]]:
     group, rows = length_group(seen.events), []
     for index, name in enumerate(LENGTH_GROUPS):
         inside = group == index
-        rows.append({"events": name, "users": int(inside.sum()), **_spread(seen.gate[inside])})
+        rows.append({"events": name, "users": int(inside.sum()), **_spread(seen.share[inside])})
     return rows
 
 
@@ -245,7 +251,7 @@ def trajectory(seen: Observations) -> list[dict[str, Any]]:
         {
             "events": int(seen.events[row]),
             "absorbed_segments": int(seen.absorbed[row]),
-            "gate": float(seen.gate[row]),
+            "short_term_share": float(seen.share[row]),
             "attention": seen.attention[row].tolist(),
             "entropy": _entropy(seen.attention[row]).tolist(),
             "largest_slot": seen.attention[row].max(-1).tolist(),
@@ -253,7 +259,7 @@ def trajectory(seen: Observations) -> list[dict[str, Any]]:
             "near_identical": seen.near_identical[row].tolist(),
             "effective_rank": seen.effective_rank[row].tolist(),
         }
-        for row in range(len(seen.gate))
+        for row in range(len(seen.share))
     ]
 
 
@@ -265,12 +271,12 @@ def write_interpretation(
 ) -> None:
     """Writes interpretation.json, which begins with `about`, and its plots into `directory`, created if absent.
 
-    With `segments`, also the trajectory of the first history. Raises UsageError for a model without memory and gate,
+    With `segments`, also the trajectory of the first history. Raises UsageError for a model without memory,
     for weights that are no numbers, and where nothing can be written.
     """
     if not isinstance(model, DMAN) or not model.config.has_memory:
         kind = "variant xl" if isinstance(model, DMAN) else "a baseline"
-        raise UsageError(f"--interpret: {kind} has neither memory nor gate: nothing to interpret; choose another run")
+        raise UsageError(f"--interpret: {kind} has no memory: nothing to interpret; choose another run")
     if not all(torch.isfinite(weight).all() for weight in model.parameters()):
         raise UsageError("--interpret: the weights of the run are not all finite; train again")
     temporary = directory / ".interpretation.json"
@@ -290,7 +296,7 @@ def write_interpretation(
 def _write_plots(result: dict[str, Any], directory: Path) -> None:
     from dman_train import plots
 
-    plots.plot_gate(result["gate"], directory / "gate.png")
+    plots.plot_share(result["short_term_share"], directory / "share.png")
     plots.plot_attention(result["attention"], directory / "attention.png")
     plots.plot_slots(result["slot_diversity"], directory / "slots.png")
     if "trajectory" in result:

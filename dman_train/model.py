@@ -6,8 +6,10 @@ L layers, D width, H heads, V items, Q queries (S, or 1 when only the last new p
 
 A history is cut into segments of T events from its head. While segment n is encoded,
 - the *context* holds the layer inputs h^l of segment n-1 and of the positions of segment n so far (eq. 1),
-- the *memory* M^l summarises segments 1..n-2 in m slots per layer (eq. 2),
-- a gate mixes the two branches into the user embedding (eq. 3); score = item embedding . user embedding.
+- the *memory* M^l summarises segments 1..n-2 in m slots per layer,
+- a query of layer l reads both. `long_term="merged"`: in one attention, the slots being keys beside the events.
+  `long_term="gated"`: as the paper has it, the slots by a branch of their own (eq. 2), which a gate mixes with the
+  short-term one into the user embedding (eq. 3). Score = item embedding . user embedding.
 When segment n closes, M^l <- f_abs^l(M^l, H^l_{n-1}) (eq. 4), by routing (eq. 6-7), trained by eq. 5.
 
 Keys and values are never projected: W_k is absorbed into the query and W_v into the output, so a call costs
@@ -17,7 +19,6 @@ O(S H D^2 + S H K D) whatever the number of context positions. The numbers are t
 from __future__ import annotations
 
 import math
-from dataclasses import replace
 from typing import NamedTuple, cast
 
 import torch
@@ -39,7 +40,7 @@ class Encoding(NamedTuple):
 
     user_embedding: Tensor  # (B, Q, D)
     hidden: Tensor  # (B, L, S, D) the layer inputs h^l: what a state keeps as context
-    long_pulled: list[Tensor]  # L x (B, Q*H, D) queries of the long-term branch, as `Attention.pull` gives them
+    pulled: list[Tensor]  # L x (B, Q*H, D) queries that read the memory, as `Attention.pull` gives them
 
 
 class Attention(nn.Module):
@@ -108,36 +109,32 @@ class PaperBlock(nn.Module):
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.attention = Attention(config)
-        self.norm_queries = self.norm_sources = nn.Identity()
+        self.norm = self.norm_memory = nn.Identity()
 
     def add(self, x: Tensor, read: Tensor) -> Tensor:
         return read
 
 
 class PlusBlock(nn.Module):
-    """One layer of one branch: pre-LayerNorm attention, then a feed-forward block, both residual."""
+    """One layer: pre-LayerNorm attention, then a feed-forward block, both residual."""
 
-    def __init__(self, config: ModelConfig, *, shared_norm: bool, feed_forward: bool) -> None:
+    def __init__(self, config: ModelConfig, *, reads_memory: bool) -> None:
         super().__init__()
         self.attention = Attention(config)
-        self.norm_queries = nn.LayerNorm(config.width)
-        # Short-term sources are the queries and the layer inputs before them; memory slots live on their own scale.
-        self.norm_sources = self.norm_queries if shared_norm else nn.LayerNorm(config.width)
-        self.residual_attention, self.feed_forward = Residual(config), feed_forward
-        if feed_forward:
-            self.norm_ffn = nn.LayerNorm(config.width)
-            self.ffn = nn.Sequential(
-                nn.Linear(config.width, config.ffn_multiplier * config.width),
-                nn.ReLU(),
-                nn.Linear(config.ffn_multiplier * config.width, config.width),
-            )
-            self.residual_ffn = Residual(config)
+        self.norm = nn.LayerNorm(config.width)  # of queries and events
+        if reads_memory:
+            self.norm_memory = nn.LayerNorm(config.width)  # slots live on a scale of their own
+        self.residual_attention, self.residual_ffn = Residual(config), Residual(config)
+        self.norm_ffn = nn.LayerNorm(config.width)
+        self.ffn = nn.Sequential(
+            nn.Linear(config.width, config.ffn_multiplier * config.width),
+            nn.ReLU(),
+            nn.Linear(config.ffn_multiplier * config.width, config.width),
+        )
 
     def add(self, x: Tensor, read: Tensor) -> Tensor:
         """(B, Q, D) layer inputs and what the attention read for them -> (B, Q, D) layer outputs."""
         x = self.residual_attention(x, read)
-        if not self.feed_forward:
-            return x
         return self.residual_ffn(x, self.ffn(self.norm_ffn(x)))
 
 
@@ -153,7 +150,7 @@ class _ReadDifference(nn.Module):
         self.block = block
 
     def forward(self, pulled: Tensor, new: Tensor, old: Tensor, old_bias: Tensor) -> Tensor:
-        attention, norm = self.block.attention, self.block.norm_sources
+        attention, norm = self.block.attention, self.block.norm_memory
         return attention.project(attention.mix(pulled, norm(new)) - attention.mix(pulled, norm(old), old_bias))
 
 
@@ -248,26 +245,33 @@ class DMAN(nn.Module):
         self.output_scale = (SCORE_SCALE if config.architecture == "plus" else 1.0) / math.sqrt(width)
         self.input_dropout = Dropout(config.dropout)
         self.distance_bias = nn.Parameter(torch.zeros(depth, config.heads, 2 * config.segment_length))
-        plus = config.architecture == "plus"
-        self.short_term = nn.ModuleList(
-            PlusBlock(config, shared_norm=True, feed_forward=True) if plus else PaperBlock(config) for _ in range(depth)
-        )
-        self.norm_short = nn.LayerNorm(width) if plus else nn.Identity()
+        self.merged = config.has_memory and config.long_term == "merged"
+        self.short_term, self.norm_short = self._branch(reads_memory=self.merged)
         if config.has_memory:
             self.initial_memory = nn.Parameter(torch.randn(depth, config.memory_slots, width))
-            light = config.long_term == "light"
-            reading = replace(config, heads=1, residual="plain") if light else config
-            self.long_term = nn.ModuleList(
-                PlusBlock(reading, shared_norm=False, feed_forward=not light) if plus else PaperBlock(config)
-                for _ in range(depth)
-            )
-            self.norm_long = nn.LayerNorm(width) if plus else nn.Identity()
-            self.gate_short, self.gate_long = nn.Linear(width, width), nn.Linear(width, width, bias=False)
+            if self.merged:
+                self.slot_bias = nn.Parameter(torch.zeros(depth, config.heads, config.memory_slots))
+            else:
+                self.long_term, self.norm_long = self._branch(reads_memory=True)
+                self.gate_short, self.gate_long = nn.Linear(width, width), nn.Linear(width, width, bias=False)
             self.abstraction = nn.ModuleList(
                 FifoAbstraction() if config.variant == "fifo" else RoutingAbstraction(config) for _ in range(depth)
             )
         else:
             self.register_buffer("initial_memory", torch.zeros(depth, 0, width), persistent=False)
+
+    def _branch(self, *, reads_memory: bool) -> tuple[nn.ModuleList, nn.Module]:
+        """L blocks, and what normalises the output of the last."""
+        config, depth = self.config, range(self.config.layers)
+        if config.architecture == "paper":
+            return nn.ModuleList(PaperBlock(config) for _ in depth), nn.Identity()
+        blocks = nn.ModuleList(PlusBlock(config, reads_memory=reads_memory) for _ in depth)
+        return blocks, nn.LayerNorm(config.width)
+
+    @property
+    def memory_blocks(self) -> list[PaperBlock | PlusBlock]:
+        """The L blocks whose attention reads the memory; the slots come first among its sources."""
+        return _blocks(self.short_term if self.merged else self.long_term)
 
     def item_table(self) -> Tensor:
         """(V, D) item embeddings as the layers read them and as scores are computed with them."""
@@ -294,40 +298,49 @@ class DMAN(nn.Module):
             memory: (B, L, m, D).
             last: (B) int64 index of the one position whose user embedding is wanted (Q = 1); all (Q = S) when None.
         """
-        layers, width = self.config.layers, self.config.width
         bias, visible = self._positions(item_embeddings.shape[1], context.shape[2], context_lengths)
-        h, hidden = item_embeddings, []
+        h, hidden, pulled = item_embeddings, [], []
         for layer, block in enumerate(_blocks(self.short_term)):
             hidden.append(h)
-            queries, layer_bias = block.norm_queries(h), bias[layer] + visible  # (B, S, D), (B, S, H, K)
-            sources = torch.cat([block.norm_sources(context[:, layer]), queries], dim=1)  # (B, K, D)
-            if last is not None and layer == layers - 1:  # nothing later reads the other positions
+            queries, layer_bias = block.norm(h), bias[layer] + visible  # (B, S, D), (B, S, H, K)
+            slots = [block.norm_memory(memory[:, layer])] if self.merged else []
+            sources = torch.cat([*slots, block.norm(context[:, layer]), queries], dim=1)  # (B, K, D)
+            if last is not None and layer == self.config.layers - 1:  # nothing later reads the other positions
                 h, queries, layer_bias = _take(h, last), _take(queries, last), _take(layer_bias, last)
-            h = block.add(h, block.attention(queries, sources, layer_bias))
-        stacked = torch.stack(hidden, dim=1)  # (B, L, S, D)
-        h = self.norm_short(h)
-        if not self.config.has_memory:
-            return Encoding(h * self.output_scale, stacked, [])
-        g, long_pulled = item_embeddings if last is None else _take(item_embeddings, last), []
+            pulled.append(block.attention.pull(queries))
+            h = block.add(h, block.attention.project(block.attention.mix(pulled[-1], sources, layer_bias)))
+        user = self.norm_short(h)
+        if self.config.has_memory and not self.merged:
+            g, pulled = self._read_memory(item_embeddings if last is None else _take(item_embeddings, last), memory)
+            share = torch.sigmoid(self.gate_short(user) + self.gate_long(g))  # (B, Q, D) of the short-term branch
+            user = g + share * (user - g)
+        return Encoding(user * self.output_scale, torch.stack(hidden, dim=1), pulled)
+
+    def _read_memory(self, g: Tensor, memory: Tensor) -> tuple[Tensor, list[Tensor]]:
+        """Eq. 2: (B, Q, D) item embeddings, (B, L, m, D) -> (B, Q, D), and the queries as in `Encoding`."""
+        pulled = []
         for layer, block in enumerate(_blocks(self.long_term)):
-            attention, sources = block.attention, block.norm_sources(memory[:, layer])
-            long_pulled.append(attention.pull(block.norm_queries(g)))
-            g = block.add(g, attention.project(attention.mix(long_pulled[-1], sources)))
-        g = self.norm_long(g)
-        share = torch.sigmoid(self.gate_short(h) + self.gate_long(g))  # (B, Q, D) of the short-term branch
-        user = g + share * (h - g)
-        assert user.shape[-1] == width
-        return Encoding(user * self.output_scale, stacked, long_pulled)
+            pulled.append(block.attention.pull(block.norm(g)))
+            read = block.attention.mix(pulled[-1], block.norm_memory(memory[:, layer]))
+            g = block.add(g, block.attention.project(read))
+        return self.norm_long(g), pulled
 
     def _positions(self, new: int, context: int, context_lengths: Tensor) -> tuple[Tensor, Tensor]:
-        """Relative bias (L, S, H, K) and visibility (B, S, 1, K) as additive terms; distances are query minus key."""
+        """Relative bias (L, S, H, K) and visibility (B, S, 1, K) as additive terms; distances are query minus key.
+
+        Slots among the keys have no distance but a bias each, and everyone sees them.
+        """
         device = context_lengths.device
         key = torch.arange(context + new, device=device)
         query = torch.arange(new, device=device) + context
         distance = query[:, None] - key[None, :]  # (S, K)
         bias = self.distance_bias[:, :, distance.clamp(0, 2 * self.config.segment_length - 1)].transpose(1, 2)
         seen = (key >= context - context_lengths[:, None])[:, None, :] & (distance >= 0)[None]  # (B, S, K)
-        return bias, torch.where(seen, 0.0, MASKED)[:, :, None]
+        visible = torch.where(seen, 0.0, MASKED)[:, :, None]
+        if not self.merged:
+            return bias, visible
+        slots = self.slot_bias[:, None].expand(-1, new, -1, -1)  # (L, S, H, m)
+        return torch.cat([slots, bias], dim=-1), F.pad(visible, (self.config.memory_slots, 0))
 
     def abstract(self, memory: Tensor, hidden: Tensor, lengths: Tensor | None = None) -> Tensor:
         """f_abs of every layer (eq. 4): (B, L, m, D), (B, L, T, D) -> (B, L, m, D).
@@ -360,12 +373,12 @@ class DMAN(nn.Module):
 
         Args:
             old_memory, new_memory: (B, L, m, D); hidden: (B, L, T, D), its last `lengths` (B) rows real.
-            pulled: L x (B, S*H, D) queries, `Encoding.long_pulled`; query_mask: (B, S) bool, the positions that count.
+            pulled: L x (B, S*H, D) queries, `Encoding.pulled`; query_mask: (B, S) bool, the positions that count.
         """
         slots, segment = old_memory.shape[2], hidden.shape[2]
         bias = torch.where(_valid_primaries(slots, segment, lengths), 0.0, MASKED)[:, None, None]  # (B, 1, 1, m+T)
         total = new_memory.new_zeros(())
-        for layer, block in enumerate(_blocks(self.long_term)):
+        for layer, block in enumerate(self.memory_blocks):
             sources = torch.cat([old_memory[:, layer], hidden[:, layer]], dim=1)
             query, new = pulled[layer].detach(), new_memory[:, layer]
             difference = _frozen_read_difference(block, query, new, sources.detach(), bias)

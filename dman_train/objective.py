@@ -211,7 +211,7 @@ class Objective(NextItemObjective):
             new_memory=memories.after,
             hidden=state.absorbed[-1, lanes],
             lengths=state.absorbed_lengths[-1, lanes],
-            pulled=[queries[lanes] for queries in encoding.long_pulled],
+            pulled=[queries[lanes] for queries in encoding.pulled],
             query_mask=positions,
         )
 

@@ -40,15 +40,15 @@ def plot_sizes(series: dict[str, dict[int, float]], path: Path) -> None:
 # What `interpret` found; each takes its part of interpretation.json
 
 
-def plot_gate(gate: dict[str, Any], path: Path) -> None:
+def plot_share(share: dict[str, Any], path: Path) -> None:
     """Writes the short-term share of the users, over all and by length of the history, as a PNG."""
     figure, (left, right) = plt.subplots(1, 2, figsize=(9, 3.5), layout="constrained")
-    edges = gate["histogram"]["edges"]
-    left.stairs(gate["histogram"]["fraction"], edges, fill=True)
-    left.axvline(gate["mean"], color="black", linestyle="--", label=f"mean {gate['mean']:.3f}")
-    left.set(title="gate (eq. 3): share of the short-term branch", xlabel="share", ylabel="fraction of users")
+    edges = share["histogram"]["edges"]
+    left.stairs(share["histogram"]["fraction"], edges, fill=True)
+    left.axvline(share["mean"], color="black", linestyle="--", label=f"mean {share['mean']:.3f}")
+    left.set(title="short-term share of what is read", xlabel="share", ylabel="fraction of users")
     left.legend()
-    groups = [group for group in gate["by_history_length"] if group["users"]]
+    groups = [group for group in share["by_history_length"] if group["users"]]
     _boxes(right, [(f"{group['events']}\n{group['users']} users", group) for group in groups])
     right.set(title="by events in the history", ylabel="share")
     _save(figure, path)
@@ -91,11 +91,11 @@ def plot_slots(diversity: dict[str, Any], path: Path) -> None:
 
 
 def plot_trajectory(segments: list[dict[str, Any]], path: Path) -> None:
-    """Writes one user's gate, slot attention and slot diversity, segment by segment, as a PNG."""
+    """Writes one user's short-term share, slot attention and slot diversity, segment by segment, as a PNG."""
     layers, number = len(segments[0]["cosine"]), range(1, len(segments) + 1)
     figure, axes = plt.subplots(3 + layers, 1, figsize=(9, 2.2 * (3 + layers)), layout="constrained", sharex=True)
-    axes[0].plot(number, [segment["gate"] for segment in segments], marker=".")
-    axes[0].set(title="gate (eq. 3): share of the short-term branch")
+    axes[0].plot(number, [segment["short_term_share"] for segment in segments], marker=".")
+    axes[0].set(title="short-term share of what is read")
     for layer in range(layers):
         weights = list(zip(*(segment["attention"][layer] for segment in segments), strict=True))  # (m, segments)
         extent = (0.5, len(segments) + 0.5, len(weights) - 0.5, -0.5)

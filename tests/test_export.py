@@ -41,7 +41,7 @@ ONNX_ERROR = {"rtol": 1e-4, "atol": 1e-5}
 # Each has a graph of its own: other branches, other blocks, other routing.
 GRAPHS = {
     "dman": TINY,
-    "paper-fifo": replace(TINY, architecture="paper", heads=1, variant="fifo"),
+    "paper-fifo": replace(TINY, architecture="paper", heads=1, long_term="gated", variant="fifo"),
     "plain-xl": replace(TINY, residual="plain", variant="xl", layers=1),
     "nran-full": replace(TINY, variant="nran", routing="full", routing_softmax="primaries", layers=3),
 }
@@ -213,8 +213,8 @@ def test_export_refuses_graphs_that_differ_from_the_model(tiny_model: DMAN, tmp_
 def test_export_refuses_weights_that_are_not_finite(tmp_path: Path, value: float) -> None:
     model = random_model(TINY, TINY_ITEMS)
     with torch.no_grad():
-        model.gate_long.weight[3, 4] = value
-    with pytest.raises(BundleError, match=r"gate_long\.weight is not finite"):
+        model.slot_bias[1, 1, 3] = value
+    with pytest.raises(BundleError, match=r"slot_bias is not finite"):
         export_bundle(model, vocabulary_of(TINY_ITEMS), tmp_path / "bundle")
     assert list(tmp_path.iterdir()) == []
 

@@ -1,4 +1,4 @@
-"""Gate, slot attention and slot diversity against computations by hand, and the options of evaluate that write them."""
+"""Short-term share, slot attention and slot diversity against computations by hand, and the options that write them."""
 
 from __future__ import annotations
 
@@ -17,15 +17,16 @@ from torch import Tensor
 from dman_runtime.interactions import read_interactions
 from dman_train import evaluate, train
 from dman_train.config import ModelConfig
-from dman_train.interpret import Observations, observe, slot_attention, slot_diversity, summarise, trajectory
-from dman_train.model import DMAN
+from dman_train.interpret import Observations, observe, slot_diversity, summarise, trajectory
+from dman_train.model import DMAN, Attention
 from dman_train.replay import replay
 
 EXACT = {"rtol": 1e-4, "atol": 2e-5}  # float32, two orders of summation
-PAPER = replace(TINY, architecture="paper", heads=1)
+PAPER = replace(TINY, architecture="paper", heads=1, long_term="gated")
 WITH_MEMORY = {
     "plus": TINY,
     "plain": replace(TINY, residual="plain", heads=4, layers=3),
+    "gated": replace(TINY, long_term="gated"),
     "paper": PAPER,
     "fifo": replace(TINY, variant="fifo"),
     "nran": replace(TINY, variant="nran"),
@@ -50,52 +51,61 @@ def memory_read(model: DMAN, history: np.ndarray) -> Tensor:
 
 @every_variant
 @torch.no_grad()
-def test_gate_is_the_share_that_mixes_the_branches_into_the_user_embedding(config: ModelConfig) -> None:
+def test_share_and_attention_are_those_of_the_user_embedding(config: ModelConfig) -> None:
     model, histories = random_model(config, TINY_ITEMS), random_histories(*LENGTHS)
-    seen = observe(model, histories, batch=4)
-    users, _ = replay(model, histories)
-    for row, history in enumerate(histories):
-        short, long = _branches(model, history)
-        gate = 1 / (1 + torch.exp(-(model.gate_short.weight @ short + model.gate_short.bias + model.gate_long(long))))
-        torch.testing.assert_close((gate * short + (1 - gate) * long) * model.output_scale, users[row], **EXACT)
-        assert seen.gate[row] == pytest.approx(float(gate.mean()), rel=1e-4)
-
-
-def _branches(model: DMAN, history: np.ndarray) -> tuple[Tensor, Tensor]:
-    """The inputs of eq. 3, (D) each: the short-term one from an xl model of the same weights, which has no gate."""
-    xl = random_model(replace(model.config, variant="xl"), TINY_ITEMS)
-    xl.load_state_dict({name: model.state_dict()[name] for name in xl.state_dict()})
-    visible = history if model.config.recurrent else history[(len(history) - 1) // 5 * 5 :]
-    g = model.embed(torch.from_numpy(history[-1:]))[None]  # (1, 1, D)
-    for block, memory in zip(model.long_term, memory_read(model, history), strict=True):
-        g = block.add(g, block.attention(block.norm_queries(g), block.norm_sources(memory[None])))
-    return replay(xl, [visible])[0][0] / model.output_scale, model.norm_long(g)[0, 0]
-
-
-@every_variant
-@torch.no_grad()
-def test_attention_is_the_softmax_over_the_slots_of_the_memory_read(config: ModelConfig) -> None:
-    model, histories = random_model(config, TINY_ITEMS), random_histories(*LENGTHS)
-    seen = observe(model, histories, batch=4)
+    seen, users = observe(model, histories, batch=4), replay(model, histories)[0]
     assert seen.attention.shape == (len(LENGTHS), config.layers, 4)
     np.testing.assert_allclose(seen.attention.sum(-1), 1, rtol=1e-5)
+    by_hand = _merged if config.long_term == "merged" else _gated
     for row, history in enumerate(histories):
-        expected = _attention(model, model.embed(torch.from_numpy(history[-1:]))[0], memory_read(model, history))
-        np.testing.assert_allclose(seen.attention[row], expected, **EXACT)
+        user, share, attention = by_hand(model, history)
+        torch.testing.assert_close(user * model.output_scale, users[row], **EXACT)
+        assert seen.share[row] == pytest.approx(share, rel=1e-4)
+        np.testing.assert_allclose(seen.attention[row], attention, **EXACT)
 
 
-def _attention(model: DMAN, g: Tensor, memory: Tensor) -> np.ndarray:
-    """(L, m): eq. 2 head by head with projected keys, for one long-term input g (D)."""
-    rows = []
-    for layer, block in enumerate(model.long_term):
-        w, sources = block.attention, block.norm_sources(memory[layer])
-        heads, width = w.heads, w.head_width
-        q = (w.query.weight @ block.norm_queries(g)).view(heads, width)
-        logits = [[float(q[h] @ (w.key[h] @ slot)) / width**0.5 for slot in sources] for h in range(len(q))]
-        weights = np.exp(logits) / np.exp(logits).sum(-1, keepdims=True)
-        rows.append(weights.mean(0))
-        g = block.add(g, w(block.norm_queries(g)[None, None], sources[None])[0, 0])
-    return np.array(rows)
+def _merged(model: DMAN, history: np.ndarray) -> tuple[Tensor, float, np.ndarray]:
+    """User embedding (D), share of the events in what its position reads, and attention to the slots (L, m)."""
+    segments: list[Tensor] = []  # (L, T, D) layer inputs of each
+    replay(model, [history], lambda _rows, _memory, encoding: segments.append(encoding.hidden[0]))
+    if not model.config.recurrent:
+        segments = segments[-1:]
+    events, memory = torch.cat(segments[-2:], dim=1), memory_read(model, history)
+    distance, shares, attention = torch.arange(events.shape[1]).flip(0), [], []
+    for layer, block in enumerate(model.short_term):
+        sources = torch.cat([block.norm_memory(memory[layer]), block.norm(events[layer])])
+        bias = torch.cat([model.slot_bias[layer], model.distance_bias[layer][:, distance]], dim=1)  # (H, K)
+        read, weights = _read(block.attention, block.norm(events[layer, -1]), sources, bias)
+        h = block.add(events[layer, -1][None], read[None])[0]
+        if layer + 1 < model.config.layers:
+            torch.testing.assert_close(events[layer + 1, -1], h, **EXACT)
+        shares.append(weights[:, 4:].sum(1))
+        attention.append((weights[:, :4] / weights[:, :4].sum(1, keepdim=True)).mean(0))
+    return model.norm_short(h), float(torch.stack(shares).mean()), torch.stack(attention).numpy()
+
+
+def _gated(model: DMAN, history: np.ndarray) -> tuple[Tensor, float, np.ndarray]:
+    """As `_merged`. The short-term branch is that of an xl model of the same weights."""
+    xl = random_model(replace(model.config, variant="xl"), TINY_ITEMS)
+    xl.load_state_dict({name: model.state_dict()[name] for name in xl.state_dict()})
+    short, attention = replay(xl, [history])[0][0] / model.output_scale, []
+    g = model.embed(torch.from_numpy(history[-1:]))[0]
+    for block, memory in zip(model.long_term, memory_read(model, history), strict=True):
+        read, weights = _read(block.attention, block.norm(g), block.norm_memory(memory))
+        g = block.add(g[None], read[None])[0]
+        attention.append(weights.mean(0))
+    long = model.norm_long(g)
+    gate = 1 / (1 + torch.exp(-(model.gate_short.weight @ short + model.gate_short.bias + model.gate_long(long))))
+    return gate * short + (1 - gate) * long, float(gate.mean()), torch.stack(attention).numpy()
+
+
+def _read(w: Attention, query: Tensor, sources: Tensor, bias: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """What one query (D) reads from (K, D) sources, (D), and its weights (H, K); head by head with projected keys."""
+    by_head = (w.query.weight @ query).view(w.heads, w.head_width)
+    logits = torch.stack([(sources @ w.key[h].T) @ q / w.head_width**0.5 for h, q in enumerate(by_head)])
+    weights = (logits if bias is None else logits + bias).exp()
+    weights = weights / weights.sum(1, keepdim=True)
+    return w.output(torch.cat([weights[h] @ sources @ w.value[h] for h in range(w.heads)])), weights
 
 
 @every_variant
@@ -123,19 +133,19 @@ def test_observations_of_every_segment_are_those_of_the_prefixes() -> None:
     assert every.absorbed.tolist() == [0, 0, 1, 2, 3, 0, 0, 0, 1]
     prefixes = [histories[row][:end] for row, end in zip(every.history, every.events, strict=True)]
     last = observe(model, prefixes)
-    for name in ("events", "absorbed", "gate", "attention", "cosine", "effective_rank"):
+    for name in ("events", "absorbed", "share", "attention", "cosine", "effective_rank"):
         np.testing.assert_allclose(getattr(every, name), getattr(last, name), rtol=1e-3, atol=1e-4, err_msg=name)
     found = trajectory(observe(model, histories[:1], every_segment=True))
     assert [segment["events"] for segment in found] == [5, 10, 15, 20, 23]
-    assert [segment["gate"] for segment in found] == pytest.approx(every.gate[:5].tolist(), rel=1e-4)
+    assert [segment["short_term_share"] for segment in found] == pytest.approx(every.share[:5].tolist(), rel=1e-4)
 
 
 def test_observing_leaves_the_model_as_it_was() -> None:
     model, histories = random_model(TINY, TINY_ITEMS).train(), random_histories(23, 5)
     first, second = observe(model, histories), observe(model, histories)
-    assert np.array_equal(first.gate, second.gate), "dropout must be off"
-    assert model.training and model.long_term[0].training
-    assert not model.gate_short._forward_hooks and not model.gate_long._forward_hooks
+    assert np.array_equal(first.share, second.share), "dropout must be off"
+    assert model.training and model.short_term[0].training
+    assert not any(module._forward_hooks for module in model.modules())
 
 
 def test_model_without_memory_cannot_be_observed() -> None:
@@ -175,27 +185,28 @@ def test_degenerate_memories_stay_finite() -> None:
 
 
 def test_identical_slots_are_read_alike() -> None:
-    model = random_model(TINY, TINY_ITEMS)
-    memory, pulled = torch.randn(3, 2, 1, 32).repeat(1, 1, 4, 1), [torch.randn(3, 2, 32)] * 2
-    torch.testing.assert_close(slot_attention(model, pulled, memory), torch.full((3, 2, 4), 0.25))
+    model = random_model(replace(TINY, long_term="gated"), TINY_ITEMS)  # where a slot has no bias of its own
+    with torch.no_grad():
+        model.initial_memory.copy_(torch.randn(2, 1, 32).expand(2, 4, 32))
+    np.testing.assert_allclose(observe(model, random_histories(4)).attention, 0.25, rtol=1e-5)
 
 
-def observations(events: list[int], gate: list[float], attention: list[list[float]]) -> Observations:
+def observations(events: list[int], share: list[float], attention: list[list[float]]) -> Observations:
     """One layer of two slots, all else the same for everybody."""
     n, one = len(events), np.ones((len(events), 1))
     absorbed = np.maximum((np.array(events) - 1) // 5 - 1, 0)
     weights, pairs = np.array(attention)[:, None], np.zeros((n, 1, 40))
-    return Observations(np.arange(n), np.array(events), absorbed, np.array(gate), weights, one, one, pairs, one)
+    return Observations(np.arange(n), np.array(events), absorbed, np.array(share), weights, one, one, pairs, one)
 
 
 def test_summary_equals_a_table_by_hand() -> None:
-    events, gate = [3, 49, 50, 199, 200, 500, 501], [0.1, 0.3, 0.5, 0.5, 0.6, 0.8, 1.0]
-    seen = observations(events, gate, [[0.5, 0.5]] * 5 + [[1.0, 0.0]] * 2)
+    events, share = [3, 49, 50, 199, 200, 500, 501], [0.1, 0.3, 0.5, 0.5, 0.6, 0.8, 1.0]
+    seen = observations(events, share, [[0.5, 0.5]] * 5 + [[1.0, 0.0]] * 2)
     found = summarise(random_model(replace(TINY, layers=1, memory_slots=2), TINY_ITEMS), seen)
-    lengths = [(row["events"], row["users"], row["mean"]) for row in found["gate"]["by_history_length"]]
+    lengths = [(row["events"], row["users"], row["mean"]) for row in found["short_term_share"]["by_history_length"]]
     expected = [("< 50", 2, 0.2), ("50 to 199", 2, 0.5), ("200 to 499", 1, 0.6), (">= 500", 2, 0.9)]
     assert lengths == [(name, users, pytest.approx(mean)) for name, users, mean in expected]
-    assert sum(found["gate"]["histogram"]["fraction"]) == pytest.approx(1)
+    assert sum(found["short_term_share"]["histogram"]["fraction"]) == pytest.approx(1)
     (layer,) = found["attention"]
     assert layer["slots"] == pytest.approx([4.5 / 7, 2.5 / 7])
     assert layer["entropy"]["mean"] == pytest.approx(5 / 7)  # in units of log 2
@@ -224,7 +235,7 @@ def written(directory: Path) -> dict[str, Any]:
     return found
 
 
-PICTURES = {"attention.png", "gate.png", "slots.png"}
+PICTURES = {"attention.png", "share.png", "slots.png"}
 
 
 def test_evaluate_writes_the_interpretation_of_all_users(
@@ -237,8 +248,8 @@ def test_evaluate_writes_the_interpretation_of_all_users(
     assert {file.name for file in out.iterdir()} == PICTURES | {"interpretation.json"}
     assert found["users"] == metrics["users"] > 50
     assert (found["split"], found["user"], found["memory_slots"]) == ("valid", None, 8)
-    assert sum(row["users"] for row in found["gate"]["by_history_length"]) == found["users"]
-    assert 0 < found["gate"]["mean"] < 1
+    assert sum(row["users"] for row in found["short_term_share"]["by_history_length"]) == found["users"]
+    assert 0 < found["short_term_share"]["mean"] < 1
     assert [sum(layer["slots"]) for layer in found["attention"]] == pytest.approx([1, 1])
     assert 0 < found["slot_diversity"]["users"] <= found["users"]
     for layer in found["slot_diversity"]["layers"]:
@@ -261,7 +272,7 @@ def test_evaluate_writes_one_user_with_the_trajectory(
     events = segments[-1]["events"]
     assert 0.8 * len(log.history(row)) < events < len(log.history(row)), "all but the held-out and unknown ones"
     assert [segment["events"] for segment in segments] == [*range(10, events, 10), events]
-    assert segments[-1]["gate"] == pytest.approx(found["gate"]["mean"])
+    assert segments[-1]["short_term_share"] == pytest.approx(found["short_term_share"]["mean"])
     assert evaluate.main(command) == 0
     assert "trajectory" not in written(tmp_path) and not (tmp_path / "trajectory.png").exists()
 
@@ -322,7 +333,7 @@ def test_evaluate_refuses_a_place_that_cannot_be_written(
     trained_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], place: str
 ) -> None:
     (tmp_path / "file").write_text("years of work")
-    (tmp_path / "plot" / "gate.png").mkdir(parents=True)
+    (tmp_path / "plot" / "share.png").mkdir(parents=True)
     message = refusal(capsys, "--run", trained_run, "--interpret", tmp_path / place)
     assert f"--interpret {tmp_path / place} cannot be written" in message
     assert (tmp_path / "file").read_text() == "years of work"
@@ -344,6 +355,6 @@ def test_evaluate_refuses_to_interpret_weights_that_are_not_finite(
     for name in ("config.json", "vocabulary.json", "best.pt"):
         (run / name).write_bytes((trained_run / name).read_bytes())
     weights = torch.load(run / "best.pt")
-    weights["gate_short.weight"][0, 0] = math.nan
+    weights["slot_bias"][0, 0] = math.nan
     torch.save(weights, run / "best.pt")
     assert "not all finite" in refusal(capsys, "--run", run, "--interpret", tmp_path / "out")

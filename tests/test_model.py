@@ -17,12 +17,12 @@ from dman_train.objective import LaneState, Objective
 from dman_train.replay import replay
 
 EXACT = {"rtol": 1e-4, "atol": 2e-5}  # float32, two orders of summation
-PAPER = replace(TINY, architecture="paper", heads=1)
+PAPER = replace(TINY, architecture="paper", heads=1, long_term="gated")
 VARIANTS = {
     "plus": TINY,
     "plain": replace(TINY, residual="plain", heads=4, layers=3),
     "paper": PAPER,
-    "heavy": replace(TINY, long_term="full"),
+    "gated": replace(TINY, long_term="gated"),
     "xl": replace(TINY, variant="xl"),
     "fifo": replace(TINY, variant="fifo"),
     "nran": replace(TINY, variant="nran"),
@@ -274,7 +274,10 @@ def test_fifo_memory_keeps_old_slots_behind_a_short_segment() -> None:
 def test_xl_has_no_memory_and_forgets_what_left_the_context() -> None:
     config = replace(TINY, variant="xl", layers=1)
     model = random_model(config, TINY_ITEMS)
-    assert not any(name.startswith(("long_term", "abstraction", "gate")) for name, _ in model.named_parameters())
+    assert not any(
+        "norm_memory" in name or name.startswith(("long_term", "slot_bias", "abstraction", "gate"))
+        for name, _ in model.named_parameters()
+    )
     assert model.initial_memory.shape == (1, 0, 32)
     assert model.abstraction_parameters() == []
     (history,) = random_histories(15)
@@ -329,14 +332,15 @@ JOINT = [replace(ALTERNATING, memory_training="joint", backprop_segments=n) for 
 
 
 @pytest.mark.parametrize("config", [ALTERNATING, *JOINT], ids=["alternating", "1", "2", "3", "4"])
-@pytest.mark.parametrize("architecture", [TINY, PAPER], ids=["plus", "paper"])
+@pytest.mark.parametrize("architecture", [TINY, VARIANTS["gated"], PAPER], ids=["merged", "gated", "paper"])
 def test_abstraction_loss_reaches_f_abs_only(architecture: ModelConfig, config: TrainConfig) -> None:
     model = random_model(architecture, TINY_ITEMS).train()
     assert gradients(model, config, abstraction=True) == names(model, abstraction=True)
 
 
-def test_likelihood_reaches_everything_but_f_abs_when_alternating() -> None:
-    model = random_model(TINY, TINY_ITEMS).train()
+@pytest.mark.parametrize("architecture", [TINY, VARIANTS["gated"]], ids=["merged", "gated"])
+def test_likelihood_reaches_everything_but_f_abs_when_alternating(architecture: ModelConfig) -> None:
+    model = random_model(architecture, TINY_ITEMS).train()
     assert gradients(model, ALTERNATING, abstraction=False) == names(model, abstraction=False)
     assert "initial_memory" in names(model, abstraction=False)
 
@@ -353,7 +357,7 @@ def test_abstraction_loss_equals_equation_5() -> None:
     model = random_model(PAPER, TINY_ITEMS)
     old, new, hidden = torch.randn(2, 2, 4, 32), torch.randn(2, 2, 4, 32), torch.randn(2, 2, 5, 32)
     queries, lengths = [torch.randn(2, 3, 32) for _ in range(2)], [5, 2]
-    pulled = [block.attention.pull(query) for block, query in zip(model.long_term, queries, strict=True)]
+    pulled = [block.attention.pull(query) for block, query in zip(model.memory_blocks, queries, strict=True)]
     mask = torch.tensor([[True, True, False], [False, True, True]])
     expected = torch.zeros(())
     for row, position in mask.nonzero().tolist():
@@ -380,7 +384,7 @@ OTHER_MODEL = {
     "width": 16,
     "heads": 1,
     "ffn_multiplier": 3,
-    "long_term": "full",
+    "long_term": "gated",
     "residual": "plain",
     "dropout": 0.5,
     "routing": "shared",
@@ -406,7 +410,7 @@ def differ(a: Sequence[np.ndarray], b: Sequence[np.ndarray]) -> bool:
 
 @pytest.mark.parametrize("name", [f.name for f in fields(ModelConfig)])
 def test_model_config_field_changes_the_model(name: str) -> None:
-    base = replace(TINY, heads=1) if name == "architecture" else TINY
+    base = replace(TINY, heads=1, long_term="gated") if name == "architecture" else TINY
     assert not differ(outcome(base), outcome(base)), "the comparison itself is not reproducible"
     assert differ(outcome(base), outcome(replace(base, **{name: OTHER_MODEL[name]})))
 
@@ -421,7 +425,7 @@ INVALID: list[tuple[type, str, object]] = [
     (ModelConfig, "heads", 3),
     (ModelConfig, "heads", 0),
     (ModelConfig, "ffn_multiplier", -1),
-    (ModelConfig, "long_term", "heavy"),
+    (ModelConfig, "long_term", "light"),
     (ModelConfig, "residual", ""),
     (ModelConfig, "dropout", 1.0),
     (ModelConfig, "dropout", float("nan")),
@@ -476,6 +480,11 @@ def test_alternating_training_refuses_to_go_back_over_several_segments() -> None
 def test_paper_config_refuses_several_heads() -> None:
     with pytest.raises(ConfigError, match="heads to 1"):
         ModelConfig(architecture="paper", heads=2)
+
+
+def test_paper_config_refuses_a_merged_memory() -> None:
+    with pytest.raises(ConfigError, match="long_term to 'gated'"):
+        ModelConfig(architecture="paper", heads=1, long_term="merged")
 
 
 @pytest.mark.parametrize("preset", PRESETS)

@@ -277,7 +277,7 @@ def test_abstraction_loss_is_about_the_newest_absorption_and_real_positions(conf
         new_memory=new,
         hidden=before.absorbed[-1],
         lengths=torch.tensor([5]),
-        pulled=model.encode(last, before.context, torch.tensor([5]), new).long_pulled,
+        pulled=model.encode(last, before.context, torch.tensor([5]), new).pulled,
         query_mask=torch.ones(1, 3, dtype=torch.bool),
     )
     assert losses.abstraction_count == 3

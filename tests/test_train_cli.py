@@ -450,14 +450,14 @@ def configs(*options: str) -> dict[str, Any]:
 
 OTHER: dict[str, Any] = {
     "architecture": "paper", "variant": "xl", "residual": "plain", "routing": "full", "routing_softmax": "primaries",
-    "loss": "sampled", "memory_training": "alternating", "random_first_segment": False, "long_term": "full",
+    "loss": "sampled", "memory_training": "alternating", "random_first_segment": False, "long_term": "gated",
     "abstraction_every": 1, "epochs": 9, "seen_items": "keep",
     "backprop_segments": 2, "dropout": 0.5, "abstraction_weight": 0.25, "learning_rate": 0.5,
     "abstraction_learning_rate": 0.5, "precision": "bfloat16", "final_learning_rate": 0.5, "weight_decay": 0.5,
     "gradient_clip": 0.5, "user_column": "u", "item_column": "i", "time_column": "t", "position_column": "p",
     "heads": 1, "ema_decay": 0.5,
 }  # fmt: skip
-NEEDS = {"architecture": {"heads": 1}}
+NEEDS = {"architecture": {"heads": 1, "long_term": "gated"}}
 
 
 @pytest.mark.parametrize("name", [f.name for c in (ModelConfig, TrainConfig, DataConfig) for f in fields(c)])

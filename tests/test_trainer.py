@@ -244,7 +244,7 @@ def cycle_data() -> TrainingData:
     return data_of([(start + np.arange(length)) % 12 for start, length in zip(starts, lengths, strict=True)], 12)
 
 
-ONE_LAYER_PAPER = replace(TINY, architecture="paper", heads=1, layers=1, dropout=0.0)
+ONE_LAYER_PAPER = replace(TINY, architecture="paper", heads=1, long_term="gated", layers=1, dropout=0.0)
 
 
 @pytest.mark.parametrize(
@@ -299,7 +299,7 @@ def test_memory_carries_what_left_the_context(variant: str, config: TrainConfig)
 def test_trainer_reports_the_step_whose_loss_is_not_finite() -> None:
     trainer = trained(TINY, CONFIG, 2)
     with torch.no_grad():
-        trainer.model.gate_short.bias.fill_(float("nan"))
+        trainer.model.slot_bias.fill_(float("nan"))
     with pytest.raises(FloatingPointError, match="not finite at step 3; lower the learning rate"):
         trainer.train_epoch(on_step=lambda: None, progress=False)
 
