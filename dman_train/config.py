@@ -40,7 +40,7 @@ class ModelConfig:
     long_term: Literal["merged", "gated"] = option(
         "merged",
         "how the memory is read: merged: by the short-term attention, slots beside events (plus only); "
-        "gated: by a branch of its own, mixed in by the gate of eq. 3",
+        "gated: by a branch of its own, mixed in by the gate of eq. 3; try it where only the far past decides",
     )
     residual: Literal["plain", "gated"] = option("gated", "plain: x + y; gated: x + sigmoid(W x) * y (plus only)")
     dropout: float = option(0.2, "dropout rate on inputs, attention weights and block outputs")

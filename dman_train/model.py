@@ -62,9 +62,9 @@ class Attention(nn.Module):
         for weight in (self.query.weight, self.key, self.value):
             nn.init.uniform_(weight, -bound, bound)
 
-    def forward(self, queries: Tensor, sources: Tensor, bias: Tensor | None = None) -> Tensor:
-        """(B, Q, D) queries over (B, K, D) sources with an additive bias that broadcasts to (B, Q, H, K)."""
-        return self.project(self.mix(self.pull(queries), sources, bias))
+    def forward(self, pulled: Tensor, sources: Tensor, bias: Tensor | None = None) -> Tensor:
+        """(B, Q*H, D) pulled queries over (B, K, D) sources -> (B, Q, D); the bias broadcasts to (B, Q, H, K)."""
+        return self.project(self.mix(pulled, sources, bias))
 
     def pull(self, queries: Tensor) -> Tensor:
         """(B, Q, D) queries -> (B, Q*H, D) in the space of the sources: q W_q W_k^T / sqrt(d) of every head."""
@@ -308,7 +308,7 @@ class DMAN(nn.Module):
             if last is not None and layer == self.config.layers - 1:  # nothing later reads the other positions
                 h, queries, layer_bias = _take(h, last), _take(queries, last), _take(layer_bias, last)
             pulled.append(block.attention.pull(queries))
-            h = block.add(h, block.attention.project(block.attention.mix(pulled[-1], sources, layer_bias)))
+            h = block.add(h, block.attention(pulled[-1], sources, layer_bias))
         user = self.norm_short(h)
         if self.config.has_memory and not self.merged:
             g, pulled = self._read_memory(item_embeddings if last is None else _take(item_embeddings, last), memory)
@@ -321,8 +321,7 @@ class DMAN(nn.Module):
         pulled = []
         for layer, block in enumerate(_blocks(self.long_term)):
             pulled.append(block.attention.pull(block.norm(g)))
-            read = block.attention.mix(pulled[-1], block.norm_memory(memory[:, layer]))
-            g = block.add(g, block.attention.project(read))
+            g = block.add(g, block.attention(pulled[-1], block.norm_memory(memory[:, layer])))
         return self.norm_long(g), pulled
 
     def _positions(self, new: int, context: int, context_lengths: Tensor) -> tuple[Tensor, Tensor]:

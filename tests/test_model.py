@@ -64,7 +64,7 @@ def test_attention_absorbed_equals_projected_keys_and_values(heads: int) -> None
         k, v = sources @ attention.key[head].T, sources @ attention.value[head]  # (B, K, d)
         outputs.append(softmax(q @ k.transpose(1, 2) / (32 / heads) ** 0.5 + bias[:, :, head]) @ v)
     expected = torch.cat(outputs, -1) @ attention.output.weight.T
-    torch.testing.assert_close(attention(queries, sources, bias), expected, **EXACT)
+    torch.testing.assert_close(attention(attention.pull(queries), sources, bias), expected, **EXACT)
 
 
 def test_paper_architecture_equals_equations_1_to_3() -> None:
