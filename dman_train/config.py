@@ -70,6 +70,11 @@ class ModelConfig:
         return self.variant != "xl"
 
     @property
+    def merged(self) -> bool:
+        """Whether one attention a layer reads events and memory."""
+        return self.has_memory and self.long_term == "merged"
+
+    @property
     def slots(self) -> int:
         """Memory slots a state of this model holds."""
         return self.memory_slots if self.has_memory else 0

@@ -26,7 +26,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dman_runtime.options import UsageError
-from dman_train.model import DMAN, Encoding
+from dman_train.model import DMAN, Encoding, at_position
 from dman_train.replay import replay
 
 logger = logging.getLogger(__name__)
@@ -147,11 +147,11 @@ def _watched(model: DMAN) -> Iterator[Callable[[Tensor], tuple[Tensor, Tensor]]]
         outputs[module] = output
 
     readers = [block.attention.dropout for block in model.memory_blocks]  # what they give are the weights (B, Q, H, K)
-    gates = [] if model.merged else [model.gate_short, model.gate_long]
+    gates = [] if model.config.merged else [model.gate_short, model.gate_long]
 
     def weights_at(position: Tensor, reader: nn.Module) -> Tensor:
         weights = outputs[reader]  # of the last layer, and of the long-term branch, Q = 1
-        return weights[:, 0] if weights.shape[1] == 1 else weights[torch.arange(len(weights)), position]
+        return (weights if weights.shape[1] == 1 else at_position(weights, position))[:, 0]
 
     def latest(position: Tensor) -> tuple[Tensor, Tensor]:
         slots = torch.stack([weights_at(position, r)[..., : model.config.memory_slots] for r in readers], dim=1)

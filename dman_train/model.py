@@ -245,11 +245,10 @@ class DMAN(nn.Module):
         self.output_scale = (SCORE_SCALE if config.architecture == "plus" else 1.0) / math.sqrt(width)
         self.input_dropout = Dropout(config.dropout)
         self.distance_bias = nn.Parameter(torch.zeros(depth, config.heads, 2 * config.segment_length))
-        self.merged = config.has_memory and config.long_term == "merged"
-        self.short_term, self.norm_short = self._branch(reads_memory=self.merged)
+        self.short_term, self.norm_short = self._branch(reads_memory=config.merged)
         if config.has_memory:
             self.initial_memory = nn.Parameter(torch.randn(depth, config.memory_slots, width))
-            if self.merged:
+            if config.merged:
                 self.slot_bias = nn.Parameter(torch.zeros(depth, config.heads, config.memory_slots))
             else:
                 self.long_term, self.norm_long = self._branch(reads_memory=True)
@@ -271,7 +270,7 @@ class DMAN(nn.Module):
     @property
     def memory_blocks(self) -> list[PaperBlock | PlusBlock]:
         """The L blocks whose attention reads the memory; the slots come first among its sources."""
-        return _blocks(self.short_term if self.merged else self.long_term)
+        return _blocks(self.short_term if self.config.merged else self.long_term)
 
     def item_table(self) -> Tensor:
         """(V, D) item embeddings as the layers read them and as scores are computed with them."""
@@ -303,15 +302,16 @@ class DMAN(nn.Module):
         for layer, block in enumerate(_blocks(self.short_term)):
             hidden.append(h)
             queries, layer_bias = block.norm(h), bias[layer] + visible  # (B, S, D), (B, S, H, K)
-            slots = [block.norm_memory(memory[:, layer])] if self.merged else []
+            slots = [block.norm_memory(memory[:, layer])] if self.config.merged else []
             sources = torch.cat([*slots, block.norm(context[:, layer]), queries], dim=1)  # (B, K, D)
             if last is not None and layer == self.config.layers - 1:  # nothing later reads the other positions
-                h, queries, layer_bias = _take(h, last), _take(queries, last), _take(layer_bias, last)
+                h, queries, layer_bias = at_position(h, last), at_position(queries, last), at_position(layer_bias, last)
             pulled.append(block.attention.pull(queries))
             h = block.add(h, block.attention(pulled[-1], sources, layer_bias))
         user = self.norm_short(h)
-        if self.config.has_memory and not self.merged:
-            g, pulled = self._read_memory(item_embeddings if last is None else _take(item_embeddings, last), memory)
+        if self.config.has_memory and not self.config.merged:
+            asked = item_embeddings if last is None else at_position(item_embeddings, last)  # (B, Q, D)
+            g, pulled = self._read_memory(asked, memory)
             share = torch.sigmoid(self.gate_short(user) + self.gate_long(g))  # (B, Q, D) of the short-term branch
             user = g + share * (user - g)
         return Encoding(user * self.output_scale, torch.stack(hidden, dim=1), pulled)
@@ -336,7 +336,7 @@ class DMAN(nn.Module):
         bias = self.distance_bias[:, :, distance.clamp(0, 2 * self.config.segment_length - 1)].transpose(1, 2)
         seen = (key >= context - context_lengths[:, None])[:, None, :] & (distance >= 0)[None]  # (B, S, K)
         visible = torch.where(seen, 0.0, MASKED)[:, :, None]
-        if not self.merged:
+        if not self.config.merged:
             return bias, visible
         slots = self.slot_bias[:, None].expand(-1, new, -1, -1)  # (L, S, H, m)
         return torch.cat([slots, bias], dim=-1), F.pad(visible, (self.config.memory_slots, 0))
@@ -385,7 +385,7 @@ class DMAN(nn.Module):
         return total / self.config.layers
 
 
-def _take(x: Tensor, position: Tensor) -> Tensor:
+def at_position(x: Tensor, position: Tensor) -> Tensor:
     """(B, S, ...), (B) -> (B, 1, ...): the row at each position."""
     index = position.view(-1, *[1] * (x.dim() - 1)).expand(-1, 1, *x.shape[2:])
     return x.gather(1, index)

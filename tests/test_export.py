@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import TINY, TINY_ITEMS, export_tiny, random_model, rewrite_manifest, vocabulary_of
+from conftest import PAPER, TINY, TINY_ITEMS, export_tiny, random_model, rewrite_manifest, vocabulary_of
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -41,7 +41,8 @@ ONNX_ERROR = {"rtol": 1e-4, "atol": 1e-5}
 # Each has a graph of its own: other branches, other blocks, other routing.
 GRAPHS = {
     "dman": TINY,
-    "paper-fifo": replace(TINY, architecture="paper", heads=1, long_term="gated", variant="fifo"),
+    "gated": replace(TINY, long_term="gated"),
+    "paper-fifo": replace(PAPER, variant="fifo"),
     "plain-xl": replace(TINY, residual="plain", variant="xl", layers=1),
     "nran-full": replace(TINY, variant="nran", routing="full", routing_softmax="primaries", layers=3),
 }

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import TINY, TINY_ITEMS, random_model
+from conftest import PAPER, TINY, TINY_ITEMS, random_model
 from torch import Tensor
 
 from dman_runtime.interactions import read_interactions
@@ -22,7 +22,6 @@ from dman_train.model import DMAN, Attention
 from dman_train.replay import replay
 
 EXACT = {"rtol": 1e-4, "atol": 2e-5}  # float32, two orders of summation
-PAPER = replace(TINY, architecture="paper", heads=1, long_term="gated")
 WITH_MEMORY = {
     "plus": TINY,
     "plain": replace(TINY, residual="plain", heads=4, layers=3),

@@ -8,7 +8,7 @@ from dataclasses import fields, replace
 import numpy as np
 import pytest
 import torch
-from conftest import TINY, TINY_ITEMS, random_model
+from conftest import PAPER, TINY, TINY_ITEMS, random_model
 from torch import Tensor
 
 from dman_train.config import PRESETS, ConfigError, DataConfig, ModelConfig, TrainConfig, from_dict, to_dict
@@ -17,7 +17,6 @@ from dman_train.objective import LaneState, Objective
 from dman_train.replay import replay
 
 EXACT = {"rtol": 1e-4, "atol": 2e-5}  # float32, two orders of summation
-PAPER = replace(TINY, architecture="paper", heads=1, long_term="gated")
 VARIANTS = {
     "plus": TINY,
     "plain": replace(TINY, residual="plain", heads=4, layers=3),

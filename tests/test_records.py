@@ -239,6 +239,7 @@ def test_report_compares_what_has_one_recipe(
         ({"variant": "xl", "memory_slots": 10}, {"abstraction_every": 1}, {"dropout": 0.5}),
         ({"variant": "fifo", "memory_slots": 10}, {"routing_iterations": 3}, {"memory_slots": 20}),
         ({"variant": "dman", "memory_slots": 10}, {"seed": 3}, {"memory_training": "alternating"}),
+        ({"architecture": "paper", "variant": "dman", "long_term": "light"}, {"long_term": "gated"}, {"dropout": 0.5}),
     ],
 )
 def test_runs_are_told_apart_by_what_decides_them(

@@ -19,7 +19,7 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
-from conftest import ROOT, TINY
+from conftest import PAPER, ROOT, TINY
 
 from dman_runtime.protocol import HeldOut, metrics
 from dman_train import train
@@ -244,7 +244,7 @@ def cycle_data() -> TrainingData:
     return data_of([(start + np.arange(length)) % 12 for start, length in zip(starts, lengths, strict=True)], 12)
 
 
-ONE_LAYER_PAPER = replace(TINY, architecture="paper", heads=1, long_term="gated", layers=1, dropout=0.0)
+ONE_LAYER_PAPER = replace(PAPER, layers=1, dropout=0.0)
 
 
 @pytest.mark.parametrize(

@@ -121,6 +121,8 @@ def decisive(content: dict[str, Any]) -> dict[str, Any]:
         idle |= TRAINING_OF_F_ABS | ROUTING
     if model.get("variant") == "xl":
         idle |= {"memory_slots", "long_term"}
+    if model.get("architecture") == "paper":  # has one form of the memory, whatever older records call it
+        idle |= {"long_term"}
     options = model | (to_dict(TrainConfig()) | train if train else {})
     return {key: value for key, value in options.items() if key not in idle}
 
