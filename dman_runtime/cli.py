@@ -10,15 +10,14 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
-from dman_runtime.bundle import Bundle, BundleError, open_bundle, read_manifest
-from dman_runtime.interactions import Columns, InputError
-from dman_runtime.options import Parser, UsageError, configure_logging, print_json, run_command
-from dman_runtime.server import ServeConfig, serve
-from dman_runtime.state import StateError
-from dman_runtime.store import DEFAULT_MAP_SIZE, StateStore, StoreError, read_store_info
+from dman_runtime.data.interactions import Columns
+from dman_runtime.errors import UsageError
+from dman_runtime.model.bundle import Bundle, open_bundle, read_manifest
+from dman_runtime.options import Parser, configure_logging, print_json, run_command
+from dman_runtime.serving.server import ServeConfig, serve
+from dman_runtime.store.lmdb import DEFAULT_MAP_SIZE, StateStore, read_store_info
 
 DEFAULT_BUNDLE, DEFAULT_STATE, DEFAULT_LOG = Path("bundle"), Path("state"), Path("data/log.csv")
-EXPECTED_ERRORS = (UsageError, BundleError, InputError, StoreError, StateError)
 
 
 def parser() -> Parser:
@@ -117,7 +116,7 @@ def _inspect_options(p: Parser) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    return run_command(_main, argv, *EXPECTED_ERRORS)
+    return run_command(_main, argv)
 
 
 def _main(argv: Sequence[str] | None) -> int:
@@ -138,8 +137,8 @@ def _columns(arguments: argparse.Namespace) -> Columns:
 
 def _open(arguments: argparse.Namespace) -> tuple[Bundle, Any]:
     """Bundle and graphs, checked against the golden replay."""
-    from dman_runtime.encoder import Encoder
-    from dman_runtime.recurrence import check_golden
+    from dman_runtime.model.encoder import Encoder
+    from dman_runtime.model.recurrence import check_golden
 
     bundle = open_bundle(arguments.bundle)
     graphs = Encoder(bundle.path, provider=arguments.provider, threads=arguments.encoder_threads)
@@ -148,7 +147,7 @@ def _open(arguments: argparse.Namespace) -> tuple[Bundle, Any]:
 
 
 def _import(arguments: argparse.Namespace) -> int:
-    from dman_runtime.offline import import_histories
+    from dman_runtime.jobs.offline import import_histories
 
     bundle, graphs = _open(arguments)
     with StateStore.open(
@@ -176,7 +175,7 @@ def _import(arguments: argparse.Namespace) -> int:
 
 def _score(arguments: argparse.Namespace) -> int:
     from dman_runtime.engine import MAX_K
-    from dman_runtime.offline import score
+    from dman_runtime.jobs.offline import score
 
     if not 1 <= arguments.k <= MAX_K:
         raise UsageError(f"--k is {arguments.k}; choose 1 to {MAX_K}")
@@ -197,8 +196,8 @@ def _score(arguments: argparse.Namespace) -> int:
 
 
 def _evaluate(arguments: argparse.Namespace) -> int:
-    from dman_runtime.offline import evaluate
-    from dman_runtime.protocol import format_report
+    from dman_runtime.data.evaluation import format_report
+    from dman_runtime.jobs.offline import evaluate
 
     bundle, graphs = _open(arguments)
     filters = {name: int(bundle.manifest.data.get(name, 0)) for name in ("min_user_events", "min_item_events")}
@@ -247,7 +246,7 @@ def _inspect_bundle(path: Path) -> dict[str, Any]:
 
 
 def _inspect_user(arguments: argparse.Namespace) -> dict[str, Any]:
-    from dman_runtime.state import StateBatch, read_user_embedding
+    from dman_runtime.model.state import StateBatch, read_user_embedding
 
     bundle = open_bundle(arguments.bundle)
     with StateStore.open(

@@ -7,10 +7,10 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from dman_runtime.bundle import Bundle
-from dman_runtime.recurrence import Graphs, advance
-from dman_runtime.retrieval import NO_ITEMS, ExactRetriever, search_scores
-from dman_runtime.state import (
+from dman_runtime.errors import ConflictError, RequestError
+from dman_runtime.model.bundle import Bundle
+from dman_runtime.model.recurrence import Graphs, advance
+from dman_runtime.model.state import (
     REQUEST_IDS,
     StateBatch,
     absorbed_segments,
@@ -18,20 +18,13 @@ from dman_runtime.state import (
     read_user_embedding,
     request_hash,
 )
-from dman_runtime.store import StateStore, StoredUser, Write, user_key
+from dman_runtime.retrieval.exact import NO_ITEMS, ExactRetriever, search_scores
+from dman_runtime.store.lmdb import StateStore, StoredUser, Write, user_key
 
 MAX_K = 1000
 MAX_EVENTS = 10_000  # per update, and of what-if events per query
 MAX_REQUEST_ID_BYTES = 128
 _COMMIT_ATTEMPTS = 50
-
-
-class RequestError(ValueError):
-    """A request that can never succeed as it is; one line with cause and remedy."""
-
-
-class ConflictError(Exception):
-    """Other workers kept changing the same users."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -15,9 +15,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import fields, replace
 from typing import Any, Literal, NoReturn, get_args, get_origin, get_type_hints
 
-
-class UsageError(Exception):
-    """What the user asked for cannot be done; the message is one line with cause and remedy."""
+from dman_runtime.errors import DmanError, UsageError
 
 
 class Parser(argparse.ArgumentParser):
@@ -103,15 +101,13 @@ def configure_logging(*, verbose: bool = False) -> None:
     )
 
 
-def run_command(
-    command: Callable[[Sequence[str] | None], int], argv: Sequence[str] | None, *expected: type[Exception]
-) -> int:
-    """Runs a command; exceptions of the `expected` types become one line on stderr and exit status 2."""
-    errors: tuple[type[Exception], ...] = (UsageError, *expected)
+def run_command(command: Callable[[Sequence[str] | None], int], argv: Sequence[str] | None) -> int:
+    """Runs a command; a DmanError becomes one line on stderr, with the flag that its remedy is about, and status 2."""
     try:
         return command(argv)
-    except errors as error:
-        print(f"error: {error}", file=sys.stderr)
+    except DmanError as error:
+        flag = f" (--{error.parameter.replace('_', '-')})" if error.parameter else ""
+        print(f"error: {error}{flag}", file=sys.stderr)
         return 2
     except BrokenPipeError:  # the reader of our output has gone
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

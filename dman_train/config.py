@@ -9,8 +9,10 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any, Literal
 
+from dman_runtime.errors import DmanError
 
-class ConfigError(ValueError):
+
+class ConfigError(DmanError, ValueError):
     """A configuration that cannot work; the message names the field and the remedy."""
 
 

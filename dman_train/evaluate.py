@@ -14,18 +14,19 @@ from typing import Any
 
 import numpy as np
 
-from dman_runtime.bundle import BundleError, open_bundle
-from dman_runtime.encoder import Encoder
-from dman_runtime.interactions import Columns, InputError, Interactions
-from dman_runtime.offline import evaluate as evaluate_bundle
-from dman_runtime.offline import read_known
-from dman_runtime.options import Parser, UsageError, configure_logging, print_json, run_command
-from dman_runtime.protocol import HeldOut, format_report, held_out, report
-from dman_runtime.tables import quoted
-from dman_train.config import ConfigError, DataConfig, to_dict
+from dman_runtime.data.evaluation import HeldOut, format_report, held_out, report
+from dman_runtime.data.interactions import Columns, Interactions
+from dman_runtime.data.tables import quoted
+from dman_runtime.errors import UsageError
+from dman_runtime.jobs.offline import evaluate as evaluate_bundle
+from dman_runtime.jobs.offline import read_known
+from dman_runtime.model.bundle import open_bundle
+from dman_runtime.model.encoder import Encoder
+from dman_runtime.options import Parser, configure_logging, print_json, run_command
+from dman_train.config import DataConfig, to_dict
 from dman_train.interpret import write_interpretation
 from dman_train.replay import all_ranks
-from dman_train.run import RunError, open_run
+from dman_train.run import open_run
 from dman_train.train import DEFAULT_RUN
 
 
@@ -44,7 +45,7 @@ def parser() -> Parser:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    return run_command(_main, argv, BundleError, ConfigError, InputError, RunError)
+    return run_command(_main, argv)
 
 
 def _main(argv: Sequence[str] | None) -> int:

@@ -22,11 +22,12 @@ import onnxruntime
 import torch
 from torch import Tensor, nn
 
-from dman_runtime import bundle as bundle_format
-from dman_runtime.bundle import BundleError, StateShape, items_jsonl, write_bundle
-from dman_runtime.encoder import Encoder
+from dman_runtime.errors import BundleError
+from dman_runtime.model import bundle as bundle_format
+from dman_runtime.model.bundle import StateShape, items_jsonl, write_bundle
+from dman_runtime.model.encoder import Encoder
 from dman_runtime.options import Parser, configure_logging, print_json, run_command
-from dman_train.config import ConfigError, to_dict
+from dman_train.config import to_dict
 from dman_train.model import DMAN
 from dman_train.replay import replay
 from dman_train.run import RunError, Vocabulary, open_run
@@ -57,7 +58,7 @@ def parser() -> Parser:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    return run_command(_main, argv, RunError, BundleError, ConfigError)
+    return run_command(_main, argv)
 
 
 def _main(argv: Sequence[str] | None) -> int:

@@ -25,7 +25,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dman_runtime.options import UsageError
+from dman_runtime.errors import UsageError
 from dman_train.model import DMAN, Encoding, at_position
 from dman_train.replay import replay
 

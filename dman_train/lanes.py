@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from dman_runtime.interactions import InputError
+from dman_runtime.errors import InputError
 
 
 @dataclass(frozen=True)

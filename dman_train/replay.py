@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dman_runtime.protocol import HeldOut, Ranks, ranks_of_targets
+from dman_runtime.data.evaluation import HeldOut, Ranks, ranks_of_targets
 from dman_train.baselines.base import Baseline
 from dman_train.model import DMAN, Encoding
 

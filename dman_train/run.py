@@ -25,15 +25,20 @@ from typing import Any
 import numpy as np
 import torch
 
-from dman_runtime.interactions import Interactions, ItemInfo
-from dman_runtime.protocol import Ranks, Split
+from dman_runtime.data.evaluation import Ranks, Split
+from dman_runtime.data.interactions import Interactions, ItemInfo
+from dman_runtime.errors import DmanError
 from dman_train.baselines import build
 from dman_train.baselines.base import Baseline
 from dman_train.config import BaselineConfig, DataConfig, ModelConfig, TrainConfig, from_dict, to_dict
 from dman_train.model import DMAN
 
 
-class RunError(Exception):
+class DivergedError(DmanError, FloatingPointError):
+    """The loss is no longer finite."""
+
+
+class RunError(DmanError):
     """A run directory that cannot be used as asked; one line with cause and remedy."""
 
 

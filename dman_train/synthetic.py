@@ -22,7 +22,8 @@ from random import Random
 
 import numpy as np
 
-from dman_runtime.interactions import InputError, Interactions
+from dman_runtime.data.interactions import Interactions
+from dman_runtime.errors import InputError
 
 _EPOCH = 1_577_836_800  # 2020-01-01 UTC, in seconds: when the first users may appear
 _YEAR = 365 * 86_400  # seconds; users appear during the first year

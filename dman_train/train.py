@@ -18,10 +18,11 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from dman_runtime.interactions import Columns, InputError, Interactions, read_interactions, read_items
-from dman_runtime.options import Parser, UsageError, configure_logging, overridden, print_json, run_command
-from dman_runtime.protocol import Split, format_report, held_out, report, training_events
-from dman_train.config import PRESETS, BaselineConfig, ConfigError, DataConfig, ModelConfig, Preset, TrainConfig
+from dman_runtime.data.evaluation import Split, format_report, held_out, report, training_events
+from dman_runtime.data.interactions import Columns, Interactions, read_interactions, read_items
+from dman_runtime.errors import UsageError
+from dman_runtime.options import Parser, configure_logging, overridden, print_json, run_command
+from dman_train.config import PRESETS, BaselineConfig, DataConfig, ModelConfig, Preset, TrainConfig
 from dman_train.replay import all_ranks
 from dman_train.run import Run, RunError, Vocabulary, create_run, describe, open_run
 from dman_train.synthetic import SyntheticConfig, generate, write_items, write_log
@@ -62,7 +63,7 @@ def parser(presets: Mapping[str, Preset] = PRESETS) -> Parser:
 
 def main(argv: Sequence[str] | None = None, *, presets: Mapping[str, Preset] = PRESETS) -> int:
     command = functools.partial(_main, presets=presets)
-    return run_command(command, argv, ConfigError, InputError, RunError, FloatingPointError)
+    return run_command(command, argv)
 
 
 def _main(argv: Sequence[str] | None, *, presets: Mapping[str, Preset]) -> int:

@@ -22,7 +22,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim.swa_utils import AveragedModel
 from tqdm import tqdm
 
-from dman_runtime.protocol import HeldOut, Ranks, metrics
+from dman_runtime.data.evaluation import HeldOut, Ranks, metrics
 from dman_train.baselines import build
 from dman_train.baselines.base import Baseline
 from dman_train.config import BaselineConfig, ConfigError, ModelConfig, TrainConfig
@@ -30,6 +30,7 @@ from dman_train.lanes import Batch, Lanes, Windows
 from dman_train.model import DMAN
 from dman_train.objective import LaneState, Losses, NextItemObjective, Objective, WindowObjective, draw_negatives
 from dman_train.replay import all_ranks
+from dman_train.run import DivergedError
 
 logger = logging.getLogger(__name__)
 Tensors = tuple[Tensor, ...] | list[Tensor]
@@ -187,7 +188,11 @@ class Trainer:
             while self.events < goal:
                 batch, likelihood, abstraction = self.train_step()
                 if not torch.isfinite(likelihood + abstraction):
-                    raise FloatingPointError(f"the loss is not finite at step {self.step}; lower the learning rate")
+                    raise DivergedError(
+                        f"the loss is not finite at step {self.step}",
+                        "lower the learning rate",
+                        parameter="learning_rate",
+                    )
                 self.sums += torch.tensor([1.0, likelihood.item(), abstraction.item()])
                 bar.update(batch.positions)
                 if self.step % 20 == 0:

@@ -21,8 +21,8 @@ import numpy as np
 import pytest
 import torch
 
-from dman_runtime.bundle import MANIFEST, read_manifest
-from dman_runtime.interactions import ItemInfo
+from dman_runtime.data.interactions import ItemInfo
+from dman_runtime.model.bundle import MANIFEST, read_manifest
 from dman_train import train
 from dman_train.config import ModelConfig
 from dman_train.export import export_bundle

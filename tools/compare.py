@@ -21,16 +21,17 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from dman_runtime.bundle import BundleError, open_bundle
-from dman_runtime.encoder import Encoder
-from dman_runtime.interactions import Columns, InputError
-from dman_runtime.offline import held_out_ranks, read_known
+from dman_runtime.data.evaluation import CUTOFFS_HR, MISS, HeldOut, held_out, metrics
+from dman_runtime.data.interactions import Columns
+from dman_runtime.errors import BundleError
+from dman_runtime.jobs.offline import held_out_ranks, read_known
+from dman_runtime.model.bundle import open_bundle
+from dman_runtime.model.encoder import Encoder
 from dman_runtime.options import Parser, configure_logging, print_json, run_command
-from dman_runtime.protocol import CUTOFFS_HR, MISS, HeldOut, held_out, metrics
 from dman_train.replay import all_ranks
-from dman_train.run import RunError, open_run
+from dman_train.run import open_run
 from sdk import Client
-from tools.bench_report import table, write_page
+from tools.bench.report import table, write_page
 
 K = max(CUTOFFS_HR)
 
@@ -143,7 +144,7 @@ def _main(argv: Sequence[str] | None) -> int:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Exit status 0 when all metrics agree within .001, 1 when they do not, 2 on errors."""
-    return run_command(_main, argv, BundleError, InputError, RunError)
+    return run_command(_main, argv)
 
 
 if __name__ == "__main__":

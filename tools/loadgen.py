@@ -23,13 +23,14 @@ from typing import Any
 
 import grpc
 
-from dman_runtime.bundle import BundleError, open_bundle
 from dman_runtime.engine import MAX_K
-from dman_runtime.options import Parser, UsageError, print_json, require_positive, run_command
+from dman_runtime.errors import UsageError
+from dman_runtime.model.bundle import open_bundle
+from dman_runtime.options import Parser, print_json, require_positive, run_command
 from protos.dman.v1 import dman_pb2 as pb
 from protos.dman.v1.dman_pb2_grpc import RecommenderStub
-from tools.bench_blocks import Block, Operation, Plan, Summary, run_in_processes, split, summary
-from tools.bench_servers import ECHO_METHOD, ECHO_SERVICE, connect, echo_server
+from tools.bench.blocks import Block, Operation, Plan, Summary, run_in_processes, split, summary
+from tools.bench.servers import ECHO_METHOD, ECHO_SERVICE, connect, echo_server
 
 CALL_SECONDS, SETUP_SECONDS = 10.0, 60.0  # deadlines of one measured call and of one call that prepares users
 USERS_PER_SETUP_CALL, MAX_EVENTS_PER_SETUP_CALL = 100, 10_000
@@ -241,7 +242,7 @@ def _main(argv: Sequence[str] | None) -> int:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Returns the exit status: 1 when a call failed, 2 for what cannot be done."""
-    return run_command(_main, argv, BundleError)
+    return run_command(_main, argv)
 
 
 if __name__ == "__main__":

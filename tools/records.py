@@ -21,11 +21,11 @@ from typing import Any
 
 import numpy as np
 
-from dman_runtime.bundle import StateShape
-from dman_runtime.interactions import InputError
-from dman_runtime.options import Parser, UsageError, run_command
-from dman_runtime.protocol import Ranks, held_out, metrics, report, training_events
-from dman_runtime.state import max_record_bytes
+from dman_runtime.data.evaluation import Ranks, held_out, metrics, report, training_events
+from dman_runtime.errors import UsageError
+from dman_runtime.model.bundle import StateShape
+from dman_runtime.model.state import max_record_bytes
+from dman_runtime.options import Parser, run_command
 from dman_train.baselines.counts import COUNTS, count_ranks
 from dman_train.config import DataConfig, ModelConfig, to_dict
 from dman_train.interpret import length_group
@@ -260,7 +260,7 @@ def _main(argv: Sequence[str] | None) -> int:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    return run_command(_main, argv, RunError, InputError)
+    return run_command(_main, argv)
 
 
 if __name__ == "__main__":

@@ -14,10 +14,11 @@ from typing import Any
 
 import numpy as np
 
-from dman_runtime.options import Parser, UsageError, run_command
+from dman_runtime.errors import UsageError
+from dman_runtime.options import Parser, run_command
 from dman_train.config import BASELINE_PRESETS, PRESETS, TrainConfig, to_dict
 from dman_train.interpret import LENGTH_GROUPS
-from tools.bench_report import table, write_page
+from tools.bench.report import table, write_page
 from tools.records import Record, paired_bootstrap, read_records
 
 METRICS = ("hr@10", "ndcg@10", "hr@50", "ndcg@100")

@@ -23,16 +23,8 @@ import torch
 from optuna.storages import JournalStorage
 from optuna.storages.journal import JournalFileBackend
 
-from dman_runtime.interactions import InputError
-from dman_runtime.options import (
-    Parser,
-    UsageError,
-    configure_logging,
-    field_value,
-    overridden,
-    require_positive,
-    run_command,
-)
+from dman_runtime.errors import UsageError
+from dman_runtime.options import Parser, configure_logging, field_value, overridden, require_positive, run_command
 from dman_train.config import (
     BASELINE_PRESETS,
     PRESETS,
@@ -46,7 +38,7 @@ from dman_train.config import (
 )
 from dman_train.train import load, training_data
 from dman_train.trainer import SELECTION_METRIC, Trainer, TrainingData
-from tools.bench_report import table, write_page
+from tools.bench.report import table, write_page
 
 Suggest = Callable[[optuna.Trial], Any]
 MEASURE = f"valid/{SELECTION_METRIC}"
@@ -183,7 +175,7 @@ def _open(path: Path, preset: Preset, fingerprint: str) -> optuna.Study:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    return run_command(_main, argv, ConfigError, InputError)
+    return run_command(_main, argv)
 
 
 if __name__ == "__main__":

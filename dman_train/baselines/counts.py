@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
-from dman_runtime.protocol import HeldOut, Ranks, ranks_of_targets
+from dman_runtime.data.evaluation import HeldOut, Ranks, ranks_of_targets
 
 Scorer = Callable[[Sequence[np.ndarray]], np.ndarray]  # N histories, none of them empty -> (N, V) scores
 DISTANCE, RECENT = 8, 10  # chosen on MovieLens-1M's validation split, like the weights below

@@ -1,0 +1,181 @@
+"""The gRPC service: protobuf in, engine calls, protobuf out; the only module that knows protobuf."""
+
+from __future__ import annotations
+
+import functools
+import logging
+import uuid
+from collections.abc import Callable
+from typing import Any, NoReturn, TypeVar
+
+import grpc
+
+from dman_runtime.batcher import Batcher, Stopped
+from dman_runtime.engine import Answer, Engine, Query, Update, UpdateOutcome
+from dman_runtime.errors import ConflictError, RequestError, StoreError, StoreFullError
+from protos.dman.v1 import dman_pb2 as pb
+from protos.dman.v1.dman_pb2_grpc import RecommenderServicer
+
+logger = logging.getLogger(__name__)
+MAX_BATCH = 1000  # requests in one batch call
+MAX_LISTED_IDS = 10_000  # exclusions or candidates in one request
+DEFAULT_K = 10
+Handler = TypeVar("Handler", bound=Callable[..., Any])
+
+
+def _guarded(handler: Handler) -> Handler:
+    """Turns exceptions into statuses. What a caller cannot mend is logged here and named by a reference only."""
+
+    @functools.wraps(handler)
+    def guarded(self: RecommenderService, request: Any, context: grpc.ServicerContext) -> Any:
+        try:
+            return handler(self, request, context)
+        except RequestError as error:
+            context.abort(grpc.StatusCode.INVALID_ARGUMENT, str(error))
+        except StoreFullError:
+            logger.exception("the state store is full")
+            context.abort(grpc.StatusCode.RESOURCE_EXHAUSTED, "the state store is full; nothing was written")
+        except ConflictError as error:
+            context.abort(grpc.StatusCode.ABORTED, str(error))
+        except Stopped:
+            context.abort(grpc.StatusCode.UNAVAILABLE, "the server is stopping; try another one or again later")
+        except StoreError:
+            _abort_internal(context, grpc.StatusCode.UNAVAILABLE, "the state store is unavailable")
+        except Exception:
+            if context.code() is not None:  # type: ignore[attr-defined]
+                raise  # the handler itself aborted
+            _abort_internal(context, grpc.StatusCode.INTERNAL, "internal error")
+
+    return guarded  # type: ignore[return-value]
+
+
+def _abort_internal(context: grpc.ServicerContext, code: grpc.StatusCode, what: str) -> NoReturn:
+    reference = uuid.uuid4().hex[:12]
+    logger.exception("%s, reference %s", what, reference)
+    context.abort(code, f"{what}; the server's log has the cause under reference {reference}")
+    raise AssertionError  # abort raises
+
+
+class RecommenderService(RecommenderServicer):
+    """`dman.v1.Recommender` over an engine. Plain recommendations run on the caller's thread, all else is batched."""
+
+    def __init__(self, engine: Engine, batcher: Batcher) -> None:
+        self._engine, self._batcher = engine, batcher
+        items = engine.bundle.items
+        self._item_ids, self._titles = items.item_ids, items.titles
+        self._bundle_id = engine.bundle.bundle_id
+        self._integer_item_ids = engine.bundle.manifest.integer_item_ids
+
+    @_guarded
+    def Update(self, request: pb.UpdateRequest, context: grpc.ServicerContext) -> pb.UpdateReply:
+        update = _update(request)
+        self._engine.check_update(update)
+        return self._update_reply(self._batcher.update([update])[0])
+
+    @_guarded
+    def BatchUpdate(self, request: pb.BatchUpdateRequest, context: grpc.ServicerContext) -> pb.BatchUpdateReply:
+        _check_batch(len(request.updates))
+        updates = [_update(one) for one in request.updates]
+        for place, update in enumerate(updates):
+            _naming("updates", place, self._engine.check_update, update)
+        outcomes = self._batcher.update(updates) if updates else []
+        return pb.BatchUpdateReply(replies=[self._update_reply(outcome) for outcome in outcomes])
+
+    @_guarded
+    def Recommend(self, request: pb.RecommendRequest, context: grpc.ServicerContext) -> pb.RecommendReply:
+        return self._recommend(_query(request))
+
+    @_guarded
+    def BatchRecommend(
+        self, request: pb.BatchRecommendRequest, context: grpc.ServicerContext
+    ) -> pb.BatchRecommendReply:
+        _check_batch(len(request.requests))
+        queries = [_naming("requests", place, _query, one) for place, one in enumerate(request.requests)]
+        for place, query in enumerate(queries):
+            _naming("requests", place, self._engine.check_query, query)
+        return pb.BatchRecommendReply(replies=[self._recommend(query) for query in queries])
+
+    @_guarded
+    def GetUser(self, request: pb.GetUserRequest, context: grpc.ServicerContext) -> pb.GetUserReply:
+        info = self._engine.user(request.user_id, recent_events=request.recent_events)
+        if info is None:
+            context.abort(
+                grpc.StatusCode.NOT_FOUND, f"no user {request.user_id!r}; one exists from its first update on"
+            )
+        events = zip(info.recent_items.tolist(), info.recent_timestamps.tolist(), strict=True)
+        return pb.GetUserReply(
+            user_id=request.user_id,
+            bundle_id=self._bundle_id,
+            event_count=info.event_count,
+            segment_fill=info.segment_fill,
+            absorbed_segments=info.absorbed_segments,
+            state_bytes=info.state_bytes,
+            recent_events=[pb.Event(item_id=self._item_ids[item], timestamp=time) for item, time in events],
+            integer_item_ids=self._integer_item_ids,
+        )
+
+    @_guarded
+    def DeleteUser(self, request: pb.DeleteUserRequest, context: grpc.ServicerContext) -> pb.DeleteUserReply:
+        deleted = self._engine.delete(request.user_id)
+        return pb.DeleteUserReply(bundle_id=self._bundle_id, existed=deleted is not None, event_count=deleted or 0)
+
+    def _recommend(self, query: Query) -> pb.RecommendReply:
+        return self._recommend_reply((self._batcher if query.what_if else self._engine).recommend(query))
+
+    def _update_reply(self, outcome: UpdateOutcome) -> pb.UpdateReply:
+        return pb.UpdateReply(
+            bundle_id=self._bundle_id,
+            event_count=outcome.event_count,
+            applied=outcome.applied,
+            unknown_item_ids=outcome.unknown_item_ids,
+            duplicate=outcome.duplicate,
+        )
+
+    def _recommend_reply(self, answer: Answer) -> pb.RecommendReply:
+        reply = pb.RecommendReply(
+            source=pb.SOURCE_POPULAR if answer.popular else pb.SOURCE_PERSONALIZED,
+            bundle_id=self._bundle_id,
+            event_count=answer.event_count,
+            unknown_item_ids=answer.unknown_item_ids,
+            integer_item_ids=self._integer_item_ids,
+        )
+        add, item_ids, titles = reply.items.add, self._item_ids, self._titles  # adding in place copies no message
+        for item, score in zip(answer.item_indices.tolist(), answer.scores.tolist(), strict=True):
+            add(item_id=item_ids[item], score=score, title=titles[item])
+        return reply
+
+
+def _update(request: pb.UpdateRequest) -> Update:
+    return Update(
+        user_id=request.user_id,
+        item_ids=[event.item_id for event in request.events],
+        timestamps=[event.timestamp for event in request.events],
+        request_id=request.request_id,
+    )
+
+
+def _query(request: pb.RecommendRequest) -> Query:
+    for name, ids in (("exclude", request.exclude_item_ids), ("candidate", request.candidate_item_ids)):
+        if len(ids) > MAX_LISTED_IDS:
+            raise RequestError(f"{len(ids)} {name}_item_ids; send at most {MAX_LISTED_IDS}")
+    return Query(
+        user_id=request.user_id or None,
+        k=request.k if request.HasField("k") else DEFAULT_K,
+        include_seen=request.include_seen,
+        exclude=request.exclude_item_ids,
+        candidates=request.candidate_item_ids or None,
+        what_if=[event.item_id for event in request.what_if_events] if request.what_if_events else (),
+    )
+
+
+def _check_batch(size: int) -> None:
+    if size > MAX_BATCH:
+        raise RequestError(f"{size} requests in one batch; send at most {MAX_BATCH} at a time")
+
+
+def _naming(field: str, place: int, check: Callable[[Any], Any], value: Any) -> Any:
+    """`check(value)`; an error names the place in the batch."""
+    try:
+        return check(value)
+    except RequestError as error:
+        raise RequestError(f"{field}[{place}]: {error}") from None

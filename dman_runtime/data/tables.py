@@ -1,0 +1,247 @@
+"""Tables on disk as batches of checked columns: CSV, TSV, Parquet and MovieLens' `.dat`, for `interactions`.
+
+pyarrow is imported on use only: a server never reads tables.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from dman_runtime.errors import InputError
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+
+MAX_ID_BYTES = 400  # in UTF-8; the state store's keys hold an id and a prefix, and LMDB keys end at 511 bytes
+_SEPARATORS = {".csv": ",", ".tsv": "\t", ".txt": "\t", ".dat": ":"}
+_RATINGS = ("user_id", "_1", "item_id", "_2", "rating", "_3", "timestamp")  # `::` is two `:` around an empty column
+_PER_SECOND = {"s": 1, "ms": 10**3, "us": 10**6, "ns": 10**9}
+
+
+class TableFile:
+    """A table on disk: its column names, its rows in batches, and errors that name it."""
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path)
+        self.kind = Path(self.path.name.lower().removesuffix(".gz")).suffix
+        if not self.path.exists():
+            raise self.error("no such file. Check the path")
+        if self.path.is_dir():
+            raise self.error("is a folder. Name a file in it")
+        if self.kind not in (".parquet", *_SEPARATORS):
+            raise self.error(
+                f"unknown extension {self.path.suffix!r}. Give a .csv, .tsv or .txt (both with tabs), .parquet, "
+                "or .dat (MovieLens) file"
+            )
+        if not self.path.stat().st_size:
+            raise self.error("the file is empty. Give one with a header and rows")
+
+    def error(self, message: str) -> InputError:
+        return InputError(f"{self.path}: {message}")
+
+    def where(self, row: int) -> str:
+        """Where a user finds a row (counted from 0) in the file."""
+        if self.kind == ".parquet":
+            return f"row {row + 1}"
+        return f"line {row + (1 if self.kind == '.dat' else 2)}"
+
+    @cached_property
+    def names(self) -> list[str]:
+        import pyarrow.parquet as pq
+
+        with self.errors():
+            if self.kind == ".parquet":
+                return list(pq.read_schema(str(self.path)).names)
+            with self._open_text([]) as reader:
+                return [name for name in reader.schema.names if self.kind != ".dat" or name[0] != "_"]
+
+    def require(self, name: str, remedy: str) -> None:
+        """Raise InputError unless there is exactly one column of that name."""
+        if name not in self.names:
+            raise self.error(f"no column {name!r}; it has: {', '.join(self.names)[:300]}. {remedy}")
+        if self.names.count(name) > 1:
+            raise self.error(f"{self.names.count(name)} columns {name!r}. Keep one of them")
+
+    def batches(self, names: list[str]) -> Iterator[pa.RecordBatch]:
+        """The rows of some columns in file order; those of text files as text."""
+        import pyarrow.parquet as pq
+
+        with self.errors():
+            if self.kind == ".parquet":
+                with pq.ParquetFile(str(self.path)) as parquet:
+                    yield from parquet.iter_batches(batch_size=1 << 16, columns=names)
+            else:
+                with self._open_text(names) as reader:
+                    yield from reader
+
+    def _open_text(self, names: list[str]) -> Any:
+        import pyarrow as pa
+        from pyarrow import csv
+
+        movielens = self.kind == ".dat"
+        return csv.open_csv(
+            str(self.path),  # decompressed by pyarrow when it ends in .gz
+            # threads would cost the line numbers in errors; a block must hold the longest line
+            read_options=csv.ReadOptions(
+                use_threads=False, block_size=4 << 20, column_names=_RATINGS if movielens else None
+            ),
+            parse_options=csv.ParseOptions(
+                delimiter=_SEPARATORS[self.kind],
+                quote_char=False if movielens else '"',
+                newlines_in_values=not movielens,
+            ),
+            convert_options=csv.ConvertOptions(include_columns=names, column_types=dict.fromkeys(names, pa.string())),
+        )
+
+    @contextmanager
+    def errors(self) -> Iterator[None]:
+        """Turn whatever pyarrow and the system raise into InputError."""
+        import pyarrow as pa
+
+        try:
+            yield
+        except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
+            raise self.error(self._explained(" ".join(str(error).split()))) from None
+
+    def _explained(self, problem: str) -> str:
+        if "Empty CSV" in problem:
+            return "a header and no rows. Give a file with at least one row"
+        if "utf-8" in problem.lower() or "utf8" in problem.lower():
+            return "holds text that is not UTF-8. Save the file as UTF-8"
+        if malformed := re.search(r"Row #(\d+): (Expected.*)", problem):
+            shape = (
+                "user::item::rating::timestamp"
+                if self.kind == ".dat"
+                else "one value a column; quote values with separators"
+            )
+            return f"line {malformed[1]} is malformed ({malformed[2][:200]}). Every line needs {shape}"
+        return (
+            f"cannot be read as {self.kind[1:]} ({problem[:200]}). Check that the file is complete and of this format"
+        )
+
+
+def quoted(value: object) -> str:
+    text = repr(value)
+    return text if len(text) <= 60 else f"{text[:57]}...'"
+
+
+@dataclass(frozen=True)
+class TableColumn:
+    """Some rows of one column, to be checked and converted."""
+
+    file: TableFile
+    name: str
+    values: pa.Array
+    first_row: int  # of these rows in the file, from 0
+
+    def failed(self, row: int, problem: str) -> InputError:
+        return self.file.error(f"{self.file.where(self.first_row + row)}: {self.name} {problem}")
+
+    def wrong_type(self, remedy: str) -> InputError:
+        return self.file.error(f"column {self.name!r} has type {self.values.type}. {remedy}")
+
+    def ids(self) -> pa.DictionaryArray:
+        """Checked ids as a dictionary of text, its values in order of first appearance."""
+        import pyarrow as pa
+        import pyarrow.compute as pc
+
+        values = self._complete()
+        if not (pa.types.is_integer(values.type) or _is_text(values.type)):
+            raise self.wrong_type("Write the ids as integers or text")
+        ids = values.cast(pa.string()).dictionary_encode()
+        ids.dictionary.validate(full=True)  # UTF-8
+        size = pc.binary_length(ids.dictionary)
+        for bad, problem in (
+            (pc.equal(size, 0), "is empty. Fill in or remove such rows"),
+            (pc.greater(size, MAX_ID_BYTES), f"is longer than {MAX_ID_BYTES} bytes. Shorten such ids"),
+            (pc.match_substring_regex(ids.dictionary, r"\p{Cc}"), "holds control characters. Remove them"),
+        ):
+            code = bad.index(True).as_py()
+            if code >= 0:
+                row = int(np.argmax(ids.indices.to_numpy() == code))
+                raise self.failed(row, f"{quoted(ids.dictionary[code].as_py())} {problem}")
+        return ids
+
+    def integers(self) -> np.ndarray:
+        """Integers, or text that spells them, as (N,) int64."""
+        import pyarrow as pa
+
+        values = self._complete()
+        if _is_text(values.type):
+            values = self._parsed(values, pa.int64(), expected="an integer. Write whole numbers")
+        if not pa.types.is_integer(values.type):
+            raise self.wrong_type("Write integers")
+        integers: np.ndarray = values.cast(pa.int64()).to_numpy()
+        return integers
+
+    def seconds(self) -> tuple[np.ndarray, np.ndarray]:
+        """Times as (N,) int64 seconds since the epoch, rounded down, and (N,) int32 nanoseconds beyond them."""
+        import pyarrow as pa
+
+        values = self._complete()
+        if _is_text(values.type):
+            kinds = (pa.int64(), pa.float64(), pa.timestamp("ns"), pa.timestamp("ns", "UTC"))
+            values = self._parsed(
+                values, *kinds, expected="a time. Write seconds since 1970, or all as 2024-01-31 12:00:00"
+            )
+        if pa.types.is_integer(values.type):
+            return values.cast(pa.int64()).to_numpy(), np.zeros(len(values), dtype=np.int32)
+        if pa.types.is_date(values.type):
+            values = values.cast(pa.timestamp("s"))
+        if pa.types.is_timestamp(values.type):  # UTC where it names no zone
+            per_second = _PER_SECOND[values.type.unit]
+            whole, part = np.divmod(values.cast(pa.int64()).to_numpy(), per_second)
+            return whole, (part * (10**9 // per_second)).astype(np.int32)
+        if not (pa.types.is_floating(values.type) or pa.types.is_decimal(values.type)):
+            raise self.wrong_type("Write seconds since 1970 or timestamps")
+        floats = values.cast(pa.float64()).to_numpy()
+        bad = ~(np.abs(floats) < 2.0**62)  # NaN too
+        if bad.any():
+            row = int(np.argmax(bad))
+            raise self.failed(row, f"{floats[row]} is not a time. Write seconds since 1970")
+        whole = np.floor(floats)
+        return whole.astype(np.int64), ((floats - whole) * 1e9).astype(np.int32)
+
+    def _complete(self) -> pa.Array:
+        import pyarrow as pa
+
+        values = self.values.dictionary_decode() if pa.types.is_dictionary(self.values.type) else self.values
+        if values.null_count:
+            raise self.failed(values.is_null().index(True).as_py(), "has no value. Fill in or remove such rows")
+        return values
+
+    def _parsed(self, values: pa.Array, *kinds: pa.DataType, expected: str) -> pa.Array:
+        """Text cast to the first of the types that all values spell."""
+        import pyarrow as pa
+
+        def parse(part: pa.Array) -> pa.Array | None:
+            for kind in kinds:
+                try:
+                    return part.cast(kind)
+                except pa.ArrowInvalid:
+                    continue
+            return None
+
+        texts = values.cast(pa.string())
+        parsed = parse(texts)
+        if parsed is not None:
+            return parsed
+        good, bad = 0, len(texts)  # bisect for the shortest prefix that does not parse: its last value is to blame
+        while bad - good > 1:
+            middle = (good + bad) // 2
+            good, bad = (good, middle) if parse(texts[:middle]) is None else (middle, bad)
+        raise self.failed(bad - 1, f"{quoted(texts[bad - 1].as_py())} is not {expected}")
+
+
+def _is_text(kind: pa.DataType) -> bool:
+    import pyarrow as pa
+
+    return kind in (pa.string(), pa.large_string(), pa.string_view(), pa.binary(), pa.large_binary())

@@ -1,0 +1,126 @@
+"""The one family of errors. Each says what is wrong and what to do, and knows its gRPC status.
+
+    DmanError
+    ├── UsageError                  a command or a call that cannot work as asked
+    │   └── EncoderError            the graphs cannot run here as asked
+    ├── InputError                  a log or an item file that cannot be used
+    ├── BundleError                 a bundle that cannot be used
+    ├── RequestError                a request that can never succeed as sent
+    │   └── UserNotFoundError
+    ├── ConflictError               other writers kept changing the same users
+    ├── StoppedError                the server takes no new work
+    ├── StoreError                  the store cannot do what was asked
+    │   ├── StoreFullError
+    │   ├── StoreMismatchError
+    │   └── StoreUnavailableError
+    └── StateError                  a stored record that cannot be used
+
+`dman_train` adds ConfigError and RunError. The library knows no flags: an error names the *parameter* to change, and a
+command adds the flag of that name (`options.run_command`).
+"""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+
+class DmanError(Exception):
+    """What a user or a caller can understand: one line, `cause; remedy`.
+
+    Attributes:
+        cause: What is wrong, and where.
+        remedy: What to do about it; may be empty.
+        parameter: The name of the argument or option that the remedy is about; empty if there is none.
+        status: Name of the gRPC status that a remote caller gets.
+        public: What a remote caller is told. None: the message itself; else these words, and the message goes to the
+            log only, as it may name paths.
+    """
+
+    status: ClassVar[str] = "INTERNAL"
+    public: ClassVar[str | None] = "internal error"
+
+    def __init__(self, cause: str, remedy: str = "", *, parameter: str = "") -> None:
+        super().__init__(cause, remedy, parameter)
+        self.cause, self.remedy, self.parameter = cause, remedy, parameter
+
+    def __str__(self) -> str:
+        return f"{self.cause}; {self.remedy}" if self.remedy else self.cause
+
+    def __reduce__(self) -> tuple[object, ...]:  # parameter is keyword-only; workers send errors to their supervisor
+        return _rebuild, (type(self), self.cause, self.remedy, self.parameter)
+
+
+def _rebuild(kind: type[DmanError], cause: str, remedy: str, parameter: str) -> DmanError:
+    return kind(cause, remedy, parameter=parameter)
+
+
+class UsageError(DmanError):
+    """What the user asked for cannot be done."""
+
+    status = "INVALID_ARGUMENT"
+
+
+class EncoderError(UsageError):
+    """The graphs cannot be run as asked."""
+
+    status = "FAILED_PRECONDITION"
+
+
+class InputError(DmanError, ValueError):
+    """A file cannot be used. The cause names the file and the place in it."""
+
+    status = "INVALID_ARGUMENT"
+
+
+class BundleError(DmanError):
+    """A bundle that cannot be used."""
+
+    status = "FAILED_PRECONDITION"
+
+
+class RequestError(DmanError, ValueError):
+    """A request that can never succeed as it is."""
+
+    status, public = "INVALID_ARGUMENT", None
+
+
+class UserNotFoundError(RequestError):
+    """Nothing is stored about the user."""
+
+    status = "NOT_FOUND"
+
+
+class ConflictError(DmanError):
+    """Other writers kept changing the same users."""
+
+    status, public = "ABORTED", None
+
+
+class StoppedError(DmanError):
+    """The server is stopping and takes no new work."""
+
+    status, public = "UNAVAILABLE", None
+
+
+class StoreError(DmanError):
+    """The store cannot do what was asked."""
+
+    status, public = "UNAVAILABLE", "the state store is unavailable"
+
+
+class StoreFullError(StoreError):
+    """The map or the disk is full: nothing was written; reads and deletions still work."""
+
+    status, public = "RESOURCE_EXHAUSTED", "the state store is full; nothing was written"
+
+
+class StoreMismatchError(StoreError):
+    """The store was written by another format version or by another program."""
+
+
+class StoreUnavailableError(StoreError):
+    """The store is missing, unwritable, corrupted or out of reader slots, or its disk fails."""
+
+
+class StateError(DmanError):
+    """A stored record that cannot be used."""

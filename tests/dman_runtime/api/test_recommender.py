@@ -1,0 +1,353 @@
+"""The gRPC service in a real server: health, reflection, and the status of every request that cannot be served."""
+
+from __future__ import annotations
+
+import logging
+import re
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import grpc
+import pytest
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
+
+from dman_runtime.api.recommender import MAX_BATCH, MAX_LISTED_IDS, RecommenderService
+from dman_runtime.batcher import Batcher
+from dman_runtime.engine import MAX_EVENTS, MAX_K, MAX_REQUEST_ID_BYTES, Engine
+from dman_runtime.errors import StoreUnavailableError
+from dman_runtime.model.bundle import open_bundle
+from dman_runtime.model.encoder import Encoder
+from dman_runtime.serving.server import SERVICE_NAME, ServeConfig, Server
+from dman_runtime.store.lmdb import StateStore
+from protos.dman.v1 import dman_pb2 as pb
+from protos.dman.v1.dman_pb2_grpc import RecommenderStub, add_RecommenderServicer_to_server
+
+
+def config(bundle: Path, state: Path) -> ServeConfig:
+    return ServeConfig(
+        bundle=bundle, state=state, host="127.0.0.1", port=0, provider="cpu", workers=1, threads=8, encoder_threads=1,
+        max_concurrent=64, map_size_mib=256, grace=5.0,
+    )  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def channel(tiny_bundle: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[grpc.Channel]:
+    server = Server(config(tiny_bundle, tmp_path_factory.mktemp("service") / "state"))
+    with server, grpc.insecure_channel(f"127.0.0.1:{server.port}") as opened:
+        yield opened
+
+
+@pytest.fixture(scope="module")
+def stub(channel: grpc.Channel) -> RecommenderStub:
+    return RecommenderStub(channel)
+
+
+def update_request(user_id: str, *items: object, **fields: Any) -> pb.UpdateRequest:
+    return pb.UpdateRequest(user_id=user_id, events=[pb.Event(item_id=str(item)) for item in items], **fields)
+
+
+def refused(call: Callable[..., Any], request: Any, code: grpc.StatusCode) -> str:
+    """The one line, free of internals, with which `request` is refused."""
+    with pytest.raises(grpc.RpcError) as caught:
+        call(request, timeout=30)
+    assert caught.value.code() is code
+    details: str = caught.value.details()
+    assert details and "\n" not in details and len(details) < 300
+    assert not re.search(r"Traceback|File |\.py\b|/tmp|/work|0x[0-9a-f]{6}|Error\b", details)
+    return details
+
+
+# -- health and reflection -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("service", ["", SERVICE_NAME])
+def test_health_is_serving(channel: grpc.Channel, service: str) -> None:
+    reply = health_pb2_grpc.HealthStub(channel).Check(health_pb2.HealthCheckRequest(service=service), timeout=30)
+    assert reply.status == health_pb2.HealthCheckResponse.SERVING
+
+
+def test_health_is_not_serving_once_the_server_stops(tiny_bundle: Path, tmp_path: Path) -> None:
+    server = Server(config(tiny_bundle, tmp_path / "state"))
+    with server, grpc.insecure_channel(f"127.0.0.1:{server.port}") as opened:
+        watch = health_pb2_grpc.HealthStub(opened).Watch(
+            health_pb2.HealthCheckRequest(service=SERVICE_NAME), timeout=30
+        )
+        assert next(watch).status == health_pb2.HealthCheckResponse.SERVING
+        server._health.enter_graceful_shutdown()
+        assert next(watch).status == health_pb2.HealthCheckResponse.NOT_SERVING
+        watch.cancel()
+
+
+def test_reflection_lists_the_service(channel: grpc.Channel) -> None:
+    request = reflection_pb2.ServerReflectionRequest(list_services="")
+    replies = reflection_pb2_grpc.ServerReflectionStub(channel).ServerReflectionInfo(iter([request]), timeout=30)
+    listed = [service.name for service in next(iter(replies)).list_services_response.service]
+    assert "dman.v1.Recommender" in listed and "grpc.health.v1.Health" in listed
+
+
+# -- requests that cannot be served ----------------------------------------------------------------------------------
+
+BAD_USER_IDS = {"empty": "", "too long": "x" * 401, "too long in UTF-8": "é" * 201, "control": "a\x00b", "line": "a\nb"}
+INVALID = grpc.StatusCode.INVALID_ARGUMENT
+
+
+@pytest.mark.parametrize("user_id", BAD_USER_IDS.values(), ids=BAD_USER_IDS)
+@pytest.mark.parametrize("rpc", ["Update", "GetUser", "DeleteUser", "Recommend"])
+def test_bad_user_id_is_an_invalid_argument(stub: RecommenderStub, rpc: str, user_id: str) -> None:
+    if rpc == "Recommend" and not user_id:
+        return  # anonymous
+    kind = {"Update": pb.UpdateRequest, "GetUser": pb.GetUserRequest, "DeleteUser": pb.DeleteUserRequest}
+    request = kind.get(rpc, pb.RecommendRequest)(user_id=user_id)
+    assert "1 to 400 bytes" in refused(getattr(stub, rpc), request, INVALID)
+
+
+def test_user_id_of_400_bytes_is_accepted(stub: RecommenderStub) -> None:
+    assert stub.Update(update_request("é" * 200, 1)).event_count == 1
+
+
+@pytest.mark.parametrize("k", [0, -1, MAX_K + 1, 2**31 - 1])
+def test_k_out_of_range_is_an_invalid_argument(stub: RecommenderStub, k: int) -> None:
+    assert refused(stub.Recommend, pb.RecommendRequest(k=k), INVALID) == f"k is {k}; choose 1 to {MAX_K}"
+
+
+def test_k_is_10_when_absent_and_may_be_1_or_1000(stub: RecommenderStub) -> None:
+    assert len(stub.Recommend(pb.RecommendRequest()).items) == 10
+    assert len(stub.Recommend(pb.RecommendRequest(k=1)).items) == 1
+    assert len(stub.Recommend(pb.RecommendRequest(k=1000)).items) == 60  # all there are
+
+
+TOO_MUCH: dict[str, tuple[str, Any, str]] = {
+    "events": ("Update", update_request("u", *["1"] * (MAX_EVENTS + 1)), f"{MAX_EVENTS} at a time"),
+    "request id": ("Update", update_request("u", 1, request_id="r" * 129), f"{MAX_REQUEST_ID_BYTES} bytes"),
+    "what-if events": (
+        "Recommend",
+        pb.RecommendRequest(what_if_events=[pb.Event(item_id="1")] * (MAX_EVENTS + 1)),
+        f"at most {MAX_EVENTS}",
+    ),
+    "exclusions": (
+        "Recommend",
+        pb.RecommendRequest(exclude_item_ids=["1"] * (MAX_LISTED_IDS + 1)),
+        f"at most {MAX_LISTED_IDS}",
+    ),
+    "candidates": (
+        "Recommend",
+        pb.RecommendRequest(candidate_item_ids=["1"] * (MAX_LISTED_IDS + 1)),
+        f"at most {MAX_LISTED_IDS}",
+    ),
+    "updates": (
+        "BatchUpdate",
+        pb.BatchUpdateRequest(updates=[update_request("u", 1)] * (MAX_BATCH + 1)),
+        f"at most {MAX_BATCH}",
+    ),
+    "requests": (
+        "BatchRecommend",
+        pb.BatchRecommendRequest(requests=[pb.RecommendRequest()] * (MAX_BATCH + 1)),
+        f"at most {MAX_BATCH}",
+    ),
+    "recent events": ("GetUser", pb.GetUserRequest(user_id="u", recent_events=MAX_EVENTS + 1), f"0 to {MAX_EVENTS}"),
+    "negative recent events": ("GetUser", pb.GetUserRequest(user_id="u", recent_events=-1), f"0 to {MAX_EVENTS}"),
+}
+
+
+@pytest.mark.parametrize(("rpc", "request_", "limit"), TOO_MUCH.values(), ids=TOO_MUCH)
+def test_request_over_a_limit_is_an_invalid_argument_that_names_it(
+    stub: RecommenderStub, rpc: str, request_: Any, limit: str
+) -> None:
+    assert limit in refused(getattr(stub, rpc), request_, INVALID)
+
+
+def test_bad_request_in_a_batch_is_named_by_its_place_and_nothing_is_stored(stub: RecommenderStub) -> None:
+    updates = [update_request("batch-a", 1), update_request("batch-b", 1), update_request("", 1)]
+    assert refused(stub.BatchUpdate, pb.BatchUpdateRequest(updates=updates), INVALID).startswith("updates[2]: ")
+    for user in ("batch-a", "batch-b"):
+        refused(stub.GetUser, pb.GetUserRequest(user_id=user), grpc.StatusCode.NOT_FOUND)
+    requests = [pb.RecommendRequest(), pb.RecommendRequest(k=0)]
+    details = refused(stub.BatchRecommend, pb.BatchRecommendRequest(requests=requests), INVALID)
+    assert details.startswith("requests[1]: k is 0")
+
+
+def test_unknown_user_is_not_found_and_deleting_one_succeeds(stub: RecommenderStub) -> None:
+    details = refused(stub.GetUser, pb.GetUserRequest(user_id="nobody"), grpc.StatusCode.NOT_FOUND)
+    assert "no user 'nobody'" in details
+    reply = stub.DeleteUser(pb.DeleteUserRequest(user_id="nobody"))
+    assert (reply.existed, reply.event_count) == (False, 0) and reply.bundle_id
+
+
+def test_bytes_that_are_no_message_are_refused(channel: grpc.Channel) -> None:
+    with pytest.raises(grpc.RpcError) as caught:
+        channel.unary_unary(f"/{SERVICE_NAME}/Update")(b"\xff\xff\xff", timeout=30)
+    assert caught.value.code() is grpc.StatusCode.INTERNAL
+    assert "\n" not in caught.value.details()
+
+
+# -- replies ---------------------------------------------------------------------------------------------------------
+
+
+def test_replies_carry_what_the_contract_says(stub: RecommenderStub, tiny_bundle: Path) -> None:
+    bundle_id = open_bundle(tiny_bundle).bundle_id
+    request = update_request("replies", *range(1, 13), "x", request_id="r")
+    request.events[0].timestamp = 77
+    reply = stub.Update(request)
+    assert (reply.bundle_id, reply.event_count, reply.applied, reply.duplicate) == (bundle_id, 12, 12, False)
+    assert list(reply.unknown_item_ids) == ["x"]
+    again = stub.Update(request)
+    assert (again.event_count, again.applied, again.duplicate) == (12, 0, True)
+
+    user = stub.GetUser(pb.GetUserRequest(user_id="replies", recent_events=3))
+    assert (user.user_id, user.bundle_id, user.event_count) == ("replies", bundle_id, 12)
+    assert (user.segment_fill, user.absorbed_segments, user.integer_item_ids) == (2, 1, True)
+    assert [event.item_id for event in user.recent_events] == ["10", "11", "12"]
+    assert 0 < user.state_bytes < 24_000
+    first = stub.GetUser(pb.GetUserRequest(user_id="replies", recent_events=10_000)).recent_events[0]
+    assert (first.item_id, first.timestamp) == ("1", 77)
+
+    answer = stub.Recommend(pb.RecommendRequest(user_id="replies", k=5, exclude_item_ids=["20", "y"]))
+    assert answer.source == pb.SOURCE_PERSONALIZED and answer.bundle_id == bundle_id and answer.event_count == 12
+    assert [item.title for item in answer.items] == [f"Title {item.item_id}" for item in answer.items]
+    assert list(answer.unknown_item_ids) == ["y"] and answer.integer_item_ids
+    assert not {item.item_id for item in answer.items} & {str(i) for i in [*range(1, 13), 20]}
+
+    deleted = stub.DeleteUser(pb.DeleteUserRequest(user_id="replies"))
+    assert (deleted.existed, deleted.event_count) == (True, 12)
+    assert stub.Recommend(pb.RecommendRequest(user_id="replies")).source == pb.SOURCE_POPULAR
+
+
+def test_batches_answer_in_order_and_apply_same_user_updates_in_order(stub: RecommenderStub) -> None:
+    updates = [update_request("order", 5), update_request("other", 7), update_request("order", 6, 5)]
+    replies = stub.BatchUpdate(pb.BatchUpdateRequest(updates=updates)).replies
+    assert [(reply.event_count, reply.applied) for reply in replies] == [(1, 1), (1, 1), (3, 2)]
+    events = stub.GetUser(pb.GetUserRequest(user_id="order", recent_events=9)).recent_events
+    assert [event.item_id for event in events] == ["5", "6", "5"]
+    requests = [pb.RecommendRequest(user_id=user, k=k) for user, k in [("order", 3), ("nobody", 2), ("other", 4)]]
+    answers = stub.BatchRecommend(pb.BatchRecommendRequest(requests=requests)).replies
+    assert [len(answer.items) for answer in answers] == [3, 2, 4]
+    assert [answer.event_count for answer in answers] == [3, 0, 1]
+    assert stub.BatchUpdate(pb.BatchUpdateRequest()).replies == []
+    assert stub.BatchRecommend(pb.BatchRecommendRequest()).replies == []
+
+
+# -- failures inside -------------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def served(engine: Engine) -> Iterator[RecommenderStub]:
+    batcher = Batcher(engine)
+    server = grpc.server(ThreadPoolExecutor(4))
+    add_RecommenderServicer_to_server(RecommenderService(engine, batcher), server)
+    port = server.add_insecure_port("127.0.0.1:0")
+    server.start()
+    try:
+        with grpc.insecure_channel(f"127.0.0.1:{port}") as opened:
+            yield RecommenderStub(opened)
+    finally:
+        server.stop(None).wait()
+        batcher.close()
+
+
+@pytest.fixture
+def engine(tiny_bundle: Path, tmp_path: Path) -> Iterator[Engine]:
+    bundle = open_bundle(tiny_bundle)
+    with StateStore.open(
+        tmp_path / "state", bundle_id=bundle.bundle_id, item_ids=bundle.items.item_ids, map_size=64 << 20
+    ) as store:
+        yield Engine(bundle, Encoder(tiny_bundle, provider="cpu"), store)
+
+
+def raising(error: Exception) -> Callable[..., Any]:
+    def fail(*_: object, **__: object) -> Any:
+        raise error
+
+    return fail
+
+
+ALL_CALLS: dict[str, Any] = {
+    "Update": update_request("anna", 1),
+    "BatchUpdate": pb.BatchUpdateRequest(updates=[update_request("anna", 1)]),
+    "Recommend": pb.RecommendRequest(user_id="anna"),
+    "BatchRecommend": pb.BatchRecommendRequest(requests=[pb.RecommendRequest(user_id="anna")]),
+    "GetUser": pb.GetUserRequest(user_id="anna"),
+    "DeleteUser": pb.DeleteUserRequest(user_id="anna"),
+}
+
+
+@pytest.mark.parametrize("rpc", ALL_CALLS)
+def test_broken_engine_is_internal_with_a_reference_to_the_log_and_nothing_else(
+    engine: Engine, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, rpc: str
+) -> None:
+    for method in ("update", "recommend", "user", "delete"):
+        monkeypatch.setattr(engine, method, raising(RuntimeError("secret in /work/secret.py")))
+    with served(engine) as stub, caplog.at_level(logging.ERROR):
+        details = refused(getattr(stub, rpc), ALL_CALLS[rpc], grpc.StatusCode.INTERNAL)
+    found = re.fullmatch(r"internal error; the server's log has the cause under reference ([0-9a-f]{12})", details)
+    assert found and "secret" not in details
+    logged = [record for record in caplog.records if found[1] in record.getMessage()]
+    assert len(logged) == 1 and "secret" in str(logged[0].exc_info)  # type: ignore[index]
+
+
+@pytest.mark.parametrize("rpc", ALL_CALLS)
+def test_broken_store_is_unavailable_without_its_path(engine: Engine, tmp_path: Path, rpc: str) -> None:
+    with served(engine) as stub:
+        engine.store.close()
+        details = refused(getattr(stub, rpc), ALL_CALLS[rpc], grpc.StatusCode.UNAVAILABLE)
+    assert details.startswith("the state store is unavailable; ") and str(tmp_path) not in details
+
+
+def test_failing_graphs_are_internal_and_leave_nothing(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    with served(engine) as stub:
+        with monkeypatch.context() as patch:
+            patch.setattr(engine._graphs, "encode", raising(RuntimeError("no memory")))
+            refused(stub.Update, ALL_CALLS["Update"], grpc.StatusCode.INTERNAL)
+            assert stub.Recommend(ALL_CALLS["Recommend"]).source == pb.SOURCE_POPULAR  # needs no graph
+        assert stub.Update(ALL_CALLS["Update"]).event_count == 1
+
+
+def test_state_that_is_damaged_is_internal_and_others_go_on(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    with served(engine) as stub:
+        stub.Update(update_request("whole", 1))
+        monkeypatch.setattr("dman_runtime.model.state.StateBatch.to_record", lambda *_: b"damaged")
+        stub.Update(update_request("damaged", 1))
+        monkeypatch.undo()
+        refused(stub.Update, update_request("damaged", 1), grpc.StatusCode.INTERNAL)
+        refused(stub.Recommend, pb.RecommendRequest(user_id="damaged"), grpc.StatusCode.INTERNAL)
+        assert stub.Update(update_request("whole", 2)).event_count == 2
+        assert stub.DeleteUser(pb.DeleteUserRequest(user_id="damaged")).existed  # the way out
+
+
+def test_conflicts_without_end_are_aborted(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(engine.store, "commit", lambda writes: False)
+    with served(engine) as stub:
+        assert "try again" in refused(stub.Update, ALL_CALLS["Update"], grpc.StatusCode.ABORTED)
+
+
+def test_stopping_server_is_unavailable(engine: Engine) -> None:
+    batcher = Batcher(engine)
+    batcher.close()
+    server = grpc.server(ThreadPoolExecutor(1))
+    add_RecommenderServicer_to_server(RecommenderService(engine, batcher), server)
+    port = server.add_insecure_port("127.0.0.1:0")
+    server.start()
+    with grpc.insecure_channel(f"127.0.0.1:{port}") as opened:
+        details = refused(RecommenderStub(opened).Update, ALL_CALLS["Update"], grpc.StatusCode.UNAVAILABLE)
+    server.stop(None).wait()
+    assert "stopping" in details
+
+
+def test_store_errors_of_one_caller_are_told_to_that_caller_only(
+    engine: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    commit = engine.store.commit
+
+    def failing(writes: Any) -> bool:
+        if any(write.user_id == "bad" for write in writes):
+            raise StoreUnavailableError("of /tmp/somewhere")
+        return commit(writes)
+
+    monkeypatch.setattr(engine.store, "commit", failing)
+    with served(engine) as stub, ThreadPoolExecutor(8) as pool:
+        calls = [pool.submit(stub.Update, update_request(f"good-{n}", 1)) for n in range(20)]
+        refused(stub.Update, update_request("bad", 1), grpc.StatusCode.UNAVAILABLE)
+        assert [call.result(30).event_count for call in calls] == [1] * 20

@@ -1,0 +1,546 @@
+"""The commands of `dman-runtime`, which must agree with one another and with a server to the last item."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from conftest import ROOT, TINY, TINY_ITEMS, running_server
+
+from dman_runtime import cli
+from dman_runtime.data.evaluation import MISS, metrics
+from dman_runtime.engine import MAX_K
+from dman_runtime.jobs import offline
+from dman_runtime.model.bundle import open_bundle
+from dman_runtime.model.encoder import Encoder
+from dman_runtime.model.recurrence import replay
+from dman_runtime.model.state import StateBatch
+from dman_runtime.store.lmdb import FORMAT_VERSION, StateStore
+from dman_train import evaluate as train_evaluate
+from dman_train import export
+from sdk import Client, Event, Recommendations
+
+TOLERANCE = 1e-4  # of exact_bundle, whose states are float32
+Histories = dict[int, list[tuple[int, int]]]  # user id -> (item id, timestamp), oldest first
+UNKNOWN_ITEM = 999
+ONLY_UNKNOWN = 77  # a user of unknown items only
+
+
+def make_histories(users: int, *, seed: int, longest: int = 40) -> Histories:
+    random = np.random.default_rng(seed)
+    histories = {}
+    for user in range(1, users + 1):
+        items = random.integers(1, TINY_ITEMS + 1, int(random.integers(3, longest + 1))).tolist()
+        histories[user] = [(item, 1000 * user + 3 * n) for n, item in enumerate(items)]
+    return histories
+
+
+def write_csv(path: Path, histories: Histories) -> Path:
+    """The events of all users in one file, in a random order of users."""
+    order = np.random.default_rng(0).permutation([user for user, events in histories.items() for _ in events])
+    left = {user: iter(events) for user, events in histories.items()}
+    rows = [f"{user},{item},{time}\n" for user in order.tolist() for item, time in [next(left[user])]]
+    path.write_text("user_id,item_id,timestamp\n" + "".join(rows))
+    return path
+
+
+@pytest.fixture(scope="module")
+def histories() -> Histories:
+    return make_histories(24, seed=5)
+
+
+@pytest.fixture(scope="module")
+def log(histories: Histories, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The histories with unknown items among them, and a user who has nothing else."""
+    mixed = {user: [*events[:1], (UNKNOWN_ITEM, events[0][1] + 1), *events[1:]] for user, events in histories.items()}
+    mixed[ONLY_UNKNOWN] = [(UNKNOWN_ITEM, 5), (UNKNOWN_ITEM + 1, 6)]
+    return write_csv(tmp_path_factory.mktemp("cli") / "log.csv", mixed)
+
+
+def run(*arguments: object) -> None:
+    assert cli.main([str(argument) for argument in arguments]) == 0
+
+
+def run_json(capsys: pytest.CaptureFixture[str], *arguments: object) -> dict[str, Any]:
+    capsys.readouterr()
+    run(*arguments, "--json")
+    result: dict[str, Any] = json.loads(capsys.readouterr().out.splitlines()[-1])
+    return result
+
+
+def contents(state: Path) -> dict[str, tuple[bytes, list[int], list[int]]]:
+    """Record, items and times of every user in a store."""
+    with StateStore.open(state, readonly=True) as store:
+        return {
+            user: (stored.record, *(part.tolist() for part in store.history(user)))
+            for user in store.user_ids()
+            if (stored := store.get(user))
+        }
+
+
+# -- import, serve, update, score and recommend agree ----------------------------------------------------------------
+
+Ranking = list[tuple[int, float]]  # (item id, score), best first
+
+
+def scored(path: Path) -> dict[int, Ranking]:
+    rankings: dict[int, Ranking] = {}
+    for row in pq.read_table(path).to_pylist():
+        ranking = rankings.setdefault(row["user_id"], [])
+        ranking.append((row["item_id"], row["score"]))
+        assert row["rank"] == len(ranking)
+    return rankings
+
+
+def ranking_of(answer: Recommendations) -> Ranking:
+    return [(int(item.item_id), item.score) for item in answer]
+
+
+def assert_same(found: dict[int, Ranking], expected: dict[int, Ranking]) -> None:
+    """The same items in the same places, unless their scores are ties within the tolerance."""
+    assert found.keys() == expected.keys()
+    for user, ranking in found.items():
+        reference = expected[user]
+        assert len(ranking) == len(reference)
+        margin = TOLERANCE * max(abs(score) for _, score in reference)
+        for (item, score), (other, other_score) in zip(ranking, reference, strict=True):
+            assert abs(score - other_score) <= margin
+            assert item == other or abs(dict(reference).get(item, reference[-1][1]) - score) <= margin
+
+
+def test_import_then_serve_equals_updates_by_a_client_and_offline_scores(
+    exact_bundle: Path, log: Path, histories: Histories, tmp_path: Path
+) -> None:
+    run("import", "--bundle", exact_bundle, "--state", tmp_path / "imported", "--input", log)
+    run("score", "--bundle", exact_bundle, "--input", log, "--output", tmp_path / "s.parquet", "--k", 15)
+    users = [*histories, ONLY_UNKNOWN]
+    with running_server(exact_bundle, tmp_path / "imported") as (address, _), Client(address, timeout=30) as client:
+        imported = dict(zip(users, map(ranking_of, client.recommend_many(users, 15)), strict=True))
+        first = client.user(1, recent_events=100)
+        assert first.recent_events == tuple(Event(item, time) for item, time in histories[1])
+    with running_server(exact_bundle, tmp_path / "updated") as (address, _), Client(address, timeout=30) as client:
+        for place in range(40):  # the events of all users, interleaved
+            client.update_many(
+                [(user, Event(*events[place])) for user, events in histories.items() if place < len(events)]
+            )
+        updated = {user: ranking_of(client.recommend(user, 15)) for user in users}
+        assert client.recommend(ONLY_UNKNOWN).is_popular
+    assert_same(updated, imported)
+    assert_same(scored(tmp_path / "s.parquet"), imported)
+    ids = {user: (record[1], record[2]) for user, record in contents(tmp_path / "imported").items()}
+    assert ids == {user: (record[1], record[2]) for user, record in contents(tmp_path / "updated").items()}
+
+
+# -- import ----------------------------------------------------------------------------------------------------------
+
+
+def test_import_repeated_doubles_nothing(
+    exact_bundle: Path, log: Path, histories: Histories, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    command = ("import", "--bundle", exact_bundle, "--state", tmp_path / "state", "--input", log)
+    events = sum(map(len, histories.values()))
+    first = run_json(capsys, *command)
+    unknown = len(histories) + 2
+    assert first == {"users": 24, "events": events, "skipped_users": 0, "unknown_events": unknown}
+    before = contents(tmp_path / "state")
+    assert sorted(before) == sorted(map(str, histories))  # a user without known items is not created
+    again = run_json(capsys, *command)
+    assert again == {"users": 0, "events": 0, "skipped_users": 24, "unknown_events": unknown}
+    assert contents(tmp_path / "state") == before
+
+
+def test_import_interrupted_and_repeated_equals_one_import(
+    exact_bundle: Path, log: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    command = ("import", "--bundle", exact_bundle, "--input", log, "--state")
+    run(*command, tmp_path / "whole")
+    monkeypatch.setattr(offline, "USERS_PER_BATCH", 3)
+    commit, commits = StateStore.commit, []
+
+    def interrupted(self: StateStore, writes: Any) -> bool:
+        commits.append(len(writes))
+        if len(commits) == 4:
+            raise KeyboardInterrupt
+        return commit(self, writes)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(StateStore, "commit", interrupted)
+        assert cli.main([str(argument) for argument in (*command, tmp_path / "parts")]) == 130
+    done = sum(commits[:3])
+    assert len(contents(tmp_path / "parts")) == done > 0
+    assert run_json(capsys, *command, tmp_path / "parts")["skipped_users"] == done
+    whole, parts = contents(tmp_path / "whole"), contents(tmp_path / "parts")
+    assert {user: parts[user][1:] for user in parts} == {user: whole[user][1:] for user in whole}
+    bundle = open_bundle(exact_bundle)
+    states = [StateBatch.from_records(bundle, [found[user][0] for user in whole]) for found in (whole, parts)]
+    np.testing.assert_array_equal(states[0].event_counts, states[1].event_counts)
+    assert np.abs(states[0].memory - states[1].memory).max() <= TOLERANCE * np.abs(states[0].memory).max()
+
+
+def test_import_existing_append_adds_the_events_of_the_file(
+    exact_bundle: Path, log: Path, histories: Histories, tmp_path: Path
+) -> None:
+    command = ("import", "--bundle", exact_bundle, "--state", tmp_path / "state", "--input")
+    run(*command, log)
+    more = {1: [(3, 90_000), (4, 90_001)], 200: [(5, 1), (6, 2), (7, 3)]}
+    run(*command, write_csv(tmp_path / "more.csv", more), "--existing", "append")
+    expected = {**histories, 1: [*histories[1], *more[1]], 200: more[200]}
+    found = contents(tmp_path / "state")
+    assert sorted(found) == sorted(map(str, expected))
+    bundle, graphs = open_bundle(exact_bundle), Encoder(exact_bundle, provider="cpu")
+    for user, events in expected.items():
+        record, items, times = found[str(user)]
+        assert [(item + 1, time) for item, time in zip(items, times, strict=True)] == events
+        whole = replay([np.array(items)], bundle=bundle, graphs=graphs)
+        state = StateBatch.from_records(bundle, [record])
+        assert (
+            np.abs(state.user_embeddings - whole.user_embeddings).max()
+            < TOLERANCE * np.abs(whole.user_embeddings).max()
+        )
+
+
+def test_import_in_small_partitions_stores_the_same(
+    exact_bundle: Path, log: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    command = ("import", "--bundle", exact_bundle, "--input", log, "--state")
+    run(*command, tmp_path / "whole")
+    monkeypatch.setattr(offline, "EVENTS_PER_PARTITION", 50)
+    monkeypatch.setattr(offline, "USERS_PER_BATCH", 3)
+    run(*command, tmp_path / "parts")
+    whole, parts = contents(tmp_path / "whole"), contents(tmp_path / "parts")
+    assert whole.keys() == parts.keys()
+    assert all(whole[user][1:] == parts[user][1:] for user in whole)
+
+
+def test_import_refuses_to_overwrite_what_a_server_changes_meanwhile(
+    exact_bundle: Path, log: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(StateStore, "commit", lambda self, writes: False)
+    assert "updated by a server" in error_of(
+        capsys, "import", "--bundle", exact_bundle, "--state", tmp_path / "state", "--input", log
+    )
+
+
+# -- score -----------------------------------------------------------------------------------------------------------
+
+
+def test_score_writes_the_documented_columns_with_ranks_from_1(
+    exact_bundle: Path, log: Path, histories: Histories, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    output = tmp_path / "scores.parquet"
+    result = run_json(capsys, "score", "--bundle", exact_bundle, "--input", log, "--output", output, "--k", 7)
+    assert result == {"users": 25, "output": str(output), "bundle_id": open_bundle(exact_bundle).bundle_id}
+    table = pq.read_table(output)
+    types = [("user_id", pa.int64()), ("rank", pa.int32()), ("item_id", pa.int64()), ("score", pa.float32())]
+    assert [(field.name, field.type) for field in table.schema] == types
+    rankings = scored(output)
+    assert rankings.keys() == {*histories, ONLY_UNKNOWN}
+    for user, ranking in rankings.items():
+        assert len(ranking) == 7
+        scores = [score for _, score in ranking]
+        assert scores == sorted(scores, reverse=True)
+        assert not {item for item, _ in ranking} & {item for item, _ in histories.get(user, [])}
+    assert list(tmp_path.iterdir()) == [output]  # no temporary file is left
+
+
+def test_score_with_seen_items_ranks_them_too(exact_bundle: Path, log: Path, tmp_path: Path) -> None:
+    output = tmp_path / "scores.parquet"
+    run("score", "--bundle", exact_bundle, "--input", log, "--output", output, "--k", 1000, "--include-seen")
+    assert {len(ranking) for ranking in scored(output).values()} == {TINY_ITEMS}
+
+
+def test_score_gives_users_without_known_items_the_popular_ones(exact_bundle: Path, log: Path, tmp_path: Path) -> None:
+    run("score", "--bundle", exact_bundle, "--input", log, "--output", tmp_path / "s.parquet", "--k", 3)
+    popular = scored(tmp_path / "s.parquet")[ONLY_UNKNOWN]
+    assert [item for item, _ in popular] == [60, 59, 58]  # item i was trained on i times
+    assert [score for _, score in popular] == pytest.approx([i / (60 * 61 / 2) for i in (60, 59, 58)])
+
+
+def test_score_keeps_user_ids_that_are_text(exact_bundle: Path, tmp_path: Path) -> None:
+    (tmp_path / "log.csv").write_text("user_id,item_id,timestamp\n007,1,1\nanna,2,2\n007,3,3\n")
+    run(
+        "score", "--bundle", exact_bundle, "--input", tmp_path / "log.csv", "--output", tmp_path / "s.parquet", "--k", 1
+    )
+    assert sorted(pq.read_table(tmp_path / "s.parquet")["user_id"].to_pylist()) == ["007", "anna"]
+
+
+def test_score_in_small_partitions_gives_the_same_rows(
+    exact_bundle: Path, log: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    command = ("score", "--bundle", exact_bundle, "--input", log, "--k", 20, "--output")
+    run(*command, tmp_path / "whole.parquet")
+    monkeypatch.setattr(offline, "EVENTS_PER_PARTITION", 50)
+    monkeypatch.setattr(offline, "USERS_PER_BATCH", 3)
+    run(*command, tmp_path / "parts.parquet")
+    assert_same(scored(tmp_path / "parts.parquet"), scored(tmp_path / "whole.parquet"))
+
+
+def test_score_that_fails_midway_keeps_the_old_file(
+    exact_bundle: Path, log: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    output = tmp_path / "s.parquet"
+    output.write_text("old")
+    (tmp_path / "bad.csv").write_text("user_id,item_id,timestamp\n1,1,1\n2,2,never\n")
+    error_of(capsys, "score", "--bundle", exact_bundle, "--input", tmp_path / "bad.csv", "--output", output)
+    assert output.read_text() == "old"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["bad.csv", "s.parquet"]
+
+
+# -- evaluate --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("split", "held_out"), [("test", 1), ("valid", 2)])
+def test_evaluate_equals_what_a_client_of_a_live_server_finds(
+    tiny_bundle: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], split: str, held_out: int
+) -> None:
+    histories = make_histories(60, seed=9, longest=30)
+    log = write_csv(tmp_path / "log.csv", histories)
+    found = run_json(capsys, "evaluate", "--bundle", tiny_bundle, "--data", log, "--split", split)
+    ranks, kept = [], []
+    with running_server(tiny_bundle, tmp_path / "state") as (address, _), Client(address, timeout=30) as client:
+        for user, events in histories.items():
+            items = [item for item, _ in events]
+            client.update(user, items[:-held_out])
+            for target, include_seen in ((ranks, False), (kept, True)):
+                ranking = client.recommend(user, 200, include_seen=include_seen).item_ids
+                goal = items[-held_out]
+                target.append(ranking.index(goal) + 1 if goal in ranking else MISS)
+    assert (found["split"], found["users"]) == (split, 60)
+    expected, expected_kept = metrics(np.array(ranks)), metrics(np.array(kept))
+    assert 0 < expected["hr@10"] < expected["hr@50"] < 1  # there is something to get wrong
+    assert {name: found[name] for name in expected} == pytest.approx(expected, abs=0.001)
+    assert found["seen_kept"] == pytest.approx(expected_kept, abs=0.001)
+
+
+def test_evaluate_prints_what_the_evaluation_of_the_trainer_prints(
+    small_log: Path, trained_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    bundle = tmp_path / "bundle"
+    options = ["--run", str(trained_run), "--out", str(bundle), "--state-dtype", "float32"]
+    assert export.main(options) == 0
+    for split in ("valid", "test"):
+        found = run_json(capsys, "evaluate", "--bundle", bundle, "--data", small_log, "--split", split)
+        assert found.pop("bundle_id") == open_bundle(bundle).bundle_id
+        for source in ("--bundle", bundle), ("--run", trained_run):
+            assert train_evaluate.main([*map(str, source), "--split", split, "--json"]) == 0
+            expected = json.loads(capsys.readouterr().out.splitlines()[-1])
+            if source[0] == "--bundle":
+                assert found == expected
+            for column in (lambda result: result, lambda result: result["seen_kept"]):
+                for name in (name for name in column(expected) if "@" in name):
+                    assert column(found)[name] == pytest.approx(column(expected)[name], abs=0.001)
+
+
+# -- inspect ---------------------------------------------------------------------------------------------------------
+
+
+def test_inspect_shows_bundle_state_and_user(
+    exact_bundle: Path, log: Path, histories: Histories, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    state = tmp_path / "state"
+    run("import", "--bundle", exact_bundle, "--state", state, "--input", log)
+    bundle = open_bundle(exact_bundle)
+    shown = run_json(capsys, "inspect", "--bundle", exact_bundle)["bundle"]
+    assert (shown["bundle_id"], shown["items"], shown["format_version"]) == (bundle.bundle_id, TINY_ITEMS, 1)
+    assert shown["model"]["segment_length"] == shown["state"]["segment_length"] == TINY.segment_length
+    assert shown["bytes"] == sum(path.stat().st_size for path in exact_bundle.iterdir() if path.suffix != ".json")
+
+    both = run_json(capsys, "inspect", "--bundle", exact_bundle, "--state", state)
+    assert both["state"] == {"bundle_id": bundle.bundle_id, "format_version": FORMAT_VERSION, "users": 24}
+
+    user = run_json(capsys, "inspect", "--bundle", exact_bundle, "--state", state, "--user", "1")
+    events = histories[1]
+    record = contents(state)["1"][0]
+    assert (user["user_id"], user["event_count"], user["state_bytes"]) == ("1", len(events), len(record))
+    assert [(int(event["item_id"]), event["timestamp"]) for event in user["recent_events"]] == events[-20:]
+    assert user["recent_events"][-1]["title"] == f"Title {events[-1][0]}"
+    assert np.shape(user["memory_slot_norms"]) == (TINY.layers, TINY.memory_slots)
+    assert user["context_positions"] == int(StateBatch.from_records(bundle, [record]).counts[0])
+
+    capsys.readouterr()
+    run("inspect", "--bundle", exact_bundle)
+    assert json.loads(capsys.readouterr().out)["bundle"] == shown  # for people: the same, indented
+
+
+# -- errors ----------------------------------------------------------------------------------------------------------
+
+
+def error_of(capsys: pytest.CaptureFixture[str], *arguments: object) -> str:
+    """The one line on stderr with which a command refuses, with exit status 2."""
+    capsys.readouterr()
+    assert cli.main([str(argument) for argument in arguments]) == 2
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == 1 and lines[0].startswith("error: ")
+    return lines[0]
+
+
+BAD_LOGS = {
+    "wrong columns": ("a,b\n1,2\n", "user_id"),
+    "empty file": ("", "empty"),
+    "no rows": ("user_id,item_id,timestamp\n", "no rows"),
+    "bad time": ("user_id,item_id,timestamp\n1,1,never\n", "never"),
+}
+
+
+def command_on(command: str, log: Path, bundle: Path, tmp_path: Path) -> list[object]:
+    place = "--data" if command == "evaluate" else "--input"
+    options: dict[str, list[object]] = {
+        "import": ["--state", tmp_path / "state"],
+        "score": ["--output", tmp_path / "s.parquet"],
+        "evaluate": [],
+    }
+    return [command, "--bundle", bundle, place, log, *options[command]]
+
+
+@pytest.mark.parametrize(("content", "cause"), BAD_LOGS.values(), ids=BAD_LOGS)
+@pytest.mark.parametrize("command", ["import", "score", "evaluate"])
+def test_unusable_log_is_refused_with_the_cause(
+    tiny_bundle: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], command: str, content: str, cause: str
+) -> None:
+    (tmp_path / "log.csv").write_text(content)
+    message = error_of(capsys, *command_on(command, tmp_path / "log.csv", tiny_bundle, tmp_path))
+    assert "log.csv" in message and cause in message
+    assert not (tmp_path / "s.parquet").exists()
+
+
+@pytest.mark.parametrize("command", ["import", "score", "evaluate"])
+def test_missing_log_and_bundle_are_refused(
+    tiny_bundle: Path, log: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], command: str
+) -> None:
+    for wrong in (tmp_path / "nowhere.csv", tmp_path):
+        assert str(wrong) in error_of(capsys, *command_on(command, wrong, tiny_bundle, tmp_path))
+    assert "is not a bundle" in error_of(capsys, *command_on(command, log, tmp_path / "nowhere", tmp_path))
+    column = [*command_on(command, log, tiny_bundle, tmp_path), "--item-column", "film"]
+    assert "film" in error_of(capsys, *column)
+
+
+def test_evaluate_on_a_log_of_other_items_is_refused(
+    tiny_bundle: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    log = write_csv(tmp_path / "log.csv", {1: [(900 + n, n) for n in range(9)]})
+    message = error_of(capsys, "evaluate", "--bundle", tiny_bundle, "--data", log)
+    assert "no user has three events of known items" in message
+
+
+@pytest.mark.parametrize("k", ["0", "-1", str(MAX_K + 1), "many"])
+def test_score_with_a_bad_k_is_refused(
+    tiny_bundle: Path, log: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], k: str
+) -> None:
+    message = error_of(capsys, *command_on("score", log, tiny_bundle, tmp_path), "--k", k)
+    assert "--k" in message and k in message
+    assert not (tmp_path / "s.parquet").exists()
+
+
+def test_score_into_a_place_that_cannot_be_written_is_refused(
+    tiny_bundle: Path, log: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    output = tmp_path / "nowhere" / "s.parquet"
+    message = error_of(capsys, "score", "--bundle", tiny_bundle, "--input", log, "--output", output)
+    assert str(output) in message and "--output" in message
+
+
+def test_score_into_a_directory_is_refused(
+    tiny_bundle: Path, log: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    message = error_of(capsys, "score", "--bundle", tiny_bundle, "--input", log, "--output", tmp_path)
+    assert str(tmp_path) in message and "is a directory" in message
+    assert list(tmp_path.parent.glob(".*.partial")) == []
+
+
+def test_score_of_ids_beyond_64_bits_is_refused(
+    tiny_bundle: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "log.csv").write_text(f"user_id,item_id\n{2**64},1\n5,2\n")
+    message = error_of(capsys, *command_on("score", tmp_path / "log.csv", tiny_bundle, tmp_path))
+    assert "does not fit a 64-bit integer column" in message
+    assert not (tmp_path / "s.parquet").exists()
+
+
+def test_inspect_refuses_what_is_not_there(
+    tiny_bundle: Path, exact_bundle: Path, log: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    state = tmp_path / "state"
+    assert "is not a bundle" in error_of(capsys, "inspect", "--bundle", tmp_path / "nowhere")
+    assert "does not exist" in error_of(capsys, "inspect", "--bundle", tiny_bundle, "--state", state)
+    assert not state.exists()
+    assert "--user needs --state" in error_of(capsys, "inspect", "--bundle", tiny_bundle, "--user", "1")
+    run("import", "--bundle", exact_bundle, "--state", state, "--input", log)
+    one = ("inspect", "--state", state, "--user")
+    assert "no user 'nobody'" in error_of(capsys, *one, "nobody", "--bundle", exact_bundle)
+    assert "was written for bundle" in error_of(capsys, *one, "1", "--bundle", tiny_bundle)
+    assert "1 to 400 bytes" in error_of(capsys, *one, "", "--bundle", exact_bundle)
+
+
+@pytest.mark.parametrize("arguments", [[], ["nonsense"], ["serve", "--nonsense"], ["serve", "--port", "high"]])
+def test_wrong_usage_is_refused_with_a_pointer_to_help(
+    arguments: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert "--help" in error_of(capsys, *arguments)
+
+
+# -- options ---------------------------------------------------------------------------------------------------------
+
+COMMANDS = ["serve", "import", "score", "evaluate", "inspect"]
+
+
+def options_of(command: str) -> list[argparse.Action]:
+    choices = next(a for a in cli.parser()._actions if isinstance(a, argparse._SubParsersAction)).choices
+    return [action for action in choices[command]._actions if action.option_strings]
+
+
+@pytest.mark.parametrize("command", [None, *COMMANDS])
+def test_help_of_every_command_names_every_option(command: str | None, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as exited:
+        cli.main([*([command] if command else []), "--help"])
+    text = capsys.readouterr().out
+    assert exited.value.code == 0
+    for expected in COMMANDS if command is None else [option.option_strings[0] for option in options_of(command)]:
+        assert expected in text
+    if command:
+        assert all(option.help for option in options_of(command))
+
+
+def test_dman_variables_set_defaults_and_options_win(monkeypatch: pytest.MonkeyPatch) -> None:
+    variables = {"DMAN_BUNDLE": "/a", "DMAN_STATE": "/b", "DMAN_PORT": "7", "DMAN_PROVIDER": "cpu", "DMAN_GRACE": "2.5"}
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    found = cli.parser().parse_args(["serve", "--state", "/c"])
+    assert (found.bundle, found.state, found.port) == (Path("/a"), Path("/c"), 7)
+    assert (found.provider, found.grace) == ("cpu", 2.5)
+
+
+@pytest.mark.parametrize(("name", "value"), [("DMAN_PORT", "high"), ("DMAN_PROVIDER", "gpu")])
+def test_bad_dman_variable_is_refused(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], name: str, value: str
+) -> None:
+    monkeypatch.setenv(name, value)
+    assert value in error_of(capsys, "serve")
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_option_with_a_value_has_its_dman_variable(command: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    for option in options_of(command):
+        if option.nargs == 0 or option.dest == "help":
+            continue
+        variable = f"DMAN_{option.dest.upper()}"
+        value = option.choices[-1] if isinstance(option.choices, list) else "3"
+        with monkeypatch.context() as patch:
+            patch.setenv(variable, value)
+            found = getattr(cli.parser().parse_args([command]), option.dest)
+        assert str(found) in (value, f"{value}.0"), variable
+
+
+def test_module_and_command_run_the_same_program() -> None:
+    for command in ([sys.executable, "-m", "dman_runtime"], [str(Path(sys.executable).parent / "dman-runtime")]):
+        done = subprocess.run([*command, "inspect", "--bundle", "/nowhere"], capture_output=True, text=True, cwd=ROOT,
+                              timeout=60, check=False)  # fmt: skip
+        assert (done.returncode, done.stdout) == (2, "")
+        assert done.stderr.startswith("error: /nowhere is not a bundle") and done.stderr.count("\n") == 1

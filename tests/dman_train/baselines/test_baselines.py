@@ -1,0 +1,475 @@
+"""Baselines: what an embedding may depend on, each model against one written event by event, and their windows."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+from itertools import pairwise
+from typing import get_args, get_type_hints
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from dman_runtime.errors import InputError
+from dman_train.baselines import BASELINES, build
+from dman_train.baselines.base import Baseline
+from dman_train.baselines.caser import Caser
+from dman_train.baselines.gru4rec import GRU4Rec
+from dman_train.baselines.hpmn import HPMN, PENALTY, PERIOD
+from dman_train.baselines.sasrec import SASRec
+from dman_train.baselines.sdm import SDM
+from dman_train.baselines.shan import SHAN
+from dman_train.config import BaselineConfig
+from dman_train.lanes import Batch, Windows
+from dman_train.model import SCORE_SCALE
+
+ITEMS, USERS = 30, 7
+LONG = BaselineConfig(history=12, width=16, layers=2, heads=2, dropout=0.2, segment_length=4)
+SHORT = replace(LONG, history=4)  # the * form: one segment
+CONFIGS = {
+    name + mark: replace(form, system=name) for name in BASELINES for mark, form in {"": LONG, "*": SHORT}.items()
+}
+every_system = pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS.keys())
+
+
+def random_baseline(config: BaselineConfig, *, seed: int = 0) -> Baseline:
+    """A model whose every part matters, in double precision: random weights, biases and norms of ordinary size."""
+    torch.manual_seed(seed)
+    model = build(config, ITEMS, USERS)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(torch.randn_like(parameter) * 0.2)
+    return model.double().eval()
+
+
+def random_window(config: BaselineConfig, *, seed: int = 0) -> tuple[Tensor, Tensor]:
+    """Items of a full window for every user, and the users."""
+    items = torch.randint(ITEMS, (USERS, config.history), generator=torch.Generator().manual_seed(seed))
+    return items, torch.arange(USERS)
+
+
+def mean_loss(model: Baseline, batch: Batch) -> Tensor:
+    """The full softmax over the real positions, and the penalty."""
+    items, targets, users = (torch.from_numpy(a) for a in (batch.items, batch.targets, batch.users))
+    real = torch.arange(items.shape[1]) < torch.from_numpy(batch.lengths)[:, None]
+    scores = model.encode(items, users)[real] @ model.item_table().T
+    return F.cross_entropy(scores, targets[real]) + model.penalty()
+
+
+# What every system promises
+
+
+def test_baselines_are_the_systems_of_the_config() -> None:
+    assert tuple(BASELINES) == tuple(sorted(BASELINES, key=get_args(get_type_hints(BaselineConfig)["system"]).index))
+    assert set(BASELINES) == set(get_args(get_type_hints(BaselineConfig)["system"]))
+    for name, kind in BASELINES.items():
+        assert type(build(replace(LONG, system=name), ITEMS, USERS)) is kind
+
+
+@every_system
+@torch.no_grad()
+def test_baseline_embedding_depends_on_no_later_event_and_no_padding(config: BaselineConfig) -> None:
+    model, (items, users) = random_baseline(config), random_window(config)
+    encoded = model.encode(items, users)
+    for end in range(1, config.history):
+        other = items.clone()
+        other[:, end:] = (other[:, end:] + 7) % ITEMS
+        changed = model.encode(other, users)
+        torch.testing.assert_close(changed[:, :end], encoded[:, :end], rtol=1e-9, atol=1e-12)
+        assert not torch.allclose(changed[:, end], encoded[:, end]), "but on its own"
+
+
+@every_system
+@torch.no_grad()
+def test_baseline_of_a_prefix_is_the_prefix(config: BaselineConfig) -> None:
+    model, (items, users) = random_baseline(config), random_window(config)
+    encoded = model.encode(items, users)
+    for end in range(1, config.history):
+        torch.testing.assert_close(model.encode(items[:, :end], users), encoded[:, :end], rtol=1e-9, atol=1e-12)
+
+
+@every_system
+@torch.no_grad()
+def test_baseline_embeds_ragged_histories_by_their_last_events(config: BaselineConfig) -> None:
+    model, random = random_baseline(config), np.random.default_rng(0)
+    lengths = [1, 3, 4, 5, config.history - 1, config.history, config.history + 9]
+    histories = [random.integers(0, ITEMS, length).astype(np.int32) for length in lengths]
+    users = random.permutation(USERS)
+    found = model.user_embeddings(histories, users)
+    for history, user, row in zip(histories, users, found, strict=True):
+        seen = torch.from_numpy(history[-config.history :].astype(np.int64))[None]
+        expected = model.encode(seen, torch.tensor([user]))[0, -1]
+        torch.testing.assert_close(row, expected, rtol=1e-9, atol=1e-12)
+    older = [np.append(random.integers(0, ITEMS, 3), history[-config.history :]) for history in histories[-2:]]
+    torch.testing.assert_close(model.user_embeddings(older, users[-2:]), found[-2:], rtol=1e-9, atol=1e-12)
+
+
+@every_system
+def test_baseline_trains_every_parameter(config: BaselineConfig) -> None:
+    model = random_baseline(config).train()
+    items, users = (x.numpy() for x in random_window(config))
+    lengths, starts, firsts = np.full(USERS, config.history), np.ones(USERS, bool), np.zeros(USERS, np.int64)
+    rolled = Batch(items, np.roll(items, 1), lengths, starts, users, firsts)
+    mean_loss(model, rolled).backward()
+    for name, parameter in model.named_parameters():
+        assert parameter.grad is not None and torch.isfinite(parameter.grad).all(), name
+        moves_once = config == CONFIGS["hpmn*"] and name == "layers.1.weight_hh_l0"  # from zeros, at the fourth event
+        assert (parameter.grad.abs().max() > 1e-8) != moves_once, name  # rounding gives 1e-17
+
+
+@every_system
+def test_baseline_begins_with_small_scores_as_wide_as_its_table(config: BaselineConfig) -> None:
+    torch.manual_seed(0)
+    model = build(replace(config, width=128), 500, USERS).eval()
+    items, users = random_window(config)
+    embeddings, table = model.encode(items, users), model.item_table()
+    assert embeddings.shape[:2] == items.shape and table.shape == (500, embeddings.shape[2])
+    losses = -torch.log_softmax(embeddings @ table.T, dim=-1)
+    # sdm adds what the user attends to onto LayerNormed states, which may double them
+    assert losses.mean().item() == pytest.approx(math.log(500), abs=2.0 if config.system == "sdm" else 0.6)
+    assert model.penalty() < 0.01
+
+
+@every_system
+@torch.no_grad()
+def test_baseline_is_deterministic_without_dropout_only(config: BaselineConfig) -> None:
+    model, (items, users) = random_baseline(config), random_window(config)
+    assert torch.equal(model.encode(items, users), model.encode(items, users))
+    model.train()
+    assert not torch.equal(model.encode(items, users), model.encode(items, users))
+
+
+@every_system
+@torch.no_grad()
+def test_baseline_uses_the_user_where_it_has_a_user_table(config: BaselineConfig) -> None:
+    model, (items, users) = random_baseline(config), random_window(config)
+    same = torch.equal(model.encode(items, users)[:, -1], model.encode(items, users.flip(0))[:, -1])
+    assert same == (config.system in ("gru4rec", "sasrec", "hpmn"))
+
+
+@every_system
+@torch.no_grad()
+def test_baseline_survives_large_energies(config: BaselineConfig) -> None:
+    model, (items, users) = random_baseline(config), random_window(config)
+    for parameter in model.parameters():
+        parameter.mul_(1e3)
+    assert torch.isfinite(model.encode(items, users)).all()
+
+
+@every_system
+def test_baseline_trains_in_bfloat16(config: BaselineConfig) -> None:
+    model = random_baseline(config).float().train()
+    batch = next(windows_of(walks(), length=config.history, positions=100))
+    with torch.autocast("cpu", torch.bfloat16):
+        loss = mean_loss(model, batch)
+    loss.backward()
+    assert all(torch.isfinite(parameter.grad).all() for parameter in model.parameters() if parameter.grad is not None)
+
+
+RING = np.random.default_rng(0).permutation(ITEMS)
+
+
+def walks(*, seed: int = 0) -> list[np.ndarray]:
+    """Histories in which nine of ten events are the next one of `RING`, and the others any."""
+    random = np.random.default_rng(seed)
+    steps = np.where(random.random((USERS, 200)) < 0.9, 1, random.integers(0, ITEMS, (USERS, 200)))
+    return list(RING[np.cumsum(steps, axis=1) % ITEMS])
+
+
+@every_system
+def test_baseline_learns_what_follows_an_item(config: BaselineConfig) -> None:
+    torch.manual_seed(0)
+    model, schedule = build(replace(config, width=32), ITEMS, USERS), windows_of(walks(), length=config.history)
+    optimiser = torch.optim.Adam(model.parameters(), lr=1e-2)
+    for _ in range(100):
+        optimiser.zero_grad()
+        mean_loss(model, next(schedule)).backward()
+        optimiser.step()
+    unseen = next(windows_of(walks(seed=1), length=config.history, positions=2000, seed=1))
+    chance = math.log(ITEMS)  # 3.4; a model that knew the ring would have 0.64
+    limit = 0.8 if config.system == "shan" else 0.5  # SHAN sees what came before, not in which order
+    assert mean_loss(model.eval(), unseen) < limit * chance
+
+
+# Each model against one that is written position by position
+
+
+def cell_of(cell: type[nn.GRUCell] | type[nn.LSTMCell], layers: nn.GRU | nn.LSTM, layer: int = 0) -> nn.Module:
+    """One step of a layer, with its weights."""
+    step = cell(layers.input_size, layers.hidden_size).double()
+    step.load_state_dict(
+        {name.removesuffix(f"_l{layer}"): w for name, w in layers.state_dict().items() if f"_l{layer}" in name}
+    )
+    return step
+
+
+def row_of(config: BaselineConfig, user: int = 3) -> tuple[Tensor, Tensor]:
+    """One full window of one user."""
+    items, users = random_window(config)
+    return items[user : user + 1], users[user : user + 1]
+
+
+def assert_encodes(model: Baseline, items: Tensor, users: Tensor, expected: list[Tensor]) -> None:
+    torch.testing.assert_close(model.encode(items, users)[0], torch.stack(expected), rtol=1e-9, atol=1e-12)
+
+
+@torch.no_grad()
+def test_gru4rec_equals_cells_stepped_event_by_event() -> None:
+    model = random_baseline(CONFIGS["gru4rec"])
+    assert isinstance(model, GRU4Rec)
+    (items, users), cells = row_of(model.config), [cell_of(nn.GRUCell, model.gru, layer) for layer in range(2)]
+    first = second = torch.zeros(1, 16, dtype=torch.double)
+    expected = []
+    for item in items[0]:
+        first = cells[0](model.items[item][None] * 4, first)  # 4 = sqrt(D)
+        second = cells[1](first, second)
+        expected.append(second[0])
+    assert_encodes(model, items, users, expected)
+
+
+@torch.no_grad()
+def test_sasrec_first_block_equals_attention_head_by_head() -> None:
+    model = random_baseline(replace(CONFIGS["sasrec"], layers=1))
+    assert isinstance(model, SASRec)
+    (items, users), block = row_of(model.config), model.blocks[0]
+    x = (model.items[items[0]] + model.positions) * 4
+    q, k, v = block.project(block.norm_attention(x)).view(12, 3, 2, 8).unbind(1)  # (W, H, D/H)
+    expected = []
+    for t in range(12):
+        read = []
+        for head in range(2):
+            weights = torch.softmax(k[: t + 1, head] @ q[t, head] / math.sqrt(8), 0)
+            read.append(weights @ v[: t + 1, head])
+        y = x[t] + block.output(torch.cat(read))
+        expected.append(model.norm(y + block.ffn(block.norm_ffn(y))) * SCORE_SCALE / 4)
+    assert_encodes(model, items, users, expected)
+
+
+@torch.no_grad()
+def test_caser_equals_filters_slid_over_the_image_of_each_event() -> None:
+    model = random_baseline(CONFIGS["caser"])
+    assert isinstance(model, Caser)
+    items, users = row_of(model.config)
+    padded = torch.cat([torch.zeros(4, 16, dtype=torch.double), model.items[items[0]] * 4])
+    expected = []
+    for t in range(12):
+        image = padded[t : t + 5]  # (5, D), the event itself in the last row
+        responses = [weights @ image + bias for weights, bias in zip(*model.vertical.parameters(), strict=True)]
+        best = []
+        for height, convolution in enumerate(model.horizontal, start=1):
+            for weights, bias in zip(*convolution.parameters(), strict=True):  # (D, height)
+                slid = [(weights.T * image[top : top + height]).sum() + bias for top in range(6 - height)]
+                best.append(torch.stack(slid).relu().max())
+        z = model.mix(torch.cat([*responses, torch.stack(best)])).relu()
+        expected.append(torch.cat([z / 4, model.user_table[users[0]], torch.ones(1, dtype=torch.double)]))
+    assert_encodes(model, items, users, expected)
+
+
+@torch.no_grad()
+def test_caser_forgets_all_but_five_events() -> None:
+    model = random_baseline(CONFIGS["caser"])
+    items, users = random_window(model.config)
+    last = model.encode(items, users)[:, -1]
+    assert torch.allclose(model.encode(items[:, -5:], users)[:, -1], last)
+    assert not torch.allclose(model.encode(items[:, -4:], users)[:, -1], last)
+
+
+@torch.no_grad()
+def test_caser_scores_by_weights_and_a_bias() -> None:
+    model = build(CONFIGS["caser"], ITEMS, USERS).eval()
+    embeddings, table = model.encode(*random_window(model.config)), model.item_table()
+    assert (embeddings[..., -1] == 1).all() and (table[:, -1] == 0).all() and table.shape[1] == 2 * 16 + 1
+
+
+@pytest.mark.parametrize("name", ["shan", "shan*"])
+@torch.no_grad()
+def test_shan_equals_its_equations_at_each_event(name: str) -> None:
+    model = random_baseline(CONFIGS[name])
+    assert isinstance(model, SHAN)
+    items, users = row_of(model.config)
+    x, user = model.items[items[0]] * 4, model.user_table[users[0]] * 4
+
+    def pool(layer: nn.Linear, candidates: Tensor) -> Tensor:
+        return torch.softmax(torch.stack([user @ layer(c).relu() for c in candidates]), 0) @ candidates
+
+    expected = []
+    for t in range(len(x)):
+        start = t // 4 * 4
+        candidates = x[start : t + 1]
+        if start > 0:
+            assert model.long_term is not None
+            candidates = torch.cat([pool(model.long_term, x[:start])[None], candidates])
+        expected.append(pool(model.short_term, candidates))
+    assert_encodes(model, items, users, expected)
+
+
+@torch.no_grad()
+def test_shan_does_not_know_the_order_of_a_segment() -> None:
+    model = random_baseline(CONFIGS["shan"])
+    items, users = random_window(model.config)
+    turned = torch.cat([items[:, :8], items[:, 8:].flip(1)], dim=1)
+    torch.testing.assert_close(model.encode(turned, users)[:, -1], model.encode(items, users)[:, -1])
+
+
+@torch.no_grad()
+def test_hpmn_equals_cells_that_move_once_a_period_and_hold() -> None:
+    model = random_baseline(replace(CONFIGS["hpmn"], history=40, layers=3))
+    assert isinstance(model, HPMN) and PERIOD == 4
+    items, users = row_of(model.config)
+    x, cells = model.items[items[0]] * 4, [cell_of(nn.GRUCell, layer) for layer in model.layers]
+    slots, expected, norms = [torch.zeros(1, 16, dtype=torch.double)] * 3, [], []
+    for t, event in enumerate(x, start=1):
+        for layer, cell in enumerate(cells):
+            if t % 4**layer == 0:
+                slots[layer] = cell(event[None] if layer == 0 else slots[layer - 1], slots[layer])
+        memory = torch.cat(slots)
+        query = model.query(event)
+        weights = torch.softmax(torch.cat([model.energy(torch.cat([query, m, query * m])) for m in memory]), 0)
+        expected.append(model.output(torch.cat([weights @ memory, event])))
+        covariance = torch.cov(memory, correction=0)
+        norms.append((covariance - covariance.diag().diag()).square().sum().sqrt())
+    assert_encodes(model, items, users, expected)
+    assert slots[2].any(), "the third layer moved"
+    torch.testing.assert_close(model.penalty(), PENALTY * torch.stack(norms).mean())
+
+
+def test_hpmn_leaves_out_layers_that_would_never_move() -> None:
+    model = build(replace(CONFIGS["hpmn"], history=20, layers=5), ITEMS, USERS)
+    assert isinstance(model, HPMN) and model.periods == [1, 4, 16]
+
+
+@pytest.mark.parametrize("name", ["sdm", "sdm*"])
+@torch.no_grad()
+def test_sdm_equals_its_parts_at_each_event(name: str) -> None:
+    model = random_baseline(CONFIGS[name])
+    assert isinstance(model, SDM)
+    items, users = row_of(model.config)
+    x, user, cell = model.items[items[0]] * 4, model.user_table[users[0]] * 4, cell_of(nn.LSTMCell, model.lstm)
+
+    def pool(query: Tensor, values: Tensor) -> Tensor:
+        return torch.softmax(values @ query / 4, 0) @ values
+
+    expected = []
+    for t in range(len(x)):
+        start = t // 4 * 4
+        states, carried = [], None
+        for event in x[start : t + 1]:
+            carried = cell(event[None], carried)
+            states.append(carried[0][0])
+        attended = torch.stack([_self_attended(model, torch.stack(states[:end])) for end in range(1, len(states) + 1)])
+        mixed = attended[-1] + pool(torch.tanh(model.query(user)), attended)
+        if model.gate is not None and model.long_output is not None:
+            pooled = pool(user, x[:start]) if start else torch.zeros(16, dtype=torch.double)
+            long = torch.tanh(model.long_output(pooled))
+            gate = torch.sigmoid(model.gate(torch.cat([mixed, long, user])))
+            mixed = gate * mixed + (1 - gate) * long
+        expected.append(mixed * SCORE_SCALE / 4)
+    assert_encodes(model, items, users, expected)
+
+
+def _self_attended(model: SDM, states: Tensor) -> Tensor:
+    """(T, D) states -> (D) the last of them after its attention to all."""
+    q, k, v = model.project(states).view(-1, 3, 2, 8).unbind(1)
+    read = [torch.softmax(k[:, head] @ q[-1, head] / math.sqrt(8), 0) @ v[:, head] for head in range(2)]
+    return model.norm(states[-1] + model.attended(torch.cat(read)))
+
+
+# Windows
+
+USER_EVENTS = (1, 2, 3, 6, 7, 11, 12, 26, 0, 40)  # around the length of windows of 5; two users without a target
+OFFSETS = np.concatenate([[0], np.cumsum(USER_EVENTS)]).astype(np.int64)
+EVENTS = np.arange(OFFSETS[-1], dtype=np.int32)  # every event is an item of its own, so that each can be traced
+TRAINABLE = [user for user, events in enumerate(USER_EVENTS) if events >= 2]
+INPUTS = sorted(event for user in TRAINABLE for event in range(OFFSETS[user], OFFSETS[user + 1] - 1))
+
+
+def windows_of(histories: list[np.ndarray], *, length: int, positions: int = 300, seed: int = 0) -> Windows:
+    offsets = np.concatenate([[0], np.cumsum([len(history) for history in histories])]).astype(np.int64)
+    return Windows(np.concatenate(histories).astype(np.int32), offsets, length=length, positions=positions, seed=seed)
+
+
+def traceable(*, length: int = 5, positions: int = 20, seed: int = 0) -> Windows:
+    return Windows(EVENTS, OFFSETS, length=length, positions=positions, seed=seed)
+
+
+def epoch_of(windows: Windows) -> list[Batch]:
+    batches: list[Batch] = []
+    while sum(batch.positions for batch in batches) < windows.events:
+        batches.append(next(windows))
+    return batches
+
+
+def pieces_of(batches: list[Batch]) -> list[list[int]]:
+    return [row[:length].tolist() for batch in batches for row, length in zip(batch.items, batch.lengths, strict=True)]
+
+
+@pytest.mark.parametrize("positions", [1, 20, 1000])
+@pytest.mark.parametrize("length", [1, 5, 100])
+def test_windows_use_each_training_event_once_per_epoch(length: int, positions: int) -> None:
+    windows = traceable(length=length, positions=positions)
+    assert windows.events == len(INPUTS)
+    for _ in range(3):
+        batches = epoch_of(windows)
+        assert sorted(event for piece in pieces_of(batches) for event in piece) == INPUTS
+        for batch in batches:
+            assert {a.dtype for a in (batch.items, batch.targets, batch.lengths, batch.users)} == {np.dtype(np.int64)}
+            real = np.arange(batch.items.shape[1]) < batch.lengths[:, None]
+            assert (batch.targets[real] == batch.items[real] + 1).all()
+            assert (batch.users == np.searchsorted(OFFSETS, batch.items[:, 0], side="right") - 1).all()
+            assert batch.starts.all()
+            for padded in (batch.items[~real], batch.targets[~real]):
+                assert not padded.any()
+
+
+def test_windows_are_pieces_of_one_history_and_no_longer_than_asked() -> None:
+    windows = traceable()
+    for piece in pieces_of([next(windows) for _ in range(100)]):
+        assert len(piece) <= 5
+        assert all(after == before + 1 for before, after in pairwise(piece))
+
+
+@pytest.mark.parametrize("positions", [1, 20, 33])
+def test_windows_bound_the_padded_positions_of_a_batch(positions: int) -> None:
+    windows = traceable(positions=positions)
+    shapes = [batch.items.shape for _ in range(5) for batch in epoch_of(windows)]
+    assert all(rows * width <= max(positions, 5) for rows, width in shapes)
+    assert positions < 10 or any(rows > 1 for rows, _ in shapes)
+
+
+def test_windows_cut_anew_in_every_epoch_but_leave_short_histories_whole() -> None:
+    windows = traceable()
+    epochs = [pieces_of(epoch_of(windows)) for _ in range(8)]
+    starts = [{piece[0] for piece in pieces} for pieces in epochs]
+    assert all(a != b for a, b in pairwise(starts)), "other borders"
+    assert all(sorted(a) != a for a in epochs), "in another order than the log"
+    for user in TRAINABLE:
+        first, last = int(OFFSETS[user]), int(OFFSETS[user + 1]) - 1
+        heads = {len(piece) for pieces in epochs for piece in pieces if piece[0] == first}
+        assert heads == {last - first} if last - first <= 5 else len(heads) > 1
+    assert {start % 5 for found in starts for start in found} == set(range(5))
+
+
+@pytest.mark.parametrize("steps", [0, 3, "epoch", 60])
+def test_windows_continue_exactly_where_a_state_was_taken(steps: int | str) -> None:
+    windows = traceable()
+    for _ in range(len(epoch_of(traceable())) if steps == "epoch" else int(steps)):
+        next(windows)
+    other = traceable(seed=9)
+    next(other)
+    other.load_state_dict(windows.state_dict())
+    for _ in range(60):
+        for ours, theirs in zip(vars(next(windows)).values(), vars(next(other)).values(), strict=True):
+            assert np.array_equal(ours, theirs)
+
+
+def test_windows_of_another_seed_differ() -> None:
+    assert pieces_of(epoch_of(traceable())) == pieces_of(epoch_of(traceable()))
+    assert pieces_of(epoch_of(traceable())) != pieces_of(epoch_of(traceable(seed=1)))
+
+
+def test_windows_refuse_a_log_without_targets() -> None:
+    with pytest.raises(InputError, match="two training events"):
+        windows_of([np.array([1]), np.array([2])], length=5)

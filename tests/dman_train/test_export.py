@@ -1,0 +1,389 @@
+"""Bundles: what export writes equals PyTorch, and what is damaged, foreign or wrong is refused with a remedy."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import PAPER, TINY, TINY_ITEMS, export_tiny, random_model, rewrite_manifest, vocabulary_of
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from dman_runtime.errors import BundleError
+from dman_runtime.model.bundle import (
+    ABSTRACTION,
+    EMBEDDINGS,
+    ENCODER,
+    FILES,
+    FORMAT_VERSION,
+    GOLDEN,
+    INITIAL_MEMORY,
+    ITEMS,
+    MANIFEST,
+    open_bundle,
+    read_manifest,
+    sha256,
+)
+from dman_runtime.model.encoder import Encoder
+from dman_runtime.model.recurrence import check_golden, replay
+from dman_train import export
+from dman_train.config import to_dict
+from dman_train.export import AbstractionGraph, EncoderGraph, export_bundle, golden_replay
+from dman_train.model import DMAN
+from dman_train.replay import replay as torch_replay
+
+ONNX_ERROR = {"rtol": 1e-4, "atol": 1e-5}
+# Each has a graph of its own: other branches, other blocks, other routing.
+GRAPHS = {
+    "dman": TINY,
+    "gated": replace(TINY, long_term="gated"),
+    "paper-fifo": replace(PAPER, variant="fifo"),
+    "plain-xl": replace(TINY, residual="plain", variant="xl", layers=1),
+    "nran-full": replace(TINY, variant="nran", routing="full", routing_softmax="primaries", layers=3),
+}
+
+
+@pytest.fixture(scope="module", params=GRAPHS)
+def exported(
+    request: pytest.FixtureRequest, tiny_model: DMAN, tiny_bundle: Path, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[DMAN, Path]:
+    """A model and its bundle."""
+    if request.param == "dman":
+        return tiny_model, tiny_bundle
+    model = random_model(GRAPHS[request.param], TINY_ITEMS)
+    return model, export_tiny(model, tmp_path_factory.mktemp("exports") / request.param)
+
+
+@pytest.fixture
+def copy(tiny_bundle: Path, tmp_path: Path) -> Path:
+    """A bundle to damage."""
+    path = tmp_path / "bundle"
+    shutil.copytree(tiny_bundle, path)
+    return path
+
+
+def assert_refused(bundle: Path, *parts: str) -> None:
+    with pytest.raises(BundleError) as caught:
+        open_bundle(bundle)
+    message = str(caught.value)
+    assert "\n" not in message
+    for part in (str(bundle), *parts):
+        assert part in message
+
+
+def rewrite_checksums(bundle: Path) -> None:
+    """What somebody does who edits a file of the bundle and covers it up."""
+    files = {name: {"sha256": sha256(bundle / name), "bytes": (bundle / name).stat().st_size} for name in FILES}
+    rewrite_manifest(bundle, files=files)
+
+
+# --- Equality with PyTorch.
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(
+    ("batch", "new", "context"),
+    [(1, 1, 0), (1, 1, 1), (1, 5, 0), (1, 1, 9), (7, 3, 6), (2, 5, 5), (64, 1, 4), (1, 40, 25)],
+)
+def test_export_graphs_equal_pytorch_for_any_shape(
+    exported: tuple[DMAN, Path], batch: int, new: int, context: int
+) -> None:
+    model, path = exported
+    encoder, config = Encoder(path, provider="cpu"), model.config
+    torch.manual_seed(batch + new)
+    inputs = (
+        torch.randn(batch, new, config.width),
+        torch.randint(1, new + 1, (batch,)),
+        torch.randn(batch, config.layers, context, config.width),
+        torch.randint(0, context + 1, (batch,)),
+        torch.randn(batch, config.layers, config.slots, config.width),
+    )
+    found, expected = encoder.encode(*(tensor.numpy() for tensor in inputs)), EncoderGraph(model)(*inputs)
+    for a, b in zip(found, expected, strict=True):
+        torch.testing.assert_close(torch.from_numpy(a), b, **ONNX_ERROR)
+    if config.slots:
+        memory, hidden = inputs[4], torch.randn(batch, config.layers, config.segment_length, config.width)
+        new_memory = torch.from_numpy(encoder.abstract(memory.numpy(), hidden.numpy()))
+        torch.testing.assert_close(new_memory, AbstractionGraph(model)(memory, hidden), **ONNX_ERROR)
+
+
+def test_export_replay_equals_pytorch_replay(exported: tuple[DMAN, Path]) -> None:
+    """Whole histories through states stored as float32, of every length up to more than four segments."""
+    model, path = exported
+    bundle = open_bundle(path)
+    exact = replace(bundle, manifest=replace(bundle.manifest, state=replace(bundle.manifest.state, dtype="float32")))
+    histories = [np.random.default_rng(n).integers(0, TINY_ITEMS, n) for n in range(1, 23)]
+    states = replay(histories, bundle=exact, graphs=Encoder(path, provider="cpu"))
+    users, memories = torch_replay(model, histories)
+    torch.testing.assert_close(torch.from_numpy(states.user_embeddings), users, **ONNX_ERROR)
+    torch.testing.assert_close(torch.from_numpy(states.memory), memories, **ONNX_ERROR)
+
+
+def test_export_golden_replay_passes(exported: tuple[DMAN, Path]) -> None:
+    model, path = exported
+    golden = open_bundle(path).golden()
+    lengths = (golden["histories"] >= 0).sum(1)
+    assert lengths.min() == 1
+    assert lengths.max() > 5 * model.config.segment_length
+    assert check_golden(open_bundle(path), Encoder(path, provider="cpu")) < 1e-4
+
+
+def test_export_manifest_describes_model_and_tensors(exported: tuple[DMAN, Path]) -> None:
+    model, path = exported
+    manifest, config = open_bundle(path).manifest, model.config
+    assert manifest.format_version == FORMAT_VERSION
+    assert manifest.model == to_dict(config)
+    assert manifest.vocabulary == TINY_ITEMS
+    state = manifest.state
+    assert (state.segment_length, state.memory_slots, state.layers, state.width) == (
+        config.segment_length,
+        config.slots,
+        config.layers,
+        config.width,
+    )
+    assert state.recurrent == (config.variant != "nran")
+    depth, slots = config.layers, config.slots
+    shapes = {
+        graph: {tensor["name"]: (tensor["dtype"], tensor["shape"]) for tensor in sides["inputs"] + sides["outputs"]}
+        for graph, sides in manifest.tensors.items()
+    }
+    assert shapes == {
+        ENCODER: {
+            "item_embeddings": ("float32", ["B", "S", 32]),
+            "new_lengths": ("int64", ["B"]),
+            "context": ("float32", ["B", depth, "C", 32]),
+            "context_lengths": ("int64", ["B"]),
+            "memory": ("float32", ["B", depth, slots, 32]),
+            "user_embedding": ("float32", ["B", 32]),
+            "hidden": ("float32", ["B", depth, "S", 32]),
+        },
+        ABSTRACTION: {
+            "memory": ("float32", ["B", depth, slots, 32]),
+            "segment_hidden": ("float32", ["B", depth, 5, 32]),
+            "new_memory": ("float32", ["B", depth, slots, 32]),
+        },
+    }
+    for name, entry in manifest.files.items():
+        assert entry == {"sha256": sha256(path / name), "bytes": (path / name).stat().st_size}
+
+
+def test_export_tables_equal_the_model(tiny_model: DMAN, tiny_bundle: Path) -> None:
+    bundle = open_bundle(tiny_bundle)
+    assert np.array_equal(bundle.item_embeddings, tiny_model.item_table().detach().numpy())
+    assert np.array_equal(bundle.initial_memory, tiny_model.initial_memory.detach().numpy())
+    assert bundle.items.item_ids == [str(i) for i in range(1, TINY_ITEMS + 1)]
+    assert bundle.items.titles[6] == "Title 7"
+    assert bundle.items.attributes[6] == {"genre": "odd"}
+    assert bundle.items.popularity.sum() == pytest.approx(1)
+    assert bundle.items.popularity[1] / bundle.items.popularity[0] == pytest.approx(2)
+    assert bundle.manifest.integer_item_ids
+
+
+# --- What export refuses, and what it replaces. The graphs of the tiny bundle stand in for fresh ones: 10 s each.
+
+
+@pytest.fixture
+def quick_graphs(tiny_bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Exports copy the graphs of `tiny_bundle` instead of tracing the model."""
+
+    def copy_graphs(_model: DMAN, directory: Path) -> dict:
+        for name in (ENCODER, ABSTRACTION):
+            shutil.copy(tiny_bundle / name, directory)
+        return read_manifest(tiny_bundle).tensors
+
+    monkeypatch.setattr(export, "_export_graphs", copy_graphs)
+
+
+@pytest.mark.usefixtures("quick_graphs")
+def test_export_refuses_graphs_that_differ_from_the_model(tiny_model: DMAN, tmp_path: Path) -> None:
+    out = tmp_path / "bundle"
+    with pytest.raises(BundleError, match=r"ONNX differs from PyTorch by .* no bundle written"):
+        export_bundle(random_model(TINY, TINY_ITEMS, seed=1), vocabulary_of(TINY_ITEMS), out)
+    with pytest.raises(BundleError, match=r"more than 1\.0e-12"):
+        export_bundle(tiny_model, vocabulary_of(TINY_ITEMS), out, tolerance=1e-12)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.usefixtures("quick_graphs")
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_export_refuses_weights_that_are_not_finite(tmp_path: Path, value: float) -> None:
+    model = random_model(TINY, TINY_ITEMS)
+    with torch.no_grad():
+        model.slot_bias[1, 1, 3] = value
+    with pytest.raises(BundleError, match=r"slot_bias is not finite"):
+        export_bundle(model, vocabulary_of(TINY_ITEMS), tmp_path / "bundle")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_export_error_of_nan_outputs_is_above_every_tolerance() -> None:
+    """Finite weights may still overflow; an error of NaN must not pass as a small one."""
+    nan = np.array([1.0, np.nan])
+    assert max(0.0, export._relative(nan, torch.ones(2))) == np.inf
+    assert max(0.0, export._relative(nan, torch.from_numpy(nan))) == np.inf
+
+
+@pytest.mark.usefixtures("quick_graphs")
+def test_export_replaces_an_older_bundle_whole(tiny_model: DMAN, copy: Path) -> None:
+    (copy / "left over").write_text("by an older version")
+    before = read_manifest(copy).bundle_id
+    result = export_bundle(tiny_model, vocabulary_of(TINY_ITEMS), copy, state_dtype="float32")
+    bundle = open_bundle(copy)
+    assert result["bundle_id"] == bundle.bundle_id != before
+    assert bundle.manifest.state.dtype == "float32"
+    assert {path.name for path in copy.iterdir()} == {MANIFEST, *FILES}
+    assert [path.name for path in copy.parent.iterdir()] == [copy.name]
+
+
+@pytest.mark.usefixtures("quick_graphs")
+def test_export_that_fails_keeps_the_older_bundle(tiny_model: DMAN, copy: Path) -> None:
+    before = read_manifest(copy)
+    with pytest.raises(BundleError):
+        export_bundle(tiny_model, vocabulary_of(TINY_ITEMS), copy, tolerance=0.0)
+    assert open_bundle(copy).manifest == before
+    assert [path.name for path in copy.parent.iterdir()] == [copy.name]
+
+
+@pytest.mark.usefixtures("quick_graphs")
+def test_export_refuses_a_foreign_place(tiny_model: DMAN, tmp_path: Path) -> None:
+    (tmp_path / "thesis.tex").write_text("years of work")
+    for out in (tmp_path, tmp_path / "thesis.tex"):
+        with pytest.raises(BundleError, match=r"exists and is not a bundle; choose another --out"):
+            export_bundle(tiny_model, vocabulary_of(TINY_ITEMS), out)
+    with pytest.raises(BundleError, match="cannot write"):
+        export_bundle(tiny_model, vocabulary_of(TINY_ITEMS), tmp_path / "thesis.tex" / "bundle")
+    assert [path.name for path in tmp_path.iterdir()] == ["thesis.tex"]
+
+
+@pytest.mark.usefixtures("quick_graphs")
+def test_export_of_the_same_model_gives_the_same_bundle_id(tiny_model: DMAN, tiny_bundle: Path, tmp_path: Path) -> None:
+    result = export_bundle(tiny_model, vocabulary_of(TINY_ITEMS), tmp_path / "bundle")
+    assert result["bundle_id"] == read_manifest(tiny_bundle).bundle_id
+
+
+# --- Damage.
+
+
+@settings(max_examples=40)
+@given(name=st.sampled_from(FILES), where=st.floats(0, 1, exclude_max=True), bit=st.integers(0, 7))
+def test_open_bundle_refuses_any_flipped_bit(
+    tiny_bundle: Path, tmp_path_factory: pytest.TempPathFactory, name: str, where: float, bit: int
+) -> None:
+    path = tmp_path_factory.mktemp("flipped") / "bundle"
+    shutil.copytree(tiny_bundle, path)
+    content = bytearray((path / name).read_bytes())
+    content[int(where * len(content))] ^= 1 << bit
+    (path / name).write_bytes(content)
+    assert_refused(path, name, "checksum", "export it again")
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_open_bundle_refuses_missing_and_truncated_files(copy: Path, name: str) -> None:
+    content = (copy / name).read_bytes()
+    (copy / name).write_bytes(content[:-1])
+    assert_refused(copy, name, "checksum", "export it again")
+    (copy / name).write_bytes(b"")
+    assert_refused(copy, name, "checksum", "export it again")
+    (copy / name).unlink()
+    assert_refused(copy, name, "No such file", "restore the bundle")
+    (copy / name).mkdir()
+    assert_refused(copy, name, "Is a directory", "restore the bundle")
+
+
+def test_open_bundle_refuses_what_is_no_bundle(tmp_path: Path) -> None:
+    assert_refused(tmp_path, MANIFEST, "dman_train.export --out")
+    assert_refused(tmp_path / "nowhere", MANIFEST, "dman_train.export --out")
+    (tmp_path / "file").touch()
+    assert_refused(tmp_path / "file", MANIFEST)
+
+
+@pytest.mark.parametrize("content", [b"", b"{", b"\xff\xfe", b'{"format_version": 1,'])
+def test_open_bundle_refuses_a_broken_manifest(copy: Path, content: bytes) -> None:
+    (copy / MANIFEST).write_bytes(content)
+    assert_refused(copy, MANIFEST, "cannot be read", "export the bundle again")
+
+
+@pytest.mark.parametrize("version", [0, FORMAT_VERSION + 1, None, "1"])
+def test_open_bundle_refuses_other_format_versions(copy: Path, version: object) -> None:
+    content = json.loads((copy / MANIFEST).read_text())
+    (copy / MANIFEST).write_text(json.dumps(content | {"format_version": version}))
+    assert_refused(copy, f"format {version}", f"reads format {FORMAT_VERSION}", "export it again")
+
+
+def test_open_bundle_refuses_manifests_of_other_shape(copy: Path) -> None:
+    for content in ("[]", "null", "3"):
+        (copy / MANIFEST).write_text(content)
+        assert_refused(copy, "format None")
+
+
+@pytest.mark.parametrize(
+    "edit",
+    [
+        {"bundle_id": "0" * 16},
+        {"integer_item_ids": False},
+        {"state": {"segment_length": 7}},
+        {"state": {"dtype": "float32"}},
+        {"state": None},
+        {"files": {}},
+        {"files": None},
+        {"colour": "red"},
+    ],
+    ids=str,
+)
+def test_open_bundle_refuses_an_edited_manifest(copy: Path, edit: dict) -> None:
+    content = json.loads((copy / MANIFEST).read_text())
+    for name, value in edit.items():
+        content[name] = content[name] | value if name == "state" and value else value
+    (copy / MANIFEST).write_text(json.dumps(content))
+    assert_refused(copy, MANIFEST, "was edited", "export the bundle again")
+
+
+def test_open_bundle_refuses_consistent_manifests_that_the_files_contradict(copy: Path) -> None:
+    state = read_manifest(copy).state
+    rewrite_manifest(copy, vocabulary=TINY_ITEMS + 1)
+    assert_refused(copy, EMBEDDINGS, "float32[61, 32]")
+    rewrite_manifest(copy, vocabulary=TINY_ITEMS, state=replace(state, memory_slots=3))
+    assert_refused(copy, INITIAL_MEMORY, "float32[2, 3, 32]")
+    rewrite_manifest(copy, state=state)
+    lines = (copy / ITEMS).read_text().splitlines()
+    for content in (lines[:-1], [*lines[:-1], lines[0]], [*lines[:-1], "{}"], [*lines[:-1], "title"]):
+        (copy / ITEMS).write_text("\n".join(content) + "\n")
+        rewrite_checksums(copy)
+        assert_refused(copy, ITEMS, "export the bundle again")
+    files = read_manifest(copy).files
+    rewrite_manifest(copy, files={name: entry for name, entry in files.items() if name != GOLDEN})
+    assert_refused(copy, MANIFEST, "export the bundle again")
+
+
+def test_open_bundle_refuses_a_state_dtype_it_does_not_know(copy: Path) -> None:
+    rewrite_manifest(copy, state=replace(read_manifest(copy).state, dtype="int8"))
+    assert_refused(copy, MANIFEST, "export the bundle again")
+
+
+# --- The golden replay notices what checksums cannot.
+
+
+def test_golden_replay_notices_an_altered_item_table(copy: Path) -> None:
+    np.save(copy / EMBEDDINGS, np.roll(np.load(copy / EMBEDDINGS), 1, axis=0))  # each item has its neighbour's row
+    rewrite_checksums(copy)
+    with pytest.raises(BundleError, match=r"golden replay is off by .*--provider cpu.*export the bundle again"):
+        check_golden(open_bundle(copy), Encoder(copy, provider="cpu"))
+
+
+@pytest.mark.parametrize("altered", ["user_embeddings", "memories"])
+def test_golden_replay_notices_each_of_its_parts(copy: Path, tiny_model: DMAN, altered: str) -> None:
+    golden = golden_replay(tiny_model)
+    golden[altered] = golden[altered] * 1.01
+    np.savez(copy / GOLDEN, allow_pickle=False, **golden)
+    rewrite_checksums(copy)
+    with pytest.raises(BundleError, match="golden replay"):
+        check_golden(open_bundle(copy), Encoder(copy, provider="cpu"))
+
+
+def test_golden_replay_is_in_float32_whatever_states_are_stored_as(tiny_bundle: Path, exact_bundle: Path) -> None:
+    errors = [check_golden(open_bundle(path), Encoder(path, provider="cpu")) for path in (tiny_bundle, exact_bundle)]
+    assert errors[0] == errors[1] < 1e-5

@@ -1,0 +1,428 @@
+"""The training loop: resuming, several processes, learning at all, and that every setting does something.
+
+Run as a script under torchrun, this file is one rank of `test_two_processes_give_the_weights_of_one`.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import fields, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torch.distributed as dist
+from conftest import PAPER, ROOT, TINY
+
+from dman_runtime.data.evaluation import HeldOut, metrics
+from dman_train import train
+from dman_train.config import ConfigError, ModelConfig, TrainConfig
+from dman_train.model import DMAN
+from dman_train.replay import replay
+from dman_train.run import Run, RunError, open_run
+from dman_train.trainer import Trainer, TrainingData, join_distributed, leave_distributed
+
+CPU = torch.device("cpu")
+ITEMS = 40
+CONFIG = TrainConfig(
+    lanes=8, abstraction_every=2, warmup_steps=3, epochs=3, learning_rate=5e-3, abstraction_learning_rate=5e-3
+)
+
+
+def data_of(histories: list[np.ndarray], vocabulary: int) -> TrainingData:
+    """The last event of each history is held out for validation."""
+    training = [history[:-1] for history in histories]
+    items = np.concatenate(training).astype(np.int32)
+    offsets = np.concatenate([[0], np.cumsum([len(t) for t in training])]).astype(np.int64)
+    targets = np.array([history[-1] for history in histories], np.int64)
+    validation = HeldOut(np.arange(len(histories)), training, targets)
+    return TrainingData(items, offsets, np.bincount(items, minlength=vocabulary), validation)
+
+
+def random_data() -> TrainingData:
+    random = np.random.default_rng(0)
+    return data_of([random.integers(0, ITEMS, length) for length in random.integers(4, 40, 30)], ITEMS)
+
+
+def trained(model: ModelConfig, config: TrainConfig, steps: int) -> Trainer:
+    trainer = Trainer(model, config, random_data(), CPU)
+    for _ in range(steps):
+        trainer.train_step()
+    return trainer
+
+
+def weights(trainer: Trainer) -> dict[str, torch.Tensor]:
+    """Of the model that is trained and of the one that training gives."""
+    models = {"model": trainer.model, "result": trainer.result}
+    return {f"{of}.{name}": tensor.clone() for of, m in models.items() for name, tensor in m.state_dict().items()}
+
+
+def same_bits(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
+    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+# Resuming
+
+
+class _Interrupt(Exception):
+    pass
+
+
+def _saving_at(trainer: Trainer, step: int, path: Path) -> Callable[[], None]:
+    """An `on_step` that saves and stops in the middle of an epoch."""
+
+    def on_step() -> None:
+        if trainer.step == step:
+            torch.save(trainer.state_dict(), path)
+            raise _Interrupt
+
+    return on_step
+
+
+SETTINGS = {
+    "full": CONFIG,
+    "weights-themselves": replace(CONFIG, ema_decay=0.0),
+    "sampled-joint": replace(CONFIG, loss="sampled", negatives=16, memory_training="joint", backprop_segments=2),
+    "negatives": replace(CONFIG, loss="negatives", negatives=3, weight_decay=0.01),
+}
+
+
+@pytest.mark.parametrize("config", SETTINGS.values(), ids=SETTINGS.keys())
+def test_trainer_resumed_from_a_checkpoint_gives_bit_identical_weights(config: TrainConfig, tmp_path: Path) -> None:
+    data, file = random_data(), tmp_path / "checkpoint.pt"
+    through = Trainer(TINY, config, data, CPU)
+    expected = [through.train_epoch(on_step=lambda: None, progress=False) for _ in range(2)]
+
+    first = Trainer(TINY, config, data, CPU)
+    one_epoch = first.train_epoch(on_step=lambda: None, progress=False)
+    with pytest.raises(_Interrupt):
+        first.train_epoch(on_step=_saving_at(first, first.step + 5, file), progress=False)
+    assert first.events < 2 * first.schedule.events, "interrupted within the second epoch"
+
+    second = Trainer(TINY, replace(config, seed=99), data, CPU)  # nothing of its own start may survive
+    second.config = config
+    second.load_state_dict(torch.load(file, weights_only=False))
+    found = [one_epoch, second.train_epoch(on_step=lambda: None, progress=False)]
+    assert same_bits(weights(second), weights(through))
+    for name in ("loss", "abstraction_loss", "valid/ndcg@10", "learning_rate"):
+        assert [epoch[name] for epoch in found] == [epoch[name] for epoch in expected], name
+
+
+def test_trainer_with_one_seed_is_deterministic() -> None:
+    assert same_bits(weights(trained(TINY, CONFIG, 6)), weights(trained(TINY, CONFIG, 6)))
+
+
+def test_trainer_refuses_a_checkpoint_of_other_processes() -> None:
+    trainer = trained(TINY, CONFIG, 1)
+    state = trainer.state_dict()
+    state["ranks"] = state["ranks"] * 2
+    with pytest.raises(ConfigError, match="2 processes"):
+        trainer.load_state_dict(state)
+
+
+def test_train_stopped_by_sigterm_and_resumed_gives_bit_identical_weights(small_log: Path, tmp_path: Path) -> None:
+    options = ["--preset", "tiny", "--lanes", "8", "--epochs", "6", "--patience", "6", "--threads", "1"]
+    options += ["--device", "cpu", "--data", str(small_log)]
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    command = [sys.executable, "-m", "dman_train.train", "--run", str(parts), *options]
+    with subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True) as process:
+        assert process.stderr is not None
+        assert any("epoch 1:" in line for line in process.stderr), "the first epoch ended"
+        process.send_signal(signal.SIGTERM)
+        rest = process.stderr.read()
+    assert process.returncode == 130, rest
+    assert "continue with --resume" in rest and "Traceback" not in rest
+    assert (parts / "checkpoint.pt").exists() and not (parts / "metrics.json").exists()
+
+    resume = [sys.executable, "-m", "dman_train.train", "--run", str(parts), "--data", str(small_log), "--resume"]
+    resume += ["--threads", "1", "--device", "cpu"]
+    subprocess.run(resume, cwd=ROOT, check=True, capture_output=True)
+    assert train.main(["--run", str(whole), *options]) == 0
+    assert same_bits(*(torch.load(path / "best.pt", weights_only=True) for path in (whole, parts)))
+    found, expected = Run(parts).epochs(), Run(whole).epochs()
+    assert len(found) == len(expected) == 6
+    for ours, theirs in zip(found, expected, strict=True):
+        for timing in ("seconds", "events_per_second"):
+            ours.pop(timing), theirs.pop(timing)
+        assert ours == theirs
+    assert Run(parts).metrics["test"] == Run(whole).metrics["test"]  # type: ignore[index]
+
+
+# Damaged runs
+
+
+@pytest.mark.parametrize("content", ["3", "null", "[]", "{}", "{"])
+def test_open_run_refuses_a_config_that_is_none(tmp_path: Path, content: str) -> None:
+    (tmp_path / "config.json").write_text(content)
+    with pytest.raises(RunError, match=r"config\.json"):
+        open_run(tmp_path)
+
+
+@pytest.mark.parametrize("content", ["{", "{}", "[]", "3", '{"items": 3}'])
+def test_run_with_a_damaged_vocabulary_names_the_file(tmp_path: Path, content: str) -> None:
+    (tmp_path / "vocabulary.json").write_text(content)
+    with pytest.raises(RunError, match=r"vocabulary\.json is damaged .*train again"):
+        Run(tmp_path).vocabulary()
+
+
+@pytest.mark.parametrize("weights", ["of three layers", "of nothing", "of a list"])
+def test_run_with_weights_of_another_model_names_the_file(trained_run: Path, tmp_path: Path, weights: str) -> None:
+    shutil.copy(trained_run / "config.json", tmp_path)
+    other = DMAN(replace(Run(trained_run).model_config(), layers=3), ITEMS).state_dict()
+    torch.save({"of three layers": other, "of nothing": {}, "of a list": []}[weights], tmp_path / "best.pt")
+    with pytest.raises(RunError, match=r"best\.pt does not fit config\.json; .*train again") as error:
+        Run(tmp_path).best_model()
+    assert "\n" not in str(error.value)
+
+
+# Several processes
+
+DISTRIBUTED = {
+    "full": replace(CONFIG, memory_training="joint"),
+    "sampled": replace(CONFIG, loss="sampled", negatives=16),
+    "negatives": replace(CONFIG, loss="negatives", negatives=3),
+    "xl": CONFIG,
+}
+
+
+def _distributed_results() -> dict[str, Any]:
+    """Weights after 12 steps without dropout and ranks of the validation targets, by name of the setting."""
+    results: dict[str, Any] = {}
+    for name, config in DISTRIBUTED.items():
+        model = replace(TINY, dropout=0.0, variant="xl" if name == "xl" else "dman")
+        trainer = trained(model, config, 12)
+        results[name] = {"weights": weights(trainer), "ranks": np.sort(trainer.validate().seen_kept)}
+    return results
+
+
+def test_two_processes_give_the_weights_of_one(tmp_path: Path) -> None:
+    file = tmp_path / "results.pt"
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    path = os.pathsep.join([str(ROOT), str(ROOT / "tests")])
+    environment = os.environ | {"PYTHONPATH": path, "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        [*command, __file__, str(file)],
+        check=False,
+        cwd=ROOT,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    found, expected = torch.load(file, weights_only=False), _distributed_results()
+    for name, result in expected.items():
+        for weight, value in result["weights"].items():
+            # Adam divides by the size of a gradient: where that is nearly zero, the order of sums shows. A weight has
+            # moved by up to 12 steps of 5e-3.
+            torch.testing.assert_close(found[name]["weights"][weight], value, rtol=0, atol=1e-4)
+        assert np.array_equal(found[name]["ranks"], result["ranks"])
+
+
+def test_trainer_refuses_lanes_that_processes_cannot_share(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(dist, "is_initialized", lambda: True)
+    monkeypatch.setattr(dist, "get_rank", lambda: 0)
+    monkeypatch.setattr(dist, "get_world_size", lambda: 3)
+    with pytest.raises(ConfigError, match="lanes 8 cannot be shared among 3"):
+        Trainer(TINY, CONFIG, random_data(), CPU)
+
+
+# Learning
+
+
+def cycle_data() -> TrainingData:
+    """Every user walks the same cycle of 12 items from a place of their own: the next item follows from the last."""
+    random = np.random.default_rng(0)
+    starts, lengths = random.integers(0, 12, 40), random.integers(8, 40, 40)
+    return data_of([(start + np.arange(length)) % 12 for start, length in zip(starts, lengths, strict=True)], 12)
+
+
+ONE_LAYER_PAPER = replace(PAPER, layers=1, dropout=0.0)
+
+
+@pytest.mark.parametrize(
+    ("model", "config"),
+    [
+        (TINY, replace(CONFIG, epochs=3)),
+        (TINY, replace(CONFIG, epochs=3, loss="sampled", negatives=8, memory_training="joint")),
+        (ONE_LAYER_PAPER, replace(CONFIG, epochs=8, loss="negatives", negatives=5)),
+    ],
+    ids=["full", "sampled", "paper"],
+)
+def test_trainer_learns_a_deterministic_sequence(model: ModelConfig, config: TrainConfig) -> None:
+    trainer = Trainer(model, replace(config, learning_rate=1e-2, seen_items="keep"), cycle_data(), CPU)
+    for _ in range(config.epochs):
+        trainer.train_epoch(on_step=lambda: None, progress=False)
+    assert (trainer.validate().seen_kept == 1).mean() > 0.95
+
+
+def planted_histories(seed: int) -> list[np.ndarray]:
+    """A key (0-3), eight events of noise, a question (12), and the answer that the key decides (4-7)."""
+    random = np.random.default_rng(seed)
+    keys, noise = random.integers(0, 4, 256), random.integers(8, 12, (256, 8))
+    return [np.array([key, *events, 12, 4 + key]) for key, events in zip(keys, noise, strict=True)]
+
+
+@pytest.mark.parametrize(
+    ("variant", "config"),
+    [
+        ("dman", replace(CONFIG, memory_training="alternating")),
+        ("dman", replace(CONFIG, memory_training="joint")),
+        ("dman", replace(CONFIG, memory_training="joint", backprop_segments=2)),
+        ("xl", CONFIG),
+    ],
+    ids=["alternating", "joint", "joint-2", "xl"],
+)
+def test_memory_carries_what_left_the_context(variant: str, config: TrainConfig) -> None:
+    """Segments of 4 and one layer: when the question comes, the key is out of every context. Chance is 1/4."""
+    model = ModelConfig(width=32, heads=2, segment_length=4, memory_slots=2, layers=1, dropout=0.0, variant=variant)
+    config = replace(config, lanes=32, abstraction_every=1, epochs=30, warmup_steps=20, random_first_segment=False)
+    config = replace(config, learning_rate=5e-3, abstraction_learning_rate=5e-3, seen_items="keep")
+    learned = [np.append(history, 0) for history in planted_histories(seed=0)]  # the last event is not trained on
+    trainer = Trainer(model, config, data_of(learned, 13), CPU)
+    while trainer.events < config.epochs * trainer.schedule.events:
+        trainer.train_step()
+    asked = planted_histories(seed=1)
+    users, _ = replay(trainer.result.eval(), [history[:-1] for history in asked])
+    answers = (users @ trainer.result.item_table().T)[:, 4:8].argmax(1) + 4
+    right = float((answers.numpy() == [history[-1] for history in asked]).mean())
+    assert right < 0.4 if variant == "xl" else right > 0.9
+
+
+def test_trainer_reports_the_step_whose_loss_is_not_finite() -> None:
+    trainer = trained(TINY, CONFIG, 2)
+    with torch.no_grad():
+        trainer.model.slot_bias.fill_(float("nan"))
+    with pytest.raises(FloatingPointError, match="not finite at step 3; lower the learning rate"):
+        trainer.train_epoch(on_step=lambda: None, progress=False)
+
+
+def test_trainer_learning_rate_warms_up_then_falls_to_the_final_share() -> None:
+    trainer = Trainer(TINY, replace(CONFIG, warmup_steps=4, final_learning_rate=0.2), random_data(), CPU)
+    shares = [trainer.learning_rate_share()]
+    for _ in range(3):
+        trainer.train_step()
+        shares.append(trainer.learning_rate_share())
+    assert shares == pytest.approx([0.25, 0.5, 0.75, 1.0], rel=0.05)
+    trainer.events = 3 * trainer.schedule.events
+    assert trainer.learning_rate_share() == pytest.approx(0.2)
+    trainer.events = 3 * trainer.schedule.events // 2
+    assert trainer.learning_rate_share() == pytest.approx(0.6, abs=0.01)
+
+
+@pytest.mark.parametrize("decay", [0.3, 0.999])
+def test_trainer_gives_a_moving_average_that_forgets_the_first_weights(decay: float) -> None:
+    trainer, averaged = trained(TINY, replace(CONFIG, ema_decay=decay), 0), None
+    for step in range(5):
+        trainer.train_step()
+        now = trainer.model.items.detach().clone()
+        kept = min(decay, (1 + step) / (10 + step))
+        averaged = now if averaged is None else kept * averaged + (1 - kept) * now
+    torch.testing.assert_close(trainer.result.items.detach(), averaged)
+    assert not torch.equal(trainer.result.items, trainer.model.items)
+    with torch.no_grad():
+        trainer.model.items.zero_()
+    assert metrics(trainer.validate().seen_kept)["hr@10"] > 0, "validation asks the average"
+
+
+def test_trainer_without_averaging_gives_the_weights_themselves() -> None:
+    trainer = trained(TINY, replace(CONFIG, ema_decay=0.0), 2)
+    assert trainer.result is trainer.model
+
+
+def test_trainer_optimisers_part_f_abs_from_the_rest() -> None:
+    trainer = trained(TINY, CONFIG, 0)
+    rest, f_abs = ({id(p) for p in o.param_groups[0]["params"]} for o in trainer.optimisers)
+    assert f_abs == {id(p) for n, p in trainer.model.named_parameters() if n.startswith("abstraction.")}
+    assert rest == {id(p) for p in trainer.model.parameters()} - f_abs
+
+
+def test_trainer_validates_against_the_ranks_of_replay() -> None:
+    trainer = trained(TINY, CONFIG, 3)
+    data, ranks = trainer.data.validation, trainer.validate()
+    assert len(ranks.seen_kept) == len(data.targets)
+    assert 0 < metrics(ranks.seen_kept)["hr@10"] < 1
+    assert trainer.model.training, "validation leaves the mode as it was"
+
+
+# Every setting does something
+
+
+OTHER: dict[str, tuple[TrainConfig, object]] = {
+    "loss": (CONFIG, "sampled"),
+    "negatives": (replace(CONFIG, loss="sampled", negatives=16), 17),
+    "memory_training": (CONFIG, "alternating"),
+    "backprop_segments": (CONFIG, 2),
+    "abstraction_weight": (CONFIG, 3.0),
+    "abstraction_every": (CONFIG, 3),
+    "lanes": (CONFIG, 9),
+    "learning_rate": (CONFIG, 1e-3),
+    "abstraction_learning_rate": (CONFIG, 1e-3),
+    "warmup_steps": (CONFIG, 4),
+    "final_learning_rate": (CONFIG, 0.9),
+    "weight_decay": (CONFIG, 0.1),
+    "ema_decay": (CONFIG, 0.0),
+    "gradient_clip": (CONFIG, 0.01),
+    "precision": (CONFIG, "bfloat16"),
+    "epochs": (CONFIG, 9),
+    "random_first_segment": (CONFIG, False),
+    "seen_items": (CONFIG, "exclude-from-ranking"),
+    "seed": (CONFIG, 1),
+}
+
+
+@pytest.mark.parametrize("name", OTHER)
+def test_train_config_field_changes_the_weights(name: str) -> None:
+    base, value = OTHER[name]
+    assert not same_bits(weights(trained(TINY, base, 6)), weights(trained(TINY, replace(base, **{name: value}), 6)))
+
+
+@pytest.mark.parametrize("choice", ["exclude", "exclude-from-ranking", "keep"])
+def test_seen_items_decide_what_the_epoch_is_chosen_by(choice: str) -> None:
+    trainer = trained(TINY, replace(CONFIG, seen_items=choice), 3)  # type: ignore[arg-type]
+    measured, ranks = trainer.train_epoch(on_step=lambda: None, progress=False), trainer.validate()
+    assert metrics(ranks.seen_kept) != metrics(ranks.seen_excluded)
+    expected = metrics(ranks.seen_kept if choice == "keep" else ranks.seen_excluded)
+    assert {
+        name.removeprefix("valid/"): value for name, value in measured.items() if name.startswith("valid/")
+    } == expected
+
+
+def test_seen_items_stay_in_the_loss_unless_they_are_excluded_from_both() -> None:
+    same = [weights(trained(TINY, replace(CONFIG, seen_items=x), 3)) for x in ("exclude-from-ranking", "keep")]
+    assert same_bits(*same)
+
+
+def test_train_config_evaluation_users_limits_the_validation() -> None:
+    assert len(trained(TINY, replace(CONFIG, evaluation_users=7), 0).validate().seen_kept) == 7
+
+
+def test_train_config_patience_stops_training_that_does_not_improve(small_log: Path, tmp_path: Path) -> None:
+    options = ["--preset", "tiny", "--learning-rate", "0", "--abstraction-learning-rate", "0", "--epochs", "5"]
+    for patience in (1, 2):
+        path = tmp_path / str(patience)
+        command = ["--data", str(small_log), "--run", str(path), *options, "--patience", str(patience)]
+        assert train.main(command) == 0
+        assert len(Run(path).epochs()) == 1 + patience
+
+
+def test_train_config_fields_are_all_tried() -> None:
+    assert set(OTHER) | {"evaluation_users", "patience"} == {f.name for f in fields(TrainConfig)}
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    join_distributed()
+    results = _distributed_results()
+    if dist.get_rank() == 0:
+        torch.save(results, sys.argv[1])
+    leave_distributed()
+    threads = [path.read_text().strip() for path in Path("/proc/self/task").glob("*/comm")]
+    assert not [name for name in threads if "gloo" in name], threads  # an interpreter that ends beside them can abort

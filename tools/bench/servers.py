@@ -1,0 +1,126 @@
+"""The servers that measurements talk to, started here and stopped by their pid.
+
+`python -m tools.bench.servers` is one of them: the empty echo, a method that takes bytes and returns them through the
+same gRPC options and thread pool as `dman-runtime serve`. It is the floor of every round trip on a machine.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import grpc
+
+from dman_runtime.cli import parser
+from dman_runtime.errors import UsageError
+from dman_runtime.serving.server import MAX_MESSAGE_BYTES
+
+ECHO_SERVICE, ECHO_METHOD = "dman.bench.Echo", "Echo"
+START_SECONDS, STOP_SECONDS = 120, 30
+ROOT = Path(__file__).resolve().parents[2]
+
+
+@dataclass(frozen=True)
+class Running:
+    """A server that is up."""
+
+    address: str
+    pid: int
+    ready_line: str
+
+
+@contextmanager
+def dman_server(bundle: Path, state: Path, *options: str) -> Iterator[Running]:
+    """A real `dman-runtime serve` on a free loopback port. Raises UsageError when it does not start."""
+    arguments = ["-m", "dman_runtime", "serve", "--bundle", str(bundle), "--state", str(state), "--port", "0"]
+    with _server([*arguments, *options], log=state.with_name(f"{state.name}.server.log")) as running:
+        yield running
+
+
+@contextmanager
+def echo_server() -> Iterator[Running]:
+    """The empty echo in a process of its own."""
+    with _server(["-m", "tools.bench.servers"], log=None) as running:
+        yield running
+
+
+@contextmanager
+def _server(arguments: Sequence[str], *, log: Path | None) -> Iterator[Running]:
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    errors = log.open("wb") if log else None
+    process = subprocess.Popen(
+        [sys.executable, *arguments],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=errors,
+        text=True,
+        env=environment,
+    )
+    assert process.stdin is not None and process.stdout is not None
+    try:
+        hanging = threading.Timer(START_SECONDS, process.kill)
+        hanging.start()
+        line = process.stdout.readline().strip()
+        hanging.cancel()
+        if " on " not in line:
+            process.wait(STOP_SECONDS)
+            reason = log.read_text(errors="replace").strip().splitlines()[-1:] if log else []
+            raise UsageError(f"a server did not start: {(reason or ['no message'])[0]}")
+        yield Running(line.split(" on ")[1].split(" ")[0], process.pid, line)
+    finally:
+        process.terminate()
+        try:
+            process.wait(STOP_SECONDS)
+        finally:
+            process.kill()
+            process.wait()
+            for stream in (process.stdin, process.stdout, errors):
+                if stream is not None:
+                    stream.close()
+
+
+def connect(address: str) -> grpc.Channel:
+    """A channel with a connection of its own, so that several spread over the workers behind one port."""
+    return grpc.insecure_channel(
+        address,
+        options=[
+            ("grpc.use_local_subchannel_pool", 1),
+            ("grpc.enable_http_proxy", 0),
+            ("grpc.enable_retries", 0),
+            ("grpc.max_send_message_length", MAX_MESSAGE_BYTES),
+            ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
+        ],
+    )
+
+
+def serve_echo() -> int:
+    """Serves the echo until SIGTERM, or until stdin ends because the process that started it is gone."""
+    defaults = parser().parse_args(["serve"])
+    server = grpc.server(
+        ThreadPoolExecutor(defaults.threads),
+        maximum_concurrent_rpcs=defaults.max_concurrent,
+        options=[
+            ("grpc.so_reuseport", 0),
+            ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
+            ("grpc.max_send_message_length", MAX_MESSAGE_BYTES),
+        ],
+    )
+    handler: grpc.RpcMethodHandler[bytes, bytes] = grpc.unary_unary_rpc_method_handler(lambda request, context: request)
+    server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(ECHO_SERVICE, {ECHO_METHOD: handler}),))
+    port = server.add_insecure_port("127.0.0.1:0")
+    server.start()
+    print(f"echo on 127.0.0.1:{port}", flush=True)
+    sys.stdin.read()
+    server.stop(0).wait()
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(serve_echo())

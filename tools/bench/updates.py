@@ -1,0 +1,129 @@
+"""Durable updates of a real server against their floor: the echo, and bare LMDB commits of records of that size."""
+
+from __future__ import annotations
+
+import functools
+import random
+from collections.abc import Sequence
+from contextlib import ExitStack
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import lmdb
+import numpy as np
+
+from dman_runtime.store.lmdb import StateStore, Write
+from protos.dman.v1 import dman_pb2 as pb
+from protos.dman.v1.dman_pb2_grpc import RecommenderStub
+from tools.bench.blocks import Operation, Plan, Spread, clean, p50s, run_in_processes
+from tools.bench.report import BLOCK_HEADS, Claim, Section, block_data, block_rows
+from tools.bench.servers import connect
+from tools.bench.setting import Bench
+from tools.loadgen import CALL_SECONDS, echo_operation, update_operation
+
+
+def durable_updates(bench: Bench) -> Section:
+    """Single-event updates against the echo and bare LMDB commits of records of the same sizes."""
+    sizes = bench.sizes
+    with bench.server("updates") as server, ExitStack() as opened_here:
+        users = bench.ordinary_users(server.address)
+        with connect(server.address) as channel:
+            stub = RecommenderStub(channel)
+            record_bytes = [
+                stub.GetUser(pb.GetUserRequest(user_id=user), timeout=CALL_SECONDS).state_bytes for user in users
+            ]
+        bare = _bare_commit(opened_here, bench.scratch / "bare", record_bytes)
+        own = _store_commit(opened_here, bench, record_bytes)
+
+        def opened(stack: ExitStack, place: int, names: Sequence[str]) -> list[Operation]:
+            chooser = random.Random(0)
+            echo, target = (stack.enter_context(connect(address)) for address in (bench.echo, server.address))
+            choose_user = functools.partial(chooser.choice, users)
+            update = update_operation(target, choose_user, functools.partial(chooser.choice, bench.items))
+            woken = echo_operation(echo)
+            return [woken, update, _after(woken, bare), _after(woken, own), replace(bare, name=back_to_back)]
+
+        back_to_back = f"{bare.name}, back to back"
+        names = ["echo", "update", bare.name, own.name, back_to_back]
+        plan = Plan(dict.fromkeys(names, sizes.rounds * sizes.calls), concurrency=1, rounds=sizes.rounds)
+        blocks = clean(run_in_processes(plan, opened))
+    allowed = [echo.p50 + 2 * commit.p50 for echo, commit in zip(blocks["echo"], blocks[bare.name], strict=True)]
+    used = Spread(tuple(update.p50 / limit for update, limit in zip(blocks["update"], allowed, strict=True)))
+    update_p50, commit_p50 = (p50s(blocks[name]).median for name in ("update", bare.name))
+    measured = f"{used.median:.2f}x ({update_p50:.2f} ms by {Spread(tuple(allowed)).median:.2f} ms)"
+    met: bool | None = used.median <= 1
+    if update_p50 < commit_p50:  # though it holds one
+        met, measured = None, f"{measured}: faster than the commit it contains, so the floor is wrong; measure again"
+    return Section(
+        "Durable updates",
+        f"One event per update by one client, users at random of {sizes.users} with about {sizes.events} events. "
+        "A bare commit puts one record of the same size under a random key into an LMDB environment on the same file "
+        "system, durably, and is timed in this process, right after an untimed echo: a server commits when a request "
+        "wakes it, and the same commit back to back can take many times as long. The store's own commit also "
+        "adds the event to the tail, and every 64 events writes a chunk of the history and the seen items. "
+        f"p50 of update by (p50 of echo + 2 x p50 of bare commit): {used}.",
+        [
+            Claim(
+                "durable single-event update, p50, by echo + 2 bare LMDB commits",
+                measured,
+                "<= 1x",
+                met,
+            ),
+            Claim("bare LMDB commit of a record, p50", f"{commit_p50:.2f} ms"),
+        ],
+        BLOCK_HEADS,
+        block_rows(blocks),
+        {"ratio": used.values, "record_bytes": float(np.mean(record_bytes)), "operations": block_data(blocks)},
+    )
+
+
+def _after(woken: Operation, commit: Operation) -> Operation:
+    """`commit` with an untimed call before each: a tight loop of commits is slower, and would flatter the updates."""
+
+    def prepare() -> Any:
+        woken.send(woken.prepare())
+        return commit.prepare()
+
+    return replace(commit, prepare=prepare)
+
+
+def _bare_commit(stack: ExitStack, path: Path, record_bytes: Sequence[int]) -> Operation:
+    env = stack.enter_context(lmdb.open(str(path), lib_version=0, map_size=1 << 30, readahead=False))
+    chooser = random.Random(1)
+    with env.begin(write=True) as txn:
+        for place, size in enumerate(record_bytes):
+            txn.put(b"%d" % place, bytes(size))
+
+    def prepare() -> tuple[bytes, bytes]:
+        place = chooser.randrange(len(record_bytes))
+        return b"%d" % place, chooser.randbytes(record_bytes[place])
+
+    def commit(request: tuple[bytes, bytes]) -> bool:
+        with env.begin(write=True) as txn:
+            return txn.put(*request)
+
+    return Operation("bare LMDB commit", prepare, commit, lambda _, reply: bool(reply))
+
+
+def _store_commit(stack: ExitStack, bench: Bench, record_bytes: Sequence[int]) -> Operation:
+    bundle, chooser = bench.bundle, random.Random(2)
+    store = stack.enter_context(
+        StateStore.open(
+            bench.scratch / "store", bundle_id=bundle.bundle_id, item_ids=bundle.items.item_ids, map_size=1 << 30
+        )
+    )
+
+    def write(place: int, events: int) -> Write:
+        user = store.get(str(place))
+        items = np.array([chooser.randrange(bundle.manifest.vocabulary) for _ in range(events)], np.int64)
+        record = chooser.randbytes(record_bytes[place])
+        return Write(str(place), user.version if user else 0, record, items, np.ones(events, np.int64))
+
+    store.commit([write(place, bench.sizes.events) for place in range(len(record_bytes))])
+    return Operation(
+        "the store's own commit",
+        lambda: write(chooser.randrange(len(record_bytes)), 1),
+        lambda request: store.commit([request]),
+        lambda _, reply: reply,
+    )
