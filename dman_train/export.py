@@ -1,7 +1,7 @@
 """Exports a trained run as a bundle: python -m dman_train.export --run DIR --out BUNDLE
 
-Writes both graphs, checks them against PyTorch (and refuses above the tolerance), and records a golden replay that the
-runtime repeats before it serves.
+Writes both graphs, compares them with PyTorch, refuses a difference above the tolerance, and records a golden replay,
+which the runtime repeats before it serves.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import sys
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import onnx
@@ -33,13 +33,13 @@ from dman_train.replay import replay
 from dman_train.run import RunError, Vocabulary, open_run
 
 logger = logging.getLogger(__name__)
-for chatty in ("torch.onnx", "onnx_ir", "onnxscript"):  # each graph rewrite, and a torchvision that is not needed
+for chatty in ("torch.onnx", "onnx_ir", "onnxscript"):  # they report each graph rewrite, and that torchvision is absent
     logging.getLogger(chatty).setLevel(logging.ERROR)
 DEFAULT_RUN, DEFAULT_OUT = Path("runs/latest"), Path("bundle")
 TOLERANCE = 1e-4  # largest torch-to-ONNX difference, relative to the largest value of the tensor
 OPSET = 20
 GOLDEN_SEED = 20210218
-GOLDEN_SEGMENTS = (0.05, 0.5, 1.0, 1.35, 2.0, 3.6, 6.1)  # history lengths in segments: every border is crossed
+GOLDEN_SEGMENTS = (0.05, 0.5, 1.0, 1.35, 2.0, 3.6, 6.1)  # history lengths in segments; together they cross every border
 
 
 def parser() -> Parser:
@@ -75,11 +75,10 @@ def _export(arguments: argparse.Namespace) -> dict[str, Any]:
     run = open_run(arguments.run)
     if run.metrics is None:
         logger.warning("%s is not finished; exporting its best epoch so far", run.path)
-    model = run.best_model()
-    if not isinstance(model, DMAN):
-        raise RunError(f"{run.path} is a run of a baseline; only a DMAN can be exported")
+    if not run.family.has_state:
+        raise RunError(f"{run.path} is a run of a {run.family.name}", "export a run of a DMAN", parameter="run")
     return export_bundle(
-        model,
+        cast(DMAN, run.best_model()),
         run.vocabulary(),
         arguments.out,
         state_dtype=arguments.state_dtype,
@@ -90,7 +89,7 @@ def _export(arguments: argparse.Namespace) -> dict[str, Any]:
 
 
 class EncoderGraph(nn.Module):
-    """The interface of segment_encoder.onnx (DESIGN.md section 3)."""
+    """The interface of segment_encoder.onnx."""
 
     def __init__(self, model: DMAN) -> None:
         super().__init__()
@@ -126,12 +125,12 @@ def export_bundle(
 ) -> dict[str, Any]:
     """Writes the bundle of `model` to `out`. Returns bundle id and errors.
 
-    Raises BundleError when ONNX Runtime and PyTorch differ by more than `tolerance` or a weight is not finite.
+    Raises BundleError if ONNX Runtime and PyTorch differ by more than `tolerance`, or if a weight is not finite.
     """
     model = model.eval()
     for name, weight in model.state_dict().items():
         if not torch.isfinite(weight).all():
-            raise BundleError(f"weight {name} is not finite; train again with a lower learning rate")
+            raise BundleError(f"weight {name} is not finite", "train again with a lower learning rate")
     config, errors = model.config, {}
 
     def fill(directory: Path) -> dict[str, Any]:
@@ -139,7 +138,11 @@ def export_bundle(
         errors.update(graph_errors(model, directory))
         worst = max(errors.values())
         if not worst <= tolerance:
-            raise BundleError(f"ONNX differs from PyTorch by {worst:.1e}, more than {tolerance:.1e}; no bundle written")
+            raise BundleError(
+                f"ONNX differs from PyTorch by {worst:.1e}, more than {tolerance:.1e}; no bundle written",
+                "accept a larger difference or train again",
+                parameter="tolerance",
+            )
         _write_tables(model, vocabulary, directory)
         np.savez(directory / bundle_format.GOLDEN, allow_pickle=False, **golden_replay(model))
         return {
@@ -232,7 +235,7 @@ def _export_graph(
     graph: nn.Module, example: tuple[Tensor, ...], file: Path, *, inputs: dict[str, Any], outputs: list[str]
 ) -> None:
     with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
-        warnings.simplefilter("ignore")  # about the exporter's own future, nothing to act on
+        warnings.simplefilter("ignore")  # about future changes of the exporter itself
         torch.onnx.export(
             graph.eval(),
             example,
@@ -290,7 +293,7 @@ def _relative(found: np.ndarray, expected: Tensor) -> float:
 
 
 def golden_replay(model: DMAN) -> dict[str, np.ndarray]:
-    """Random histories of telling lengths and what PyTorch makes of them (see `Bundle.golden`)."""
+    """Random histories that cross every border, and PyTorch's results for them (see `Bundle.golden`)."""
     random = np.random.default_rng(GOLDEN_SEED)
     lengths = [max(1, round(share * model.config.segment_length)) for share in GOLDEN_SEGMENTS]
     histories = [random.integers(0, model.vocabulary, length) for length in lengths]

@@ -28,9 +28,10 @@ from dman_runtime.model.state import max_record_bytes
 from dman_runtime.options import Parser, run_command
 from dman_train.baselines.counts import COUNTS, count_ranks
 from dman_train.config import DataConfig, ModelConfig, to_dict
+from dman_train.data import load
 from dman_train.interpret import length_group
 from dman_train.run import Run, RunError, open_run
-from dman_train.train import SPLITS, load
+from dman_train.train import SPLITS
 
 FORMAT_VERSION = 1
 RANK_LIMIT = 255  # larger ranks are stored as this one, which no metric tells apart

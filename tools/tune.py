@@ -36,8 +36,8 @@ from dman_train.config import (
     TrainConfig,
     to_dict,
 )
-from dman_train.train import load, training_data
-from dman_train.trainer import SELECTION_METRIC, Trainer, TrainingData
+from dman_train.data import TrainingData, load, training_data
+from dman_train.trainer import SELECTION_METRIC, Trainer
 from tools.bench.report import table, write_page
 
 Suggest = Callable[[optuna.Trial], Any]

@@ -43,7 +43,7 @@ GRAPHS = {
     "dman": TINY,
     "gated": replace(TINY, long_term="gated"),
     "paper-fifo": replace(PAPER, variant="fifo"),
-    "plain-xl": replace(TINY, residual="plain", variant="xl", layers=1),
+    "xl": replace(TINY, variant="xl", layers=1),
     "nran-full": replace(TINY, variant="nran", routing="full", routing_softmax="primaries", layers=3),
 }
 

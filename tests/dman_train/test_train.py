@@ -27,7 +27,7 @@ from dman_train.config import (
     TrainConfig,
 )
 from dman_train.run import Run, RunError, open_run
-from dman_train.trainer import stop_requests
+from dman_train.signals import stop_requests
 
 Main = Callable[[list[str]], int]
 QUICK = ["--preset", "tiny", "--epochs", "1", "--lanes", "16", "--threads", "1", "--device", "cpu"]
@@ -119,11 +119,11 @@ def test_training_says_when_users_come_back_to_items(
     items: int, choice: str, warned: bool, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     log = tmp_path / "log.csv"
-    rows = [f"u{user},{(user + place) % items},{place}" for user in range(12) for place in range(12)]
+    rows = [f"u{user},{(user + position) % items},{position}" for user in range(12) for position in range(12)]
     log.write_text("\n".join(["user_id,item_id,timestamp", *rows]) + "\n")
     with caplog.at_level("WARNING", "dman_train.train"):
         assert train.main(["--data", str(log), "--run", str(tmp_path / "run"), "--seen-items", choice, *QUICK]) == 0
-    assert ("75 % of the events are of items that their user had had before" in caplog.text) is warned
+    assert ("75 % of the events are of items that the user has already seen" in caplog.text) is warned
 
 
 def test_run_that_is_unfinished_can_be_evaluated(run_copy: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -311,7 +311,7 @@ def test_train_without_the_asked_device_leaves_no_run(
     small_log: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     command = ["--data", small_log, "--run", tmp_path / "run", *QUICK, "--device", "cuda"]
-    assert "--device cuda" in assert_one_line_error(capsys, train.main, *command)
+    assert "choose auto or cpu (--device)" in assert_one_line_error(capsys, train.main, *command)
     assert not (tmp_path / "run").exists()
 
 
@@ -432,8 +432,9 @@ def test_evaluate_of_a_bundle_without_data_asks_for_it(tiny_bundle: Path, capsys
 
 
 def test_open_run_errors_carry_the_remedy(tmp_path: Path) -> None:
-    with pytest.raises(RunError, match=r"train one with python -m dman_train\.train --run"):
+    with pytest.raises(RunError, match=r"train one with python -m dman_train\.train") as error:
         open_run(tmp_path)
+    assert error.value.parameter == "run"
     with pytest.raises(RunError, match="finish an epoch of training first"):
         Run(tmp_path).best_model()
 
@@ -449,7 +450,7 @@ def configs(*options: str) -> dict[str, Any]:
 
 
 OTHER: dict[str, Any] = {
-    "architecture": "paper", "variant": "xl", "residual": "plain", "routing": "full", "routing_softmax": "primaries",
+    "architecture": "paper", "variant": "xl", "routing": "full", "routing_softmax": "primaries",
     "loss": "sampled", "memory_training": "alternating", "random_first_segment": False, "long_term": "gated",
     "abstraction_every": 1, "epochs": 9, "seen_items": "keep",
     "backprop_segments": 2, "dropout": 0.5, "abstraction_weight": 0.25, "learning_rate": 0.5,

@@ -22,12 +22,13 @@ import torch.distributed as dist
 from conftest import PAPER, ROOT, TINY
 
 from dman_runtime.data.evaluation import HeldOut, metrics
-from dman_train import train
+from dman_train import distributed, train
 from dman_train.config import ConfigError, ModelConfig, TrainConfig
+from dman_train.data import TrainingData
 from dman_train.model import DMAN
 from dman_train.replay import replay
 from dman_train.run import Run, RunError, open_run
-from dman_train.trainer import Trainer, TrainingData, join_distributed, leave_distributed
+from dman_train.trainer import Trainer
 
 CPU = torch.device("cpu")
 ITEMS = 40
@@ -419,10 +420,10 @@ def test_train_config_fields_are_all_tried() -> None:
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    join_distributed()
+    distributed.join()
     results = _distributed_results()
     if dist.get_rank() == 0:
         torch.save(results, sys.argv[1])
-    leave_distributed()
+    distributed.leave()
     threads = [path.read_text().strip() for path in Path("/proc/self/task").glob("*/comm")]
     assert not [name for name in threads if "gloo" in name], threads  # an interpreter that ends beside them can abort
