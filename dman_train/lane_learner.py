@@ -141,8 +141,8 @@ class LaneLearner(Learner):
         """(B, L, m, D) `memory`, and the memory after each of N absorptions; fields as in LaneState."""
         chain = [memory]
         for hidden, lengths in zip(absorbed, absorbed_lengths, strict=True):
-            due = (lengths > 0)[:, None, None, None]
-            chain.append(torch.where(due, self.model.abstract(chain[-1], hidden, lengths), chain[-1]))
+            closes = (lengths > 0)[:, None, None, None]
+            chain.append(torch.where(closes, self.model.abstract(chain[-1], hidden, lengths), chain[-1]))
         return chain
 
     @property

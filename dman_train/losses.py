@@ -29,15 +29,15 @@ class Losses:
 
     likelihood: Tensor  # eq. 9
     likelihood_count: Tensor
-    abstraction: Tensor  # eq. 5, unweighted; in a model without f_abs, what else is added to eq. 9
+    abstraction: Tensor  # eq. 5, unweighted; for a baseline its penalty
     abstraction_count: Tensor
 
 
 class NextItemLoss(nn.Module):
     """Eq. 9 as `TrainConfig.loss` has it.
 
-    Items that a user has already seen are no negatives if `seen_before` is given. The ranking leaves them out, and as
-    negatives they would need a low score for what the user has seen beside a high score for what is like it.
+    With `seen_before`, items that the user has already seen are no negatives. The ranking leaves them out, and as
+    negatives they would push down the scores of the items that are similar to them.
     """
 
     def __init__(self, config: TrainConfig, item_counts: Tensor) -> None:

@@ -1,4 +1,4 @@
-"""Ranks of held-out items, whatever the model."""
+"""Ranks of held-out items, for any model."""
 
 from __future__ import annotations
 

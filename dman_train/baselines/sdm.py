@@ -2,16 +2,16 @@
 (arXiv 1909.00385).
 
 Short-term part: an LSTM over the current session, causal self-attention over its states, and attention of the user
-over what came out. Long-term part: attention of the user over the items of earlier sessions, and a dense layer with
-tanh. A gate of both and the user embedding u mixes them: g * short + (1 - g) * long.
+over the result. Long-term part: attention of the user over the items of earlier sessions, and a dense layer with tanh.
+A gate computed from both and the user embedding u mixes them: g * short + (1 - g) * long.
 
 The reference (alicogintel/SDM; shenweichen/DeepMatch has another) adds shop, brand and category of the items and the
-profile of the user, pools each in a long-term part of its own that spans a week, tells sessions by time, and learns by
-sampled softmax with an output table of its own. Its default has one LSTM layer, and one attention block with a residual
-and LayerNorm; the attention of the user has a residual, too, in its code, though not in the paper. Here: item and user
-ids only, the input embeddings as output table, and the loss of the harness. A session is a segment of `segment_length`
-events, counted from the left end of a window; the LSTM starts anew in each. With one segment only, there is neither
-a long-term part nor a gate.
+profile of the user, and pools each in a separate long-term part that spans a week. It splits sessions by time, and
+learns by sampled softmax with a separate output table. Its default has one LSTM layer, and one attention block with a
+residual and LayerNorm. The attention of the user also has a residual in the code, though not in the paper. Here: only
+item and user ids, the input embeddings as output table, and our loss. A session is a segment of `segment_length`
+events, counted from the left end of a window; the LSTM restarts in each. With only one segment, there is no long-term
+part and no gate.
 """
 
 from __future__ import annotations

@@ -102,7 +102,7 @@ def _histories(config: PlantedConfig) -> Iterator[tuple[list[int], list[int]]]:
         for genre in range(config.genres)
     ]
     for user, keys in enumerate(planted_keys(config).tolist()):
-        random = Random(f"{config.seed}/{user}")  # draws the same whatever the keys are
+        random = Random(f"{config.seed}/{user}")  # draws the same for all keys
         homes = random.sample(genres, config.home_genres)
         history = [random.choice(homes).draw(random, set()) for _ in range(config.head)]
         for number, position in enumerate(random.sample(range(config.head), 2)):
