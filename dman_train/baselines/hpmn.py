@@ -6,9 +6,9 @@ remembers further back. The newest states of all K layers are the memory slots. 
 the covariance of any two slots keeps them different.
 
 The reference (alimamarankgroup/HPMN) estimates the response to a given item. That item is the last input and the query.
-It reads three times, each time with the previous result added to the query, and a deep network classifies
-[read, target]. The periods between its layers are 2, 2 (Amazon), 2, 2, 3 (Taobao) and always 2 (XLong, five layers).
-Its inputs have one length, are padded on the left, and end with the end of a period. Here: there is no target item, so the
+It reads three times, each time with the previous result added to the query, and a deep network classifies [read,
+target]. The periods between its layers are 2, 2 (Amazon), 2, 2, 3 (Taobao) and always 2 (XLong, five layers). Its
+inputs have one length, are padded on the left, and end with the end of a period. Here: there is no target item, so the
 last event is the query; one read; a linear layer of [read, last event]; one period for all layers; periods counted from
 the left end of a window, so that a slot is up to one period old, and zero before its first period ends; layers that
 would never be updated are left out. The energies are those of the reference, a network over query, slot and their

@@ -43,13 +43,20 @@ class SDM(Baseline):
     def encode(self, items: Tensor, users: Tensor) -> Tensor:
         x, user = self.embed(items), F.embedding(users, self.user_table) * self.input_scale  # (B, W, D), (B, D)
         segments = cut_segments(x, self.config.segment_length)  # (B, S, T, D)
-        states = self._self_attention(self.lstm(segments.flatten(0, 1))[0]).view_as(segments)
+        states = self._self_attention(self._run_lstm(segments.flatten(0, 1))).view_as(segments)
         mixed = self._short_term(states, user)
         if self.gate is not None:
             longs = self._long_term(x, user)[:, :, None].expand_as(mixed)
             gate = torch.sigmoid(self.gate(torch.cat([mixed, longs, user[:, None, None].expand_as(mixed)], dim=-1)))
             mixed = gate * mixed + (1 - gate) * longs
         return mixed.flatten(1, 2)[:, : items.shape[1]] * self.output_scale
+
+    def _run_lstm(self, x: Tensor) -> Tensor:
+        """(N, T, D) -> (N, T, D). In float32 on CPUs whose oneDNN has no LSTM in bfloat16."""
+        device = x.device.type
+        supported = device != "cpu" or torch.ops.mkldnn._is_mkldnn_bf16_supported()
+        with torch.autocast(device, enabled=torch.is_autocast_enabled(device) and supported):
+            return self.lstm(x)[0]
 
     def _self_attention(self, states: Tensor) -> Tensor:
         """(N, T, D) -> (N, T, D)."""
