@@ -62,31 +62,31 @@ def settled_memory(model: DMAN, state: LaneState) -> Tensor:
 @pytest.mark.parametrize("variant", ["dman", "fifo", "xl", "nran"])
 @torch.no_grad()
 def test_lane_state_equals_replay_of_the_prefix(variant: str, config: TrainConfig) -> None:
-    """Where a lane stands at a full segment: same memory, same context, hence the same user embeddings."""
+    """After each full segment of a lane: same memory, same context, hence the same user embeddings."""
     model = random_model(replace(TINY, variant=variant), int(OFFSETS[-1]))
     learner, schedule = learner_of(model, config), lanes_of(3, vary_first=False)
-    state, seen, compared = LaneState.empty(model, 3, config.backprop_segments), [[], [], []], 0
+    state, seen = LaneState.empty(model, 3, config.backprop_segments), [[], [], []]
+    prefixes, found = [], []  # and what the lane held after each: memory, context, context length
     for _ in range(30):
         batch = next(schedule)
         _, state = learner.step(inputs_of(batch), state)
+        memory = settled_memory(model, state)
         for lane in range(3):
             inputs = batch.items[lane, : batch.lengths[lane]].tolist()
             seen[lane] = inputs if batch.starts[lane] else seen[lane] + inputs
             if len(seen[lane]) % 5 == 0:
-                _assert_lane_equals_replay(model, state, lane, np.array(seen[lane]))
-                compared += len(seen[lane]) > 15
-    assert compared > 5, "histories of four segments and more were compared"
-
-
-def _assert_lane_equals_replay(model: DMAN, state: LaneState, lane: int, prefix: np.ndarray) -> None:
-    _, memory = replay(model, [prefix])
-    torch.testing.assert_close(settled_memory(model, state)[lane], memory[0], rtol=1e-4, atol=2e-5)
+                prefixes.append(np.array(seen[lane]))
+                found.append((memory[lane], state.context[lane], state.context_lengths[lane]))
+    assert sum(len(prefix) > 15 for prefix in prefixes) > 5, "histories of four segments and more are compared"
+    memories, contexts, context_lengths = (torch.stack(tensors) for tensors in zip(*found, strict=True))
+    expected = replay(model, prefixes)[1]
+    torch.testing.assert_close(memories, expected, rtol=1e-4, atol=2e-5)
     probe = np.array([1, 2, 3])
-    visible = state.context_lengths[lane : lane + 1] if model.config.recurrent else torch.tensor([0])
-    new = model.embed(torch.from_numpy(probe))[None]
-    found = model.encode(new, state.context[lane : lane + 1], visible, memory)
-    expected, _ = replay(model, [np.append(prefix, probe)])
-    torch.testing.assert_close(found.user_embedding[0, -1], expected[0], rtol=1e-4, atol=2e-5)
+    visible = context_lengths if model.config.recurrent else torch.zeros_like(context_lengths)
+    new = model.embed(torch.from_numpy(probe)).expand(len(prefixes), -1, -1)
+    users = model.encode(new, contexts, visible, expected).user_embedding[:, -1]
+    of_replay, _ = replay(model, [np.append(prefix, probe) for prefix in prefixes])
+    torch.testing.assert_close(users, of_replay, rtol=1e-4, atol=2e-5)
 
 
 @torch.no_grad()
