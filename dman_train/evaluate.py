@@ -55,7 +55,7 @@ def _main(argv: Sequence[str] | None) -> int:
     if arguments.run is not None and arguments.bundle is not None:
         raise UsageError("a run and a bundle cannot be evaluated together", "give one of them", parameter="bundle")
     if arguments.interpret is not None and arguments.bundle is not None:
-        raise UsageError("a bundle cannot be interpreted", "give a run instead", parameter="interpret")
+        raise UsageError("a bundle cannot be interpreted", "give --run instead of --bundle", parameter="interpret")
     if arguments.user is not None and arguments.interpret is None:
         raise UsageError("a user is chosen, but nothing is interpreted", "give --interpret too", parameter="user")
     result = _evaluate_run(arguments) if arguments.bundle is None else _evaluate_bundle(arguments)
@@ -81,7 +81,9 @@ def _evaluate_run(arguments: argparse.Namespace) -> dict[str, object]:
     log = read_known(path, index, columns=columns, **filters)
     data, model = held_out(log, arguments.split), run.best_model()
     if arguments.interpret is not None and not run.family.has_state:
-        raise UsageError(f"a {run.family.name} has no memory to interpret", "choose another run", parameter="interpret")
+        raise UsageError(
+            f"a {run.family.name} has no memory: nothing to interpret", "choose another run", parameter="interpret"
+        )
     if arguments.user is not None:
         data = _only(arguments.user, data, log, path)
     if arguments.interpret is not None:

@@ -275,7 +275,7 @@ def write_interpretation(
     weights are not finite, and if the directory cannot be written.
     """
     if not model.config.has_memory:
-        raise UsageError("variant xl has no memory to interpret", "choose another run", parameter="interpret")
+        raise UsageError("variant xl has no memory: nothing to interpret", "choose another run", parameter="interpret")
     if not all(torch.isfinite(weight).all() for weight in model.parameters()):
         raise UsageError("the weights of the run are not all finite", "train again", parameter="interpret")
     temporary = directory / ".interpretation.json"

@@ -256,6 +256,7 @@ def test_evaluate_writes_the_interpretation_of_all_users(
         assert sum(layer["pairs"]["fraction"]) == pytest.approx(1)
 
 
+@pytest.mark.slow
 def test_evaluate_writes_one_user_with_the_trajectory(
     trained_run: Path, small_log: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -276,6 +277,7 @@ def test_evaluate_writes_one_user_with_the_trajectory(
     assert "trajectory" not in written(tmp_path) and not (tmp_path / "trajectory.png").exists()
 
 
+@pytest.mark.slow
 def test_evaluate_interprets_a_user_whose_memory_was_never_written(
     trained_run: Path, small_log: Path, tmp_path: Path
 ) -> None:

@@ -250,6 +250,7 @@ def puzzle_histories(config: PlantedConfig) -> list[list[int]]:
     return list(catalogue_histories(generate(config)))
 
 
+@pytest.mark.slow
 def test_planted_log_has_all_items_often_enough_and_histories_of_hundreds(planted_log: Interactions) -> None:
     config, lengths = PlantedConfig(), np.diff(planted_log.offsets)
     assert (planted_log.num_users, len(planted_log.item_ids)) == (config.users, config.items)
@@ -258,6 +259,7 @@ def test_planted_log_has_all_items_often_enough_and_histories_of_hundreds(plante
     assert 15 + 4 * gap_and_answers[0] <= lengths.min() and lengths.max() <= 15 + 4 * gap_and_answers[1]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("split", ["valid", "test"])
 def test_planted_targets_are_found_at_rank_one_by_who_remembers_all(split: str, planted_log: Interactions) -> None:
     """Also with seen items excluded: were a target among them, its rank would be a miss."""
@@ -325,6 +327,7 @@ def counted_hit_rate(config: PlantedConfig, window: int) -> float:
     return float((np.array(ranks) <= 10).mean())
 
 
+@pytest.mark.slow
 def test_planted_answers_can_be_learned_from_whole_histories_but_not_from_the_recent_part() -> None:
     config = PlantedConfig(users=2000, items=500, answers=20, queries=3)
     assert config.chance() == 0.5

@@ -81,6 +81,7 @@ def test_train_metrics_are_those_of_the_best_epoch(trained_run: Path) -> None:
     assert run.metrics["valid"]["ndcg@10"] == pytest.approx(run.epochs()[0]["valid/ndcg@10"])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("split", ["valid", "test"])
 def test_evaluate_of_run_and_bundle_agree_with_training(
     trained_run: Path, trained_bundle: Path, capsys: pytest.CaptureFixture[str], split: str
@@ -106,6 +107,7 @@ def test_evaluate_without_json_prints_the_table(trained_run: Path, capsys: pytes
     assert "hr@10" in out and "seen excluded" in out and "{" not in out
 
 
+@pytest.mark.slow
 def test_export_records_data_and_metrics_of_the_run(trained_run: Path, trained_bundle: Path) -> None:
     manifest, run = read_manifest(trained_bundle), open_run(trained_run)
     assert manifest.metrics == run.metrics
@@ -155,6 +157,7 @@ def test_baseline_run_is_a_run_like_any_other(baseline_run: Path, capsys: pytest
     assert found["hr@10"] == pytest.approx(run.metrics["test"]["hr@10"]) and found["users"] > 50
 
 
+@pytest.mark.slow
 def test_baseline_resumes_to_the_weights_of_one_run(
     baseline_run: Path, small_log: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -181,6 +184,7 @@ def test_baseline_cannot_be_exported_or_interpreted(
 # Stopping and resuming
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stop_at", ["first step", "last step of an epoch"])
 def test_train_stopped_at_any_step_resumes_from_the_run_alone(
     small_log: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stop_at: str
@@ -414,16 +418,16 @@ def test_export_keeps_a_foreign_directory(
 
 
 def test_evaluate_refuses_run_and_bundle_together(
-    trained_run: Path, trained_bundle: Path, capsys: pytest.CaptureFixture[str]
+    trained_run: Path, tiny_bundle: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert_one_line_error(capsys, evaluate.main, "--run", trained_run, "--bundle", trained_bundle)
+    assert_one_line_error(capsys, evaluate.main, "--run", trained_run, "--bundle", tiny_bundle)
 
 
 def test_evaluate_refuses_what_is_no_bundle_and_a_missing_log(
-    trained_bundle: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    tiny_bundle: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert "is not a bundle" in assert_one_line_error(capsys, evaluate.main, "--bundle", tmp_path)
-    command = ["--bundle", trained_bundle, "--data", tmp_path / "none.csv"]
+    command = ["--bundle", tiny_bundle, "--data", tmp_path / "none.csv"]
     assert "none.csv" in assert_one_line_error(capsys, evaluate.main, *command)
 
 

@@ -183,6 +183,7 @@ def walks(*, seed: int = 0) -> list[np.ndarray]:
     return list(RING[np.cumsum(steps, axis=1) % ITEMS])
 
 
+@pytest.mark.slow
 @every_system
 def test_baseline_learns_what_follows_an_item(config: BaselineConfig) -> None:
     torch.manual_seed(0)
