@@ -287,7 +287,7 @@ def planted_histories(seed: int) -> list[np.ndarray]:
 def test_memory_carries_what_left_the_context(variant: str, config: TrainConfig) -> None:
     """Segments of 4 and one layer: when the question comes, the key is out of every context. Chance is 1/4."""
     model = ModelConfig(width=32, heads=2, segment_length=4, memory_slots=2, layers=1, dropout=0.0, variant=variant)
-    config = replace(config, lanes=32, abstraction_every=1, epochs=30, warmup_steps=20, random_first_segment=False)
+    config = replace(config, lanes=32, abstraction_every=1, epochs=16, warmup_steps=20, random_first_segment=False)
     config = replace(config, learning_rate=5e-3, abstraction_learning_rate=5e-3, seen_items="keep")
     learned = [np.append(history, 0) for history in planted_histories(seed=0)]  # the last event is not trained on
     trainer = Trainer(model, config, data_of(learned, 13), CPU)
