@@ -24,7 +24,7 @@ import numpy as np
 from dman_runtime.data.evaluation import Ranks, held_out, metrics, report, training_events
 from dman_runtime.errors import UsageError
 from dman_runtime.model.bundle import StateShape
-from dman_runtime.model.state import max_record_bytes
+from dman_runtime.model.record import max_record_bytes
 from dman_runtime.options import Parser, run_command
 from dman_train.baselines.counts import COUNTS, count_ranks
 from dman_train.config import DataConfig, ModelConfig, to_dict

@@ -20,7 +20,7 @@ import grpc
 
 from dman_runtime.cli import parser
 from dman_runtime.errors import UsageError
-from dman_runtime.serving.server import MAX_MESSAGE_BYTES
+from dman_runtime.serving.config import MAX_MESSAGE_BYTES
 
 ECHO_SERVICE, ECHO_METHOD = "dman.bench.Echo", "Echo"
 START_SECONDS, STOP_SECONDS = 120, 30
