@@ -15,12 +15,12 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from dman_runtime.data.ids import CONTROL_CHARACTERS, MAX_ID_BYTES, id_problem
 from dman_runtime.errors import InputError
 
 if TYPE_CHECKING:
     import pyarrow as pa
 
-MAX_ID_BYTES = 400  # in UTF-8; the state store's keys hold an id and a prefix, and LMDB keys end at 511 bytes
 _SEPARATORS = {".csv": ",", ".tsv": "\t", ".txt": "\t", ".dat": ":"}
 _RATINGS = ("user_id", "_1", "item_id", "_2", "rating", "_3", "timestamp")  # `::` is two `:` around an empty column
 _PER_SECOND = {"s": 1, "ms": 10**3, "us": 10**6, "ns": 10**9}
@@ -159,15 +159,16 @@ class TableColumn:
         ids = values.cast(pa.string()).dictionary_encode()
         ids.dictionary.validate(full=True)  # UTF-8
         size = pc.binary_length(ids.dictionary)
-        for bad, problem in (
-            (pc.equal(size, 0), "is empty. Fill in or remove such rows"),
-            (pc.greater(size, MAX_ID_BYTES), f"is longer than {MAX_ID_BYTES} bytes. Shorten such ids"),
-            (pc.match_substring_regex(ids.dictionary, r"\p{Cc}"), "holds control characters. Remove them"),
-        ):
-            code = bad.index(True).as_py()
-            if code >= 0:
-                row = int(np.argmax(ids.indices.to_numpy() == code))
-                raise self.failed(row, f"{quoted(ids.dictionary[code].as_py())} {problem}")
+        wrong_size = pc.or_(pc.equal(size, 0), pc.greater(size, MAX_ID_BYTES))
+        bad = pc.or_(wrong_size, pc.match_substring_regex(ids.dictionary, CONTROL_CHARACTERS))
+        code = bad.index(True).as_py()
+        if code >= 0:
+            row, text = int(np.argmax(ids.indices.to_numpy() == code)), ids.dictionary[code].as_py()
+            raise self.failed(
+                row,
+                f"{quoted(text)} {id_problem(text)}. "
+                f"Use ids of 1 to {MAX_ID_BYTES} bytes without control characters, or remove such rows",
+            )
         return ids
 
     def integers(self) -> np.ndarray:
