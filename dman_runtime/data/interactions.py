@@ -138,8 +138,10 @@ def read_interactions(
     kept = everything.filtered(min_user_events=min_user_events, min_item_events=min_item_events)
     if not len(kept):
         raise log.file.error(
-            f"none of the {len(everything)} rows is left with at least {min_user_events} events a user and "
-            f"{min_item_events} an item. Lower these minimums"
+            f"no row of {len(everything)} is left with at least {min_user_events} events per user and "
+            f"{min_item_events} per item",
+            "lower these minimums",
+            parameter="min_user_events" if min_user_events > 1 else "min_item_events",
         )
     return kept
 
@@ -166,16 +168,17 @@ def read_items(path: str | Path, *, item_column: str = "item_id", title_column: 
     infos: dict[str, ItemInfo] = {}
     for number, (item_id, info) in enumerate(rows):
         if item_id in infos:
-            raise file.error(f"item {quoted(item_id)} a second time at {file.where(number)}. Keep one row an item")
+            cause = f"{file.where(number)}: item {quoted(item_id)} appears a second time"
+            raise file.error(cause, "keep one row per item")
         infos[item_id] = info
     if not infos:
-        raise file.error("no rows. Give a file with one row an item")
+        raise file.error("no rows", "give a file with one row per item")
     return infos
 
 
 def _item_rows(file: TableFile, item_column: str, title_column: str) -> Iterator[tuple[str, ItemInfo]]:
-    file.require(item_column, "Name yours with --item-column")
-    file.require(title_column, f"Rename the column with the titles to {title_column!r}")
+    file.require(item_column, "name the column that holds the items", parameter="item_column")
+    file.require(title_column, f"rename the column that holds the titles to {title_column!r}")
     first_row = 0
     for batch in file.batches(list(dict.fromkeys(file.names))):
         with file.errors():
@@ -200,7 +203,7 @@ def _movie_rows(file: TableFile) -> Iterator[tuple[str, ItemInfo]]:
     for number, line in enumerate(text.rstrip("\n").split("\n") if text.strip() else []):
         parts = line.removesuffix("\r").split("::")
         if len(parts) != 3 or not parts[0]:
-            raise file.error(f"{file.where(number)} is {quoted(line)}. Every line needs item::title::genres")
+            raise file.error(f"{file.where(number)} is {quoted(line)}", "every line needs item::title::genres")
         yield parts[0], ItemInfo(parts[1], {"genres": parts[2]} if parts[2] else {})
 
 
@@ -212,10 +215,12 @@ class _Log:
         self.columns = columns
         names = [getattr(columns, field.name) for field in fields(Columns)]
         for field, name in zip(fields(Columns), names, strict=True):
+            parameter = f"{field.name}_column"
             if field.name in ("user", "item") or name != field.default or name in self.file.names:
-                self.file.require(name, f"Name yours with --{field.name}-column")
-            if names.count(name) > 1:
-                raise self.file.error(f"column {name!r} is named for two purposes. Give each --...-column its own")
+                self.file.require(name, f"name the column that holds the {field.name}s", parameter=parameter)
+            if name != field.default and names.count(name) > 1:
+                cause = f"column {name!r} is named for two purposes"
+                raise self.file.error(cause, f"name another column for the {field.name}s", parameter=parameter)
         self.time = columns.time if columns.time in self.file.names else None
         self.position = columns.position if columns.position in self.file.names else None
         self.matches = {
@@ -249,10 +254,10 @@ class _Log:
             first_row += len(raw)
             yield batch
         if not first_row:
-            raise self.file.error("a header and no rows. Give a log with at least one event")
+            raise self.file.error("a header but no rows", "give a log with at least one event")
         for name in (self.columns.user, self.columns.item):
             if self.matches[name, _WHOLE_FLOAT]:
-                raise self.file.error(f"column {name!r} holds numbers such as 1.0. Write the ids as integers or text")
+                raise self.file.error(f"column {name!r} holds numbers such as 1.0", "write the ids as integers or text")
 
     def _ids(self, column: TableColumn) -> pa.DictionaryArray:
         import pyarrow.compute as pc
@@ -308,7 +313,8 @@ def _iterate(log: _Log, max_events: int) -> Iterator[Interactions]:
             yield from _spilled(log, rest, Path(folder), bits_used=0, max_events=max_events)
     except OSError as error:
         raise log.file.error(
-            f"cannot be split in {tempfile.gettempdir()}: {error}. Make room there, or set TMPDIR to another folder"
+            f"cannot be split into parts in {tempfile.tempdir or 'a temporary folder'}: {error}",
+            "make room there, or set TMPDIR to another folder",
         ) from None
 
 

@@ -308,30 +308,30 @@ def test_fingerprint_is_stable_and_sees_ids_order_and_items(tmp_path: Path) -> N
 HEADER = "user_id,item_id,timestamp\n"
 MALFORMED = HEADER + "a,1,0\n" * 30 + "a,1\n"
 BAD_TEXT = [  # file name, content, cause, remedy
-    ("log.csv", "", "the file is empty", "Give one with a header"),
-    ("log.csv", "\n\n", "no rows", "Give a file"),
-    ("log.csv", HEADER, "a header and no rows", "Give a log"),
-    ("log.csv", HEADER.rstrip(), "a header and no rows", "Give a file"),
-    ("log.json", "{}", "unknown extension '.json'", "Give a .csv, .tsv or .txt"),
-    ("log", "x", "unknown extension ''", "Give a .csv"),
-    ("log.csv", "uid,item_id\na,1\n", "no column 'user_id'; it has: uid, item_id.", "Name yours with --user-column"),
-    ("log.csv", "user_id,iid\na,1\n", "no column 'item_id'; it has: user_id, iid.", "Name yours with --item-column"),
-    ("log.txt", HEADER + "a,1,0\n", "it has: user_id,item_id,timestamp.", "--user-column"),
-    ("log.csv", "user_id,user_id,item_id\na,a,1\n", "2 columns 'user_id'", "Keep one"),
-    ("log.csv", HEADER + "a,1,0\n,1,0\n", "line 3: user_id '' is empty", "Use ids of 1 to 400 bytes"),
-    ("log.csv", HEADER + "a,1,0\na,,0\n", "line 3: item_id '' is empty", "Use ids of 1 to 400 bytes"),
+    ("log.csv", "", "the file is empty", "give one with a header"),
+    ("log.csv", "\n\n", "no rows", "give a file"),
+    ("log.csv", HEADER, "a header but no rows", "give a log"),
+    ("log.csv", HEADER.rstrip(), "a header but no rows", "give a file"),
+    ("log.json", "{}", "unknown extension '.json'", "give a .csv, .tsv or .txt"),
+    ("log", "x", "unknown extension ''", "give a .csv"),
+    ("log.csv", "uid,item_id\na,1\n", "no column 'user_id'; it has: uid, item_id;", "the column that holds the users"),
+    ("log.csv", "user_id,iid\na,1\n", "no column 'item_id'; it has: user_id, iid;", "the column that holds the items"),
+    ("log.txt", HEADER + "a,1,0\n", "it has: user_id,item_id,timestamp;", "name the column that"),
+    ("log.csv", "user_id,user_id,item_id\na,a,1\n", "2 columns are named 'user_id'", "keep one"),
+    ("log.csv", HEADER + "a,1,0\n,1,0\n", "line 3: user_id '' is empty", "use ids of 1 to 400 bytes"),
+    ("log.csv", HEADER + "a,1,0\na,,0\n", "line 3: item_id '' is empty", "use ids of 1 to 400 bytes"),
     ("log.csv", HEADER + "a\x07,1,0\n", r"line 2: user_id 'a\x07' holds control characters", "remove such rows"),
-    ("log.csv", HEADER + f"{'é' * 201},1,0\n", "is longer than 400 bytes", "Use ids of"),
+    ("log.csv", HEADER + f"{'é' * 201},1,0\n", "is longer than 400 bytes", "use ids of"),
     ("log.csv", HEADER + "1.0,1,0\n2.0,2,0\n", "column 'user_id' holds numbers such as 1.0", "as integers or text"),
     ("log.csv", HEADER + "a,1,5\na,2,6\na,3,soon\na,4,never\n", "line 4: timestamp 'soon' is not a time", "seconds"),
-    ("log.csv", HEADER + "a,1,5\na,2,\n", "line 3: timestamp '' is not a time", "Write seconds"),
-    ("log.csv", HEADER + "a,1,5.5\na,2,nan\n", "line 3: timestamp nan is not a time", "Write seconds"),
+    ("log.csv", HEADER + "a,1,5\na,2,\n", "line 3: timestamp '' is not a time", "write seconds"),
+    ("log.csv", HEADER + "a,1,5.5\na,2,nan\n", "line 3: timestamp nan is not a time", "write seconds"),
     ("log.csv", "user_id,item_id,position\na,1,0\na,2,1.5\n", "line 3: position '1.5' is not an integer", "whole"),
-    ("log.csv", MALFORMED, "line 32 is malformed (Expected 3 columns, got 2: a,1)", "quote values with separators"),
-    ("log.tsv", MALFORMED.replace(",", "\t"), "line 32 is malformed", "Every line needs"),
+    ("log.csv", MALFORMED, "line 32 is malformed (Expected 3 columns, got 2: a,1)", "quotes around values"),
+    ("log.tsv", MALFORMED.replace(",", "\t"), "line 32 is malformed", "every line needs"),
     ("ratings.dat", "1::2::3::4\n1::2::3\n", "line 2 is malformed", "user::item::rating::timestamp"),
-    ("log.parquet", "PAR1 not really", "cannot be read as parquet", "Check that the file is complete"),
-    ("log.csv.gz", "not gzip", "cannot be read as csv", "Check that the file is complete"),
+    ("log.parquet", "PAR1 not really", "cannot be read as parquet", "check that the file is complete"),
+    ("log.csv.gz", "not gzip", "cannot be read as csv", "check that the file is complete"),
 ]
 
 
@@ -361,12 +361,12 @@ def error_of(path: Path, columns: Columns = module.DEFAULT_COLUMNS) -> str:
 @pytest.mark.parametrize("encoded", [b"user_id,item_id\n\xff,1\n", b"user_\xff,item_id\n1,1\n"])
 def test_text_that_is_not_utf8_is_refused(tmp_path: Path, encoded: bytes) -> None:
     (tmp_path / "log.csv").write_bytes(encoded)
-    assert error_of(tmp_path / "log.csv").endswith("holds text that is not UTF-8. Save the file as UTF-8")
+    assert error_of(tmp_path / "log.csv").endswith("holds text that is not UTF-8; save the file as UTF-8")
 
 
 def test_missing_file_and_folder_are_refused(tmp_path: Path) -> None:
-    assert error_of(tmp_path / "no.csv").endswith("no.csv: no such file. Check the path")
-    assert error_of(tmp_path).endswith(": is a folder. Name a file in it")
+    assert error_of(tmp_path / "no.csv").endswith("no.csv: no such file; check the path")
+    assert error_of(tmp_path).endswith(": is a folder; name a file in it")
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may read everything")
@@ -379,30 +379,38 @@ def test_unreadable_file_is_refused(tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", ["time", "position", "user", "item"])
 def test_named_column_that_is_absent_is_refused(tmp_path: Path, name: str) -> None:
     path = text_log(tmp_path, HEADER + "a,1,0\n")
-    message = error_of(path, Columns(**{name: "when"}))
-    assert "no column 'when'; it has: user_id, item_id, timestamp." in message
-    assert message.endswith(f"Name yours with --{name}-column")
+    with pytest.raises(InputError) as raised:
+        read_interactions(path, columns=Columns(**{name: "when"}))
+    assert raised.value.cause == f"{path}: no column 'when'; it has: user_id, item_id, timestamp"
+    assert raised.value.remedy == f"name the column that holds the {name}s"
+    assert raised.value.parameter == f"{name}_column"
 
 
-def test_column_named_for_two_purposes_is_refused(tmp_path: Path) -> None:
-    message = error_of(text_log(tmp_path, HEADER + "a,1,0\n"), Columns(user="item_id"))
-    assert "column 'item_id' is named for two purposes. Give each" in message
+@pytest.mark.parametrize(
+    ("columns", "parameter"),
+    [(Columns(user="item_id"), "user_column"), (Columns(item="user_id"), "item_column")],
+    ids=["user", "item"],
+)
+def test_column_named_for_two_purposes_is_refused(tmp_path: Path, columns: Columns, parameter: str) -> None:
+    with pytest.raises(InputError, match=r"column '\w+' is named for two purposes; name another column") as raised:
+        read_interactions(text_log(tmp_path, HEADER + "a,1,0\n"), columns=columns)
+    assert raised.value.parameter == parameter
 
 
 @pytest.mark.parametrize(
     ("columns", "cause", "remedy"),
     [
-        ({"user_id": [1.0, 2.0]}, "column 'user_id' has type double", "Write the ids as integers or text"),
-        ({"item_id": [True, False]}, "column 'item_id' has type bool", "Write the ids as integers or text"),
-        ({"user_id": ["a", None]}, "row 2: user_id has no value", "Fill in or remove"),
-        ({"item_id": pa.array(["a", None]).dictionary_encode()}, "row 2: item_id has no value", "Fill in or remove"),
-        ({"timestamp": [1, None]}, "row 2: timestamp has no value", "Fill in or remove"),
-        ({"timestamp": [1.0, float("inf")]}, "row 2: timestamp inf is not a time", "Write seconds"),
-        ({"timestamp": [True, False]}, "column 'timestamp' has type bool", "Write seconds"),
-        ({"timestamp": pa.array([1, 2**63], pa.uint64())}, "cannot be read as parquet", "Check"),
-        ({"position": [0.0, 1.0]}, "column 'position' has type double", "Write integers"),
-        ({"position": [0, None]}, "row 2: position has no value", "Fill in or remove"),
-        ({"user_id": pa.array([b"a", b"\xff"])}, "not UTF-8", "Save the file as UTF-8"),
+        ({"user_id": [1.0, 2.0]}, "column 'user_id' has type double", "write the ids as integers or text"),
+        ({"item_id": [True, False]}, "column 'item_id' has type bool", "write the ids as integers or text"),
+        ({"user_id": ["a", None]}, "row 2: user_id has no value", "fill in or remove"),
+        ({"item_id": pa.array(["a", None]).dictionary_encode()}, "row 2: item_id has no value", "fill in or remove"),
+        ({"timestamp": [1, None]}, "row 2: timestamp has no value", "fill in or remove"),
+        ({"timestamp": [1.0, float("inf")]}, "row 2: timestamp inf is not a time", "write seconds"),
+        ({"timestamp": [True, False]}, "column 'timestamp' has type bool", "write seconds"),
+        ({"timestamp": pa.array([1, 2**63], pa.uint64())}, "cannot be read as parquet", "check"),
+        ({"position": [0.0, 1.0]}, "column 'position' has type double", "write integers"),
+        ({"position": [0, None]}, "row 2: position has no value", "fill in or remove"),
+        ({"user_id": pa.array([b"a", b"\xff"])}, "not UTF-8", "save the file as UTF-8"),
     ],
     ids=str,
 )
@@ -424,16 +432,18 @@ def test_bad_row_far_into_a_log_is_reported_by_its_line(tmp_path: Path) -> None:
     assert f"line {lines + 2}: item_id ''" in error_of(path)
 
 
-def test_filter_that_leaves_nothing_is_refused(tmp_path: Path) -> None:
+@pytest.mark.parametrize("minimum", ["min_user_events", "min_item_events"])
+def test_filter_that_leaves_nothing_is_refused(tmp_path: Path, minimum: str) -> None:
     path = text_log(tmp_path, HEADER + "a,1,0\n")
-    with pytest.raises(InputError, match=r"log.csv: none of the 1 rows is left .* Lower these minimums"):
-        read_interactions(path, min_item_events=5)
+    with pytest.raises(InputError, match=r"log.csv: no row of 1 is left .* per item; lower these minimums") as raised:
+        read_interactions(path, **{minimum: 5})
+    assert raised.value.parameter == minimum
 
 
 def test_full_temporary_folder_is_reported_with_the_remedy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module.tempfile, "tempdir", str(tmp_path / "absent"))
     path = write(tmp_path / "log.csv", [("a", "1", 0), ("b", "1", 0)])
-    with pytest.raises(InputError, match=r"log.csv: cannot be split in .*absent.* set TMPDIR"):
+    with pytest.raises(InputError, match=r"log.csv: cannot be split into parts in .*absent.* set TMPDIR"):
         list(iter_interactions(path, max_events=1))
 
 
@@ -470,12 +480,12 @@ def test_items_read_movielens_movies_in_latin_1(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "content", "cause", "remedy"),
     [
-        ("items.csv", "id,title\n1,a\n", "no column 'item_id'; it has: id, title.", "Name yours with --item-column"),
-        ("items.csv", "item_id,name\n1,a\n", "no column 'title'", "Rename the column with the titles to 'title'"),
-        ("items.csv", "item_id,title\n1,a\n2,b\n1,c\n", "item '1' a second time at line 4", "Keep one row an item"),
-        ("items.csv", "item_id,title\n,a\n", "line 2: item_id '' is empty", "Use ids of 1 to 400 bytes"),
-        ("items.csv", "item_id,title\n", "no rows", "Give a file"),
-        ("movies.dat", "1::a::b\n2::c\n", "line 2 is '2::c'", "Every line needs item::title::genres"),
+        ("items.csv", "id,title\n1,a\n", "no column 'item_id'; it has: id, title", "the column that holds the items"),
+        ("items.csv", "item_id,name\n1,a\n", "no column 'title'", "rename the column that holds the titles to 'title'"),
+        ("items.csv", "item_id,title\n1,a\n2,b\n1,c\n", "line 4: item '1' appears a second time", "keep one row"),
+        ("items.csv", "item_id,title\n,a\n", "line 2: item_id '' is empty", "use ids of 1 to 400 bytes"),
+        ("items.csv", "item_id,title\n", "no rows", "give a file"),
+        ("movies.dat", "1::a::b\n2::c\n", "line 2 is '2::c'", "every line needs item::title::genres"),
     ],
 )
 def test_bad_item_file_is_refused(tmp_path: Path, name: str, content: str, cause: str, remedy: str) -> None:
