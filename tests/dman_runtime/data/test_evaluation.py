@@ -18,7 +18,8 @@ from dman_runtime.data.evaluation import (
     report,
     training_events,
 )
-from dman_runtime.data.interactions import Interactions, read_interactions
+from dman_runtime.data.interactions import Interactions
+from dman_runtime.data.logs import read_interactions
 
 NAN = float("nan")
 #    scores of items 0..4            target  history   excluded  kept   why
