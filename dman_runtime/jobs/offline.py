@@ -15,7 +15,8 @@ import numpy as np
 from tqdm import tqdm
 
 from dman_runtime.data.evaluation import HeldOut, Ranks, Split, held_out, ranks_of_targets, report
-from dman_runtime.data.interactions import DEFAULT_COLUMNS, Columns, Interactions, iter_interactions, read_interactions
+from dman_runtime.data.interactions import Interactions
+from dman_runtime.data.logs import DEFAULT_COLUMNS, Columns, iter_interactions, read_interactions
 from dman_runtime.errors import InputError
 from dman_runtime.model.bundle import Bundle
 from dman_runtime.model.recurrence import Graphs, advance, replay
