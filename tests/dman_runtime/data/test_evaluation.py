@@ -138,7 +138,7 @@ def test_training_and_held_out_events_are_disjoint_and_complete(lengths: list[in
 
 @pytest.mark.skipif(not MOVIELENS.is_dir(), reason="MovieLens-1M is not here")
 def test_most_popular_on_movielens_equals_known_result() -> None:
-    """DESIGN.md section 6. Popularity is counted in the training events.
+    """Popularity is counted in the training events.
 
     The known NDCG@100 is that of popularity with ties by item index, .05378; ties against the model give .05374.
     """
