@@ -18,7 +18,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dman_runtime.data.interactions import read_interactions, read_items
+from dman_runtime.data.items import read_items
+from dman_runtime.data.logs import read_interactions
 from dman_runtime.errors import UsageError
 from dman_runtime.model.bundle import open_bundle
 from dman_runtime.model.encoder import Encoder
