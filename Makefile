@@ -33,7 +33,7 @@ proto: $(STAMP)  ## regenerate the committed gRPC stubs
 bench: $(STAMP)  ## measure the bundle in bundle/ and write reports/serving.md
 	$(BIN)/python -m tools.bench
 
-report: $(STAMP)  ## build reports/accuracy.md from the recorded runs in reports/runs
+report: $(STAMP)  ## build reports/accuracy.md from reports/records.parquet
 	$(BIN)/python -m tools.report
 
 clean:
