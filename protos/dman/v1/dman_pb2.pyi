@@ -106,6 +106,7 @@ class UpdateReply(_message.Message):
     APPLIED_FIELD_NUMBER: _builtins.int
     UNKNOWN_ITEM_IDS_FIELD_NUMBER: _builtins.int
     DUPLICATE_FIELD_NUMBER: _builtins.int
+    HISTORY_COUNT_FIELD_NUMBER: _builtins.int
     bundle_id: _builtins.str
     event_count: _builtins.int
     """Events of the user so far, this update included."""
@@ -113,6 +114,8 @@ class UpdateReply(_message.Message):
     """Events of this request that were applied."""
     duplicate: _builtins.bool
     """True when request_id had been applied before; `applied` is then 0."""
+    history_count: _builtins.int
+    """All stored events of the user, also those of items that the bundle does not know."""
     @_builtins.property
     def unknown_item_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]: ...
     def __init__(
@@ -123,10 +126,11 @@ class UpdateReply(_message.Message):
         applied: _builtins.int = ...,
         unknown_item_ids: _abc.Iterable[_builtins.str] | None = ...,
         duplicate: _builtins.bool = ...,
+        history_count: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["applied", b"applied", "bundle_id", b"bundle_id", "duplicate", b"duplicate", "event_count", b"event_count", "unknown_item_ids", b"unknown_item_ids"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["applied", b"applied", "bundle_id", b"bundle_id", "duplicate", b"duplicate", "event_count", b"event_count", "history_count", b"history_count", "unknown_item_ids", b"unknown_item_ids"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -362,6 +366,7 @@ class GetUserReply(_message.Message):
     STATE_BYTES_FIELD_NUMBER: _builtins.int
     RECENT_EVENTS_FIELD_NUMBER: _builtins.int
     INTEGER_ITEM_IDS_FIELD_NUMBER: _builtins.int
+    HISTORY_COUNT_FIELD_NUMBER: _builtins.int
     user_id: _builtins.str
     bundle_id: _builtins.str
     event_count: _builtins.int
@@ -372,6 +377,8 @@ class GetUserReply(_message.Message):
     state_bytes: _builtins.int
     """Size of the stored state record, without the history."""
     integer_item_ids: _builtins.bool
+    history_count: _builtins.int
+    """All stored events of the user, also those of items that the bundle does not know."""
     @_builtins.property
     def recent_events(self) -> _containers.RepeatedCompositeFieldContainer[Global___Event]:
         """Oldest first."""
@@ -387,10 +394,11 @@ class GetUserReply(_message.Message):
         state_bytes: _builtins.int = ...,
         recent_events: _abc.Iterable[Global___Event] | None = ...,
         integer_item_ids: _builtins.bool = ...,
+        history_count: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["absorbed_segments", b"absorbed_segments", "bundle_id", b"bundle_id", "event_count", b"event_count", "integer_item_ids", b"integer_item_ids", "recent_events", b"recent_events", "segment_fill", b"segment_fill", "state_bytes", b"state_bytes", "user_id", b"user_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["absorbed_segments", b"absorbed_segments", "bundle_id", b"bundle_id", "event_count", b"event_count", "history_count", b"history_count", "integer_item_ids", b"integer_item_ids", "recent_events", b"recent_events", "segment_fill", b"segment_fill", "state_bytes", b"state_bytes", "user_id", b"user_id"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
