@@ -264,6 +264,7 @@ def _each(parse: Callable[[ReplyT], ResultT], expected: int) -> Callable[[_Batch
 def _update_result(reply: pb.UpdateReply) -> UpdateResult:
     return UpdateResult(
         event_count=reply.event_count,
+        history_count=reply.history_count,
         applied=reply.applied,
         unknown_item_ids=tuple(reply.unknown_item_ids),
         duplicate=reply.duplicate,
@@ -290,6 +291,7 @@ def _user(reply: pb.GetUserReply) -> User:
     return User(
         user_id=reply.user_id,
         event_count=reply.event_count,
+        history_count=reply.history_count,
         segment_fill=reply.segment_fill,
         absorbed_segments=reply.absorbed_segments,
         state_bytes=reply.state_bytes,

@@ -30,11 +30,14 @@ Ids: TypeAlias = Id | Iterable[Id]
 class UpdateResult:
     """What an update did.
 
-    `event_count` counts the events of the user, this update included. `applied` is what this update added to `event_count`. `duplicate` is True
+    `event_count` counts the events of the user that the model has seen, this update included. `history_count` counts
+    all stored events of the user: those of items that the bundle does not know (`unknown_item_ids`) are stored too,
+    so that a later bundle can use them. `applied` is what this update added to `event_count`. `duplicate` is True
     when the server already had an update with this request id; then nothing was added.
     """
 
     event_count: int
+    history_count: int
     applied: int
     unknown_item_ids: tuple[str, ...]
     duplicate: bool
@@ -94,12 +97,14 @@ class Recommendations(Sequence[Recommendation]):
 class User:
     """What is stored about a user. `recent_events` are oldest first.
 
-    `segment_fill` events are in the open segment, and `absorbed_segments` segments
+    `event_count` counts the events that the model has seen, `history_count` all stored events, also those of items
+    that the bundle does not know. `segment_fill` events are in the open segment, and `absorbed_segments` segments
     are in the memory. `state_bytes` is the size of the state record without the history.
     """
 
     user_id: str
     event_count: int
+    history_count: int
     segment_fill: int
     absorbed_segments: int
     state_bytes: int
@@ -109,7 +114,7 @@ class User:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class DeletedUser:
-    """What a deletion removed.
+    """What a deletion removed. `event_count` counts all stored events that were deleted.
 
     For an unknown user `existed` is False and `event_count` is 0.
     """

@@ -27,6 +27,7 @@ USER_REPLY = pb.GetUserReply(
     user_id="42",
     bundle_id="b1",
     event_count=45,
+    history_count=47,
     segment_fill=5,
     absorbed_segments=1,
     state_bytes=24000,
@@ -98,6 +99,7 @@ def _update_reply(request: pb.UpdateRequest) -> pb.UpdateReply:
     return pb.UpdateReply(
         bundle_id="b1",
         event_count=40 + count,
+        history_count=50 + count,
         applied=count,
         unknown_item_ids=["x", "9"],
     )

@@ -16,7 +16,7 @@ pytestmark = pytest.mark.timeout(30)
 
 async def test_update_returns_what_the_server_did(client: Awaited) -> None:
     assert await client.update(42, [1, 2]) == UpdateResult(
-        event_count=42, applied=2, unknown_item_ids=("x", "9"), duplicate=False, bundle_id="b1"
+        event_count=42, history_count=52, applied=2, unknown_item_ids=("x", "9"), duplicate=False, bundle_id="b1"
     )
 
 
@@ -62,6 +62,7 @@ async def test_user_returns_what_is_stored(client: Awaited, recorder: Recorder) 
     assert await client.user(42, recent_events=2) == User(
         user_id="42",
         event_count=45,
+        history_count=47,
         segment_fill=5,
         absorbed_segments=1,
         state_bytes=24000,
