@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from dman_runtime.data.ids import CONTROL_CHARACTERS, MAX_ID_BYTES, id_problem
+from dman_runtime.data.ids import CONTROL_CHARACTERS, MAX_ID_BYTES, RULE, id_problem
 from dman_runtime.errors import InputError
 
 if TYPE_CHECKING:
@@ -166,7 +166,7 @@ class TableColumn:
         code = bad.index(True).as_py()
         if code >= 0:
             row, text = int(np.argmax(ids.indices.to_numpy() == code)), ids.dictionary[code].as_py()
-            remedy = f"use ids of 1 to {MAX_ID_BYTES} bytes without control characters, or remove such rows"
+            remedy = f"{RULE}, or remove such rows"
             raise self.bad_value(row, f"{quoted(text)} {id_problem(text)}", remedy)
         return ids
 
