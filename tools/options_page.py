@@ -200,7 +200,7 @@ PRESET_NOTE = """\
 
 - `default`: chosen by validation on MovieLens-1M, see the [experiments](experiments.md).
 - `paper`: the equations of the paper and its training recipe, read literally.
-- `tiny`: a small network for a first try. It trains in about a minute on generated data, see the [README](../README.md)."""
+- `tiny`: a small network for a first try. On generated data it trains in a minute ([README](../README.md))."""
 
 
 def _values(preset: Any) -> Mapping[str, Any]:
