@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 export ORT_DISABLE_TELEMETRY := 1
 
-.PHONY: demo test lint proto bench report clean
+.PHONY: demo test lint proto docs bench report clean
 
 # torch first and by itself: the pinned version is the CPU build, and nothing later may replace it.
 $(STAMP): pyproject.toml constraints.txt
@@ -29,6 +29,9 @@ proto: $(STAMP)  ## regenerate the committed gRPC stubs
 	$(BIN)/python -m grpc_tools.protoc -I. --python_out=. --grpc_python_out=. --mypy_out=. --mypy_grpc_out=. \
 		--plugin=protoc-gen-mypy=$(BIN)/protoc-gen-mypy --plugin=protoc-gen-mypy_grpc=$(BIN)/protoc-gen-mypy_grpc \
 		protos/dman/v1/dman.proto
+
+docs: $(STAMP)  ## write docs/options.md from the code
+	$(BIN)/python -m tools.options_page
 
 bench: $(STAMP)  ## measure the bundle in bundle/ and write reports/serving.md
 	$(BIN)/python -m tools.bench
