@@ -287,7 +287,9 @@ def _recommendations(reply: pb.RecommendReply) -> Recommendations:
 
 
 def _user(reply: pb.GetUserReply) -> User:
-    item_id = _item_id_reader(reply.integer_item_ids)
+    item_id = (
+        _integer_or_text if reply.integer_item_ids else str
+    )  # a history may hold ids that the bundle does not know
     return User(
         user_id=reply.user_id,
         event_count=reply.event_count,
@@ -306,3 +308,12 @@ def _deleted_user(reply: pb.DeleteUserReply) -> DeletedUser:
 
 def _item_id_reader(integer_item_ids: bool) -> Callable[[str], int | str]:
     return int if integer_item_ids else str
+
+
+def _integer_or_text(text: str) -> int | str:
+    """An id of an integer catalogue; what is not written as one stays text."""
+    try:
+        number = int(text)
+    except ValueError:
+        return text
+    return number if str(number) == text else text

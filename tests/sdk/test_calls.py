@@ -90,6 +90,13 @@ async def test_item_ids_come_back_in_the_type_the_bundle_was_trained_on(
     assert (await client.user("anna")).recent_events[0].item_id == (7 if integers else "7")
 
 
+async def test_user_keeps_ids_of_unknown_items_as_they_are_written(client: Awaited, recorder: Recorder) -> None:
+    """A history holds what was sent, also what no integer catalogue knows."""
+    events = [pb.Event(item_id=text) for text in ("7", "007", "alien", "-3")]
+    recorder.script.append(pb.GetUserReply(recent_events=events, integer_item_ids=True))
+    assert [event.item_id for event in (await client.user("anna")).recent_events] == [7, "007", "alien", -3]
+
+
 async def test_recommend_sends_every_option(client: Awaited, recorder: Recorder) -> None:
     await client.recommend(
         7, np.int64(3), exclude={1}, include_seen=True, candidates=("a", 2), what_if=[3, Event(4, 5)]
