@@ -17,13 +17,15 @@ import threading
 from collections import deque
 from collections.abc import Sequence
 from concurrent.futures import Future
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
 
-from dman_runtime.engine import COMMIT_ATTEMPTS, Engine, OpenQuery, OpenUpdates, OpenUser, lagging_users
-from dman_runtime.errors import ConflictError, StoppedError
+from dman_runtime.engine import COMMIT_ATTEMPTS, Engine
+from dman_runtime.errors import ConflictError, StoppedError, StoreFullError
 from dman_runtime.model.recurrence import Piece
-from dman_runtime.requests import Answer, Query, Update, UpdateOutcome, UserInfo, check_update
+from dman_runtime.opened import OpenQuery, OpenUpdates, OpenUser, catch_up_updates
+from dman_runtime.requests import Answer, Query, Update, UpdateOutcome, check_update
 
 logger = logging.getLogger(__name__)
 SLICE_EVENTS = 128  # a long request holds up others for the time of this many events
@@ -89,21 +91,12 @@ class Batcher:
     def recommend(self, queries: Sequence[Query]) -> list[Answer]:
         """`Engine.recommend`: one matrix product for all queries, graph runs shared with concurrent callers."""
         opened = self._engine.open_queries(queries)
-        if lagging := lagging_users(opened):
-            self._catch_up(lagging)
-            opened = self._engine.open_queries(queries)
+        if updates := catch_up_updates(opened):
+            with suppress(StoreFullError, ConflictError):  # the answer does not depend on it
+                self._submit(_Job(updates=updates))
+            opened = self._engine.open_queries(queries, catch_up=False)
         job = _Job(queries=opened)
         return self._submit(job) if job.users else self._engine.answer(opened)
-
-    def user(self, user_id: str, *, recent_events: int) -> UserInfo | None:
-        """`Engine.user`."""
-        if self._engine.lagging(user_id):
-            self._catch_up([user_id])
-        return self._engine.user(user_id, recent_events=recent_events)
-
-    def _catch_up(self, user_ids: Sequence[str]) -> None:
-        """Brings records up to their histories."""
-        self._submit(_Job(updates=[Update(user_id, ()) for user_id in user_ids]))
 
     def close(self) -> None:
         """Finishes what waits and ends the thread."""

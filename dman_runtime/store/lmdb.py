@@ -153,7 +153,7 @@ class LmdbStore:
 
     def generations(self) -> dict[str, int]:
         with self._env.read() as txn:
-            return {bundle_id: place for place, bundle_id in enumerate(_bundle_ids(txn, self._meta), start=1)}
+            return {bundle_id: number for number, bundle_id in enumerate(_bundle_ids(txn, self._meta), start=1)}
 
     def drop_records(self, generation: int) -> int:
         if generation < 1:
