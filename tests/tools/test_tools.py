@@ -249,7 +249,8 @@ def test_bench_quick_measures_every_section_and_leaves_nothing_behind(
     assert bench.main([*options, "--quick", "--json"]) == 0
     result = last_json(capsys)
     assert set(result["sections"]) == {
-        "Round trips", "History length", "Durable updates", "Import", "Resident memory", "CUDA",
+        "Round trips", "History length", "Durable updates", "Updates during what-ifs", "Import", "Resident memory",
+        "CUDA",
     }  # fmt: skip
     text = report.read_text()
     for claim in result["claims"]:
