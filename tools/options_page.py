@@ -31,7 +31,7 @@ from dman_train.config import (
 )
 from tools import compare, generate, loadgen, records, report, tune
 from tools.bench import __main__ as bench
-from tools.bench import training
+from tools.bench import training, versus
 from tools.bench.report import table, write_page
 
 HEADS = ("option", "default", "choices", "variable", "meaning")
@@ -81,6 +81,7 @@ def parsers() -> Iterator[argparse.ArgumentParser]:
     yield loadgen._parser()
     yield bench._parser()
     yield training._parser()
+    yield versus._parser()
     yield records.parser()
     yield report.parser()
     yield tune._parser(ModelConfig)

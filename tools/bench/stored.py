@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import uuid
 
+from dman_runtime.store.history import CHUNK_EVENTS
 from dman_train.config import ModelConfig
 from protos.dman.v1 import dman_pb2 as pb
 from protos.dman.v1.dman_pb2_grpc import RecommenderStub
@@ -15,7 +16,6 @@ from tools.bench.setting import Bench
 from tools.loadgen import CALL_SECONDS, add_events
 
 MAX_BYTES = 16_500  # record and head of a user, at the default sizes
-CHUNK_EVENTS = 64  # a store may keep the events that do not fill a chunk yet beside the record
 USERS, REQUEST_IDS = 5, 16
 NOT_PER_STATE = ("meta", "item", "generation", "history", "seen")  # how the names of the other databases begin
 
@@ -35,7 +35,8 @@ def stored_sizes(comparison: Comparison) -> list[Section]:
     section = Section(
         "Stored bytes",
         f"{USERS} users with {events} events each: the open segment has room for one more, which is when a record is "
-        f"largest, and all but {events % CHUNK_EVENTS} of them are in full chunks of {CHUNK_EVENTS}. The last "
+        f"largest. The head holds {events % CHUNK_EVENTS} events that fill no chunk of {CHUNK_EVENTS} yet, which is when "
+        "a head of this checkout is largest. The last "
         f"{REQUEST_IDS} events came one by one, each with a request id. Values in LMDB were counted after the servers "
         "had stopped. "
         "Record and head are the values of all databases except those whose names begin with "
@@ -64,9 +65,9 @@ def stored_sizes(comparison: Comparison) -> list[Section]:
 
 
 def _event_count(segment_length: int) -> int:
-    """When a record is as large as it gets, and as few events as possible are outside of chunks."""
+    """When a record is as large as it gets, and as many events as possible fill no chunk yet."""
     full_but_one = [segments * segment_length - 1 for segments in range(3, 3 + CHUNK_EVENTS)]
-    return min(full_but_one, key=lambda events: events % CHUNK_EVENTS)
+    return max(full_but_one, key=lambda events: events % CHUNK_EVENTS)
 
 
 def _store_users(bench: Bench, address: str, events: int) -> int:

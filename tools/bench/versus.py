@@ -16,10 +16,10 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 
-from dman_runtime.engine import MAX_EVENTS
 from dman_runtime.errors import UsageError
 from dman_runtime.model.bundle import open_bundle
 from dman_runtime.options import Parser, print_json, run_command
+from dman_runtime.requests import MAX_EVENTS
 from tools.bench.checkouts import Checkout
 from tools.bench.comparison import OTHER, THIS, Comparison, calls, imports, what_ifs
 from tools.bench.report import HOW_TO_READ, Section, claims_table, machine, sizes_of, table, write_page
