@@ -95,8 +95,9 @@ class Batcher:
             with suppress(StoreFullError, ConflictError):  # the answer does not depend on it
                 self._submit(_Job(updates=updates))
             opened = self._engine.open_queries(queries, catch_up=False)
-        job = _Job(queries=opened)
-        return self._submit(job) if job.users else self._engine.answer(opened)
+        if any(one.user is not None for one in opened):
+            return self._submit(_Job(queries=opened))
+        return self._engine.answer(opened)
 
     def close(self) -> None:
         """Finishes what waits and ends the thread."""

@@ -60,7 +60,7 @@ class Engine:
 
     def known_indices(self, numbers: np.ndarray) -> np.ndarray:
         """Item indices (int64) of the item numbers that the bundle knows, in order."""
-        indices = self._indices[np.minimum(numbers, len(self._indices) - 1)]
+        indices = self._indices.take(numbers, mode="clip")  # the last one is -1
         return indices[indices >= 0]
 
     # -- the path --------------------------------------------------------------------------------------------------
@@ -212,50 +212,46 @@ class Engine:
 
     def answer(self, opened: Sequence[OpenQuery]) -> list[Answer]:
         """Ranks for opened queries whose users have been advanced."""
-        excluded, candidates = [], []
-        for one in opened:
-            if one.user is not None:
-                one.embedding = one.user.state.user_embedding
-            exclude, unknown_excluded = self.bundle.items.indices(one.query.exclude)
-            if not one.query.include_seen:
-                seen = one.seen
-                exclude = np.concatenate([exclude, seen, one.what_if]) if len(exclude) or len(one.what_if) else seen
-            limit, unknown_candidates = None, list[str]()
-            if one.query.candidates is not None:
-                limit, unknown_candidates = self.bundle.items.indices(one.query.candidates)
-            excluded.append(exclude)
-            candidates.append(limit)
-            one.unknown += [*unknown_excluded, *unknown_candidates]
-        hits = self._search(opened, excluded, candidates)
-        return [
-            Answer(found.items, found.scores, one.event_count == 0, one.event_count, one.unknown)
-            for one, found in zip(opened, hits, strict=True)
-        ]
-
-    def _search(
-        self, opened: Sequence[OpenQuery], excluded: Sequence[np.ndarray], candidates: Sequence[np.ndarray | None]
-    ) -> list[Hits]:
-        """The hits of each query: by its user embedding, or by popularity where the model has seen no event."""
+        hits: list[Hits | None] = [None] * len(opened)
+        limits = [self._limits(one) for one in opened]
         personal = [row for row, one in enumerate(opened) if one.event_count]
-        hits: dict[int, Hits] = {}
         if personal:
             found = self.generation.retriever.search(
-                np.stack([opened[row].embedding for row in personal]),
+                _rows([opened[row].embedding for row in personal]),
                 max(opened[row].query.k for row in personal),
-                exclude=[excluded[row] for row in personal],
-                candidates=[candidates[row] for row in personal],
+                exclude=[limits[row][0] for row in personal],
+                candidates=[limits[row][1] for row in personal],
             )
-            for row, one in zip(personal, found, strict=True):
-                k = opened[row].query.k
-                hits[row] = Hits(one.items[:k], one.scores[:k])
-        for row in set(range(len(opened))) - set(personal):
-            hits[row] = search_scores(
-                self.bundle.items.popularity,
-                opened[row].query.k,
-                exclude=excluded[row],
-                candidates=candidates[row],
-            )
-        return [hits[row] for row in range(len(opened))]
+            for row, best in zip(personal, found, strict=True):
+                hits[row] = best
+        return [
+            self._answer(one, best, exclude, candidates)
+            for one, best, (exclude, candidates) in zip(opened, hits, limits, strict=True)
+        ]
+
+    def _limits(self, one: OpenQuery) -> tuple[np.ndarray, np.ndarray | None]:
+        """Item indices to exclude, and those to choose among, if there is a choice."""
+        query, indices = one.query, self.bundle.items.indices
+        exclude, candidates = NO_ITEMS if query.include_seen else one.seen, None
+        if query.exclude:
+            listed, unknown = indices(query.exclude)
+            exclude = np.concatenate([listed, exclude])
+            one.unknown += unknown
+        if len(one.what_if) and not query.include_seen:
+            exclude = np.concatenate([exclude, one.what_if])
+        if query.candidates is not None:
+            candidates, unknown = indices(query.candidates)
+            one.unknown += unknown
+        if one.user is not None:
+            one.embedding = one.user.state.user_embedding
+        return exclude, candidates
+
+    def _answer(self, one: OpenQuery, best: Hits | None, exclude: np.ndarray, candidates: np.ndarray | None) -> Answer:
+        """Without hits: by popularity, as the model has seen no event."""
+        k, popular = one.query.k, best is None
+        if best is None:
+            best = search_scores(self.bundle.items.popularity, k, exclude=exclude, candidates=candidates)
+        return Answer(best.items[:k], best.scores[:k], popular, one.event_count, one.unknown)
 
     # -- users -----------------------------------------------------------------------------------------------------
 
@@ -284,6 +280,11 @@ class Engine:
         """Forgets a user: the number of events deleted, or None for an unknown user. Durable when it returns."""
         check_user_id(user_id)
         return self.store.delete(user_id)
+
+
+def _rows(vectors: list[np.ndarray]) -> np.ndarray:
+    """(D) vectors as (B, D); np.stack takes longer than the search where there is one."""
+    return vectors[0][None] if len(vectors) == 1 else np.stack(vectors)
 
 
 def _joined(parts: list[np.ndarray], kind: type) -> np.ndarray:

@@ -35,8 +35,8 @@ def stored_sizes(comparison: Comparison) -> list[Section]:
     section = Section(
         "Stored bytes",
         f"{USERS} users with {events} events each: the open segment has room for one more, which is when a record is "
-        f"largest. The head holds {events % CHUNK_EVENTS} events that fill no chunk of {CHUNK_EVENTS} yet, which is when "
-        "a head of this checkout is largest. The last "
+        f"largest. The head holds {events % CHUNK_EVENTS} events that fill no chunk of {CHUNK_EVENTS} yet: then "
+        "a head of this checkout is largest, too. The last "
         f"{REQUEST_IDS} events came one by one, each with a request id. Values in LMDB were counted after the servers "
         "had stopped. "
         "Record and head are the values of all databases except those whose names begin with "
