@@ -1,7 +1,21 @@
-"""`python -m dman_runtime` is `dman-runtime`."""
+"""`dman-runtime`, and `python -m dman_runtime`. The SDK installs this too, but not what it needs."""
+
+from __future__ import annotations
 
 import sys
 
-from dman_runtime.cli import main
 
-sys.exit(main())
+def main() -> int:
+    """Runs the command; where a library is missing, one line says what to install."""
+    try:
+        from dman_runtime.cli import main as run
+    except ModuleNotFoundError as error:
+        if (error.name or "").partition(".")[0] in ("dman_runtime", "protos", "sdk"):
+            raise
+        print(f"error: dman-runtime needs {error.name}; pip install 'dman[runtime]'", file=sys.stderr)
+        return 2
+    return run()
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -10,14 +10,13 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
-from dman_runtime.data.interactions import Columns
+from dman_runtime.data.logs import Columns
 from dman_runtime.errors import UsageError
-from dman_runtime.model.bundle import Bundle, open_bundle, read_manifest
 from dman_runtime.options import Parser, configure_logging, print_json, run_command
-from dman_runtime.serving.server import ServeConfig, serve
-from dman_runtime.store.lmdb import DEFAULT_MAP_SIZE, StateStore, read_store_info
+from dman_runtime.serving.config import ServeConfig
 
 DEFAULT_BUNDLE, DEFAULT_STATE, DEFAULT_LOG = Path("bundle"), Path("state"), Path("data/log.csv")
+DEFAULT_MAP_SIZE_MIB = 64 << 10  # of address space; the disk holds only what is used
 
 
 def parser() -> Parser:
@@ -65,9 +64,11 @@ def _encoder_options(p: Parser) -> None:
 
 
 def _map_option(p: Parser) -> None:
-    default = DEFAULT_MAP_SIZE >> 20
     p.flag(
-        "--map-size-mib", type=int, default=default, help="largest size of the state store in MiB; must fit the disk"
+        "--map-size-mib",
+        type=int,
+        default=DEFAULT_MAP_SIZE_MIB,
+        help="largest size of the state store in MiB; the disk must have room for it",
     )
 
 
@@ -127,6 +128,8 @@ def _main(argv: Sequence[str] | None) -> int:
 
 
 def _serve(arguments: argparse.Namespace) -> int:
+    from dman_runtime.serving.supervisor import serve
+
     names = {field.name for field in fields(ServeConfig)}
     return serve(ServeConfig(**{name: value for name, value in vars(arguments).items() if name in names}))
 
@@ -135,38 +138,25 @@ def _columns(arguments: argparse.Namespace) -> Columns:
     return Columns(**{field.name: getattr(arguments, f"{field.name}_column") for field in fields(Columns)})
 
 
-def _open(arguments: argparse.Namespace) -> tuple[Bundle, Any]:
-    """Bundle and graphs, checked against the golden replay."""
-    from dman_runtime.model.encoder import Encoder
-    from dman_runtime.model.recurrence import check_golden
+def _generation(arguments: argparse.Namespace) -> Any:
+    from dman_runtime.model.generation import Generation
 
-    bundle = open_bundle(arguments.bundle)
-    graphs = Encoder(bundle.path, provider=arguments.provider, threads=arguments.encoder_threads)
-    check_golden(bundle, graphs)
-    return bundle, graphs
+    return Generation.open(arguments.bundle, provider=arguments.provider, threads=arguments.encoder_threads)
 
 
 def _import(arguments: argparse.Namespace) -> int:
-    from dman_runtime.jobs.offline import import_histories
+    from dman_runtime.engine import Engine
+    from dman_runtime.jobs.importing import import_histories
+    from dman_runtime.store.lmdb import LmdbStore
 
-    bundle, graphs = _open(arguments)
-    with StateStore.open(
-        arguments.state,
-        bundle_id=bundle.bundle_id,
-        item_ids=bundle.items.item_ids,
-        map_size=arguments.map_size_mib << 20,
-    ) as store:
+    generation = _generation(arguments)
+    with LmdbStore.open(arguments.state, map_size=arguments.map_size_mib << 20) as store:
         result = import_histories(
-            arguments.input,
-            bundle=bundle,
-            graphs=graphs,
-            store=store,
-            columns=_columns(arguments),
-            existing=arguments.existing,
+            arguments.input, Engine(generation, store), columns=_columns(arguments), existing=arguments.existing
         )
     print(
         f"imported {result.events} events of {result.users} users into {arguments.state}; {result.skipped_users} users "
-        f"were there already, {result.unknown_events} events of unknown items were left out"
+        f"were there already, {result.unknown_events} events are of items that the bundle does not know"
     )
     if arguments.json:
         print_json(vars(result))
@@ -174,110 +164,56 @@ def _import(arguments: argparse.Namespace) -> int:
 
 
 def _score(arguments: argparse.Namespace) -> int:
-    from dman_runtime.engine import MAX_K
-    from dman_runtime.jobs.offline import score
+    from dman_runtime.jobs.scoring import score
+    from dman_runtime.requests import MAX_K
 
     if not 1 <= arguments.k <= MAX_K:
-        raise UsageError(f"--k is {arguments.k}; choose 1 to {MAX_K}")
-    bundle, graphs = _open(arguments)
+        raise UsageError(f"k is {arguments.k}", f"choose 1 to {MAX_K}", parameter="k")
+    generation = _generation(arguments)
     users = score(
         arguments.input,
         arguments.output,
-        bundle=bundle,
-        graphs=graphs,
+        generation,
         k=arguments.k,
         include_seen=arguments.include_seen,
         columns=_columns(arguments),
     )
     print(f"scored {users} users into {arguments.output}")
     if arguments.json:
-        print_json({"users": users, "output": str(arguments.output), "bundle_id": bundle.bundle_id})
+        print_json({"users": users, "output": str(arguments.output), "bundle_id": generation.bundle_id})
     return 0
 
 
 def _evaluate(arguments: argparse.Namespace) -> int:
     from dman_runtime.data.evaluation import format_report
-    from dman_runtime.jobs.offline import evaluate
+    from dman_runtime.jobs.evaluating import evaluate
 
-    bundle, graphs = _open(arguments)
-    filters = {name: int(bundle.manifest.data.get(name, 0)) for name in ("min_user_events", "min_item_events")}
-    result = evaluate(
-        arguments.data, bundle=bundle, graphs=graphs, split=arguments.split, columns=_columns(arguments), **filters
-    )
+    generation = _generation(arguments)
+    trained = generation.bundle.manifest.data
+    filters = {name: int(trained.get(name, 0)) for name in ("min_user_events", "min_item_events")}
+    result = evaluate(arguments.data, generation, split=arguments.split, columns=_columns(arguments), **filters)
     print(format_report(result))
     if arguments.json:
-        print_json(result | {"bundle_id": bundle.bundle_id})
+        print_json(result | {"bundle_id": generation.bundle_id})
     return 0
 
 
 def _inspect(arguments: argparse.Namespace) -> int:
+    from dman_runtime.jobs.inspecting import inspect_bundle, inspect_store, inspect_user
+
     if arguments.user is not None and arguments.state is None:
-        raise UsageError("--user needs --state, the directory that holds the user's state")
+        raise UsageError("a user needs the store that holds the state", "name its directory", parameter="state")
     if arguments.user is not None:
-        result = _inspect_user(arguments)
+        result = inspect_user(arguments.bundle, arguments.state, arguments.user)
     else:
-        result = {"bundle": _inspect_bundle(arguments.bundle)}
+        result = {"bundle": inspect_bundle(arguments.bundle)}
         if arguments.state is not None:
-            result["state"] = vars(read_store_info(arguments.state))
+            result["state"] = inspect_store(arguments.state)
     if arguments.json:
         print_json(result)
     else:
         print(json.dumps(result, indent=2, ensure_ascii=False))
     return 0
-
-
-def _inspect_bundle(path: Path) -> dict[str, Any]:
-    manifest = read_manifest(path)
-    open_bundle(path)  # verifies every checksum
-    test = manifest.metrics.get("test", {})
-    return {
-        "path": str(path),
-        "bundle_id": manifest.bundle_id,
-        "format_version": manifest.format_version,
-        "items": manifest.vocabulary,
-        "bytes": sum(entry["bytes"] for entry in manifest.files.values()),
-        "model": manifest.model,
-        "state": vars(manifest.state),
-        "test_metrics": {name: value for name, value in test.items() if "@" in name},
-        "data": manifest.data,
-        "export": manifest.export,
-        "versions": manifest.versions,
-    }
-
-
-def _inspect_user(arguments: argparse.Namespace) -> dict[str, Any]:
-    from dman_runtime.model.state import StateBatch, read_user_embedding
-
-    bundle = open_bundle(arguments.bundle)
-    with StateStore.open(
-        arguments.state, bundle_id=bundle.bundle_id, item_ids=bundle.items.item_ids, readonly=True
-    ) as store:
-        try:
-            stored = store.get(arguments.user)
-        except ValueError as error:
-            raise UsageError(f"--user: {error}") from None
-        if stored is None:
-            raise UsageError(f"no user {arguments.user!r} in {arguments.state}")
-        items, timestamps = store.history(arguments.user, limit=20)
-    states = StateBatch.from_records(bundle, [stored.record])
-    embedding, events = read_user_embedding(stored.record, bundle)
-    return {
-        "user_id": arguments.user,
-        "bundle_id": bundle.bundle_id,
-        "event_count": events,
-        "version": stored.version,
-        "state_bytes": len(stored.record),
-        "context_positions": int(states.counts[0]),
-        "remembered_request_ids": len(states.request_ids[0]),
-        "user_embedding_norm": float((embedding**2).sum() ** 0.5),
-        "memory_slot_norms": [
-            [round(float((slot.astype("f4") ** 2).sum() ** 0.5), 3) for slot in layer] for layer in states.memory[0]
-        ],
-        "recent_events": [
-            {"item_id": bundle.items.item_ids[item], "title": bundle.items.titles[item], "timestamp": time}
-            for item, time in zip(items.tolist(), timestamps.tolist(), strict=True)
-        ],
-    }
 
 
 if __name__ == "__main__":

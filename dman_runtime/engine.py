@@ -1,111 +1,125 @@
-"""Updates and recommendations, knowing neither gRPC nor files: what the service, batch jobs and tests call."""
+"""The one path that reads users, advances them and commits them; updates and recommendations stand on it.
+
+    open_users -> append -> advance (whole, or piece by piece) -> commit
+
+A record is a view of the history. One that does not cover all of it, as after a change of bundle, is caught up when its
+user is opened; one that is damaged is made anew. Knows neither gRPC nor threads nor files. Requests come through
+`batcher`; jobs and tests call this directly.
+"""
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from contextlib import suppress
 
 import numpy as np
 
-from dman_runtime.errors import ConflictError, RequestError
-from dman_runtime.model.bundle import Bundle
-from dman_runtime.model.recurrence import Graphs, advance
-from dman_runtime.model.state import (
-    REQUEST_IDS,
-    StateBatch,
-    absorbed_segments,
-    head_bytes,
-    read_user_embedding,
+from dman_runtime.errors import ConflictError, RequestError, StateError, StoreFullError
+from dman_runtime.model.generation import Generation
+from dman_runtime.model.record import head_bytes, read_head
+from dman_runtime.model.state import absorbed_segments
+from dman_runtime.opened import NEW_USER, OpenQuery, OpenUpdates, OpenUser, catch_up_updates
+from dman_runtime.requests import (
+    MAX_EVENTS,
+    Answer,
+    Query,
+    Update,
+    UpdateOutcome,
+    UserInfo,
+    check_item_ids,
+    check_query,
+    check_update,
+    check_user_id,
     request_hash,
 )
-from dman_runtime.retrieval.exact import NO_ITEMS, ExactRetriever, search_scores
-from dman_runtime.store.lmdb import StateStore, StoredUser, Write, user_key
+from dman_runtime.retrieval.base import NO_ITEMS, Hits
+from dman_runtime.retrieval.exact import search_scores
+from dman_runtime.store.base import Head, StateStore, Write
 
-MAX_K = 1000
-MAX_EVENTS = 10_000  # per update, and of what-if events per query
-MAX_REQUEST_ID_BYTES = 128
-_COMMIT_ATTEMPTS = 50
-
-
-@dataclass(frozen=True, slots=True)
-class Update:
-    """New events of one user, oldest first."""
-
-    user_id: str
-    item_ids: Sequence[str]
-    timestamps: Sequence[int] = ()  # seconds since the epoch, 0 unknown; empty or one per item
-    request_id: str = ""
-
-
-@dataclass(frozen=True, slots=True)
-class UpdateOutcome:
-    event_count: int  # of the user, this update included
-    applied: int
-    unknown_item_ids: list[str]
-    duplicate: bool
-
-
-@dataclass(frozen=True, slots=True)
-class Query:
-    """What to recommend for. No user id: an anonymous user, described by `what_if` alone."""
-
-    user_id: str | None
-    k: int = 10
-    include_seen: bool = False
-    exclude: Sequence[str] = ()
-    candidates: Sequence[str] | None = None
-    what_if: Sequence[str] = ()
-
-
-@dataclass(frozen=True, slots=True)
-class Answer:
-    item_indices: np.ndarray  # (n) int64, best first, n <= k
-    scores: np.ndarray  # (n)
-    popular: bool  # the user has no events: most popular items, scored by their share of training events
-    event_count: int
-    unknown_item_ids: list[str]
-
-
-@dataclass(frozen=True, slots=True)
-class UserInfo:
-    event_count: int
-    segment_fill: int
-    absorbed_segments: int
-    state_bytes: int
-    recent_items: np.ndarray  # (n) item indices, oldest first
-    recent_timestamps: np.ndarray  # (n) int64
-
-
-@dataclass(slots=True)
-class _Pending:
-    """What a batch of updates does to one user."""
-
-    event_count: int
-    request_ids: list[int]  # remembered ones, oldest first
-    items: list[np.ndarray] = field(default_factory=list)
-    timestamps: list[np.ndarray] = field(default_factory=list)
+logger = logging.getLogger(__name__)
+COMMIT_ATTEMPTS = 50
 
 
 class Engine:
-    """Serves one bundle over one state store. `update` and what-if queries run the graphs; see `Encoder` on threads."""
+    """Serves one generation over one store. On threads see `Encoder`: one at a time on CUDA."""
 
-    def __init__(self, bundle: Bundle, graphs: Graphs, store: StateStore) -> None:
-        self.bundle, self.store = bundle, store
-        self._graphs = graphs
-        self._retriever = ExactRetriever(bundle.item_embeddings)
-        self._head_bytes = head_bytes(bundle.manifest.state)
+    def __init__(self, generation: Generation, store: StateStore) -> None:
+        """Gives the bundle's items their numbers, and the bundle its generation, where the store lacks them."""
+        self.generation, self.store, self.bundle = generation, store, generation.bundle
+        item_ids = self.bundle.items.item_ids
+        numbers = store.find_items(item_ids)
+        self._numbers = store.add_items(item_ids) if (numbers < 0).any() else numbers.astype(np.uint32)  # (V)
+        # Item index by item number; -1, also at the end, for numbers that the bundle does not know.
+        self._indices = np.full(int(self._numbers.max(initial=0)) + 2, -1, np.int64)
+        self._indices[self._numbers] = np.arange(len(self._numbers))
+        known = store.generations()
+        self.number = known.get(self.bundle.bundle_id) or store.add_generation(self.bundle.bundle_id)
+        self._head_bytes = head_bytes(self.bundle.manifest.state)
+        self._no_embedding = np.zeros(self.bundle.manifest.state.width, np.float32)
+
+    def known_indices(self, numbers: np.ndarray) -> np.ndarray:
+        """Item indices (int64) of the item numbers that the bundle knows, in order."""
+        indices = self._indices.take(numbers, mode="clip")  # the last one is -1
+        return indices[indices >= 0]
+
+    # -- the path --------------------------------------------------------------------------------------------------
+
+    def open_users(self, user_ids: Sequence[str]) -> list[OpenUser]:
+        """Reads users, new ones included. What their records do not cover yet is left to be advanced."""
+        return [
+            self._open(user_id, stored.head, stored.record) if stored else self._open(user_id, NEW_USER, None)
+            for user_id, stored in zip(user_ids, self.store.get_many(user_ids, self.number), strict=True)
+        ]
+
+    def _open(self, user_id: str, head: Head, record: bytes | None) -> OpenUser:
+        try:
+            state = self.generation.unpack(record)
+            lags = state.history_count != head.history_count
+            if state.history_count > head.history_count:
+                raise StateError("a state record covers more than the history")
+        except StateError as error:
+            logger.warning("%s; making the record of user %r anew from the history", error.cause, user_id)
+            state, lags = self.generation.unpack(None), True
+        left = NO_ITEMS
+        if lags:  # a deletion in between gives fewer events, and then the commit a conflict
+            items, _ = self.store.history(user_id, state.history_count, head.history_count)
+            left = self.known_indices(items)
+        return OpenUser(user_id, head, state, left, lags, request_ids=list(head.request_ids))
+
+    def append(self, user: OpenUser, numbers: np.ndarray, timestamps: np.ndarray) -> int:
+        """Appends events (N) to what will be stored; returns how many of them the model knows."""
+        indices = self.known_indices(numbers)
+        user.items.append(numbers)
+        user.timestamps.append(timestamps)
+        user.add_left(indices)
+        return len(indices)
+
+    def advance(self, users: Sequence[OpenUser]) -> None:
+        """Advances the states of different users by all that is left."""
+        self.generation.advance([user.state for user in users], [user.left for user in users])
+        for user in users:
+            user.left = NO_ITEMS
+
+    def commit(self, users: Sequence[OpenUser]) -> list[str]:
+        """Stores advanced users that have changed, all at once. Returns those that somebody else has changed since
+        they were opened: if there are any, nothing is stored."""
+        changed = [user for user in users if user.items or user.record_lags]
+        return self.store.commit([self._write(user) for user in changed]) if changed else []
+
+    def _write(self, user: OpenUser) -> Write:
+        assert user.user_id is not None and not len(user.left)
+        user.state.history_count = user.history_count
+        return Write(
+            user_id=user.user_id,
+            expected_version=user.head.version,
+            records={self.number: self.generation.pack(user.state)},
+            items=_joined(user.items, np.uint32),
+            timestamps=_joined(user.timestamps, np.int64),
+            request_ids=user.request_ids,
+        )
 
     # -- updates ---------------------------------------------------------------------------------------------------
-
-    def check_update(self, update: Update) -> None:
-        """Raises RequestError for an update that can never be applied."""
-        _check_user_id(update.user_id)
-        if len(update.item_ids) > MAX_EVENTS:
-            raise RequestError(f"{len(update.item_ids)} events in one update; send at most {MAX_EVENTS} at a time")
-        if len(update.timestamps) not in (0, len(update.item_ids)):
-            raise RequestError("timestamps must be one per item, or none")
-        if len(update.request_id.encode()) > MAX_REQUEST_ID_BYTES:
-            raise RequestError(f"request_id is longer than {MAX_REQUEST_ID_BYTES} bytes; use a UUID")
 
     def update(self, updates: Sequence[Update]) -> list[UpdateOutcome]:
         """Applies updates in order and commits them at once: durable and complete when it returns, or not at all.
@@ -113,138 +127,165 @@ class Engine:
         Raises RequestError, ConflictError and the errors of the store.
         """
         for update in updates:
-            self.check_update(update)
-        user_ids = list(dict.fromkeys(update.user_id for update in updates))
-        for _ in range(_COMMIT_ATTEMPTS):
-            stored = self.store.get_many(user_ids)
-            states = StateBatch.from_records(self.bundle, [user.record if user else None for user in stored])
-            pending = [
-                _Pending(int(count), ids) for count, ids in zip(states.event_counts, states.request_ids, strict=True)
-            ]
-            by_user = dict(zip(user_ids, pending, strict=True))
-            outcomes = [self._merge(by_user[update.user_id], update) for update in updates]
-            writes = self._writes(user_ids, stored, states, pending)
-            if not writes or self.store.commit(writes):
-                return outcomes
-        raise ConflictError("other workers kept changing the same users; try again")
+            check_update(update)
+        for _ in range(COMMIT_ATTEMPTS):
+            opened = self.open_updates(updates)
+            self.advance(opened.users)
+            if not self.commit(opened.users):
+                return opened.outcomes
+        raise ConflictError("other workers kept changing the same users", "try again")
 
-    def _merge(self, user: _Pending, update: Update) -> UpdateOutcome:
-        """Appends an update to what its user gets, unless it has been applied already."""
-        items, unknown = self.bundle.items.indices(update.item_ids)
+    def open_updates(self, updates: Sequence[Update]) -> OpenUpdates:
+        """Opens the users of checked updates and appends the events that are new."""
+        user_ids = list(dict.fromkeys(update.user_id for update in updates))
+        users = self.open_users(user_ids)
+        by_id = dict(zip(user_ids, users, strict=True))
+        return OpenUpdates(updates, users, [self._merge(by_id[update.user_id], update) for update in updates])
+
+    def _merge(self, user: OpenUser, update: Update) -> UpdateOutcome:
+        """Appends an update to its user, unless it has been applied already."""
+        indices, unknown = self.bundle.items.indices(update.item_ids)
         request = request_hash(update.request_id) if update.request_id else None
         if request is not None and request in user.request_ids:
-            return UpdateOutcome(user.event_count, 0, unknown, duplicate=True)
-        if len(items):
-            timestamps = np.array(update.timestamps or [0] * len(update.item_ids), np.int64)
-            if unknown:
-                timestamps = timestamps[[item_id in self.bundle.items.index for item_id in update.item_ids]]
-            user.items.append(items)
-            user.timestamps.append(timestamps)
-            user.event_count += len(items)
+            return UpdateOutcome(user.event_count, user.history_count, 0, unknown, duplicate=True)
+        if update.item_ids:
+            numbers = self._numbers_of(update.item_ids) if unknown else self._numbers[indices]
+            times = np.array(update.timestamps or [0] * len(numbers), np.int64)
+            self.append(user, numbers, times)
             if request is not None:
-                user.request_ids = [*user.request_ids, request][-REQUEST_IDS:]
-        return UpdateOutcome(user.event_count, len(items), unknown, duplicate=False)
+                user.request_ids.append(request)
+        return UpdateOutcome(user.event_count, user.history_count, len(indices), unknown, duplicate=False)
 
-    def _writes(
-        self,
-        user_ids: Sequence[str],
-        stored: Sequence[StoredUser | None],
-        states: StateBatch,
-        pending: Sequence[_Pending],
-    ) -> list[Write]:
-        """Advances the states and packs those that changed."""
-        items = [np.concatenate(user.items) if user.items else NO_ITEMS for user in pending]
-        advance(states, items, bundle=self.bundle, graphs=self._graphs)
-        states.request_ids = [user.request_ids for user in pending]
-        return [
-            Write(
-                user_id=user_ids[row],
-                expected_version=before.version if before else 0,
-                record=states.to_record(row, self.bundle),
-                items=items[row],
-                timestamps=np.concatenate(pending[row].timestamps),
-            )
-            for row, before in enumerate(stored)
-            if len(items[row])
-        ]
+    def _numbers_of(self, item_ids: Sequence[str]) -> np.ndarray:
+        check_item_ids(item_ids)
+        return self.store.add_items(item_ids)
 
     # -- recommendations -------------------------------------------------------------------------------------------
 
-    def check_query(self, query: Query) -> None:
-        """Raises RequestError for a query that can never be answered."""
-        if query.user_id is not None:
-            _check_user_id(query.user_id)
-        if not 1 <= query.k <= MAX_K:
-            raise RequestError(f"k is {query.k}; choose 1 to {MAX_K}")
-        if len(query.what_if) > MAX_EVENTS:
-            raise RequestError(f"{len(query.what_if)} what-if events; send at most {MAX_EVENTS}")
+    def recommend(self, queries: Sequence[Query]) -> list[Answer]:
+        """The best items for each query, from one matrix product.
 
-    def recommend(self, query: Query) -> Answer:
-        """The best items for one user. Runs no graph unless there are what-if events.
-
-        Raises RequestError, and the errors of store and state.
+        No graph runs but for what-if events, and where a record has to catch up. Raises RequestError and the errors of
+        the store.
         """
-        self.check_query(query)
-        what_if, unknown = self.bundle.items.indices(query.what_if)
-        found = None
-        if query.user_id is not None:  # only what-if events need more than the head of the record
-            needed = None if len(what_if) else self._head_bytes
-            found = self.store.get_with_seen(query.user_id, record_bytes=needed)
-        stored, seen = found if found else (None, NO_ITEMS)
-        embedding, event_count = self._user_embedding(stored, what_if)
-        excluded, unknown_excluded = self.bundle.items.indices(query.exclude)
-        candidates, unknown_candidates = (
-            (None, []) if query.candidates is None else self.bundle.items.indices(query.candidates)
-        )
-        if not query.include_seen:
-            excluded = np.concatenate([excluded, seen, what_if]) if len(excluded) or len(what_if) else seen
-        if event_count:
-            indices, scores = self._retriever.search(embedding, query.k, exclude=excluded, candidates=candidates)
-        else:
-            popularity = self.bundle.items.popularity
-            indices, scores = search_scores(popularity, query.k, exclude=excluded, candidates=candidates)
-        return Answer(
-            indices, scores, event_count == 0, event_count, [*unknown, *unknown_excluded, *unknown_candidates]
-        )
+        opened = self.open_queries(queries)
+        if updates := catch_up_updates(opened):
+            with suppress(StoreFullError, ConflictError):  # the answer does not depend on it
+                self.update(updates)
+            opened = self.open_queries(queries, catch_up=False)
+        self.advance([one.user for one in opened if one.user is not None])
+        return self.answer(opened)
 
-    def _user_embedding(self, stored: StoredUser | None, what_if: np.ndarray) -> tuple[np.ndarray, int]:
-        if len(what_if):
-            states = StateBatch.from_records(self.bundle, [stored.record if stored else None])
-            advance(states, [what_if], bundle=self.bundle, graphs=self._graphs)
-            return states.user_embeddings[0], int(states.event_counts[0])
-        if stored is None:
-            return np.zeros(self.bundle.manifest.state.width, np.float32), 0
-        return read_user_embedding(stored.record, self.bundle)
+    def open_queries(self, queries: Sequence[Query], *, catch_up: bool = True) -> list[OpenQuery]:
+        """Reads what queries need. Those that have a `user` need it advanced before `answer`.
+
+        Where a record lags: with `catch_up`, the query says so, and waits for an update that stores the record; else
+        its user is to be advanced by what is missing, for this answer only.
+        """
+        for query in queries:
+            check_query(query)
+        return [self._open_query(query, catch_up) for query in queries]
+
+    def _open_query(self, query: Query, catch_up: bool) -> OpenQuery:
+        what_if, unknown = self.bundle.items.indices(query.what_if)
+        opened = OpenQuery(query, NO_ITEMS, self._no_embedding, 0, None, what_if, unknown)
+        view, head = None, None
+        if query.user_id is not None:
+            view = self.store.ranking_view(query.user_id, self.number, self._head_bytes)
+        if view is not None:
+            opened.seen = self.known_indices(view.seen)
+            with suppress(StateError):  # a damaged record is made anew
+                head = read_head(view.record, self.bundle) if view.record is not None else None
+        lags = view is not None and (head is None or head.history_count != view.history_count)
+        if lags and catch_up:
+            opened.lags = True
+        elif lags or len(what_if):
+            opened.user = self.open_users([query.user_id])[0] if view and query.user_id else self._anonymous()
+            opened.user.add_left(what_if)
+            opened.event_count = opened.user.event_count
+        elif head is not None:
+            opened.embedding, opened.event_count = head.user_embedding, head.event_count
+        return opened
+
+    def _anonymous(self) -> OpenUser:
+        return OpenUser(None, NEW_USER, self.generation.unpack(None), NO_ITEMS, record_lags=False)
+
+    def answer(self, opened: Sequence[OpenQuery]) -> list[Answer]:
+        """Ranks for opened queries whose users have been advanced."""
+        hits: list[Hits | None] = [None] * len(opened)
+        limits = [self._limits(one) for one in opened]
+        personal = [row for row, one in enumerate(opened) if one.event_count]
+        if personal:
+            found = self.generation.retriever.search(
+                _rows([opened[row].embedding for row in personal]),
+                max(opened[row].query.k for row in personal),
+                exclude=[limits[row][0] for row in personal],
+                candidates=[limits[row][1] for row in personal],
+            )
+            for row, best in zip(personal, found, strict=True):
+                hits[row] = best
+        return [
+            self._answer(one, best, exclude, candidates)
+            for one, best, (exclude, candidates) in zip(opened, hits, limits, strict=True)
+        ]
+
+    def _limits(self, one: OpenQuery) -> tuple[np.ndarray, np.ndarray | None]:
+        """Item indices to exclude, and those to choose among, if there is a choice."""
+        query, indices = one.query, self.bundle.items.indices
+        exclude, candidates = NO_ITEMS if query.include_seen else one.seen, None
+        if query.exclude:
+            listed, unknown = indices(query.exclude)
+            exclude = np.concatenate([listed, exclude])
+            one.unknown += unknown
+        if len(one.what_if) and not query.include_seen:
+            exclude = np.concatenate([exclude, one.what_if])
+        if query.candidates is not None:
+            candidates, unknown = indices(query.candidates)
+            one.unknown += unknown
+        if one.user is not None:
+            one.embedding = one.user.state.user_embedding
+        return exclude, candidates
+
+    def _answer(self, one: OpenQuery, best: Hits | None, exclude: np.ndarray, candidates: np.ndarray | None) -> Answer:
+        """Without hits: by popularity, as the model has seen no event."""
+        k, popular = one.query.k, best is None
+        if best is None:
+            best = search_scores(self.bundle.items.popularity, k, exclude=exclude, candidates=candidates)
+        return Answer(best.items[:k], best.scores[:k], popular, one.event_count, one.unknown)
 
     # -- users -----------------------------------------------------------------------------------------------------
 
     def user(self, user_id: str, *, recent_events: int = 0) -> UserInfo | None:
         """What is stored about a user, or None. Raises RequestError, StoreError."""
-        _check_user_id(user_id)
+        check_user_id(user_id)
         if not 0 <= recent_events <= MAX_EVENTS:
-            raise RequestError(f"recent_events is {recent_events}; choose 0 to {MAX_EVENTS}")
-        stored = self.store.get(user_id)
+            raise RequestError(f"recent_events is {recent_events}", f"choose 0 to {MAX_EVENTS}")
+        (stored,) = self.store.get_many([user_id], self.number)
         if stored is None:
             return None
-        shape = self.bundle.manifest.state
-        items, timestamps = self.store.history(user_id, limit=recent_events)
+        user, shape = self._open(user_id, stored.head, stored.record), self.bundle.manifest.state
+        count = stored.head.history_count
+        items, timestamps = self.store.history(user_id, max(0, count - recent_events), count)
         return UserInfo(
-            event_count=stored.event_count,
-            segment_fill=stored.event_count % shape.segment_length,
-            absorbed_segments=absorbed_segments(stored.event_count, shape),
-            state_bytes=len(stored.record),
-            recent_items=items,
-            recent_timestamps=timestamps,
+            event_count=user.event_count,
+            history_count=count,
+            segment_fill=user.event_count % shape.segment_length,
+            absorbed_segments=absorbed_segments(user.event_count, shape),
+            state_bytes=len(stored.record or b""),
+            recent_item_ids=self.store.item_ids(items),
+            recent_timestamps=timestamps.tolist(),
         )
 
     def delete(self, user_id: str) -> int | None:
         """Forgets a user: the number of events deleted, or None for an unknown user. Durable when it returns."""
-        _check_user_id(user_id)
+        check_user_id(user_id)
         return self.store.delete(user_id)
 
 
-def _check_user_id(user_id: str) -> None:
-    try:
-        user_key(user_id)
-    except ValueError as error:
-        raise RequestError(str(error)) from None
+def _rows(vectors: list[np.ndarray]) -> np.ndarray:
+    """(D) vectors as (B, D); np.stack takes longer than the search where there is one."""
+    return vectors[0][None] if len(vectors) == 1 else np.stack(vectors)
+
+
+def _joined(parts: list[np.ndarray], kind: type) -> np.ndarray:
+    return parts[0] if len(parts) == 1 else np.concatenate(parts) if parts else np.zeros(0, kind)

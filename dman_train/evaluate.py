@@ -15,13 +15,13 @@ from typing import Any, cast
 import numpy as np
 
 from dman_runtime.data.evaluation import HeldOut, format_report, held_out, report
-from dman_runtime.data.interactions import Columns, Interactions
+from dman_runtime.data.interactions import Interactions
+from dman_runtime.data.logs import Columns
 from dman_runtime.data.tables import quoted
+from dman_runtime.data.vocabulary import read_known
 from dman_runtime.errors import UsageError
-from dman_runtime.jobs.offline import evaluate as evaluate_bundle
-from dman_runtime.jobs.offline import read_known
-from dman_runtime.model.bundle import open_bundle
-from dman_runtime.model.encoder import Encoder
+from dman_runtime.jobs.evaluating import evaluate as evaluate_bundle
+from dman_runtime.model.generation import Generation
 from dman_runtime.options import Parser, configure_logging, print_json, run_command
 from dman_train.config import DataConfig, to_dict
 from dman_train.interpret import write_interpretation
@@ -109,14 +109,14 @@ def _only(user_id: str, data: HeldOut, log: Interactions, path: Path) -> HeldOut
 
 
 def _evaluate_bundle(arguments: argparse.Namespace) -> dict[str, object]:
-    bundle = open_bundle(arguments.bundle)
+    generation = Generation.open(arguments.bundle, provider=arguments.provider)
+    bundle = generation.bundle
     trained = bundle.manifest.data
     columns, filters = _columns(arguments, to_dict(DataConfig()) | trained)
     if arguments.data is None and "path" not in trained:
         raise UsageError(f"{bundle.path} does not record its training data", "give the log", parameter="data")
     path = arguments.data or Path(trained["path"])
-    graphs = Encoder(bundle.path, provider=arguments.provider)
-    return evaluate_bundle(path, bundle=bundle, graphs=graphs, split=arguments.split, columns=columns, **filters)
+    return evaluate_bundle(path, generation, split=arguments.split, columns=columns, **filters)
 
 
 if __name__ == "__main__":

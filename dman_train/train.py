@@ -18,7 +18,8 @@ import numpy as np
 import torch
 
 from dman_runtime.data.evaluation import Split, format_report, held_out, report
-from dman_runtime.data.interactions import Interactions, read_items
+from dman_runtime.data.interactions import Interactions
+from dman_runtime.data.items import read_items
 from dman_runtime.errors import UsageError
 from dman_runtime.options import Parser, configure_logging, overridden, print_json, run_command
 from dman_train import distributed

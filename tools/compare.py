@@ -22,11 +22,11 @@ import numpy as np
 from tqdm import tqdm
 
 from dman_runtime.data.evaluation import CUTOFFS_HR, MISS, HeldOut, held_out, metrics
-from dman_runtime.data.interactions import Columns
+from dman_runtime.data.logs import Columns
+from dman_runtime.data.vocabulary import read_known
 from dman_runtime.errors import BundleError
-from dman_runtime.jobs.offline import held_out_ranks, read_known
-from dman_runtime.model.bundle import open_bundle
-from dman_runtime.model.encoder import Encoder
+from dman_runtime.jobs.evaluating import held_out_ranks
+from dman_runtime.model.generation import Generation
 from dman_runtime.options import Parser, configure_logging, print_json, run_command
 from dman_train.ranking import all_ranks
 from dman_train.run import open_run
@@ -84,7 +84,8 @@ def served_ranks(address: str, data: HeldOut, item_ids: list[str]) -> np.ndarray
 
 
 def compare(arguments: argparse.Namespace) -> dict[str, Any]:
-    run, bundle = open_run(arguments.run), open_bundle(arguments.bundle)
+    run, generation = open_run(arguments.run), Generation.open(arguments.bundle)
+    bundle = generation.bundle
     config = run.data_config()
     path = arguments.data or Path(run.config["dataset"]["path"])
     log = read_known(
@@ -98,7 +99,6 @@ def compare(arguments: argparse.Namespace) -> dict[str, Any]:
     if 0 < arguments.users < len(data.users):
         rows = np.sort(np.random.default_rng(0).choice(len(data.users), arguments.users, replace=False))
         data = HeldOut(data.users[rows], [data.histories[row] for row in rows], data.targets[rows])
-    graphs = Encoder(bundle.path, provider="auto")
     with live_server(arguments.bundle) as address:
         served = served_ranks(address, data, bundle.items.item_ids)
     return {
@@ -106,7 +106,7 @@ def compare(arguments: argparse.Namespace) -> dict[str, Any]:
         "users": len(data.users),
         "bundle_id": bundle.bundle_id,
         "pytorch": metrics(all_ranks(run.best_model(), data).seen_excluded),
-        "engine": metrics(held_out_ranks(data, bundle=bundle, graphs=graphs).seen_excluded),
+        "engine": metrics(held_out_ranks(data, generation).seen_excluded),
         "server": metrics(served),
     }
 

@@ -23,10 +23,10 @@ from typing import Any
 
 import grpc
 
-from dman_runtime.engine import MAX_K
 from dman_runtime.errors import UsageError
 from dman_runtime.model.bundle import open_bundle
 from dman_runtime.options import Parser, print_json, require_positive, run_command
+from dman_runtime.requests import MAX_K
 from protos.dman.v1 import dman_pb2 as pb
 from protos.dman.v1.dman_pb2_grpc import RecommenderStub
 from tools.bench.blocks import Block, Operation, Plan, Summary, run_in_processes, split, summary

@@ -1,4 +1,4 @@
-"""The gRPC service: protobuf in, engine calls, protobuf out; the only module that knows protobuf."""
+"""The gRPC service: protobuf in, requests to the batcher, protobuf out; the only module that knows protobuf."""
 
 from __future__ import annotations
 
@@ -10,9 +10,10 @@ from typing import Any, NoReturn, TypeVar
 
 import grpc
 
-from dman_runtime.batcher import Batcher, Stopped
-from dman_runtime.engine import Answer, Engine, Query, Update, UpdateOutcome
-from dman_runtime.errors import ConflictError, RequestError, StoreError, StoreFullError
+from dman_runtime.batcher import Batcher
+from dman_runtime.engine import Engine
+from dman_runtime.errors import DmanError, RequestError, UserNotFoundError
+from dman_runtime.requests import Answer, Query, Update, UpdateOutcome, check_query, check_update
 from protos.dman.v1 import dman_pb2 as pb
 from protos.dman.v1.dman_pb2_grpc import RecommenderServicer
 
@@ -30,34 +31,26 @@ def _guarded(handler: Handler) -> Handler:
     def guarded(self: RecommenderService, request: Any, context: grpc.ServicerContext) -> Any:
         try:
             return handler(self, request, context)
-        except RequestError as error:
-            context.abort(grpc.StatusCode.INVALID_ARGUMENT, str(error))
-        except StoreFullError:
-            logger.exception("the state store is full")
-            context.abort(grpc.StatusCode.RESOURCE_EXHAUSTED, "the state store is full; nothing was written")
-        except ConflictError as error:
-            context.abort(grpc.StatusCode.ABORTED, str(error))
-        except Stopped:
-            context.abort(grpc.StatusCode.UNAVAILABLE, "the server is stopping; try another one or again later")
-        except StoreError:
-            _abort_internal(context, grpc.StatusCode.UNAVAILABLE, "the state store is unavailable")
+        except DmanError as error:
+            status = grpc.StatusCode[error.status]
+            if error.public is None:
+                context.abort(status, str(error))
+            _abort_with_reference(context, status, error.public)
         except Exception:
-            if context.code() is not None:  # type: ignore[attr-defined]
-                raise  # the handler itself aborted
-            _abort_internal(context, grpc.StatusCode.INTERNAL, "internal error")
+            _abort_with_reference(context, grpc.StatusCode.INTERNAL, "internal error")
 
     return guarded  # type: ignore[return-value]
 
 
-def _abort_internal(context: grpc.ServicerContext, code: grpc.StatusCode, what: str) -> NoReturn:
+def _abort_with_reference(context: grpc.ServicerContext, status: grpc.StatusCode, what: str) -> NoReturn:
     reference = uuid.uuid4().hex[:12]
     logger.exception("%s, reference %s", what, reference)
-    context.abort(code, f"{what}; the server's log has the cause under reference {reference}")
+    context.abort(status, f"{what}; the server's log has the cause under reference {reference}")
     raise AssertionError  # abort raises
 
 
 class RecommenderService(RecommenderServicer):
-    """`dman.v1.Recommender` over an engine. Plain recommendations run on the caller's thread, all else is batched."""
+    """`dman.v1.Recommender`. The batcher decides what runs where and when."""
 
     def __init__(self, engine: Engine, batcher: Batcher) -> None:
         self._engine, self._batcher = engine, batcher
@@ -68,49 +61,47 @@ class RecommenderService(RecommenderServicer):
 
     @_guarded
     def Update(self, request: pb.UpdateRequest, context: grpc.ServicerContext) -> pb.UpdateReply:
-        update = _update(request)
-        self._engine.check_update(update)
-        return self._update_reply(self._batcher.update([update])[0])
+        return self._update_reply(self._batcher.update([_update(request)])[0])
 
     @_guarded
     def BatchUpdate(self, request: pb.BatchUpdateRequest, context: grpc.ServicerContext) -> pb.BatchUpdateReply:
         _check_batch(len(request.updates))
         updates = [_update(one) for one in request.updates]
-        for place, update in enumerate(updates):
-            _naming("updates", place, self._engine.check_update, update)
-        outcomes = self._batcher.update(updates) if updates else []
+        for position, update in enumerate(updates):
+            _named(f"updates[{position}]", check_update, update)
+        outcomes = self._batcher.update(updates)
         return pb.BatchUpdateReply(replies=[self._update_reply(outcome) for outcome in outcomes])
 
     @_guarded
     def Recommend(self, request: pb.RecommendRequest, context: grpc.ServicerContext) -> pb.RecommendReply:
-        return self._recommend(_query(request))
+        return self._recommend_reply(self._batcher.recommend([_query(request)])[0])
 
     @_guarded
     def BatchRecommend(
         self, request: pb.BatchRecommendRequest, context: grpc.ServicerContext
     ) -> pb.BatchRecommendReply:
         _check_batch(len(request.requests))
-        queries = [_naming("requests", place, _query, one) for place, one in enumerate(request.requests)]
-        for place, query in enumerate(queries):
-            _naming("requests", place, self._engine.check_query, query)
-        return pb.BatchRecommendReply(replies=[self._recommend(query) for query in queries])
+        queries = [_named(f"requests[{position}]", _query, one) for position, one in enumerate(request.requests)]
+        for position, query in enumerate(queries):
+            _named(f"requests[{position}]", check_query, query)
+        answers = self._batcher.recommend(queries)
+        return pb.BatchRecommendReply(replies=[self._recommend_reply(answer) for answer in answers])
 
     @_guarded
     def GetUser(self, request: pb.GetUserRequest, context: grpc.ServicerContext) -> pb.GetUserReply:
         info = self._engine.user(request.user_id, recent_events=request.recent_events)
         if info is None:
-            context.abort(
-                grpc.StatusCode.NOT_FOUND, f"no user {request.user_id!r}; one exists from its first update on"
-            )
-        events = zip(info.recent_items.tolist(), info.recent_timestamps.tolist(), strict=True)
+            raise UserNotFoundError(f"no user {request.user_id!r}", "one exists from its first update on")
+        events = zip(info.recent_item_ids, info.recent_timestamps, strict=True)
         return pb.GetUserReply(
             user_id=request.user_id,
             bundle_id=self._bundle_id,
             event_count=info.event_count,
+            history_count=info.history_count,
             segment_fill=info.segment_fill,
             absorbed_segments=info.absorbed_segments,
             state_bytes=info.state_bytes,
-            recent_events=[pb.Event(item_id=self._item_ids[item], timestamp=time) for item, time in events],
+            recent_events=[pb.Event(item_id=item_id, timestamp=time) for item_id, time in events],
             integer_item_ids=self._integer_item_ids,
         )
 
@@ -119,9 +110,6 @@ class RecommenderService(RecommenderServicer):
         deleted = self._engine.delete(request.user_id)
         return pb.DeleteUserReply(bundle_id=self._bundle_id, existed=deleted is not None, event_count=deleted or 0)
 
-    def _recommend(self, query: Query) -> pb.RecommendReply:
-        return self._recommend_reply((self._batcher if query.what_if else self._engine).recommend(query))
-
     def _update_reply(self, outcome: UpdateOutcome) -> pb.UpdateReply:
         return pb.UpdateReply(
             bundle_id=self._bundle_id,
@@ -129,6 +117,7 @@ class RecommenderService(RecommenderServicer):
             applied=outcome.applied,
             unknown_item_ids=outcome.unknown_item_ids,
             duplicate=outcome.duplicate,
+            history_count=outcome.history_count,
         )
 
     def _recommend_reply(self, answer: Answer) -> pb.RecommendReply:
@@ -157,7 +146,7 @@ def _update(request: pb.UpdateRequest) -> Update:
 def _query(request: pb.RecommendRequest) -> Query:
     for name, ids in (("exclude", request.exclude_item_ids), ("candidate", request.candidate_item_ids)):
         if len(ids) > MAX_LISTED_IDS:
-            raise RequestError(f"{len(ids)} {name}_item_ids; send at most {MAX_LISTED_IDS}")
+            raise RequestError(f"{len(ids)} {name}_item_ids", f"send at most {MAX_LISTED_IDS}")
     return Query(
         user_id=request.user_id or None,
         k=request.k if request.HasField("k") else DEFAULT_K,
@@ -170,12 +159,12 @@ def _query(request: pb.RecommendRequest) -> Query:
 
 def _check_batch(size: int) -> None:
     if size > MAX_BATCH:
-        raise RequestError(f"{size} requests in one batch; send at most {MAX_BATCH} at a time")
+        raise RequestError(f"{size} requests in one batch", f"send at most {MAX_BATCH} at a time")
 
 
-def _naming(field: str, place: int, check: Callable[[Any], Any], value: Any) -> Any:
-    """`check(value)`; an error names the place in the batch."""
+def _named(which: str, check: Callable[[Any], Any], value: Any) -> Any:
+    """`check(value)`; an error says which one of a batch it is about."""
     try:
         return check(value)
     except RequestError as error:
-        raise RequestError(f"{field}[{place}]: {error}") from None
+        raise RequestError(f"{which}: {error.cause}", error.remedy) from None

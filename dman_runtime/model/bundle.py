@@ -1,4 +1,4 @@
-"""The bundle: one self-describing directory that holds all the runtime needs. Format in ARCHITECTURE.md.
+"""The bundle: one self-describing directory that holds all the runtime needs. Format: docs/formats.md.
 
 Written by `dman_train.export`, read by everything else. A bundle is written under a temporary name and renamed, so a
 directory with a manifest is complete; every file's SHA-256 is checked when it is opened.
@@ -31,10 +31,10 @@ STATE_DTYPES = ("float16", "float32")
 
 @dataclass(frozen=True)
 class StateShape:
-    """The sizes that a user's state depends on; symbols of DESIGN.md section 2."""
+    """The sizes that a user's state depends on."""
 
     segment_length: int  # T
-    memory_slots: int  # m, 0 when the model has no long-term branch
+    memory_slots: int  # m; 0 when the model has no memory
     layers: int  # L
     width: int  # D
     recurrent: bool  # the context reaches into the previous segment
@@ -124,15 +124,15 @@ def read_manifest(path: Path) -> Manifest:
         content = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise BundleError(
-            f"{path} is not a bundle ({MANIFEST} is missing); write one with python -m dman_train.export --out {path}"
+            f"{path} is not a bundle ({MANIFEST} is missing)", "write one with python -m dman_train.export"
         ) from None
     except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise BundleError(f"{path / MANIFEST} cannot be read ({error}); export the bundle again") from None
+        raise BundleError(f"{path / MANIFEST} cannot be read ({error})", "export the bundle again") from None
     version = content.get("format_version") if isinstance(content, dict) else None
     if version != FORMAT_VERSION:
         raise BundleError(
-            f"{path} has bundle format {version}, this runtime reads format {FORMAT_VERSION}; "
-            "export it again with the version of dman that serves it"
+            f"{path} has bundle format {version}, this runtime reads format {FORMAT_VERSION}",
+            "export it again with the version of dman that serves it",
         )
     try:
         manifest = Manifest(**{**content, "state": StateShape(**content["state"])})
@@ -140,7 +140,7 @@ def read_manifest(path: Path) -> Manifest:
     except (TypeError, KeyError, AttributeError):
         intact = False
     if not intact or manifest.state.dtype not in STATE_DTYPES:
-        raise BundleError(f"{path / MANIFEST} is damaged or was edited; export the bundle again")
+        raise BundleError(f"{path / MANIFEST} is damaged or was edited", "export the bundle again")
     return manifest
 
 
@@ -159,18 +159,20 @@ def _check_file(file: Path, expected: str) -> None:
     try:
         found = sha256(file)
     except OSError as error:
-        raise BundleError(f"{file} cannot be read: {os.strerror(error.errno or 0)}; restore the bundle") from None
+        raise BundleError(f"{file} cannot be read: {os.strerror(error.errno or 0)}", "restore the bundle") from None
     if found != expected:
-        raise BundleError(f"{file} does not match its checksum: the bundle is damaged; copy or export it again")
+        raise BundleError(f"{file} does not match its checksum: the bundle is damaged", "copy or export it again")
 
 
 def _load_array(file: Path, shape: tuple[int, ...], *, memory_map: bool) -> np.ndarray:
     try:
         array = np.load(file, mmap_mode="r" if memory_map else None, allow_pickle=False)
     except (ValueError, OSError) as error:
-        raise BundleError(f"{file} is not an array ({error}); export the bundle again") from None
+        raise BundleError(f"{file} is not an array ({error})", "export the bundle again") from None
     if array.shape != shape or array.dtype != np.float32:
-        raise BundleError(f"{file} holds {array.dtype}{list(array.shape)}, expected float32{list(shape)}; export again")
+        raise BundleError(
+            f"{file} holds {array.dtype}{list(array.shape)}, expected float32{list(shape)}", "export again"
+        )
     return np.asarray(array)  # np.memmap wraps the result of every indexing in Python
 
 
@@ -185,10 +187,12 @@ def _read_items(file: Path, vocabulary: int) -> Items:
                 titles.append(entry.get("title", ""))
                 attributes.append(entry.get("attributes", {}))
     except (ValueError, KeyError, TypeError) as error:
-        raise BundleError(f"{file} line {len(item_ids) + 1} is malformed ({error}); export the bundle again") from None
+        raise BundleError(
+            f"{file} line {len(item_ids) + 1} is malformed ({error})", "export the bundle again"
+        ) from None
     index = {item_id: i for i, item_id in enumerate(item_ids)}
     if not len(item_ids) == len(index) == vocabulary:
-        raise BundleError(f"{file} lists {len(index)} distinct items, expected {vocabulary}; export the bundle again")
+        raise BundleError(f"{file} lists {len(index)} distinct items, expected {vocabulary}", "export the bundle again")
     popularity = np.array(counts, np.float64)
     return Items(item_ids, popularity / max(popularity.sum(), 1.0), titles, attributes, index)
 
@@ -204,7 +208,7 @@ def write_bundle(path: Path, fill: Callable[[Path], dict[str, Any]]) -> Manifest
     An older bundle at `path` is replaced; any other directory there is an error. Raises BundleError.
     """
     if path.exists() and not _may_be_replaced(path):
-        raise BundleError(f"{path} exists and is not a bundle; choose another --out")
+        raise BundleError(f"{path} exists and is not a bundle", "choose another directory", parameter="out")
     temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}")
     try:
         temporary.mkdir(parents=True)

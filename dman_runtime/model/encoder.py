@@ -86,7 +86,11 @@ def _choose(provider: Provider, graph: Path) -> str:
     if reason is None:
         return CUDA
     if provider == "cuda":
-        raise EncoderError(f"--provider cuda: {reason}; use --provider auto or cpu, or install dman[gpu] and a driver")
+        raise EncoderError(
+            f"CUDA cannot be used: {reason}",
+            "use auto or cpu, or install dman[gpu] and a driver",
+            parameter="provider",
+        )
     logger.debug("CUDA is not used: %s", reason)
     return CPU
 
@@ -127,5 +131,5 @@ def _session(graph: Path, provider: str, threads: int) -> ort.InferenceSession:
         return ort.InferenceSession(str(graph), options, providers=providers)
     except Exception as error:  # onnxruntime raises pybind classes of its own
         raise EncoderError(
-            f"{graph} cannot be loaded ({str(error).splitlines()[0]}); export the bundle again"
+            f"{graph} cannot be loaded ({str(error).splitlines()[0]})", "export the bundle again"
         ) from None

@@ -1,26 +1,30 @@
-"""Advances user states by new events: encodes them, appends their hidden states, closes segments. numpy only.
+"""Advances user states by new events: encodes them, keeps their hidden states, closes segments. numpy only.
 
-One code path for a single event, an import of millions and a what-if: every round gives each user with events left
-up to the rest of its open segment, then absorbs the segments that closed.
+One code path for a single event, an import of millions and a what-if: every round gives each user with events left up
+to the rest of the open segment, then absorbs the segments that closed.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import numpy as np
 
-from dman_runtime.errors import BundleError
 from dman_runtime.model.bundle import Bundle
-from dman_runtime.model.state import StateBatch
+from dman_runtime.model.state import State
 
-ROWS_PER_RUN = 64  # users per call of a graph: large enough for speed, small enough to stay in cache
+ROWS_PER_RUN = 64  # users in one run of a graph: enough for speed, few enough to stay in cache
 
 
 class Graphs(Protocol):
     """What `dman_runtime.model.encoder.Encoder` offers; shapes there."""
+
+    @property
+    def provider(self) -> str: ...
+
+    @property
+    def on_cuda(self) -> bool: ...
 
     def encode(
         self,
@@ -34,101 +38,95 @@ class Graphs(Protocol):
     def abstract(self, memory: np.ndarray, segment_hidden: np.ndarray) -> np.ndarray: ...
 
 
-def advance(states: StateBatch, new_items: Sequence[np.ndarray], *, bundle: Bundle, graphs: Graphs) -> None:
-    """Appends `new_items[row]` (item indices, oldest first, may be empty) to each state, in place."""
-    segment = states.shape.segment_length
-    left = {row: items for row, items in enumerate(new_items) if len(items)}
+class Piece(NamedTuple):
+    """Some next events of one user, none of them beyond the open segment, and at least one."""
+
+    state: State
+    items: np.ndarray  # (n) item indices, oldest first
+
+
+def next_piece(state: State, items: np.ndarray) -> Piece:
+    """As many of the `items` (N), N > 0, as fit into the open segment."""
+    return Piece(state, items[: state.shape.segment_length - state.segment_fill])
+
+
+def advance(states: Sequence[State], new_items: Sequence[np.ndarray], *, bundle: Bundle, graphs: Graphs) -> None:
+    """Appends `new_items[i]` (item indices, oldest first, may be empty) to `states[i]`, in place."""
+    left = [(state, items) for state, items in zip(states, new_items, strict=True) if len(items)]
     while left:
-        pieces = []
-        for row, items in left.items():
-            open_places = segment - int(states.event_counts[row]) % segment
-            pieces.append((row, items[:open_places]))
-        left = {row: left[row][len(piece) :] for row, piece in pieces if len(piece) < len(left[row])}
-        pieces.sort(key=lambda piece: len(piece[1]))  # runs of alike length waste no padding
-        for start in range(0, len(pieces), ROWS_PER_RUN):
-            part = pieces[start : start + ROWS_PER_RUN]
-            _encode(states, part, bundle=bundle, graphs=graphs)
-            _close_segments(states, [row for row, _ in part], bundle=bundle, graphs=graphs)
+        pieces = [next_piece(state, items) for state, items in left]
+        advance_pieces(pieces, bundle=bundle, graphs=graphs)
+        left = [
+            (state, items[len(piece.items) :])
+            for (state, items), piece in zip(left, pieces, strict=True)
+            if len(piece.items) < len(items)
+        ]
 
 
-def _encode(states: StateBatch, pieces: Sequence[tuple[int, np.ndarray]], *, bundle: Bundle, graphs: Graphs) -> None:
-    """Encodes the new items of some rows of `states`, at least one each, and appends what they leave behind.
+def advance_pieces(pieces: Sequence[Piece], *, bundle: Bundle, graphs: Graphs) -> None:
+    """Appends one piece to each of some different states, in place."""
+    ordered = sorted(pieces, key=lambda piece: len(piece.items))  # runs of similar length waste no padding
+    for start in range(0, len(ordered), ROWS_PER_RUN):
+        part = ordered[start : start + ROWS_PER_RUN]
+        closing = _encode(part, bundle=bundle, graphs=graphs)
+        if closing:
+            _close_segments(closing, bundle=bundle, graphs=graphs)
 
-    Row by row in numpy: for one user, where latency counts, that is faster than any indexing of a whole batch, and for
-    many it is lost beside the graph.
+
+def _encode(pieces: Sequence[Piece], *, bundle: Bundle, graphs: Graphs) -> list[State]:
+    """Encodes the pieces and keeps what they leave behind; returns the states whose context is now full.
+
+    Row by row: for one user, where latency counts, that is faster than any indexing of a whole batch, and for many
+    users the graph takes far longer.
     """
-    shape, rows = states.shape, [row for row, _ in pieces]
-    counts = states.counts[rows]
-    new_lengths = np.array([len(items) for _, items in pieces], np.int64)
-    new = np.zeros((len(pieces), int(new_lengths.max()), shape.width), np.float32)  # (R, S, D) left-aligned
-    context = np.zeros((len(pieces), shape.layers, int(counts.max()), shape.width), np.float32)  # right-aligned
-    memory = np.empty((len(pieces), *states.memory.shape[1:]), np.float32)
-    for place, (row, items) in enumerate(pieces):
-        memory[place] = states.memory[row]
-        new[place, : len(items)] = bundle.item_embeddings[items]
-        if count := int(counts[place]):
-            context[place, 0, -count:] = bundle.item_embeddings[states.recent[row, :count]]
-            context[place, 1:, -count:] = states.hidden[row, :, :count]
-    visible = counts if shape.recurrent else states.event_counts[rows] % shape.segment_length
-    embeddings, hidden = graphs.encode(new, new_lengths, context, visible, memory)
-    for place, (row, items) in enumerate(pieces):
-        begin = int(counts[place])
-        end = begin + len(items)
-        states.recent[row, begin:end] = items
-        states.hidden[row, :, begin:end] = hidden[place, 1:, : len(items)]
-    states.user_embeddings[rows] = embeddings
-    states.counts[rows] += new_lengths
-    states.event_counts[rows] += new_lengths
+    shape = pieces[0].state.shape
+    lengths = [len(items) for _, items in pieces]
+    contexts = [state.context_length for state, _ in pieces]
+    new = np.zeros((len(pieces), max(lengths), shape.width), np.float32)  # (R, S, D) left-aligned
+    context = np.zeros((len(pieces), shape.layers, max(contexts), shape.width), np.float32)  # right-aligned
+    memory = np.empty((len(pieces), *bundle.initial_memory.shape), np.float32)
+    for row, (state, items) in enumerate(pieces):
+        memory[row] = state.memory
+        new[row, : len(items)] = bundle.item_embeddings[items]
+        if count := contexts[row]:
+            context[row, 0, -count:] = bundle.item_embeddings[state.recent[:count]]
+            context[row, 1:, -count:] = state.hidden[:, :count]
+    visible = contexts if shape.recurrent else [state.segment_fill for state, _ in pieces]
+    embeddings, hidden = graphs.encode(new, np.array(lengths, np.int64), context, np.array(visible, np.int64), memory)
+    closing = []
+    for row, (state, items) in enumerate(pieces):
+        begin, end = contexts[row], contexts[row] + lengths[row]
+        state.recent[begin:end] = items
+        state.hidden[:, begin:end] = hidden[row, 1:, : lengths[row]]
+        state.user_embedding = embeddings[row]
+        state.event_count += lengths[row]
+        if end == shape.context_limit:
+            closing.append(state)
+    return closing
 
 
-def _close_segments(states: StateBatch, rows: Sequence[int], *, bundle: Bundle, graphs: Graphs) -> None:
+def _close_segments(states: Sequence[State], *, bundle: Bundle, graphs: Graphs) -> None:
     """Where the open segment is full: absorb the one before it (eq. 4) and keep the full one as context."""
-    segment, limit = states.shape.segment_length, states.shape.context_limit
-    full = [row for row in rows if states.counts[row] == limit]
-    if not full:
-        return
-    if states.shape.memory_slots:
-        closed = np.empty((len(full), states.shape.layers, segment, states.shape.width), np.float32)
-        closed[:, 0] = bundle.item_embeddings[states.recent[full, :segment]]
-        closed[:, 1:] = states.hidden[full, :, :segment]
-        states.memory[full] = graphs.abstract(states.memory[full].astype(np.float32, copy=False), closed)
-    states.recent[full, :segment] = states.recent[full, segment:]
-    states.hidden[full, :, :segment] = states.hidden[full, :, segment:]
-    states.counts[full] = segment
+    shape = states[0].shape
+    segment = shape.segment_length
+    if shape.memory_slots:
+        closed = np.empty((len(states), shape.layers, segment, shape.width), np.float32)
+        memory = np.empty((len(states), *bundle.initial_memory.shape), np.float32)
+        for row, state in enumerate(states):
+            memory[row] = state.memory
+            closed[row, 0] = bundle.item_embeddings[state.recent[:segment]]
+            closed[row, 1:] = state.hidden[:, :segment]
+        for state, new_memory in zip(states, graphs.abstract(memory, closed), strict=True):
+            state.memory = new_memory.astype(shape.dtype)
+    for state in states:
+        state.recent[:segment] = state.recent[segment:]
+        state.hidden[:, :segment] = state.hidden[:, segment:]
 
 
-def replay(histories: Sequence[np.ndarray], *, bundle: Bundle, graphs: Graphs) -> StateBatch:
+def replay(histories: Sequence[np.ndarray], *, bundle: Bundle, graphs: Graphs) -> list[State]:
     """The states of users with these histories (item indices, oldest first)."""
-    states = StateBatch.empty(bundle, len(histories))
+    states = [State.empty(bundle) for _ in histories]
     advance(states, histories, bundle=bundle, graphs=graphs)
+    for state in states:
+        state.history_count = state.event_count
     return states
-
-
-GOLDEN_TOLERANCE = 1e-3  # relative to the largest value; float32 on another machine or on CUDA stays far below
-
-
-def check_golden(bundle: Bundle, graphs: Graphs) -> float:
-    """Repeats in float32 the replay that PyTorch recorded at export, and returns the relative error.
-
-    Raises BundleError when that is above GOLDEN_TOLERANCE.
-    """
-    exact = replace(bundle.manifest.state, dtype="float32")
-    bundle = replace(bundle, manifest=replace(bundle.manifest, state=exact))
-    golden = bundle.golden()
-    states = replay([row[row >= 0] for row in golden["histories"]], bundle=bundle, graphs=graphs)
-    error = max(
-        _relative_error(states.user_embeddings, golden["user_embeddings"]),
-        _relative_error(states.memory, golden["memories"]),
-    )
-    if not error <= GOLDEN_TOLERANCE:
-        raise BundleError(
-            f"{bundle.path}: the golden replay is off by {error:.1e} on this machine; "
-            "use --provider cpu, or export the bundle again with this version of ONNX Runtime"
-        )
-    return error
-
-
-def _relative_error(found: np.ndarray, expected: np.ndarray) -> float:
-    if not expected.size:
-        return 0.0
-    return float(np.abs(found - expected).max() / max(float(np.abs(expected).max()), 1e-12))

@@ -7,14 +7,16 @@ from typing import Any
 
 import numpy as np
 
-NO_ITEMS = np.zeros(0, np.int64)
+from dman_runtime.retrieval.base import NO_ITEMS, Hits
+
 GROUP = 16  # scores whose maximum stands for them in the first pass of `top_k`
+SCORES_PER_BLOCK = 4 << 20  # scores held at a time: 16 MB
 
 
-def top_k(scores: np.ndarray, k: int, *, exclude: np.ndarray = NO_ITEMS) -> tuple[np.ndarray, np.ndarray]:
+def top_k(scores: np.ndarray, k: int, *, exclude: np.ndarray = NO_ITEMS) -> Hits:
     """The k best of (N) scores, best first, ties by position. `scores` is overwritten where excluded.
 
-    Returns positions (n) int64 and their scores (n), n <= k: excluded and non-finite ones never appear.
+    Excluded and non-finite ones never appear.
     """
     scores[exclude] = -np.inf
     rest = max(0, len(scores) - k)
@@ -23,7 +25,7 @@ def top_k(scores: np.ndarray, k: int, *, exclude: np.ndarray = NO_ITEMS) -> tupl
     order = np.argsort(-best, kind="stable")[:k]  # equal scores stay in order of position
     if rest == 0 or best[order[-1]] == -np.inf:
         order = order[np.isfinite(best[order])]
-    return chosen[order], best[order]
+    return Hits(chosen[order], best[order])
 
 
 def _lower_bound(scores: np.ndarray, k: int) -> np.floating[Any]:
@@ -39,17 +41,17 @@ def _lower_bound(scores: np.ndarray, k: int) -> np.floating[Any]:
 
 def search_scores(
     scores: np.ndarray, k: int, *, exclude: np.ndarray = NO_ITEMS, candidates: np.ndarray | None = None
-) -> tuple[np.ndarray, np.ndarray]:
+) -> Hits:
     """`top_k` over (V) scores of all items, limited to `candidates` when given. Does not change `scores`."""
     if candidates is None:
         return top_k(scores.copy(), k, exclude=exclude)
     candidates = np.setdiff1d(candidates, exclude)  # sorted and distinct, so that ties break as in the full search
     chosen, best = top_k(scores[candidates], k)
-    return candidates[chosen], best
+    return Hits(candidates[chosen], best)
 
 
 class ExactRetriever:
-    """Inner-product search over all items."""
+    """Inner products with all items: a `Retriever`, and the reference for others."""
 
     def __init__(self, item_embeddings: np.ndarray) -> None:
         """`item_embeddings`: (V, D) float32; may be memory-mapped."""
@@ -57,30 +59,33 @@ class ExactRetriever:
 
     def scores(self, users: np.ndarray) -> np.ndarray:
         """(B, D) user embeddings -> (B, V) scores."""
+        if len(users) == 1:
+            return (self._table @ users[0])[None]
         return users @ self._table.T
 
     def search(
         self,
-        user: np.ndarray,
+        users: np.ndarray,
         k: int,
         *,
-        exclude: np.ndarray = NO_ITEMS,
-        candidates: np.ndarray | None = None,
-    ) -> tuple[np.ndarray, np.ndarray]:
-        """The k best items for one user embedding (D): indices and scores, best first.
+        exclude: Sequence[np.ndarray],
+        candidates: Sequence[np.ndarray | None] | None = None,
+    ) -> list[Hits]:
+        """As in `Retriever`. One matrix product for a block of users without candidates."""
+        hits: dict[int, Hits] = {}
+        for row, limit in enumerate(candidates or ()):
+            if limit is not None:
+                hits[row] = self._search_candidates(users[row], k, exclude[row], limit)
+        rows = [row for row in range(len(users)) if row not in hits]
+        step = max(1, SCORES_PER_BLOCK // max(1, len(self._table)))
+        for start in range(0, len(rows), step):
+            block = rows[start : start + step]
+            chosen = users if len(block) == len(users) else users[block]
+            for row, scores in zip(block, self.scores(chosen), strict=True):
+                hits[row] = top_k(scores, k, exclude=exclude[row])
+        return [hits[row] for row in range(len(users))]
 
-        Args:
-            exclude: item indices that must not appear.
-            candidates: when given, the only item indices that may appear.
-        """
-        if candidates is None:
-            return top_k(self._table @ user, k, exclude=exclude)
+    def _search_candidates(self, user: np.ndarray, k: int, exclude: np.ndarray, candidates: np.ndarray) -> Hits:
         candidates = np.setdiff1d(candidates, exclude)
         chosen, scores = top_k(self._table[candidates] @ user, k)
-        return candidates[chosen], scores
-
-    def search_many(
-        self, users: np.ndarray, k: int, *, exclude: Sequence[np.ndarray]
-    ) -> list[tuple[np.ndarray, np.ndarray]]:
-        """`search` for (B, D) users at once, each with its own exclusions."""
-        return [top_k(row, k, exclude=seen) for row, seen in zip(self.scores(users), exclude, strict=True)]
+        return Hits(candidates[chosen], scores)

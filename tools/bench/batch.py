@@ -10,11 +10,13 @@ from typing import TypeVar
 
 import numpy as np
 
+from dman_runtime.engine import Engine
 from dman_runtime.errors import EncoderError
-from dman_runtime.jobs.offline import import_histories
+from dman_runtime.jobs.importing import import_histories
 from dman_runtime.model.encoder import Encoder
+from dman_runtime.model.generation import Generation
 from dman_runtime.model.recurrence import Graphs
-from dman_runtime.store.lmdb import StateStore
+from dman_runtime.store.lmdb import LmdbStore
 from tools.bench.blocks import Spread
 from tools.bench.report import Claim, Section
 from tools.bench.setting import Bench
@@ -28,7 +30,7 @@ class Recorder:
     """Graphs that remember every call."""
 
     def __init__(self, graphs: Graphs) -> None:
-        self._graphs = graphs
+        self._graphs, self.provider, self.on_cuda = graphs, graphs.provider, graphs.on_cuda
         self.calls: list[tuple[Callable[..., object], tuple[np.ndarray, ...]]] = []
 
     def encode(self, *arrays: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -117,10 +119,10 @@ def import_speed(bench: Bench) -> Section:
 
 def _import(bench: Bench, log: Path, graphs: Graphs, events: int) -> tuple[float, int]:
     """Seconds, and the bytes in the store afterwards."""
-    bundle, state = bench.bundle, bench.scratch / "import"
-    with StateStore.open(state, bundle_id=bundle.bundle_id, item_ids=bundle.items.item_ids) as store:
+    state = bench.scratch / "import"
+    with LmdbStore.open(state) as store:
         began = time.perf_counter()
-        result = import_histories(log, bundle=bundle, graphs=graphs, store=store)
+        result = import_histories(log, Engine(Generation.of(bench.bundle, graphs), store))
         taken = time.perf_counter() - began
         used = store.stats().bytes_used
     shutil.rmtree(state)

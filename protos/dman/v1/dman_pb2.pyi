@@ -29,7 +29,7 @@ class _SourceEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_Source.ValueTy
     SOURCE_PERSONALIZED: _Source.ValueType  # 1
     """Ranked for this user."""
     SOURCE_POPULAR: _Source.ValueType  # 2
-    """The user has no events: the most popular items."""
+    """The user has no events that the bundle knows: the most popular items."""
 
 class Source(_Source, metaclass=_SourceEnumTypeWrapper): ...
 
@@ -37,7 +37,7 @@ SOURCE_UNSPECIFIED: Source.ValueType  # 0
 SOURCE_PERSONALIZED: Source.ValueType  # 1
 """Ranked for this user."""
 SOURCE_POPULAR: Source.ValueType  # 2
-"""The user has no events: the most popular items."""
+"""The user has no events that the bundle knows: the most popular items."""
 Global___Source: _TypeAlias = Source  # noqa: Y015
 
 @_typing.final
@@ -47,6 +47,7 @@ class Event(_message.Message):
     ITEM_ID_FIELD_NUMBER: _builtins.int
     TIMESTAMP_FIELD_NUMBER: _builtins.int
     item_id: _builtins.str
+    """1 to 400 bytes of UTF-8 without control characters, where it is stored."""
     timestamp: _builtins.int
     """Seconds since the epoch; 0 when unknown. Kept in the history; order is the order of arrival."""
     def __init__(
@@ -78,8 +79,9 @@ class UpdateRequest(_message.Message):
     """
     @_builtins.property
     def events(self) -> _containers.RepeatedCompositeFieldContainer[Global___Event]:
-        """Oldest first. An item that occurs again is a new event. Items that the bundle does not know are dropped
-        and named in the reply. An empty list changes nothing and creates no user.
+        """Oldest first. An item that occurs again is a new event. Events of items that the bundle does not know are stored
+        for a later bundle, change no recommendation of this one, and are named in the reply. An empty list changes nothing
+        and creates no user.
         """
 
     def __init__(
@@ -106,15 +108,20 @@ class UpdateReply(_message.Message):
     APPLIED_FIELD_NUMBER: _builtins.int
     UNKNOWN_ITEM_IDS_FIELD_NUMBER: _builtins.int
     DUPLICATE_FIELD_NUMBER: _builtins.int
+    HISTORY_COUNT_FIELD_NUMBER: _builtins.int
     bundle_id: _builtins.str
     event_count: _builtins.int
-    """Events of the user so far, this update included."""
+    """Events of the user that the bundle knows, this update included."""
     applied: _builtins.int
-    """Events of this request that were applied."""
+    """Events of this request that are new and that the bundle knows."""
     duplicate: _builtins.bool
     """True when request_id had been applied before; `applied` is then 0."""
+    history_count: _builtins.int
+    """Events of the user that are stored, this update included."""
     @_builtins.property
-    def unknown_item_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]: ...
+    def unknown_item_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """Ids of this request that the bundle does not know."""
+
     def __init__(
         self,
         *,
@@ -123,10 +130,11 @@ class UpdateReply(_message.Message):
         applied: _builtins.int = ...,
         unknown_item_ids: _abc.Iterable[_builtins.str] | None = ...,
         duplicate: _builtins.bool = ...,
+        history_count: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["applied", b"applied", "bundle_id", b"bundle_id", "duplicate", b"duplicate", "event_count", b"event_count", "unknown_item_ids", b"unknown_item_ids"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["applied", b"applied", "bundle_id", b"bundle_id", "duplicate", b"duplicate", "event_count", b"event_count", "history_count", b"history_count", "unknown_item_ids", b"unknown_item_ids"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -258,7 +266,7 @@ class RecommendReply(_message.Message):
     source: Global___Source.ValueType
     bundle_id: _builtins.str
     event_count: _builtins.int
-    """Events the scores reflect, what_if_events included."""
+    """Events that the scores reflect, what_if_events included."""
     integer_item_ids: _builtins.bool
     """The bundle was trained on integer item ids: clients may turn item_id back into a number."""
     @_builtins.property
@@ -362,9 +370,11 @@ class GetUserReply(_message.Message):
     STATE_BYTES_FIELD_NUMBER: _builtins.int
     RECENT_EVENTS_FIELD_NUMBER: _builtins.int
     INTEGER_ITEM_IDS_FIELD_NUMBER: _builtins.int
+    HISTORY_COUNT_FIELD_NUMBER: _builtins.int
     user_id: _builtins.str
     bundle_id: _builtins.str
     event_count: _builtins.int
+    """Events of the user that the bundle knows."""
     segment_fill: _builtins.int
     """Events in the segment that is still open: 0 to T - 1."""
     absorbed_segments: _builtins.int
@@ -372,6 +382,8 @@ class GetUserReply(_message.Message):
     state_bytes: _builtins.int
     """Size of the stored state record, without the history."""
     integer_item_ids: _builtins.bool
+    history_count: _builtins.int
+    """Events of the user that are stored."""
     @_builtins.property
     def recent_events(self) -> _containers.RepeatedCompositeFieldContainer[Global___Event]:
         """Oldest first."""
@@ -387,10 +399,11 @@ class GetUserReply(_message.Message):
         state_bytes: _builtins.int = ...,
         recent_events: _abc.Iterable[Global___Event] | None = ...,
         integer_item_ids: _builtins.bool = ...,
+        history_count: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["absorbed_segments", b"absorbed_segments", "bundle_id", b"bundle_id", "event_count", b"event_count", "integer_item_ids", b"integer_item_ids", "recent_events", b"recent_events", "segment_fill", b"segment_fill", "state_bytes", b"state_bytes", "user_id", b"user_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["absorbed_segments", b"absorbed_segments", "bundle_id", b"bundle_id", "event_count", b"event_count", "history_count", b"history_count", "integer_item_ids", b"integer_item_ids", "recent_events", b"recent_events", "segment_fill", b"segment_fill", "state_bytes", b"state_bytes", "user_id", b"user_id"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -425,7 +438,7 @@ class DeleteUserReply(_message.Message):
     bundle_id: _builtins.str
     existed: _builtins.bool
     event_count: _builtins.int
-    """Events that were deleted."""
+    """Stored events that were deleted."""
     def __init__(
         self,
         *,

@@ -26,7 +26,8 @@ if _version_not_supported:
 
 
 class RecommenderStub:
-    """Every reply names the bundle that produced it and the number of events it reflects.
+    """Every reply names the bundle that produced it and the number of events it reflects. The history of a user outlives the
+    bundle: it holds every event, also those of items that the bundle does not know.
 
     Errors (google.rpc codes): INVALID_ARGUMENT for a request that can never succeed as sent, NOT_FOUND for
     GetUser of an unknown user, RESOURCE_EXHAUSTED for a message over the size limit, a full state store or an
@@ -73,7 +74,8 @@ class RecommenderStub:
 
 
 class RecommenderServicer:
-    """Every reply names the bundle that produced it and the number of events it reflects.
+    """Every reply names the bundle that produced it and the number of events it reflects. The history of a user outlives the
+    bundle: it holds every event, also those of items that the bundle does not know.
 
     Errors (google.rpc codes): INVALID_ARGUMENT for a request that can never succeed as sent, NOT_FOUND for
     GetUser of an unknown user, RESOURCE_EXHAUSTED for a message over the size limit, a full state store or an
@@ -117,7 +119,7 @@ class RecommenderServicer:
         raise NotImplementedError('Method not implemented!')
 
     def DeleteUser(self, request, context):
-        """Forgets a user: state and history. Deleting an unknown user succeeds with `existed` false.
+        """Forgets a user: history and everything made of it. Deleting an unknown user succeeds with `existed` false.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -165,7 +167,8 @@ def add_RecommenderServicer_to_server(servicer, server):
 
  # This class is part of an EXPERIMENTAL API.
 class Recommender:
-    """Every reply names the bundle that produced it and the number of events it reflects.
+    """Every reply names the bundle that produced it and the number of events it reflects. The history of a user outlives the
+    bundle: it holds every event, also those of items that the bundle does not know.
 
     Errors (google.rpc codes): INVALID_ARGUMENT for a request that can never succeed as sent, NOT_FOUND for
     GetUser of an unknown user, RESOURCE_EXHAUSTED for a message over the size limit, a full state store or an

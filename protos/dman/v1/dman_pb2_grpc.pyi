@@ -27,7 +27,8 @@ GRPC_GENERATED_VERSION: str
 GRPC_VERSION: str
 
 class RecommenderStub:
-    """Every reply names the bundle that produced it and the number of events it reflects.
+    """Every reply names the bundle that produced it and the number of events it reflects. The history of a user outlives the
+    bundle: it holds every event, also those of items that the bundle does not know.
 
     Errors (google.rpc codes): INVALID_ARGUMENT for a request that can never succeed as sent, NOT_FOUND for
     GetUser of an unknown user, RESOURCE_EXHAUSTED for a message over the size limit, a full state store or an
@@ -50,11 +51,12 @@ class RecommenderStub:
     GetUser: _grpc.UnaryUnaryMultiCallable[_dman_pb2.GetUserRequest, _dman_pb2.GetUserReply]
     """What is stored about a user, with the most recent events."""
     DeleteUser: _grpc.UnaryUnaryMultiCallable[_dman_pb2.DeleteUserRequest, _dman_pb2.DeleteUserReply]
-    """Forgets a user: state and history. Deleting an unknown user succeeds with `existed` false."""
+    """Forgets a user: history and everything made of it. Deleting an unknown user succeeds with `existed` false."""
 
 @_typing.type_check_only
 class RecommenderAsyncStub(RecommenderStub):
-    """Every reply names the bundle that produced it and the number of events it reflects.
+    """Every reply names the bundle that produced it and the number of events it reflects. The history of a user outlives the
+    bundle: it holds every event, also those of items that the bundle does not know.
 
     Errors (google.rpc codes): INVALID_ARGUMENT for a request that can never succeed as sent, NOT_FOUND for
     GetUser of an unknown user, RESOURCE_EXHAUSTED for a message over the size limit, a full state store or an
@@ -74,10 +76,11 @@ class RecommenderAsyncStub(RecommenderStub):
     GetUser: _aio.UnaryUnaryMultiCallable[_dman_pb2.GetUserRequest, _dman_pb2.GetUserReply]  # type: ignore[assignment]
     """What is stored about a user, with the most recent events."""
     DeleteUser: _aio.UnaryUnaryMultiCallable[_dman_pb2.DeleteUserRequest, _dman_pb2.DeleteUserReply]  # type: ignore[assignment]
-    """Forgets a user: state and history. Deleting an unknown user succeeds with `existed` false."""
+    """Forgets a user: history and everything made of it. Deleting an unknown user succeeds with `existed` false."""
 
 class RecommenderServicer(metaclass=_abc_1.ABCMeta):
-    """Every reply names the bundle that produced it and the number of events it reflects.
+    """Every reply names the bundle that produced it and the number of events it reflects. The history of a user outlives the
+    bundle: it holds every event, also those of items that the bundle does not know.
 
     Errors (google.rpc codes): INVALID_ARGUMENT for a request that can never succeed as sent, NOT_FOUND for
     GetUser of an unknown user, RESOURCE_EXHAUSTED for a message over the size limit, a full state store or an
@@ -131,6 +134,6 @@ class RecommenderServicer(metaclass=_abc_1.ABCMeta):
         request: _dman_pb2.DeleteUserRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_dman_pb2.DeleteUserReply, _abc.Awaitable[_dman_pb2.DeleteUserReply]]:
-        """Forgets a user: state and history. Deleting an unknown user succeeds with `existed` false."""
+        """Forgets a user: history and everything made of it. Deleting an unknown user succeeds with `existed` false."""
 
 def add_RecommenderServicer_to_server(servicer: RecommenderServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...

@@ -1,0 +1,17 @@
+"""How jobs cut their work: logs into partitions of users, users into batches of similar history length."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import numpy as np
+
+USERS_PER_BATCH = 256
+EVENTS_PER_PARTITION = 5_000_000  # about 300 MB while a partition is read and sorted
+
+
+def by_length(lengths: np.ndarray) -> Iterator[np.ndarray]:
+    """Batches of row numbers, longest histories first: the largest batch comes while memory is free."""
+    order = np.argsort(-lengths, kind="stable")
+    for start in range(0, len(order), USERS_PER_BATCH):
+        yield order[start : start + USERS_PER_BATCH]

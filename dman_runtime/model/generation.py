@@ -1,0 +1,99 @@
+"""A generation: a bundle, opened and checked, with the graphs and the search that serve it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from dman_runtime.errors import BundleError
+from dman_runtime.model import record, recurrence
+from dman_runtime.model.bundle import Bundle, open_bundle
+from dman_runtime.model.recurrence import Graphs, Piece
+from dman_runtime.model.state import State
+from dman_runtime.retrieval.base import Retriever
+from dman_runtime.retrieval.exact import ExactRetriever
+
+if TYPE_CHECKING:
+    from dman_runtime.model.encoder import Provider
+
+GOLDEN_TOLERANCE = 1e-3  # relative to the largest value; float32 on another machine or on CUDA stays far below
+
+
+@dataclass(frozen=True)
+class Generation:
+    """One model that serves: what the engine is built from, beside a store."""
+
+    bundle: Bundle
+    graphs: Graphs
+    retriever: Retriever
+
+    @classmethod
+    def open(cls, path: Path, *, provider: Provider = "auto", threads: int = 1) -> Generation:
+        """Opens and verifies the bundle at `path`, loads its graphs and repeats its golden replay.
+
+        `threads` are CPU threads inside one graph run. Raises BundleError, EncoderError.
+        """
+        from dman_runtime.model.encoder import Encoder
+
+        bundle = open_bundle(path)
+        generation = cls.of(bundle, Encoder(bundle.path, provider=provider, threads=threads))
+        generation.check_golden()
+        return generation
+
+    @classmethod
+    def of(cls, bundle: Bundle, graphs: Graphs) -> Generation:
+        """With exact search."""
+        return cls(bundle, graphs, ExactRetriever(bundle.item_embeddings))
+
+    @property
+    def bundle_id(self) -> str:
+        return self.bundle.bundle_id
+
+    def unpack(self, stored: bytes | None) -> State:
+        """The state in a record; that of an empty history for None. Raises StateError."""
+        return State.empty(self.bundle) if stored is None else record.unpack(stored, self.bundle)
+
+    def pack(self, state: State) -> bytes:
+        return record.pack(state, self.bundle)
+
+    def advance(self, states: Sequence[State], new_items: Sequence[np.ndarray]) -> None:
+        """Appends `new_items[i]` (item indices, oldest first) to `states[i]`, in place."""
+        recurrence.advance(states, new_items, bundle=self.bundle, graphs=self.graphs)
+
+    def advance_pieces(self, pieces: Sequence[Piece]) -> None:
+        recurrence.advance_pieces(pieces, bundle=self.bundle, graphs=self.graphs)
+
+    def replay(self, histories: Sequence[np.ndarray]) -> list[State]:
+        """The states of users with these histories (item indices, oldest first)."""
+        return recurrence.replay(histories, bundle=self.bundle, graphs=self.graphs)
+
+    def check_golden(self) -> float:
+        """Repeats in float32 the replay that PyTorch recorded at export, and returns the relative error.
+
+        Raises BundleError when that is above GOLDEN_TOLERANCE.
+        """
+        exact = replace(self.bundle.manifest.state, dtype="float32")
+        bundle = replace(self.bundle, manifest=replace(self.bundle.manifest, state=exact))
+        golden = bundle.golden()
+        states = replace(self, bundle=bundle).replay([row[row >= 0] for row in golden["histories"]])
+        error = max(
+            _relative_error(np.stack([state.user_embedding for state in states]), golden["user_embeddings"]),
+            _relative_error(np.stack([state.memory for state in states]), golden["memories"]),
+        )
+        if not error <= GOLDEN_TOLERANCE:
+            raise BundleError(
+                f"{bundle.path}: the golden replay is off by {error:.1e} on this machine",
+                "run the graphs on the CPU, or export the bundle again with this version of ONNX Runtime",
+                parameter="provider",
+            )
+        return error
+
+
+def _relative_error(found: np.ndarray, expected: np.ndarray) -> float:
+    if not expected.size:
+        return 0.0
+    return float(np.abs(found - expected).max() / max(float(np.abs(expected).max()), 1e-12))

@@ -1,0 +1,116 @@
+"""The bytes that a store keeps of a state. Pure: nothing here does I/O.
+
+Record, little-endian (sizes at the defaults T=20, m=10, L=2, D=128, float16, with the most context there is: 39
+positions, one event before a segment closes):
+
+    header            32 B    format u8, dtype u8, context positions c u16, item vocabulary u32, bundle id 8 B,
+                              event count u64, history count u64
+    header checksum    4 B    CRC-32 u32 of the header, the user embedding and the tail checksum. All up to there is the
+                              *head*, which is what `recommend` reads
+    user embedding   512 B    float32 [D]
+    tail checksum      4 B    CRC-32 u32 of all that follows
+    recent items     156 B    u32 [c] item indices
+    hidden          9984 B    dtype [L-1, c, D]
+    memory          5120 B    dtype [L, m, D]; absent until the first absorption
+"""
+
+from __future__ import annotations
+
+import struct
+import zlib
+from typing import NamedTuple
+
+import numpy as np
+
+from dman_runtime.errors import StateError
+from dman_runtime.model.bundle import Bundle, StateShape
+from dman_runtime.model.state import State, absorbed_segments, context_length
+
+RECORD_FORMAT = 2
+_HEADER, _CHECKSUM = struct.Struct("<BBHI8sQQ"), struct.Struct("<I")
+_HEADER_BYTES = _HEADER.size + _CHECKSUM.size
+_DTYPE_CODES = {"float16": 1, "float32": 2}
+_REMEDY = "make it anew from the history"
+
+
+class RecordHead(NamedTuple):
+    """What the head of a record says."""
+
+    event_count: int  # events that the model has seen
+    history_count: int  # events of the history that the state covers, those of unknown items included
+    user_embedding: np.ndarray  # (D) float32, a view
+    context_length: int
+    dtype_code: int
+
+
+def head_bytes(shape: StateShape) -> int:
+    """Bytes at the start of a record that `read_head` needs."""
+    return _HEADER_BYTES + 4 * shape.width + _CHECKSUM.size
+
+
+def max_record_bytes(shape: StateShape) -> int:
+    """Bytes of the largest record: one event before a segment closes, with a memory."""
+    positions, value_bytes = 2 * shape.segment_length - 1, np.dtype(shape.dtype).itemsize
+    hidden, memory = (shape.layers - 1) * positions, shape.layers * shape.memory_slots
+    return head_bytes(shape) + 4 * positions + value_bytes * (hidden + memory) * shape.width
+
+
+def read_head(record: bytes, bundle: Bundle) -> RecordHead:
+    """The head of a record, from its first `head_bytes`. Raises StateError."""
+    width, end = bundle.manifest.state.width, head_bytes(bundle.manifest.state)
+    if len(record) < end:
+        raise StateError("a state record is truncated", _REMEDY)
+    version, dtype, context, vocabulary, bundle_id, events, history = _HEADER.unpack_from(record)
+    if version != RECORD_FORMAT:
+        raise StateError(f"a state record has format {version}, this runtime reads {RECORD_FORMAT}", _REMEDY)
+    if bundle_id.hex() != bundle.bundle_id or vocabulary != bundle.manifest.vocabulary:
+        raise StateError(f"a state record was written by bundle {bundle_id.hex()}, not {bundle.bundle_id}", _REMEDY)
+    (expected,) = _CHECKSUM.unpack_from(record, _HEADER.size)
+    if zlib.crc32(record[_HEADER_BYTES:end], zlib.crc32(record[: _HEADER.size])) != expected:
+        raise StateError("a state record is damaged", _REMEDY)
+    return RecordHead(events, history, np.frombuffer(record, "<f4", width, _HEADER_BYTES), context, dtype)
+
+
+def unpack(record: bytes, bundle: Bundle) -> State:
+    """The state in a record. Raises StateError."""
+    shape, head = bundle.manifest.state, read_head(record, bundle)
+    depth, width, size = shape.layers - 1, shape.width, np.dtype(shape.dtype).itemsize
+    count, has_memory = head.context_length, absorbed_segments(head.event_count, shape) > 0
+    recent_at = head_bytes(shape)
+    hidden_at = recent_at + 4 * count
+    memory_at = hidden_at + size * depth * count * width
+    end = memory_at + (size * bundle.initial_memory.size if has_memory else 0)
+    (checksum,) = _CHECKSUM.unpack_from(record, recent_at - _CHECKSUM.size)
+    intact = end == len(record) and zlib.crc32(record[recent_at:]) == checksum
+    if not intact or head.dtype_code != _DTYPE_CODES[shape.dtype] or count != context_length(head.event_count, shape):
+        raise StateError("a state record is damaged", _REMEDY)
+    state = State.empty(bundle)
+    state.event_count, state.history_count = head.event_count, head.history_count
+    state.user_embedding = head.user_embedding
+    state.recent[:count] = np.frombuffer(record, "<u4", count, recent_at)
+    hidden = np.frombuffer(record, shape.dtype, depth * count * width, hidden_at)
+    state.hidden[:, :count] = hidden.reshape(depth, count, width)
+    if has_memory:
+        memory = np.frombuffer(record, shape.dtype, bundle.initial_memory.size, memory_at)
+        state.memory = memory.reshape(bundle.initial_memory.shape)
+    return state
+
+
+def pack(state: State, bundle: Bundle) -> bytes:
+    """The record of a state."""
+    count = state.context_length
+    header = _HEADER.pack(
+        RECORD_FORMAT,
+        _DTYPE_CODES[state.shape.dtype],
+        count,
+        bundle.manifest.vocabulary,
+        bytes.fromhex(bundle.bundle_id),
+        state.event_count,
+        state.history_count,
+    )
+    parts = [state.recent[:count].astype("<u4").tobytes(), state.hidden[:, :count].tobytes()]
+    if absorbed_segments(state.event_count, state.shape):
+        parts.append(state.memory.tobytes())
+    tail = b"".join(parts)
+    embedding = state.user_embedding.astype("<f4").tobytes() + _CHECKSUM.pack(zlib.crc32(tail))
+    return header + _CHECKSUM.pack(zlib.crc32(embedding, zlib.crc32(header))) + embedding + tail

@@ -1,0 +1,105 @@
+"""What the engine is asked and what it answers, with the limits on both. Knows neither gRPC nor files."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from dman_runtime.data.ids import RULE, id_problem
+from dman_runtime.errors import RequestError
+
+MAX_K = 1000
+MAX_EVENTS = 10_000  # per update, and of what-if events per query
+MAX_REQUEST_ID_BYTES = 128
+
+
+@dataclass(frozen=True, slots=True)
+class Update:
+    """New events of one user, oldest first."""
+
+    user_id: str
+    item_ids: Sequence[str]
+    timestamps: Sequence[int] = ()  # seconds since the epoch, 0 unknown; empty or one per item
+    request_id: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class UpdateOutcome:
+    event_count: int  # events of the user that the model has seen, this update included
+    history_count: int  # events of the user that are stored, also those of items unknown to the model
+    applied: int  # events of this update that the model has seen
+    unknown_item_ids: list[str]  # stored, but unknown to the model
+    duplicate: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Query:
+    """What to recommend for. No user id: an anonymous user, described by `what_if` alone."""
+
+    user_id: str | None
+    k: int = 10
+    include_seen: bool = False
+    exclude: Sequence[str] = ()
+    candidates: Sequence[str] | None = None
+    what_if: Sequence[str] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    item_indices: np.ndarray  # (n) int64, best first, n <= k
+    scores: np.ndarray  # (n)
+    popular: bool  # the model has seen no events: most popular items, scored by their share of training events
+    event_count: int
+    unknown_item_ids: list[str]
+
+
+@dataclass(frozen=True, slots=True)
+class UserInfo:
+    event_count: int  # events that the model has seen
+    history_count: int  # events stored
+    segment_fill: int
+    absorbed_segments: int
+    state_bytes: int
+    recent_item_ids: list[str]  # (n) oldest first
+    recent_timestamps: list[int]  # (n)
+
+
+def check_update(update: Update) -> None:
+    """Raises RequestError for an update that can never be applied."""
+    check_user_id(update.user_id)
+    if len(update.item_ids) > MAX_EVENTS:
+        raise RequestError(f"{len(update.item_ids)} events in one update", f"send at most {MAX_EVENTS} at a time")
+    if len(update.timestamps) not in (0, len(update.item_ids)):
+        raise RequestError("timestamps do not match the items", "send one per item, or none")
+    if len(update.request_id) * 4 > MAX_REQUEST_ID_BYTES < len(update.request_id.encode()):
+        raise RequestError(f"request_id is longer than {MAX_REQUEST_ID_BYTES} bytes", "use a UUID")
+
+
+def check_item_ids(item_ids: Sequence[str]) -> None:
+    """Raises RequestError for item ids that cannot be stored."""
+    for item_id in item_ids:
+        if (problem := id_problem(item_id)) is not None:
+            raise RequestError(f"item id {item_id!r:.80} {problem}", RULE)
+
+
+def check_query(query: Query) -> None:
+    """Raises RequestError for a query that can never be answered."""
+    if query.user_id is not None:
+        check_user_id(query.user_id)
+    if not 1 <= query.k <= MAX_K:
+        raise RequestError(f"k is {query.k}", f"choose 1 to {MAX_K}")
+    if len(query.what_if) > MAX_EVENTS:
+        raise RequestError(f"{len(query.what_if)} what-if events", f"send at most {MAX_EVENTS}")
+
+
+def check_user_id(user_id: str) -> None:
+    if (problem := id_problem(user_id)) is not None:
+        raise RequestError(f"user id {user_id!r:.80} {problem}", RULE)
+
+
+def request_hash(request_id: str) -> int:
+    """The 64 bits that a store remembers of an update's request id."""
+    return int.from_bytes(hashlib.blake2b(request_id.encode(), digest_size=8).digest(), "little")

@@ -1,0 +1,72 @@
+"""How a server is asked to run, and the address it listens on."""
+
+from __future__ import annotations
+
+import socket
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from dman_runtime.errors import UsageError
+
+if TYPE_CHECKING:
+    from dman_runtime.model.encoder import Provider
+
+MAX_MESSAGE_BYTES = 16 << 20
+
+
+@dataclass(frozen=True)
+class ServeConfig:
+    bundle: Path
+    state: Path
+    host: str
+    port: int  # 0: any free one
+    provider: Provider
+    workers: int
+    threads: int  # concurrent requests per worker; more wait
+    encoder_threads: int  # CPU threads per graph run
+    max_concurrent: int  # requests per worker, running and waiting; beyond it RESOURCE_EXHAUSTED
+    map_size_mib: int
+    grace: float  # seconds that in-flight requests get when stopping
+    share_port: bool = False  # set by the supervisor
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.port <= 65535:
+            raise UsageError(f"port is {self.port}", "choose 0 to 65535", parameter="port")
+        for name in ("workers", "threads", "encoder_threads", "max_concurrent", "map_size_mib"):
+            if getattr(self, name) < 1:
+                raise UsageError(f"{name} is {getattr(self, name)}", "choose 1 or more", parameter=name)
+        if not 0 <= self.grace <= 3600:  # nor NaN
+            raise UsageError(f"grace is {self.grace}", "choose 0 to 3600 seconds", parameter="grace")
+
+    def at_port(self, port: int, *, shared: bool = False) -> ServeConfig:
+        """The same on the port that was found for 0; `shared` among several processes."""
+        return replace(self, port=port, share_port=shared)
+
+    @property
+    def address(self) -> str:
+        return f"[{self.host}]:{self.port}" if ":" in self.host else f"{self.host}:{self.port}"
+
+
+def socket_for(host: str) -> socket.socket:
+    return socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET, socket.SOCK_STREAM)
+
+
+def free_port(config: ServeConfig) -> int:
+    """The port to listen on, a free one for 0. Raises UsageError where any server listens, shared or not."""
+    try:
+        with socket_for(config.host) as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # what a crash left in TIME_WAIT is no server
+            probe.bind((config.host, config.port))
+            port: int = probe.getsockname()[1]
+            return port
+    except OSError as error:
+        raise cannot_listen(config, error.strerror or str(error)) from None
+
+
+def cannot_listen(config: ServeConfig, reason: str) -> UsageError:
+    return UsageError(
+        f"cannot listen on {config.address}: {reason}",
+        "stop the other server or choose another port",
+        parameter="port",
+    )

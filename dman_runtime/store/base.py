@@ -1,0 +1,197 @@
+"""What the engine needs of a state store, whatever database is behind it.
+
+**The history is the truth.** A store keeps every event of every user, by item number, and knows nothing of models. What
+a model makes of a history is a *record*: a view that can be dropped and rebuilt. The bundles that a store serves or has
+served are its *generations*; each user has at most one record of each.
+
+| what | key | holds |
+|---|---|---|
+| items | external id | item number: append-only, from 0, never reused |
+| head | user | version, number of events, recent request ids, the generation that wrote a record last |
+| history | user | (item number, time) of every event |
+| seen | user | the item numbers of the history, as a set |
+| record | user, generation | bytes that the store does not read |
+
+All methods may be called from many threads. Everything written is durable when a method returns, in stores that are
+durable at all. User ids and item ids follow the rule of `data.ids`; another id is a ValueError.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple, Protocol, Self
+
+import numpy as np
+from numpy.typing import NDArray
+
+from dman_runtime.data.ids import RULE, id_problem
+
+REQUEST_IDS = 16  # recent request ids that a head keeps
+Events = tuple[NDArray[np.uint32], NDArray[np.int64]]  # item numbers (N) and timestamps (N), oldest first
+
+
+class Head(NamedTuple):
+    """What outlives every model."""
+
+    version: int  # unique in the store: changes with every commit, and never comes again, even for a re-created user
+    history_count: int  # events stored
+    request_ids: tuple[int, ...]  # 64-bit hashes of the last updates that carried an id, oldest first
+    generation: int  # that last wrote a record of this user
+
+
+class StoredUser(NamedTuple):
+    """A user at one moment."""
+
+    head: Head
+    record: bytes | None  # of the generation that was asked for; None where that has none
+
+
+class RankingView(NamedTuple):
+    """What a plain recommendation needs of a user, at one moment."""
+
+    history_count: int
+    record: bytes | None  # its first bytes, as many as were asked for
+    seen: NDArray[np.uint32]  # item numbers of the whole history, in no order; some may come twice
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Write:
+    """What a commit changes of one user.
+
+    `items` (N) are item numbers of this store and `timestamps` (N) 64-bit integers: the new events, oldest first; N may
+    be 0. `expected_version` is the version that the records were computed from; 0: the user must not exist yet.
+    `request_ids` replaces what the head remembers; only the last REQUEST_IDS are kept. `records` holds new records by
+    generation; those of other generations stay as they are.
+    """
+
+    user_id: str
+    expected_version: int
+    records: Mapping[int, bytes]
+    items: NDArray[np.integer]
+    timestamps: NDArray[np.integer]
+    request_ids: Sequence[int] = ()
+
+
+@dataclass(frozen=True)
+class StoreStats:
+    """`bytes_used` counts what is live, `file_bytes` also what was freed for reuse; both 0 where unknown."""
+
+    users: int
+    items: int
+    bytes_used: int = 0
+    file_bytes: int = 0
+    map_size: int = 0
+
+
+class StateStore(Protocol):
+    """See the module. Every method raises a StoreError where the store cannot serve."""
+
+    # -- items and generations -------------------------------------------------------------------------------------
+
+    def add_items(self, item_ids: Sequence[str]) -> NDArray[np.uint32]:
+        """The numbers (N) of items; unknown ones are appended in the order given, and are on disk on return."""
+        ...
+
+    def find_items(self, item_ids: Sequence[str]) -> NDArray[np.int64]:
+        """The numbers (N) of items, -1 where unknown."""
+        ...
+
+    def item_ids(self, numbers: Sequence[int] | NDArray[np.integer]) -> list[str]:
+        """The external ids of item numbers. ValueError for a number that was never given."""
+        ...
+
+    def add_generation(self, bundle_id: str) -> int:
+        """The number of the generation of a bundle, from 1; a new one is on disk on return."""
+        ...
+
+    def generations(self) -> dict[str, int]:
+        """Generation numbers by bundle id, oldest first."""
+        ...
+
+    def drop_records(self, generation: int) -> int:
+        """Removes all records of a generation, and returns how many. The generation keeps its number."""
+        ...
+
+    # -- users -----------------------------------------------------------------------------------------------------
+
+    def get_many(self, user_ids: Sequence[str], generation: int) -> list[StoredUser | None]:
+        """Heads, and the records of a generation, of one moment; None for an unknown user."""
+        ...
+
+    def ranking_view(self, user_id: str, generation: int, record_bytes: int) -> RankingView | None:
+        """The first `record_bytes` of the record and the seen items, of one moment; None for an unknown user."""
+        ...
+
+    def history(self, user_id: str, start: int = 0, stop: int | None = None) -> Events:
+        """The events from position `start` to before `stop`, counted from the oldest; as many of them as there are.
+
+        ValueError for negative positions.
+        """
+        ...
+
+    def seen(self, user_id: str) -> NDArray[np.uint32]:
+        """The distinct item numbers (N) of the history, ascending; empty for an unknown user."""
+        ...
+
+    def commit(self, writes: Sequence[Write]) -> list[str]:
+        """Stores all writes at once. Returns the users whose version is not the expected one: if there are any,
+        nothing is stored, and the caller reads those again.
+
+        ValueError for unusable events or a user named twice, StoreFullError where there is no room; then nothing is
+        stored either.
+        """
+        ...
+
+    def delete(self, user_id: str) -> int | None:
+        """Removes head, history, seen set and all records; the number of events removed, or None if unknown."""
+        ...
+
+    def scan(self, partition: int = 0, partitions: int = 1) -> Iterator[str]:
+        """The user ids of one of `partitions` disjoint parts that together are all users.
+
+        Users that come or go meanwhile may be missed or named. Holds no snapshot between two ids.
+        """
+        ...
+
+    # -- the store itself ------------------------------------------------------------------------------------------
+
+    def stats(self) -> StoreStats: ...
+
+    def flush(self) -> None:
+        """Syncs what is not on disk. Commits are, so nothing depends on it."""
+        ...
+
+    def close(self) -> None:
+        """Releases everything; a second call does nothing."""
+        ...
+
+    def __enter__(self) -> Self: ...
+
+    def __exit__(self, *exc_info: object) -> None: ...
+
+
+def checked_id(text: str) -> str:
+    """The id itself. ValueError where it breaks the rule of `data.ids`."""
+    if (problem := id_problem(text)) is not None:
+        raise ValueError(f"{text!r:.80} {problem}; {RULE}")
+    return text
+
+
+def checked_writes(writes: Sequence[Write], item_count: int) -> None:
+    """ValueError where a write holds what no store takes."""
+    if len({write.user_id for write in writes}) != len(writes):
+        raise ValueError("a user appears twice in one commit; merge the writes of one user")
+    for write in writes:
+        checked_id(write.user_id)
+        if any(generation < 1 for generation in write.records):
+            raise ValueError(f"generations are numbered from 1, not {sorted(write.records)}")
+        items, timestamps = np.asarray(write.items), np.asarray(write.timestamps)
+        if items.ndim != 1 or items.shape != timestamps.shape:
+            raise ValueError(f"items {items.shape} and timestamps {timestamps.shape} must be two lists of one length")
+        if not len(items):
+            continue
+        if items.dtype.kind not in "iu" or not np.can_cast(timestamps.dtype, np.int64):
+            raise ValueError(f"items ({items.dtype}) must be integers and timestamps ({timestamps.dtype}) fit 64 bits")
+        if items.min() < 0 or items.max() >= item_count:
+            raise ValueError(f"item numbers must be 0 to {item_count - 1}, not {items.min()} to {items.max()}")

@@ -1,0 +1,156 @@
+"""A store in dictionaries: nothing outlives the process. The reference that other stores are compared with."""
+
+from __future__ import annotations
+
+import threading
+import zlib
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Self
+
+import numpy as np
+from numpy.typing import NDArray
+
+from dman_runtime.errors import StoreError
+from dman_runtime.store.base import (
+    REQUEST_IDS,
+    Events,
+    Head,
+    RankingView,
+    StoredUser,
+    StoreStats,
+    Write,
+    checked_id,
+    checked_writes,
+)
+
+
+@dataclass
+class _User:
+    head: Head
+    items: list[int] = field(default_factory=list)
+    timestamps: list[int] = field(default_factory=list)
+    records: dict[int, bytes] = field(default_factory=dict)
+
+
+class MemoryStore:
+    """A `StateStore` without a disk. One lock guards everything: every call is one moment."""
+
+    def __init__(self) -> None:
+        self._lock = threading.RLock()
+        self._numbers: dict[str, int] = {}
+        self._generations: dict[str, int] = {}
+        self._users: dict[str, _User] = {}
+        self._last_version = 0
+        self._closed = False
+
+    def add_items(self, item_ids: Sequence[str]) -> NDArray[np.uint32]:
+        ids = [checked_id(item_id) for item_id in item_ids]
+        with self._open():
+            numbers = [self._numbers.setdefault(item_id, len(self._numbers)) for item_id in ids]
+        return np.array(numbers, np.uint32)
+
+    def find_items(self, item_ids: Sequence[str]) -> NDArray[np.int64]:
+        with self._open():
+            return np.array([self._numbers.get(checked_id(item_id), -1) for item_id in item_ids], np.int64)
+
+    def item_ids(self, numbers: Sequence[int] | NDArray[np.integer]) -> list[str]:
+        with self._open():
+            by_number = list(self._numbers)  # insertion order is the order of the numbers
+        if len(numbers) and not 0 <= min(numbers) <= max(numbers) < len(by_number):
+            raise ValueError(f"one of the items {list(numbers)[:10]} was never given a number")
+        return [by_number[number] for number in numbers]
+
+    def add_generation(self, bundle_id: str) -> int:
+        with self._open():
+            return self._generations.setdefault(bundle_id, len(self._generations) + 1)
+
+    def generations(self) -> dict[str, int]:
+        with self._open():
+            return dict(self._generations)
+
+    def drop_records(self, generation: int) -> int:
+        if generation < 1:
+            raise ValueError(f"generations are numbered from 1, not {generation}")
+        with self._open():
+            return sum(user.records.pop(generation, None) is not None for user in self._users.values())
+
+    def get_many(self, user_ids: Sequence[str], generation: int) -> list[StoredUser | None]:
+        with self._open():
+            users = [self._users.get(checked_id(user_id)) for user_id in user_ids]
+            return [None if user is None else StoredUser(user.head, user.records.get(generation)) for user in users]
+
+    def ranking_view(self, user_id: str, generation: int, record_bytes: int) -> RankingView | None:
+        with self._open():
+            user = self._users.get(checked_id(user_id))
+            if user is None:
+                return None
+            record = user.records.get(generation)
+            seen = np.array(user.items, np.uint32)
+            return RankingView(user.head.history_count, None if record is None else record[:record_bytes], seen)
+
+    def history(self, user_id: str, start: int = 0, stop: int | None = None) -> Events:
+        if start < 0 or (stop is not None and stop < 0):
+            raise ValueError(f"positions must be 0 or more, not {start} to {stop}")
+        with self._open():
+            user = self._users.get(checked_id(user_id)) or _User(Head(0, 0, (), 0))
+            part = slice(start, stop)
+            return np.array(user.items[part], np.uint32), np.array(user.timestamps[part], np.int64)
+
+    def seen(self, user_id: str) -> NDArray[np.uint32]:
+        return np.unique(self.history(user_id)[0])
+
+    def commit(self, writes: Sequence[Write]) -> list[str]:
+        with self._open():
+            checked_writes(writes, len(self._numbers))
+            versions = [(self._users[w.user_id].head.version if w.user_id in self._users else 0) for w in writes]
+            conflicts = [w.user_id for w, found in zip(writes, versions, strict=True) if found != w.expected_version]
+            if not conflicts and writes:
+                self._last_version += 1
+                for write in writes:
+                    self._put(write)
+        return conflicts
+
+    def _put(self, write: Write) -> None:
+        user = self._users.setdefault(write.user_id, _User(Head(0, 0, (), 0)))
+        user.items += np.asarray(write.items).tolist()
+        user.timestamps += np.asarray(write.timestamps).tolist()
+        user.records |= write.records
+        generation = max(write.records, default=user.head.generation)
+        request_ids = tuple(write.request_ids)[-REQUEST_IDS:]
+        user.head = Head(self._last_version, len(user.items), request_ids, generation)
+
+    def delete(self, user_id: str) -> int | None:
+        with self._open():
+            user = self._users.pop(checked_id(user_id), None)
+        return None if user is None else len(user.items)
+
+    def scan(self, partition: int = 0, partitions: int = 1) -> Iterator[str]:
+        if not 0 <= partition < partitions:
+            raise ValueError(f"partition {partition} of {partitions} does not exist")
+        with self._open():
+            users = list(self._users)
+        return iter([user for user in users if zlib.crc32(user.encode()) % partitions == partition])
+
+    def stats(self) -> StoreStats:
+        with self._open():
+            return StoreStats(len(self._users), len(self._numbers))
+
+    def flush(self) -> None:
+        with self._open():
+            pass
+
+    def close(self) -> None:
+        self._closed = True
+
+    def _open(self) -> threading.RLock:
+        """The lock, to be entered. Raises StoreError once the store is closed."""
+        if self._closed:
+            raise StoreError("the state store in memory is closed", "make a new one")
+        return self._lock
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exc_info: object) -> None:
+        self.close()
