@@ -133,9 +133,10 @@ class LmdbStore:
 
     def item_ids(self, numbers: Sequence[int] | NDArray[np.integer]) -> list[str]:
         with self._env.read() as txn:
+            count = txn.stat(self._items)["entries"]
             found = []
-            for number in numbers:
-                value = txn.get(_U32.pack(int(number)), db=self._items)
+            for number in map(int, numbers):
+                value = txn.get(_U32.pack(number), db=self._items) if 0 <= number < count else None
                 if value is None:
                     raise ValueError(f"item {number} was never given a number")
                 found.append(bytes(value).decode())
@@ -176,7 +177,7 @@ class LmdbStore:
         found = self._head(txn, key)
         if found is None:
             return None
-        record = txn.get(_record_key(key, generation), db=self._users)
+        record = txn.get(_record_key(key, generation), db=self._users) if generation > 0 else None  # 0: the head
         return StoredUser(found.head, None if record is None else bytes(record))
 
     def ranking_view(self, user_id: str, generation: int, record_bytes: int) -> RankingView | None:
@@ -186,7 +187,7 @@ class LmdbStore:
             if head is None:
                 return None
             history_count, seen = read_tail(head)
-            record = txn.get(_record_key(key, generation), db=self._users)
+            record = txn.get(_record_key(key, generation), db=self._users) if generation > 0 else None
             if history_count >= CHUNK_EVENTS:
                 seen = np.concatenate([self._seen_of_chunks(txn, key), seen])
             else:
