@@ -89,8 +89,7 @@ class LmdbStore:
         path = Path(path)
 
         def check(txn: lmdb.Transaction, meta: lmdb._Database) -> None:
-            info = txn.get(b"info", b"{}", db=meta)
-            if (found := json.loads(bytes(info)).get("format_version")) != FORMAT_VERSION:
+            if (found := _format_of(bytes(txn.get(b"info", b"", db=meta)))) != FORMAT_VERSION:
                 raise StoreMismatchError(
                     f"the state store {path} has format {found}, this release reads {FORMAT_VERSION}",
                     "import the log again into another directory",
@@ -329,6 +328,14 @@ def _record_key(key: bytes, number: int) -> bytes:
 
 def _create(txn: lmdb.Transaction, databases: Mapping[str, lmdb._Database]) -> None:
     txn.put(b"info", json.dumps({"format_version": FORMAT_VERSION}).encode(), db=databases["meta"])
+
+
+def _format_of(info: bytes) -> object:
+    """The format version in a description, which may be of another program."""
+    try:
+        return json.loads(info)["format_version"]
+    except (ValueError, LookupError, TypeError):
+        return "unknown"
 
 
 def _bundle_ids(txn: lmdb.Transaction, meta: lmdb._Database) -> list[str]:
