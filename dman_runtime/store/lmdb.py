@@ -20,7 +20,7 @@ import json
 import os
 import struct
 import zlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from itertools import islice
 from pathlib import Path
 from typing import Self
@@ -159,8 +159,9 @@ class LmdbStore:
     def drop_records(self, generation: int) -> int:
         if generation < 1:
             raise ValueError(f"generations are numbered from 1, not {generation}")
-        dropped, suffix = 0, _record_key(b"", generation)
-        for user_ids in _batches(self.scan(), _DROPPED_PER_COMMIT):
+        dropped, suffix, users = 0, _record_key(b"", generation), self.scan()
+        # Each user may need a page of the reserve of a full map, and those of the last commit are not free yet.
+        while user_ids := list(islice(users, max(1, min(_DROPPED_PER_COMMIT, self._env.map_size >> 18)))):
             with self._env.write() as txn:
                 dropped += sum(txn.delete(user_id.encode() + suffix, db=self._users) for user_id in user_ids)
         return dropped
@@ -347,8 +348,3 @@ def _delete_prefix(txn: lmdb.Transaction, database: lmdb._Database, prefix: byte
         found = cursor.set_range(prefix)
         while found and bytes(cursor.key()).startswith(prefix):
             found = cursor.delete()
-
-
-def _batches(values: Iterator[str], size: int) -> Iterator[list[str]]:
-    step: Callable[[], list[str]] = lambda: list(islice(values, size))  # noqa: E731
-    return iter(step, [])
