@@ -24,6 +24,7 @@ from dman_runtime.store.history import (
     events_of,
     pack_chunk,
     pack_head,
+    read_tail,
     split_events,
     unpack_chunk,
     unpack_head,
@@ -77,6 +78,8 @@ def test_head_comes_back_with_its_tail_and_last_request_ids(head: Head, data: st
         found = unpack_head(stored)
         assert found.head == head._replace(request_ids=head.request_ids[-REQUEST_IDS:])
         assert found.tail.tolist() == pairs
+        history_count, items = read_tail(stored)
+        assert (history_count, items.tolist()) == (head.history_count, [item for item, _ in pairs])
         assert (count_of(stored), version_of(stored)) == (head.history_count, head.version)
     assert len(value) <= MAX_HEAD_BYTES
 
@@ -96,6 +99,7 @@ def test_chunk_comes_back(pairs: list[tuple[int, int]]) -> None:
 
 VALUES: dict[str, tuple[bytes, Callable[[bytes], Any]]] = {
     "head": (pack_head(SMALL_HEAD, events(2)), unpack_head),
+    "tail": (pack_head(SMALL_HEAD, events(2)), read_tail),
     "chunk": (pack_chunk(events(CHUNK_EVENTS)), unpack_chunk),
     "numbers": (packed_seen(1, 100, 3000), unpack_seen),
     "bitmap": (packed_seen(*range(30)), unpack_seen),
@@ -128,10 +132,14 @@ def test_every_missing_or_additional_byte_is_damage(name: str) -> None:
     ("unpack", "body", "problem"),
     [
         (unpack_head, b"", "too short"),
+        (read_tail, b"", "too short"),
         (unpack_head, bytes(23), "too short"),
+        (read_tail, bytes(23), "too short"),
         (unpack_head, struct.pack("<QQIHH", 1, 1, 0, 0, 0), "events it counts"),
+        (read_tail, struct.pack("<QQIHH", 1, 1, 0, 0, 0), "events it counts"),
         (unpack_head, struct.pack("<QQIHH", 1, 0, 0, 1, 0), "events it counts"),
         (unpack_head, struct.pack("<QQIHH", 1, 0, 0, 65535, 0), "events it counts"),
+        (read_tail, struct.pack("<QQIHH", 1, 0, 0, 65535, 0), "events it counts"),
         (unpack_head, struct.pack("<QQIHH", 1, 32, 0, 0, 0) + bytes(12), "events it counts"),
         (unpack_chunk, b"", "wrong length"),
         (unpack_chunk, bytes(CHUNK_BYTES - 12), "wrong length"),
@@ -170,13 +178,13 @@ def test_seen_set_is_the_union_of_what_was_added(batches: list[list[int]]) -> No
             assert unpack_seen(memoryview(value)).tolist() == sorted(known)
 
 
-def test_seen_set_is_numbers_or_a_bitmap_whichever_is_shorter() -> None:
-    assert len(packed_seen(31)) == 1 + 4 + 4  # 4 bytes of numbers, 4 of a bitmap: numbers
-    assert packed_seen(31)[0] == 0 and packed_seen(23)[0] == 1
-    assert packed_seen(0, 63)[0] == 0 and packed_seen(0, 55)[0] == 1
-    for items in ([5, 2**32 - 1], [*range(0, 3200, 33)], [*range(0, 3200, 31)]):
-        bitmap_bytes = items[-1] // 8 + 1
-        assert len(packed_seen(*items)) == 1 + min(4 * len(items), bitmap_bytes) + 4
+def test_seen_set_is_a_bitmap_if_that_is_less_than_half_as_long() -> None:
+    assert packed_seen(15)[0] == 0 and packed_seen(7)[0] == 1  # 4 bytes of numbers; bitmaps of 2 and of 1
+    assert packed_seen(0, 31)[0] == 0 and packed_seen(0, 23)[0] == 1
+    for items in ([5, 2**32 - 1], [*range(0, 3200, 17)], [*range(0, 3200, 15)]):
+        numbers_bytes, bitmap_bytes = 4 * len(items), items[-1] // 8 + 1
+        expected = numbers_bytes if numbers_bytes <= 2 * bitmap_bytes else bitmap_bytes
+        assert len(packed_seen(*items)) == 1 + expected + 4
 
 
 def test_numbers_become_a_bitmap_and_a_bitmap_grows_and_stays_one() -> None:
