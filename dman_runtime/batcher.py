@@ -90,6 +90,8 @@ class Batcher:
 
     def recommend(self, queries: Sequence[Query]) -> list[Answer]:
         """`Engine.recommend`: one matrix product for all queries, graph runs shared with concurrent callers."""
+        if len(queries) == 1 and (plain := self._engine.plain_answer(queries[0])) is not None:
+            return [plain]
         opened = self._engine.open_queries(queries)
         if updates := catch_up_updates(opened):
             with suppress(StoreFullError, ConflictError):  # the answer does not depend on it

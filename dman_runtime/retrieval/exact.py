@@ -72,6 +72,8 @@ class ExactRetriever:
         candidates: Sequence[np.ndarray | None] | None = None,
     ) -> list[Hits]:
         """As in `Retriever`. One matrix product for a block of users without candidates."""
+        if len(users) == 1 and not candidates:
+            return [top_k(self._table @ users[0], k, exclude=exclude[0])]
         hits: dict[int, Hits] = {}
         for row, limit in enumerate(candidates or ()):
             if limit is not None:
