@@ -20,7 +20,7 @@ from concurrent.futures import Future
 from dataclasses import dataclass, field
 from typing import Any
 
-from dman_runtime.engine import COMMIT_ATTEMPTS, Engine, OpenQuery, OpenUpdates, OpenUser, lagging_users
+from dman_runtime.engine import COMMIT_ATTEMPTS, Engine, OpenQuery, OpenUpdates, OpenUser
 from dman_runtime.errors import ConflictError, StoppedError
 from dman_runtime.model.recurrence import Piece
 from dman_runtime.requests import Answer, Query, Update, UpdateOutcome, UserInfo, check_update
@@ -88,22 +88,15 @@ class Batcher:
 
     def recommend(self, queries: Sequence[Query]) -> list[Answer]:
         """`Engine.recommend`: one matrix product for all queries, graph runs shared with concurrent callers."""
-        opened = self._engine.open_queries(queries)
-        if lagging := lagging_users(opened):
-            self._catch_up(lagging)
-            opened = self._engine.open_queries(queries)
+        opened = self._engine.open_queries(queries, self.update)
         job = _Job(queries=opened)
         return self._submit(job) if job.users else self._engine.answer(opened)
 
     def user(self, user_id: str, *, recent_events: int) -> UserInfo | None:
         """`Engine.user`."""
         if self._engine.lagging(user_id):
-            self._catch_up([user_id])
+            self.update([Update(user_id, ())])
         return self._engine.user(user_id, recent_events=recent_events)
-
-    def _catch_up(self, user_ids: Sequence[str]) -> None:
-        """Brings records up to their histories."""
-        self._submit(_Job(updates=[Update(user_id, ()) for user_id in user_ids]))
 
     def close(self) -> None:
         """Finishes what waits and ends the thread."""

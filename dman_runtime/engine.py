@@ -8,7 +8,7 @@ is opened. Knows neither gRPC nor threads nor files. Requests come through `batc
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -92,7 +92,7 @@ class OpenQuery:
     user: OpenUser | None  # advanced by the what-if events
     what_if: np.ndarray
     unknown: list[str]
-    lags: bool = False  # the user's record does not cover the history: catch up, then open the query again
+    lags: bool = False  # the user's record does not cover the history
 
 
 class Engine:
@@ -216,18 +216,24 @@ class Engine:
         No graph runs but for what-if events, and where a record has to catch up. Raises RequestError, ConflictError and
         the errors of store and state.
         """
-        opened = self.open_queries(queries)
-        if lagging := lagging_users(opened):
-            self.update([Update(user_id, ()) for user_id in lagging])
-            opened = self.open_queries(queries)
+        opened = self.open_queries(queries, self.update)
         self.advance([one.user for one in opened if one.user is not None])
         return self.answer(opened)
 
-    def open_queries(self, queries: Sequence[Query]) -> list[OpenQuery]:
-        """Reads what queries need. Those with what-if events have a user to be advanced before `answer`."""
+    def open_queries(self, queries: Sequence[Query], catch_up: Callable[[Sequence[Update]], object]) -> list[OpenQuery]:
+        """Reads what queries need. Those with what-if events have a user to be advanced before `answer`.
+
+        `catch_up` gets an empty update for each user whose record does not cover the history, and applies it.
+        """
         for query in queries:
             check_query(query)
-        return [self._open_query(query) for query in queries]
+        for _ in range(COMMIT_ATTEMPTS):
+            opened = [self._open_query(query) for query in queries]
+            lagging = dict.fromkeys(one.query.user_id for one in opened if one.lags)
+            if not lagging:
+                return opened
+            catch_up([Update(user_id, ()) for user_id in lagging if user_id])
+        raise ConflictError("servers of other bundles kept changing the same users", "try again")
 
     def _open_query(self, query: Query) -> OpenQuery:
         what_if, unknown = self.bundle.items.indices(query.what_if)
@@ -334,11 +340,6 @@ class Engine:
         """Forgets a user: the number of events deleted, or None for an unknown user. Durable when it returns."""
         check_user_id(user_id)
         return self.store.delete(user_id)
-
-
-def lagging_users(opened: Sequence[OpenQuery]) -> list[str]:
-    """The users whose records have to catch up before these queries can be answered."""
-    return list(dict.fromkeys(one.query.user_id for one in opened if one.lags and one.query.user_id))
 
 
 def _joined(parts: list[np.ndarray], kind: type) -> np.ndarray:
