@@ -1,4 +1,4 @@
-"""What the test files share: a tiny model, its bundles and generations, stores, a small log, a trained run, a server."""
+"""What the test files share: a tiny model, its bundles and generations, stores, a log, a trained run, a server."""
 
 from __future__ import annotations
 

@@ -36,7 +36,7 @@ def test_generation_repeats_its_golden_replay_whatever_its_states_are_stored_in(
 def test_generation_with_another_golden_replay_is_refused(exact_bundle: Path, tmp_path: Path, name: str) -> None:
     bundle = Path(shutil.copytree(exact_bundle, tmp_path / "bundle"))
     change_golden(bundle, name, 1.01)
-    with pytest.raises(BundleError, match="golden replay is off by .*e-0") as caught:
+    with pytest.raises(BundleError, match=r"golden replay is off by .*e-0") as caught:
         Generation.open(bundle, provider="cpu")
     assert (caught.value.parameter, "export" in caught.value.remedy) == ("provider", True)
 
