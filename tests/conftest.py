@@ -26,6 +26,7 @@ import torch
 from dman_runtime.data.interactions import ItemInfo
 from dman_runtime.model.bundle import ITEMS, MANIFEST, items_jsonl, read_manifest, sha256
 from dman_runtime.model.generation import Generation
+from dman_runtime.serving.config import ServeConfig
 from dman_runtime.store.base import StateStore
 from dman_runtime.store.lmdb import LmdbStore
 from dman_runtime.store.memory import MemoryStore
@@ -177,6 +178,15 @@ def trained_run(small_log: Path, tmp_path_factory: pytest.TempPathFactory) -> Pa
     options = ["--preset", "tiny", "--epochs", "1", "--lanes", "16", "--threads", "1"]
     assert train.main(["--data", str(small_log), "--run", str(path), *options]) == 0
     return path
+
+
+def serve_config(bundle: Path, state: Path, **options: Any) -> ServeConfig:
+    """One worker on a free loopback port."""
+    config = ServeConfig(
+        bundle=bundle, state=state, host="127.0.0.1", port=0, provider="cpu", workers=1, threads=8, encoder_threads=1,
+        max_concurrent=64, map_size_mib=256, grace=5.0,
+    )  # fmt: skip
+    return replace(config, **options)
 
 
 @contextmanager
