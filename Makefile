@@ -5,7 +5,10 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 export ORT_DISABLE_TELEMETRY := 1
 
-.PHONY: demo test lint proto bench report clean
+# A process per core. Tests of one file share a process, and with it what the file's fixtures have made.
+PYTEST := $(BIN)/python -m pytest --numprocesses=auto --dist=loadfile
+
+.PHONY: demo test check lint proto docs bench report clean
 
 # torch first and by itself: the pinned version is the CPU build, and nothing later may replace it.
 $(STAMP): pyproject.toml constraints.txt
@@ -17,8 +20,11 @@ $(STAMP): pyproject.toml constraints.txt
 demo: $(STAMP)  ## train, export, serve, update, recommend and score on generated data
 	$(BIN)/python -m tools.demo
 
-test: $(STAMP)
-	$(BIN)/python -m pytest
+test: $(STAMP)  ## all tests
+	$(PYTEST)
+
+check: lint  ## lint and the fast tests, in less than a minute
+	$(PYTEST) -m "not slow"
 
 lint: $(STAMP)
 	$(BIN)/ruff check .
@@ -30,10 +36,13 @@ proto: $(STAMP)  ## regenerate the committed gRPC stubs
 		--plugin=protoc-gen-mypy=$(BIN)/protoc-gen-mypy --plugin=protoc-gen-mypy_grpc=$(BIN)/protoc-gen-mypy_grpc \
 		protos/dman/v1/dman.proto
 
+docs: $(STAMP)  ## write docs/options.md from the code
+	$(BIN)/python -m tools.options_page
+
 bench: $(STAMP)  ## measure the bundle in bundle/ and write reports/serving.md
 	$(BIN)/python -m tools.bench
 
-report: $(STAMP)  ## build reports/accuracy.md from the recorded runs in reports/runs
+report: $(STAMP)  ## build reports/accuracy.md from reports/records.parquet
 	$(BIN)/python -m tools.report
 
 clean:

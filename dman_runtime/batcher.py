@@ -17,13 +17,15 @@ import threading
 from collections import deque
 from collections.abc import Sequence
 from concurrent.futures import Future
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
 
-from dman_runtime.engine import COMMIT_ATTEMPTS, Engine, OpenQuery, OpenUpdates, OpenUser
-from dman_runtime.errors import ConflictError, StoppedError
+from dman_runtime.engine import COMMIT_ATTEMPTS, Engine
+from dman_runtime.errors import ConflictError, StoppedError, StoreFullError
 from dman_runtime.model.recurrence import Piece
-from dman_runtime.requests import Answer, Query, Update, UpdateOutcome, UserInfo, check_update
+from dman_runtime.opened import OpenQuery, OpenUpdates, OpenUser, catch_up_updates
+from dman_runtime.requests import Answer, Query, Update, UpdateOutcome, check_update
 
 logger = logging.getLogger(__name__)
 SLICE_EVENTS = 128  # a long request holds up others for the time of this many events
@@ -88,15 +90,14 @@ class Batcher:
 
     def recommend(self, queries: Sequence[Query]) -> list[Answer]:
         """`Engine.recommend`: one matrix product for all queries, graph runs shared with concurrent callers."""
-        opened = self._engine.open_queries(queries, self.update)
-        job = _Job(queries=opened)
-        return self._submit(job) if job.users else self._engine.answer(opened)
-
-    def user(self, user_id: str, *, recent_events: int) -> UserInfo | None:
-        """`Engine.user`."""
-        if self._engine.lagging(user_id):
-            self.update([Update(user_id, ())])
-        return self._engine.user(user_id, recent_events=recent_events)
+        opened = self._engine.open_queries(queries)
+        if updates := catch_up_updates(opened):
+            with suppress(StoreFullError, ConflictError):  # the answer does not depend on it
+                self._submit(_Job(updates=updates))
+            opened = self._engine.open_queries(queries, catch_up=False)
+        if any(one.user is not None for one in opened):
+            return self._submit(_Job(queries=opened))
+        return self._engine.answer(opened)
 
     def close(self) -> None:
         """Finishes what waits and ends the thread."""

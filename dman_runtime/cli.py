@@ -10,7 +10,7 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
-from dman_runtime.data.interactions import Columns
+from dman_runtime.data.logs import Columns
 from dman_runtime.errors import UsageError
 from dman_runtime.options import Parser, configure_logging, print_json, run_command
 from dman_runtime.serving.config import ServeConfig

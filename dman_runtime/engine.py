@@ -2,22 +2,24 @@
 
     open_users -> append -> advance (whole, or piece by piece) -> commit
 
-A record that does not cover the whole history, as after a change of bundle, is caught up from the history when its user
-is opened. Knows neither gRPC nor threads nor files. Requests come through `batcher`; jobs and tests call this directly.
+A record is a view of the history. One that does not cover all of it, as after a change of bundle, is caught up when its
+user is opened; one that is damaged is made anew. Knows neither gRPC nor threads nor files. Requests come through
+`batcher`; jobs and tests call this directly.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+import logging
+from collections.abc import Sequence
+from contextlib import suppress
 
 import numpy as np
 
-from dman_runtime.errors import ConflictError, RequestError
+from dman_runtime.errors import ConflictError, RequestError, StateError, StoreFullError
 from dman_runtime.model.generation import Generation
 from dman_runtime.model.record import head_bytes, read_head
-from dman_runtime.model.recurrence import Piece, next_piece
-from dman_runtime.model.state import State, absorbed_segments
+from dman_runtime.model.state import absorbed_segments
+from dman_runtime.opened import NEW_USER, OpenQuery, OpenUpdates, OpenUser, catch_up_updates
 from dman_runtime.requests import (
     MAX_EVENTS,
     Answer,
@@ -34,64 +36,8 @@ from dman_runtime.retrieval.base import NO_ITEMS, Hits
 from dman_runtime.retrieval.exact import search_scores
 from dman_runtime.store.base import Head, StateStore, Write
 
+logger = logging.getLogger(__name__)
 COMMIT_ATTEMPTS = 50
-_NEW_USER = Head(version=0, history_count=0, request_ids=(), generation=0)
-
-
-@dataclass(slots=True, eq=False)
-class OpenUser:
-    """A user between reading and committing."""
-
-    user_id: str | None  # None: an anonymous user, who is never committed
-    head: Head
-    state: State
-    left: np.ndarray  # (n) item indices that the state has yet to be advanced by, oldest first
-    record_lags: bool  # the stored record does not cover the stored history
-    items: list[np.ndarray] = field(default_factory=list)  # item numbers of new events, oldest first
-    timestamps: list[np.ndarray] = field(default_factory=list)
-    request_ids: list[int] = field(default_factory=list)  # remembered ones, oldest first
-
-    @property
-    def history_count(self) -> int:
-        """Events stored, once this user is committed."""
-        return self.head.history_count + sum(map(len, self.items))
-
-    @property
-    def event_count(self) -> int:
-        """Events that the model has seen, once this user is advanced."""
-        return self.state.event_count + len(self.left)
-
-    def add_left(self, indices: np.ndarray) -> None:
-        self.left = np.concatenate([self.left, indices]) if len(self.left) else indices
-
-    def take_piece(self) -> Piece:
-        """Removes the next piece from what is left."""
-        piece = next_piece(self.state, self.left)
-        self.left = self.left[len(piece.items) :]
-        return piece
-
-
-@dataclass(slots=True, eq=False)
-class OpenUpdates:
-    """Updates that are committed together: all of them, or none."""
-
-    updates: Sequence[Update]
-    users: list[OpenUser]
-    outcomes: list[UpdateOutcome]
-
-
-@dataclass(slots=True, eq=False)
-class OpenQuery:
-    """A query with what was read for it."""
-
-    query: Query
-    seen: np.ndarray  # item indices of the history, in no order
-    embedding: np.ndarray  # (D); zero while `user` has to be advanced first
-    event_count: int
-    user: OpenUser | None  # advanced by the what-if events
-    what_if: np.ndarray
-    unknown: list[str]
-    lags: bool = False  # the user's record does not cover the history
 
 
 class Engine:
@@ -113,7 +59,7 @@ class Engine:
 
     def known_indices(self, numbers: np.ndarray) -> np.ndarray:
         """Item indices (int64) of the item numbers that the bundle knows, in order."""
-        indices = self._indices[np.minimum(numbers, len(self._indices) - 1)]
+        indices = self._indices.take(numbers, mode="clip")  # the last one is -1
         return indices[indices >= 0]
 
     # -- the path --------------------------------------------------------------------------------------------------
@@ -121,13 +67,19 @@ class Engine:
     def open_users(self, user_ids: Sequence[str]) -> list[OpenUser]:
         """Reads users, new ones included. What their records do not cover yet is left to be advanced."""
         return [
-            self._open(user_id, stored.head, stored.record) if stored else self._open(user_id, _NEW_USER, None)
+            self._open(user_id, stored.head, stored.record) if stored else self._open(user_id, NEW_USER, None)
             for user_id, stored in zip(user_ids, self.store.get_many(user_ids, self.number), strict=True)
         ]
 
     def _open(self, user_id: str, head: Head, record: bytes | None) -> OpenUser:
-        state = self.generation.unpack(record)
-        lags = state.history_count != head.history_count
+        try:
+            state = self.generation.unpack(record)
+            lags = state.history_count != head.history_count
+            if state.history_count > head.history_count:
+                raise StateError("a state record covers more than the history")
+        except StateError as error:
+            logger.warning("%s; making the record of user %r anew from the history", error.cause, user_id)
+            state, lags = self.generation.unpack(None), True
         left = NO_ITEMS
         if lags:  # a deletion in between gives fewer events, and then the commit a conflict
             items, _ = self.store.history(user_id, state.history_count, head.history_count)
@@ -208,125 +160,113 @@ class Engine:
     def recommend(self, queries: Sequence[Query]) -> list[Answer]:
         """The best items for each query, from one matrix product.
 
-        No graph runs but for what-if events, and where a record has to catch up. Raises RequestError, ConflictError and
-        the errors of store and state.
+        No graph runs but for what-if events, and where a record has to catch up. Raises RequestError and the errors of
+        the store.
         """
-        opened = self.open_queries(queries, self.update)
+        opened = self.open_queries(queries)
+        if updates := catch_up_updates(opened):
+            with suppress(StoreFullError, ConflictError):  # the answer does not depend on it
+                self.update(updates)
+            opened = self.open_queries(queries, catch_up=False)
         self.advance([one.user for one in opened if one.user is not None])
         return self.answer(opened)
 
-    def open_queries(self, queries: Sequence[Query], catch_up: Callable[[Sequence[Update]], object]) -> list[OpenQuery]:
-        """Reads what queries need. Those with what-if events have a user to be advanced before `answer`.
+    def open_queries(self, queries: Sequence[Query], *, catch_up: bool = True) -> list[OpenQuery]:
+        """Reads what queries need. Those that have a `user` need it advanced before `answer`.
 
-        `catch_up` gets an empty update for each user whose record does not cover the history, and applies it.
+        Where a record lags: with `catch_up`, the query says so, and waits for an update that stores the record; else
+        its user is to be advanced by what is missing, for this answer only.
         """
         for query in queries:
             check_query(query)
-        for _ in range(COMMIT_ATTEMPTS):
-            opened = [self._open_query(query) for query in queries]
-            lagging = dict.fromkeys(one.query.user_id for one in opened if one.lags)
-            if not lagging:
-                return opened
-            catch_up([Update(user_id, ()) for user_id in lagging if user_id])
-        raise ConflictError("servers of other bundles kept changing the same users", "try again")
+        return [self._open_query(query, catch_up) for query in queries]
 
-    def _open_query(self, query: Query) -> OpenQuery:
+    def _open_query(self, query: Query, catch_up: bool) -> OpenQuery:
         what_if, unknown = self.bundle.items.indices(query.what_if)
-        opened = OpenQuery(query, NO_ITEMS, self._no_embedding, len(what_if), None, what_if, unknown)
-        view = None
+        opened = OpenQuery(query, NO_ITEMS, self._no_embedding, 0, None, what_if, unknown)
+        view, head = None, None
         if query.user_id is not None:
             view = self.store.ranking_view(query.user_id, self.number, self._head_bytes)
         if view is not None:
             opened.seen = self.known_indices(view.seen)
-            head = read_head(view.record, self.bundle) if view.record is not None else None
-            if head is None or head.history_count != view.history_count:
-                opened.lags = True
-            elif not len(what_if):
-                opened.embedding, opened.event_count = head.user_embedding, head.event_count
-        if len(what_if) and not opened.lags:
+            with suppress(StateError):  # a damaged record is made anew
+                head = read_head(view.record, self.bundle) if view.record is not None else None
+        lags = view is not None and (head is None or head.history_count != view.history_count)
+        if lags and catch_up:
+            opened.lags = True
+        elif lags or len(what_if):
             opened.user = self.open_users([query.user_id])[0] if view and query.user_id else self._anonymous()
             opened.user.add_left(what_if)
             opened.event_count = opened.user.event_count
+        elif head is not None:
+            opened.embedding, opened.event_count = head.user_embedding, head.event_count
         return opened
 
     def _anonymous(self) -> OpenUser:
-        return OpenUser(None, _NEW_USER, self.generation.unpack(None), NO_ITEMS, record_lags=False)
+        return OpenUser(None, NEW_USER, self.generation.unpack(None), NO_ITEMS, record_lags=False)
 
     def answer(self, opened: Sequence[OpenQuery]) -> list[Answer]:
         """Ranks for opened queries whose users have been advanced."""
-        excluded, candidates = [], []
-        for one in opened:
-            if one.user is not None:
-                one.embedding = one.user.state.user_embedding
-            exclude, unknown_excluded = self.bundle.items.indices(one.query.exclude)
-            if not one.query.include_seen:
-                seen = one.seen
-                exclude = np.concatenate([exclude, seen, one.what_if]) if len(exclude) or len(one.what_if) else seen
-            limit, unknown_candidates = None, list[str]()
-            if one.query.candidates is not None:
-                limit, unknown_candidates = self.bundle.items.indices(one.query.candidates)
-            excluded.append(exclude)
-            candidates.append(limit)
-            one.unknown += [*unknown_excluded, *unknown_candidates]
-        hits = self._search(opened, excluded, candidates)
-        return [
-            Answer(found.items, found.scores, one.event_count == 0, one.event_count, one.unknown)
-            for one, found in zip(opened, hits, strict=True)
-        ]
-
-    def _search(
-        self, opened: Sequence[OpenQuery], excluded: Sequence[np.ndarray], candidates: Sequence[np.ndarray | None]
-    ) -> list[Hits]:
-        """The hits of each query: by its user embedding, or by popularity where the model has seen no event."""
+        hits: list[Hits | None] = [None] * len(opened)
+        limits = [self._limits(one) for one in opened]
         personal = [row for row, one in enumerate(opened) if one.event_count]
-        hits: dict[int, Hits] = {}
         if personal:
             found = self.generation.retriever.search(
-                np.stack([opened[row].embedding for row in personal]),
+                _rows([opened[row].embedding for row in personal]),
                 max(opened[row].query.k for row in personal),
-                exclude=[excluded[row] for row in personal],
-                candidates=[candidates[row] for row in personal],
+                exclude=[limits[row][0] for row in personal],
+                candidates=[limits[row][1] for row in personal],
             )
-            for row, one in zip(personal, found, strict=True):
-                k = opened[row].query.k
-                hits[row] = Hits(one.items[:k], one.scores[:k])
-        for row in set(range(len(opened))) - set(personal):
-            hits[row] = search_scores(
-                self.bundle.items.popularity,
-                opened[row].query.k,
-                exclude=excluded[row],
-                candidates=candidates[row],
-            )
-        return [hits[row] for row in range(len(opened))]
+            for row, best in zip(personal, found, strict=True):
+                hits[row] = best
+        return [
+            self._answer(one, best, exclude, candidates)
+            for one, best, (exclude, candidates) in zip(opened, hits, limits, strict=True)
+        ]
+
+    def _limits(self, one: OpenQuery) -> tuple[np.ndarray, np.ndarray | None]:
+        """Item indices to exclude, and those to choose among, if there is a choice."""
+        query, indices = one.query, self.bundle.items.indices
+        exclude, candidates = NO_ITEMS if query.include_seen else one.seen, None
+        if query.exclude:
+            listed, unknown = indices(query.exclude)
+            exclude = np.concatenate([listed, exclude])
+            one.unknown += unknown
+        if len(one.what_if) and not query.include_seen:
+            exclude = np.concatenate([exclude, one.what_if])
+        if query.candidates is not None:
+            candidates, unknown = indices(query.candidates)
+            one.unknown += unknown
+        if one.user is not None:
+            one.embedding = one.user.state.user_embedding
+        return exclude, candidates
+
+    def _answer(self, one: OpenQuery, best: Hits | None, exclude: np.ndarray, candidates: np.ndarray | None) -> Answer:
+        """Without hits: by popularity, as the model has seen no event."""
+        k, popular = one.query.k, best is None
+        if best is None:
+            best = search_scores(self.bundle.items.popularity, k, exclude=exclude, candidates=candidates)
+        return Answer(best.items[:k], best.scores[:k], popular, one.event_count, one.unknown)
 
     # -- users -----------------------------------------------------------------------------------------------------
 
-    def lagging(self, user_id: str) -> bool:
-        """Whether the user's record does not cover the whole history. Raises RequestError."""
-        check_user_id(user_id)
-        (stored,) = self.store.get_many([user_id], self.number)
-        if stored is None or stored.record is None:
-            return stored is not None
-        return read_head(stored.record, self.bundle).history_count != stored.head.history_count
-
     def user(self, user_id: str, *, recent_events: int = 0) -> UserInfo | None:
-        """What is stored about a user, or None. Raises RequestError, ConflictError, StoreError, StateError."""
+        """What is stored about a user, or None. Raises RequestError, StoreError."""
+        check_user_id(user_id)
         if not 0 <= recent_events <= MAX_EVENTS:
             raise RequestError(f"recent_events is {recent_events}", f"choose 0 to {MAX_EVENTS}")
-        if self.lagging(user_id):
-            self.update([Update(user_id, ())])
         (stored,) = self.store.get_many([user_id], self.number)
         if stored is None:
             return None
-        (count, record), shape = (stored.head.history_count, stored.record), self.bundle.manifest.state
-        event_count = read_head(record, self.bundle).event_count if record is not None else 0
+        user, shape = self._open(user_id, stored.head, stored.record), self.bundle.manifest.state
+        count = stored.head.history_count
         items, timestamps = self.store.history(user_id, max(0, count - recent_events), count)
         return UserInfo(
-            event_count=event_count,
+            event_count=user.event_count,
             history_count=count,
-            segment_fill=event_count % shape.segment_length,
-            absorbed_segments=absorbed_segments(event_count, shape),
-            state_bytes=len(record or b""),
+            segment_fill=user.event_count % shape.segment_length,
+            absorbed_segments=absorbed_segments(user.event_count, shape),
+            state_bytes=len(stored.record or b""),
             recent_item_ids=self.store.item_ids(items),
             recent_timestamps=timestamps.tolist(),
         )
@@ -335,6 +275,11 @@ class Engine:
         """Forgets a user: the number of events deleted, or None for an unknown user. Durable when it returns."""
         check_user_id(user_id)
         return self.store.delete(user_id)
+
+
+def _rows(vectors: list[np.ndarray]) -> np.ndarray:
+    """(D) vectors as (B, D); np.stack takes longer than the search where there is one."""
+    return vectors[0][None] if len(vectors) == 1 else np.stack(vectors)
 
 
 def _joined(parts: list[np.ndarray], kind: type) -> np.ndarray:

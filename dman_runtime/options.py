@@ -25,6 +25,7 @@ class Parser(argparse.ArgumentParser):
         kwargs.setdefault("formatter_class", argparse.ArgumentDefaultsHelpFormatter)
         kwargs.setdefault("allow_abbrev", False)
         super().__init__(**kwargs)
+        self.variables: dict[str, str] = {}  # option -> the variable that sets its default
 
     def error(self, message: str) -> NoReturn:
         raise UsageError(f"{message}; see {self.prog} --help")
@@ -37,6 +38,8 @@ class Parser(argparse.ArgumentParser):
             if (choices := kwargs.get("choices")) and os.environ[variable] not in choices:
                 raise UsageError(f"{variable} is {os.environ[variable]!r}; choose one of {', '.join(choices)}")
         self.add_argument(name, **kwargs)
+        if kwargs.get("action") is None:
+            self.variables[name] = variable
 
     def config_flags(self, config_class: type, *, title: str) -> None:
         """One option per field of a dataclass whose fields carry `help` metadata. Unset options stay absent."""
@@ -52,7 +55,7 @@ class Parser(argparse.ArgumentParser):
                 group.add_argument(name, choices=get_args(kind), **options)
             else:
                 group.add_argument(name, type=kind, metavar=kind.__name__.upper(), **options)
-            variable = f"DMAN_{field.name.upper()}"
+            self.variables[name] = variable = f"DMAN_{field.name.upper()}"
             if variable in os.environ:
                 self.set_defaults(**{field.name: _from_environment(variable, kind)})
 

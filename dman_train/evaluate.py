@@ -15,7 +15,8 @@ from typing import Any
 import numpy as np
 
 from dman_runtime.data.evaluation import HeldOut, format_report, held_out, report
-from dman_runtime.data.interactions import Columns, Interactions
+from dman_runtime.data.interactions import Interactions
+from dman_runtime.data.logs import Columns
 from dman_runtime.data.tables import quoted
 from dman_runtime.data.vocabulary import read_known
 from dman_runtime.errors import UsageError

@@ -19,7 +19,9 @@ import torch
 import torch.distributed as dist
 
 from dman_runtime.data.evaluation import Split, format_report, held_out, report, training_events
-from dman_runtime.data.interactions import Columns, Interactions, read_interactions, read_items
+from dman_runtime.data.interactions import Interactions
+from dman_runtime.data.items import read_items
+from dman_runtime.data.logs import Columns, read_interactions
 from dman_runtime.errors import UsageError
 from dman_runtime.options import Parser, configure_logging, overridden, print_json, run_command
 from dman_train.config import PRESETS, BaselineConfig, DataConfig, ModelConfig, Preset, TrainConfig

@@ -1,6 +1,7 @@
-"""The clients: each binds the calls of `_calls` to a channel. Only opening, calling, waiting and closing differ.
+"""The two clients. They differ only in how they open a channel, call, wait and close.
 
-A method is a function of `_calls`, of which it has the signature and the docstring, run by the client's `_run`.
+Each public method is made from a function of `_calls`: it has that function's signature and docstring, and sends the
+call that the function builds with the client's `_run`.
 """
 
 import asyncio
@@ -18,7 +19,7 @@ from protos.dman.v1.dman_pb2_grpc import RecommenderStub
 from sdk import _calls
 from sdk._calls import Call, ReplyT, RequestT, ResultT
 from sdk._exceptions import ClientClosedError, EventLoopError, error_from_status
-from sdk._retry import NO_RETRY, Attempts
+from sdk._retry import Attempts
 from sdk._settings import DEFAULT_RETRIES, DEFAULT_TARGET, DEFAULT_TIMEOUT, positive_seconds, settings
 
 P = ParamSpec("P")
@@ -33,7 +34,7 @@ def _blocking(build: Callable[P, Call[Any, Any, R]]) -> Callable[Concatenate["Cl
     def method(self: "Client", /, *args: P.args, **kwargs: P.kwargs) -> R:
         return self._run(build(*args, **kwargs))
 
-    _present(method, build, "Client")
+    _copy_signature(method, build, "Client")
     return method
 
 
@@ -45,26 +46,26 @@ def _awaitable(
     async def method(self: "AsyncClient", /, *args: P.args, **kwargs: P.kwargs) -> R:
         return await self._run(build(*args, **kwargs))
 
-    _present(method, build, "AsyncClient")
+    _copy_signature(method, build, "AsyncClient")
     return method
 
 
-def _present(method: Any, build: Callable[..., Any], owner: str) -> None:
-    """Lets help() and introspection see what a hand-written method would show: `build` with a self and its result."""
+def _copy_signature(method: Any, build: Callable[..., Any], owner: str) -> None:
+    """Makes help() and inspect show `method` as if it were written by hand: the parameters of `build` after self."""
     functools.update_wrapper(method, build, assigned=("__name__", "__doc__"))
     del method.__wrapped__
     method.__qualname__ = f"{owner}.{build.__name__}"
     result_type = build.__annotations__["return"].__args__[-1]  # of Call[request, reply, result]
     method.__annotations__ = {**build.__annotations__, "return": result_type}
     signature = inspect.signature(build)
-    itself = inspect.Parameter("self", inspect.Parameter.POSITIONAL_OR_KEYWORD)
+    self_parameter = inspect.Parameter("self", inspect.Parameter.POSITIONAL_OR_KEYWORD)
     method.__signature__ = signature.replace(
-        parameters=[itself, *signature.parameters.values()], return_annotation=result_type
+        parameters=[self_parameter, *signature.parameters.values()], return_annotation=result_type
     )
 
 
 class _ClientBase:
-    """What both clients share: settings, the closed flag, and what to do after a failed attempt."""
+    """What both clients share: settings, the closed flag, and what happens after a failed attempt."""
 
     def __init__(
         self,
@@ -82,12 +83,12 @@ class _ClientBase:
         Args:
             target: The server's address: `host:port`, or any other gRPC name such as `unix:/run/dman.sock`.
             timeout: Seconds that a call may take as a whole, retries included. Each method can override it.
-            retries: How often a call that is safe to repeat is tried again while the server is unavailable.
+            retries: How often a call that is safe to repeat is tried again while the server is unavailable. 0: never.
             wait_for_ready: Whether a call waits, within its timeout, for a server that is not up yet,
-                rather than fail at once.
+                instead of failing at once.
             channel_credentials: From `grpc.ssl_channel_credentials()` or the like; None for plain text.
             metadata: Sent with every call, such as `[("authorization", "Bearer ...")]`. Only safe with TLS.
-            options: Further gRPC channel options, which win over this client's own.
+            options: More gRPC channel options. They override those of this client.
 
         Raises:
             InvalidArgumentError: An argument cannot work.
@@ -102,12 +103,11 @@ class _ClientBase:
             options=options,
         )
         self._metadata = self._settings.metadata or None
-        self._retry_policy = self._settings.retry_policy
         self._closed = False
         self._prepare()
 
     def _prepare(self) -> None:
-        """What a kind of client sets up when it is made."""
+        """Sets up what one kind of client needs."""
         raise NotImplementedError
 
     @property
@@ -125,10 +125,10 @@ class _ClientBase:
 
     def _attempts(self, call: Call[Any, Any, Any]) -> Attempts:
         timeout = self._settings.timeout if call.timeout is None else positive_seconds(call.timeout, "timeout")
-        return Attempts(self._retry_policy if call.repeatable else NO_RETRY, timeout)
+        return Attempts(self._settings.retries if call.repeatable else 0, timeout)
 
     def _pause(self, call: Call[Any, Any, Any], attempts: Attempts, error: grpc.RpcError) -> float:
-        """Seconds to wait before the next attempt. Raises the error as one of ours when there is to be none."""
+        """Seconds to wait before the next attempt. Raises a DmanError when there is none."""
         code, details = error.code(), error.details() or ""
         if self._closed and code is grpc.StatusCode.CANCELLED:
             raise ClientClosedError from error
@@ -137,11 +137,11 @@ class _ClientBase:
             raise error_from_status(
                 code, method=call.rpc, target=self.target, details=details, attempts=attempts.count
             ) from error
-        _log.debug("%s at %s: %s; again in %.3f s", call.rpc, self.target, details, delay)
+        _log.debug("%s at %s: %s; next attempt in %.3f s", call.rpc, self.target, details, delay)
         return delay
 
     def _result(self, call: Call[RequestT, ReplyT, ResultT], reply: ReplyT | None) -> ResultT:
-        """The reply as a result. gRPC hands over None for bytes that are no message of the expected type."""
+        """The reply as a result. gRPC gives None when the bytes are not a message of the expected type."""
         try:
             if reply is None:
                 raise ValueError("not a message of this type")
@@ -155,15 +155,15 @@ class _ClientBase:
 class Client(_ClientBase):
     """A connection to a DMAN server.
 
-    Make one, keep it, and share it between threads: it holds one channel, which connects at the first call and
-    reconnects by itself. A process that forks makes its clients after the fork.
+    Create one, keep it, and share it between threads. It holds one channel, which connects at the first call and
+    reconnects by itself. If your process forks, create clients after the fork.
 
         with Client("localhost:50051") as client:
             client.update(42, [2858, 260])
             for item in client.recommend(42, k=5):
                 print(item.item_id, item.score, item.title)
 
-    Every failure is a `DmanError`, whose docstring draws the tree.
+    Every failure is a `DmanError`; its docstring shows all errors.
     """
 
     def _prepare(self) -> None:
@@ -183,7 +183,7 @@ class Client(_ClientBase):
     delete_user = _blocking(_calls.delete_user)
 
     def close(self) -> None:
-        """Closes the connection. Calls under way end with ClientClosedError. Closing twice is no error."""
+        """Closes the connection. Running calls end with ClientClosedError. Closing twice is allowed."""
         self._closed = True
         self._channel.close()
 
@@ -210,7 +210,7 @@ class Client(_ClientBase):
                 )
             except grpc.RpcError as error:
                 time.sleep(self._pause(call, attempts, error))
-            except ValueError as error:  # what gRPC raises when another thread has just closed the channel
+            except ValueError as error:  # gRPC raises it when another thread has just closed the channel
                 if not self._closed:
                     raise
                 raise ClientClosedError from error
@@ -221,15 +221,15 @@ class Client(_ClientBase):
 class AsyncClient(_ClientBase):
     """A connection to a DMAN server for asyncio: the methods of `Client` as coroutines.
 
-    Make one for each event loop, keep it, and share it between tasks: it holds one channel, which belongs to the
-    loop that makes the first call. A process that forks makes its clients after the fork.
+    Create one for each event loop, keep it, and share it between tasks. It holds one channel, which belongs to the
+    loop of the first call. If your process forks, create clients after the fork.
 
         async with AsyncClient("localhost:50051") as client:
             await client.update(42, [2858, 260])
             for item in await client.recommend(42, k=5):
                 print(item.item_id, item.score, item.title)
 
-    Every failure is a `DmanError`, whose docstring draws the tree.
+    Every failure is a `DmanError`; its docstring shows all errors.
     """
 
     def _prepare(self) -> None:
@@ -244,7 +244,7 @@ class AsyncClient(_ClientBase):
     delete_user = _awaitable(_calls.delete_user)
 
     async def close(self) -> None:
-        """Closes the connection. Calls under way end with ClientClosedError. Closing twice is no error."""
+        """Closes the connection. Running calls end with ClientClosedError. Closing twice is allowed."""
         self._closed = True
         if self._channel is not None:
             self._check_loop()
@@ -261,7 +261,7 @@ class AsyncClient(_ClientBase):
         await self.close()
 
     def _open(self) -> None:
-        """Makes the channel in the running loop, to which gRPC then ties it."""
+        """Makes the channel. gRPC ties it to the running event loop."""
         options, credentials = self._settings.options, self._settings.credentials
         self._loop = asyncio.get_running_loop()
         self._channel = (
@@ -297,6 +297,6 @@ class AsyncClient(_ClientBase):
                 task = asyncio.current_task()
                 if not self._closed or (task is not None and task.cancelling()):
                     raise
-                raise ClientClosedError from None  # close() cancels the calls under way, not their tasks
+                raise ClientClosedError from None  # close() cancels running calls, not their tasks
             else:
                 return self._result(call, reply)

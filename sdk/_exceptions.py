@@ -1,4 +1,4 @@
-"""Everything this package raises, and which gRPC status becomes what."""
+"""The errors of this package, and which gRPC status becomes which error."""
 
 import grpc
 
@@ -13,15 +13,15 @@ class DmanError(Exception):
         └── CallError                                        a call was made and failed
             ├── UserNotFoundError    (also LookupError)      nothing is stored about the user
             ├── DeadlineExceededError  (also TimeoutError)   no answer within the timeout
-            ├── UnavailableError     (also ConnectionError)  no server there, or it is stopping
+            ├── UnavailableError     (also ConnectionError)  no server, or it is stopping
             ├── ResourceExhaustedError                       message too large, store full, server overloaded
             ├── UnauthenticatedError                         credentials are missing or not valid
-            ├── PermissionDeniedError  (also PermissionError)  valid credentials that may not do this
+            ├── PermissionDeniedError  (also PermissionError)  the credentials may not do this
             ├── UnimplementedError                           the server does not know this method
             └── InternalError                                every other failure of a server
 
-    No gRPC exception escapes; the one behind an error is its `__cause__`.
-    `code`, `method`, `target` and `details` (the server's own words) are None when nothing was sent.
+    No gRPC exception gets out; it is the `__cause__` of the error. `code`, `method`, `target` and `details` (the
+    server's words) are None when nothing was sent.
     """
 
     remedy = ""
@@ -43,20 +43,20 @@ class DmanError(Exception):
 
 
 class InvalidArgumentError(DmanError, ValueError):
-    """The request can never succeed as it is: noticed here before sending, or by the server."""
+    """The request can never succeed as it is. Found before sending, or by the server."""
 
     remedy = "Correct the argument; sending it again will not help."
 
 
 class ClientClosedError(DmanError, RuntimeError):
-    """The client was used after `close()`, or closed while the call was under way."""
+    """The client was used after `close()`, or was closed during the call."""
 
     def __init__(self, message: str = "The client is closed. Create a new one.") -> None:
         super().__init__(message)
 
 
 class EventLoopError(DmanError, RuntimeError):
-    """An AsyncClient belongs to the event loop of its first call and was used in another."""
+    """An AsyncClient was used in another event loop than that of its first call."""
 
     def __init__(
         self, message: str = "This AsyncClient belongs to another event loop. Create one client for each loop."
@@ -99,7 +99,7 @@ class UnauthenticatedError(CallError):
 
 
 class PermissionDeniedError(CallError, PermissionError):
-    """The credentials are valid and may not do this."""
+    """The credentials are valid but may not do this."""
 
     remedy = "Use credentials that may call this method."
 
@@ -117,7 +117,7 @@ class InternalError(CallError):
 
 
 ERROR_OF_STATUS: dict[grpc.StatusCode, type[DmanError]] = {
-    grpc.StatusCode.OK: InternalError,  # never an error; here so that the table is total
+    grpc.StatusCode.OK: InternalError,  # never an error; here so that the table is complete
     grpc.StatusCode.CANCELLED: InternalError,
     grpc.StatusCode.UNKNOWN: InternalError,
     grpc.StatusCode.INVALID_ARGUMENT: InvalidArgumentError,
@@ -138,7 +138,7 @@ ERROR_OF_STATUS: dict[grpc.StatusCode, type[DmanError]] = {
 
 
 def error_from_status(code: grpc.StatusCode, *, method: str, target: str, details: str, attempts: int = 1) -> DmanError:
-    """The error for a call that ended with `code`; `details` are the server's words."""
+    """The error for a call that ended with `code`. `details` are the server's words."""
     error_type = ERROR_OF_STATUS.get(code, InternalError)
     tries = f" after {attempts} attempts" if attempts > 1 else ""
     reason = details.strip().rstrip(".") or "no details given"

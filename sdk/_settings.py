@@ -1,4 +1,4 @@
-"""How a client reaches its server: validated once, then passed whole."""
+"""The settings of a client, checked once and then passed on whole."""
 
 import math
 import re
@@ -9,7 +9,6 @@ from typing import Any, TypeAlias
 import grpc
 
 from sdk._exceptions import InvalidArgumentError
-from sdk._retry import RetryPolicy
 from sdk._wire import integer
 
 Metadata: TypeAlias = tuple[tuple[str, str | bytes], ...]
@@ -22,17 +21,17 @@ MAX_MESSAGE_BYTES = 16 << 20  # both ways; 1000 recommendations with titles take
 _CHANNEL_OPTIONS: dict[str, Any] = {
     "grpc.max_receive_message_length": MAX_MESSAGE_BYTES,
     "grpc.max_send_message_length": MAX_MESSAGE_BYTES,
-    "grpc.enable_retries": 0,  # one retry policy, ours
-    "grpc.use_local_subchannel_pool": 1,  # a client has its own connection, which close() closes
+    "grpc.enable_retries": 0,  # `_retry` decides about retries
+    "grpc.use_local_subchannel_pool": 1,  # a client has its own connection, and close() closes it
     "grpc.initial_reconnect_backoff_ms": 100,
-    "grpc.max_reconnect_backoff_ms": 2000,  # gRPC's own 2 minutes would outlast a server's restart by far
+    "grpc.max_reconnect_backoff_ms": 2000,  # gRPC's 2 minutes are far longer than a restart of the server
 }
 _METADATA_KEY = re.compile(r"[0-9a-z_.-]+")
 
 
 @dataclass(frozen=True, slots=True)
 class Settings:
-    """The arguments of a client. Raises InvalidArgumentError where one cannot work."""
+    """The checked arguments of a client, made by `settings`."""
 
     target: str
     timeout: float
@@ -41,10 +40,6 @@ class Settings:
     credentials: grpc.ChannelCredentials | None = field(repr=False)
     metadata: Metadata = field(repr=False)
     options: tuple[tuple[str, Any], ...]
-
-    @property
-    def retry_policy(self) -> RetryPolicy:
-        return RetryPolicy(retries=self.retries)
 
 
 def settings(
@@ -57,7 +52,7 @@ def settings(
     metadata: Iterable[tuple[str, str | bytes]],
     options: Iterable[tuple[str, Any]],
 ) -> Settings:
-    """Checks the arguments of a client. `options` win over this module's."""
+    """Checks the arguments of a client. `options` override this module's. Raises InvalidArgumentError."""
     if not isinstance(target, str) or not target:
         raise InvalidArgumentError(f"target must be an address such as {DEFAULT_TARGET!r}, not {target!r}.")
     if integer(retries, "retries") < 0:
@@ -74,7 +69,7 @@ def settings(
 
 
 def positive_seconds(value: float, name: str) -> float:
-    """The value as a positive, finite float. Every call has a deadline, so there is no way to say "never"."""
+    """The value as a positive, finite float. Every call has a deadline, so infinity is refused."""
     if isinstance(value, bool) or not hasattr(value, "__float__"):
         raise InvalidArgumentError(f"{name} must be a number of seconds, not {type(value).__name__}.")
     seconds = float(value)
@@ -84,7 +79,7 @@ def positive_seconds(value: float, name: str) -> float:
 
 
 def _checked_metadata(metadata: Iterable[tuple[str, str | bytes]]) -> Metadata:
-    """What gRPC itself would refuse at every call, refused once and with a reason. Values may be secrets."""
+    """Refuses, with a reason, what gRPC would refuse at every call. Messages show no value: it may be a secret."""
     pairs = _pairs(metadata, "metadata")
     for key, value in pairs:
         if not isinstance(key, str) or not _METADATA_KEY.fullmatch(key):

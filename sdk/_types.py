@@ -1,14 +1,14 @@
-"""What goes into a client and what comes out of it."""
+"""The types of arguments and results."""
 
 import dataclasses
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Literal, SupportsIndex, TypeAlias, overload
 
 Id: TypeAlias = str | SupportsIndex
-"""A user or an item: text, or an integer of any kind (NumPy's too), which travels as decimal text."""
+"""A user or an item: text, or an integer of any kind (NumPy's too). Integers are sent as decimal text."""
 
 Source: TypeAlias = Literal["personalized", "popular", "unknown"]
-"""How items were chosen. "unknown": the server is newer than this SDK and names a source it does not know."""
+"""How items were chosen. "unknown": the server is newer than this SDK and names a source that the SDK does not know."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -30,11 +30,14 @@ Ids: TypeAlias = Id | Iterable[Id]
 class UpdateResult:
     """What an update did.
 
-    `event_count` is the user's total after it and `applied` the events it added. `duplicate` is True when the
-    server had applied this request id before; nothing was added then. Unknown items were dropped.
+    `event_count` counts the events of the user that the model has seen, this update included. `history_count` counts
+    all stored events of the user: those of items that the bundle does not know (`unknown_item_ids`) are stored too,
+    so that a later bundle can use them. `applied` is what this update added to `event_count`. `duplicate` is True
+    when the server already had an update with this request id; then nothing was added.
     """
 
     event_count: int
+    history_count: int
     applied: int
     unknown_item_ids: tuple[str, ...]
     duplicate: bool
@@ -43,7 +46,7 @@ class UpdateResult:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Recommendation:
-    """One item. A larger score is better, within one reply only; `title` is empty when the bundle has none."""
+    """One item. A larger score is better, within one reply only. `title` is empty when the bundle has none."""
 
     item_id: int | str
     score: float
@@ -52,10 +55,10 @@ class Recommendation:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Recommendations(Sequence[Recommendation]):
-    """The best items for one user, best first: an immutable sequence that says where it came from.
+    """The best items for one user, best first. An immutable sequence that also says how it was made.
 
-    `event_count` is the number of events the scores reflect, `what_if` included. `unknown_item_ids` are those of
-    the request that the bundle does not know; they were ignored. A slice keeps these attributes.
+    `event_count` is the number of events that the scores reflect, `what_if` included. `unknown_item_ids` are the ids
+    of the request that the bundle does not know; they were ignored. A slice keeps these attributes.
     """
 
     items: tuple[Recommendation, ...]
@@ -66,12 +69,12 @@ class Recommendations(Sequence[Recommendation]):
 
     @property
     def is_popular(self) -> bool:
-        """True when the user has no events and these are simply the most popular items."""
+        """True when the user has no events: these are the most popular items."""
         return self.source == "popular"
 
     @property
     def item_ids(self) -> tuple[int | str, ...]:
-        """The ids alone, best first."""
+        """Only the ids, best first."""
         return tuple(item.item_id for item in self.items)
 
     def __len__(self) -> int:
@@ -94,12 +97,14 @@ class Recommendations(Sequence[Recommendation]):
 class User:
     """What is stored about a user. `recent_events` are oldest first.
 
-    `segment_fill` events are in the segment still open and `absorbed_segments` segments are in the memory;
-    `state_bytes` is the size of the state record without the history.
+    `event_count` counts the events that the model has seen, `history_count` all stored events, also those of items
+    that the bundle does not know. `segment_fill` events are in the open segment, and `absorbed_segments` segments
+    are in the memory. `state_bytes` is the size of the state record without the history.
     """
 
     user_id: str
     event_count: int
+    history_count: int
     segment_fill: int
     absorbed_segments: int
     state_bytes: int
@@ -109,7 +114,10 @@ class User:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class DeletedUser:
-    """What a deletion removed. `existed` is False, and `event_count` 0, when the user was not known."""
+    """What a deletion removed. `event_count` counts all stored events that were deleted.
+
+    For an unknown user `existed` is False and `event_count` is 0.
+    """
 
     existed: bool
     event_count: int

@@ -1,6 +1,6 @@
-"""Python values to protobuf fields, with errors that name the argument.
+"""Turns Python values into protobuf fields. Errors name the argument.
 
-Only what the wire cannot express is refused here; limits, which may change, are the server's to check.
+Only values that a message cannot hold are refused here. The server checks its own limits, which may change.
 """
 
 import operator
@@ -25,14 +25,14 @@ def id_text(value: object, name: str, *, kinds: str = "str or int") -> str:
         return value
     if not isinstance(value, bool):
         try:
-            return str(operator.index(value))  # type: ignore[arg-type]  # TypeError is what we ask for
+            return str(operator.index(value))  # type: ignore[arg-type]  # the TypeError is caught
         except TypeError:
             pass
     raise InvalidArgumentError(f"{name} must be {kinds}, not {type(value).__name__}.")
 
 
 def integer(value: object, name: str, *, limit: int = _INT32) -> int:
-    """A whole number in [-limit, limit), which is what its field on the wire can hold."""
+    """The value as an int in [-limit, limit), the range of its field. Raises InvalidArgumentError."""
     if isinstance(value, bool):
         raise InvalidArgumentError(f"{name} must be an integer, not bool.")
     try:
@@ -45,22 +45,22 @@ def integer(value: object, name: str, *, limit: int = _INT32) -> int:
 
 
 def id_texts(ids: Ids, name: str) -> list[str]:
-    """One id or several, as texts in the order given."""
-    values = _listed(ids, name)
+    """One id or several, as texts, in the order given."""
+    values = _as_list(ids, name)
     return [id_text(value, f"{name}[{position}]") for position, value in enumerate(values)]
 
 
 def events(items: Items, timestamps: object = None, *, name: str = "items") -> list[pb.Event]:
-    """One item or several, each an id or an Event, oldest first; `timestamps` (seconds) go with ids only."""
+    """One item or several, each an id or an Event, oldest first; `timestamps` (seconds) are for ids only."""
     if isinstance(items, (set, frozenset, Mapping)):
         raise InvalidArgumentError(f"{name} must be in order, oldest first; {type(items).__name__} has no order.")
-    values = _listed(items, name)
+    values = _as_list(items, name)
     if timestamps is not None:
-        values = _timed(values, _listed(timestamps, "timestamps"), name)
+        values = _with_timestamps(values, _as_list(timestamps, "timestamps"), name)
     return [_event(value, f"{name}[{position}]") for position, value in enumerate(values)]
 
 
-def _timed(ids: list[Any], timestamps: list[Any], name: str) -> list[Event]:
+def _with_timestamps(ids: list[Any], timestamps: list[Any], name: str) -> list[Event]:
     if len(timestamps) != len(ids):
         raise InvalidArgumentError(
             f"timestamps must have one value for each of {name}: {len(timestamps)} given for {len(ids)}."
@@ -79,7 +79,7 @@ def _event(value: object, name: str) -> pb.Event:
     )
 
 
-def _listed(values: object, name: str) -> list[Any]:
+def _as_list(values: object, name: str) -> list[Any]:
     """`values` as a list: one value becomes a list of one. NumPy arrays and other iterables work."""
     if isinstance(values, (list, tuple)):
         return list(values)
@@ -89,7 +89,7 @@ def _listed(values: object, name: str) -> list[Any]:
         return [values]
     try:
         iterator = iter(values)
-    except TypeError:  # a NumPy array of no dimensions declares __iter__ and is one value all the same
+    except TypeError:  # a NumPy array without dimensions has __iter__ but is one value
         return [values]
     return list(iterator)
 

@@ -1,26 +1,15 @@
-"""What keeps the parts apart and the documents true: imports, generated code, names that the README must mention."""
+"""What keeps the parts apart: imports, what a process loads, generated code."""
 
 from __future__ import annotations
 
-import argparse
 import ast
-import dataclasses
 import json
-import re
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 from conftest import ROOT
-
-import sdk
-from dman_runtime import cli
-from dman_runtime.options import Parser
-from dman_train import evaluate, export, train
-from dman_train.config import BASELINE_PRESETS, BaselineConfig, DataConfig, ModelConfig, TrainConfig
-from protos.dman.v1 import dman_pb2 as pb
 
 OURS = ("protos", "sdk", "dman_runtime", "dman_train", "tools", "tests")
 SERVING = ("batcher", "cli", "engine", "serving", "api", "store")  # of dman_runtime; training needs none of them
@@ -177,78 +166,3 @@ def test_committed_stubs_are_what_the_proto_generates(tmp_path: Path) -> None:
     )
     for file in generated:
         assert file.read_text() == (ROOT / "protos" / "dman" / "v1" / file.name).read_text(), "run `make proto`"
-
-
-# -- documents -------------------------------------------------------------------------------------------------------
-
-
-def parsers(parser: argparse.ArgumentParser) -> Iterator[argparse.ArgumentParser]:
-    yield parser
-    for action in parser._actions:
-        if isinstance(action, argparse._SubParsersAction):
-            for child in action.choices.values():
-                yield from parsers(child)
-
-
-def options(make: Callable[[], Parser]) -> set[str]:
-    actions = [action for parser in parsers(make()) for action in parser._actions]
-    return {name for action in actions for name in action.option_strings[:1] if name not in ("-h", "--help")}
-
-
-def field_names(*configs: type) -> set[str]:
-    return {field.name for config in configs for field in dataclasses.fields(config)}
-
-
-def client_methods() -> set[str]:
-    return {name for name, value in vars(sdk.Client).items() if callable(value) and not name.startswith("_")}
-
-
-DOCUMENTED: dict[str, Callable[[], set[str]]] = {
-    "commands of dman-runtime": lambda: {
-        f"dman-runtime {name}"
-        for action in cli.parser()._actions
-        if isinstance(action, argparse._SubParsersAction)
-        for name in action.choices
-    },
-    "options of dman-runtime": lambda: options(cli.parser),
-    "options of dman_train.train": lambda: options(train.parser),
-    "options of dman_train.export": lambda: options(export.parser),
-    "options of dman_train.evaluate": lambda: options(evaluate.parser),
-    "options of dman_train.baselines": lambda: options(lambda: train.parser(BASELINE_PRESETS)),
-    "baseline fields": lambda: field_names(BaselineConfig),
-    "model fields": lambda: field_names(ModelConfig),
-    "training fields": lambda: field_names(TrainConfig),
-    "data fields": lambda: field_names(DataConfig),
-    "RPCs": lambda: {method.name for method in pb.DESCRIPTOR.services_by_name["Recommender"].methods},
-    "names of the SDK": lambda: {name for name in sdk.__all__ if not name.startswith("__")},
-    "methods of Client": client_methods,
-}
-
-
-def mentioned(name: str, text: str) -> bool:
-    """Whether the text has the name as a whole word; a field may be written as its option, and the reverse."""
-    spellings = {name, f"--{name.replace('_', '-')}", name.removeprefix("--").replace("-", "_")}
-    return any(re.search(rf"(?<![\w-]){re.escape(spelling)}(?![\w-])", text) for spelling in spellings)
-
-
-@pytest.mark.parametrize("what", DOCUMENTED)
-def test_readme_mentions_all(what: str) -> None:
-    text = (ROOT / "README.md").read_text(encoding="utf-8")
-    names = DOCUMENTED[what]()
-    assert len(names) > 3
-    missing = sorted(name for name in names if not mentioned(name, text))
-    assert missing == [], f"README.md says nothing about these {what}"
-
-
-@pytest.mark.parametrize("document", ["README.md", "ARCHITECTURE.md"])
-def test_paths_and_modules_that_documents_name_exist(document: str) -> None:
-    text = (ROOT / document).read_text(encoding="utf-8")
-    linked = set(re.findall(r"\]\(([^)#:\s]+)(?:#[^)]*)?\)", text))
-    assert [target for target in sorted(linked) if not (ROOT / target).exists()] == []
-    named = {name for name in re.findall(r"python -m ([\w.]+)", text) if name.partition(".")[0] in OURS}
-    wrong = [
-        name
-        for name in sorted(named)
-        if not ((ROOT / Path(*name.split("."))).with_suffix(".py").exists() or (ROOT / Path(*name.split("."))).is_dir())
-    ]
-    assert wrong == []

@@ -22,7 +22,7 @@ import numpy as np
 from tqdm import tqdm
 
 from dman_runtime.data.evaluation import CUTOFFS_HR, MISS, HeldOut, held_out, metrics
-from dman_runtime.data.interactions import Columns
+from dman_runtime.data.logs import Columns
 from dman_runtime.data.vocabulary import read_known
 from dman_runtime.errors import BundleError
 from dman_runtime.jobs.evaluating import held_out_ranks

@@ -1,27 +1,25 @@
-"""Finished runs as small JSON files that can be committed, and what can be told from them.
+"""Keeps what reports need of a finished run, so that the run itself can go.
 
-    python -m tools.records --run runs/ml-1m --name dman-s0 --out reports/runs
+    python -m tools.records --run runs/ml-1m --name dman-s0    # add the run, or replace the record of that name
+    python -m tools.records --list
+    python -m tools.records --drop dman-s0
 
-A record has everything a report needs without the run: configuration, data fingerprint, metrics of each epoch, seconds,
-and the test ranks of all users, so that two systems can be compared user by user.
+A record holds the configuration, the fingerprint of the data, the metrics of each epoch, the seconds, and the test
+rank of every user, so that two systems can be compared user by user. `tools.record_file` describes the file.
 """
 
 from __future__ import annotations
 
-import base64
-import json
 import platform
 import sys
 import time
-import zlib
-from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from dman_runtime.data.evaluation import Ranks, held_out, metrics, report, training_events
+from dman_runtime.data.evaluation import Ranks, held_out, report, training_events
 from dman_runtime.errors import UsageError
 from dman_runtime.model.bundle import StateShape
 from dman_runtime.model.record import max_record_bytes
@@ -31,90 +29,51 @@ from dman_train.config import DataConfig, ModelConfig, to_dict
 from dman_train.interpret import length_group
 from dman_train.run import Run, RunError, open_run
 from dman_train.train import SPLITS, load
+from tools.record_file import RECORDS, Record, add, drop, ranking_of, read_records
 
-FORMAT_VERSION = 1
-RANK_LIMIT = 255  # larger ranks are stored as this one, which no metric tells apart
-_DROPPED = {"--run": 1, "--json": 0, "--threads": 1, "--resume": 0}  # options that say nothing of the result
-
-
-@dataclass(frozen=True)
-class Record:
-    """One finished run."""
-
-    name: str
-    content: dict[str, Any]
-    ranks: dict[str, np.ndarray]  # "seen_excluded" and "seen_kept": (N) uint8 test ranks, capped at RANK_LIMIT
-    groups: np.ndarray  # (N) uint8 index into LENGTH_GROUPS
-
-    @property
-    def dataset(self) -> str:
-        return self.content["dataset"]["name"]
-
-    def metric(self, name: str, *, split: str = "test", seen: str | None = None) -> float:
-        return metrics_of(self.content, split=split, seen=seen)[name]
-
-    @property
-    def test_ranks(self) -> np.ndarray:
-        """(N) uint8, of the ranking that the run was chosen by."""
-        return self.ranks[ranking_of(self.content)]
-
-    def group_metrics(self, group: int) -> dict[str, float]:
-        """Test metrics of the users of one group; empty without users."""
-        return metrics(self.test_ranks[self.groups == group])
+RANK_LIMIT = 500  # larger ranks are stored as one number, as no metric looks further
+_DROPPED = {"--run": 1, "--json": 0, "--threads": 1, "--resume": 0}  # options that say nothing about the result
 
 
-def ranking_of(content: dict[str, Any]) -> str:
-    """The ranking that the run was chosen by: "seen_kept" if it kept seen items, else "seen_excluded"."""
-    return "seen_kept" if content["train"].get("seen_items") == "keep" else "seen_excluded"
-
-
-def metrics_of(content: dict[str, Any], *, split: str = "test", seen: str | None = None) -> dict[str, Any]:
-    """Metrics of a split, in the ranking that the run was chosen by unless `seen` names one."""
-    result = content["metrics"][split]
-    return result["seen_kept"] if (seen or ranking_of(content)) == "seen_kept" else result
-
-
-def record_of(run: Run) -> dict[str, Any]:
+def record_of(run: Run, name: str) -> Record:
     """What is kept of a finished run. Raises RunError."""
     if run.metrics is None or not (run.path / "ranks.npz").exists():
-        raise RunError(f"{run.path} is not finished; let the training end first")
+        raise RunError(f"{run.path} is not finished", "let the training end first", parameter="run")
     config, model = run.config, run.best_model()
     with np.load(run.path / "ranks.npz") as arrays:
         ranks = Ranks(arrays["test_seen_excluded"], arrays["test_seen_kept"])
         lengths = arrays["lengths"]
-    return {
-        "format_version": FORMAT_VERSION,
+    content = {
         "command": _command(config),
         "model": config["model"],
         "train": config["train"],
         "data": config["data"],
-        "dataset": config["dataset"] | _place(Path(config["dataset"]["path"])),
+        "dataset": config["dataset"] | _location(Path(config["dataset"]["path"])),
         "versions": config["versions"],
         "machine": platform.machine(),
         "parameters": sum(weight.numel() for weight in model.parameters()),
         "state_bytes": _state_bytes(run),
-        "epochs": run.epochs(),
+        "epochs": [_rounded(epoch) for epoch in run.epochs()],
         "metrics": run.metrics,
-        **_ranks(ranks, lengths),
     }
+    return _record(name, content, ranks, lengths)
 
 
-def record_of_counts(system: str, path: Path) -> dict[str, Any]:
+def record_of_counts(system: str, path: Path, name: str) -> Record:
     """The record of a system of `dman_train.baselines.counts`, which has no run. Raises InputError."""
     began, data = time.perf_counter(), load(path, DataConfig())
     scorer = COUNTS[system](*training_events(data), len(data.item_ids))
     held = {split: held_out(data, split) for split in SPLITS}
     ranks = {split: count_ranks(scorer, held[split]) for split in SPLITS}
     result: dict[str, Any] = {split: report(ranks[split], split) for split in SPLITS}
-    described = {
+    dataset = {
         "fingerprint": data.fingerprint(),
         "users": data.num_users,
         "items": len(data.item_ids),
         "events": len(data),
+        **_location(path),
     }
-    dataset = described | _place(path)
-    return {
-        "format_version": FORMAT_VERSION,
+    content = {
         "command": f"python -m tools.records --counts {system} --data {dataset['path']}",
         "model": {"system": system},
         "train": {},
@@ -126,20 +85,23 @@ def record_of_counts(system: str, path: Path) -> dict[str, Any]:
         "state_bytes": None,
         "epochs": [],
         "metrics": result | {"epochs": 0, "training_seconds": time.perf_counter() - began},
-        **_ranks(ranks["test"], np.array([len(history) for history in held["test"].histories])),
     }
+    return _record(name, content, ranks["test"], np.array([len(history) for history in held["test"].histories]))
 
 
-def _ranks(ranks: Ranks, lengths: np.ndarray) -> dict[str, Any]:
-    groups = length_group(lengths)
-    return {
-        "ranks": {name: _packed(np.minimum(values, RANK_LIMIT)) for name, values in asdict(ranks).items()},
-        "groups": _packed(groups),
-    }
+def _record(name: str, content: dict[str, Any], ranks: Ranks, lengths: np.ndarray) -> Record:
+    chosen = getattr(ranks, ranking_of(content))
+    capped = np.minimum(chosen, RANK_LIMIT + 1).astype(np.uint16)
+    return Record(name, content, capped, length_group(lengths).astype(np.uint8), RANK_LIMIT)
 
 
-def _place(path: Path) -> dict[str, str]:
-    """Name and path of a log. Generated ones lie in `data`, named by the file; else the folder names it."""
+def _rounded(epoch: dict[str, float]) -> dict[str, float]:
+    """Six significant digits: half the bytes, and no less to read."""
+    return {key: float(f"{value:.6g}") for key, value in epoch.items()}
+
+
+def _location(path: Path) -> dict[str, str]:
+    """Name and path of a log. Generated ones lie in `data` and are named by the file; else the folder names it."""
     folder, file = path.resolve().parts[-2:]
     if folder == "data":
         return {"name": path.stem, "path": f"data/{file}"}
@@ -147,14 +109,14 @@ def _place(path: Path) -> dict[str, str]:
 
 
 def _command(config: dict[str, Any]) -> str:
-    """The command line that repeats the run, without what says nothing of the result."""
+    """The command line that repeats the run, without the options that say nothing about the result."""
     words, kept = iter(config["command"]), []
     for word in words:
         if word in _DROPPED:
             for _ in range(_DROPPED[word]):
                 next(words, None)
         elif word == "--data":
-            kept += [word, _place(Path(next(words)))["path"]]
+            kept += [word, _location(Path(next(words)))["path"]]
         elif word == "--items":
             next(words, None)
         else:
@@ -172,90 +134,43 @@ def _state_bytes(run: Run) -> int | None:
     return max_record_bytes(shape)
 
 
-def _packed(values: np.ndarray) -> str:
-    return base64.b64encode(zlib.compress(values.astype(np.uint8).tobytes(), 9)).decode()
-
-
-def _unpacked(text: str) -> np.ndarray:
-    return np.frombuffer(zlib.decompress(base64.b64decode(text)), np.uint8)
-
-
-def read_records(directory: Path) -> list[Record]:
-    """All records of a directory, by name. Raises UsageError for a file that is none."""
-    records = []
-    for file in sorted(directory.glob("*.json")):
-        try:
-            content = json.loads(file.read_text(encoding="utf-8"))
-            if content["format_version"] != FORMAT_VERSION:
-                raise UsageError(f"{file} has format version {content['format_version']}, not {FORMAT_VERSION}")
-            ranks = {name: _unpacked(text) for name, text in content["ranks"].items()}
-            records.append(Record(file.stem, content, ranks, _unpacked(content["groups"])))
-        except (ValueError, KeyError, TypeError, zlib.error) as error:
-            raise UsageError(f"{file} is no record of a run ({error!r}); write it again with tools.records") from None
-    return records
-
-
-@dataclass(frozen=True)
-class Difference:
-    """A mean over users of one system less that of another, with its 95 % bootstrap interval."""
-
-    mean: float
-    low: float
-    high: float
-
-    def __str__(self) -> str:
-        return f"{self.mean:+.4f} ({self.low:+.4f} to {self.high:+.4f})"
-
-
-def paired_bootstrap(
-    ours: Sequence[np.ndarray], theirs: Sequence[np.ndarray], *, metric: str, samples: int = 2000, seed: int = 0
-) -> Difference:
-    """How much better `ours` is by `metric` ("hr@10", "ndcg@10"), users drawn with replacement.
-
-    `ours` and `theirs` hold one array (N) of test ranks per seed; a user's gain is the mean over the seeds.
-    """
-    gain = _gain(ours, metric) - _gain(theirs, metric)
-    random = np.random.default_rng(seed)
-    means = np.concatenate([
-        gain[random.integers(0, len(gain), (100, len(gain)))].mean(1) for _ in range(max(1, samples // 100))
-    ])  # fmt: skip
-    low, high = np.quantile(means, [0.025, 0.975])
-    return Difference(float(gain.mean()), float(low), float(high))
-
-
-def _gain(ranks: Iterable[np.ndarray], metric: str) -> np.ndarray:
-    """(N) what each user adds to the metric, mean over the seeds."""
-    kind, _, cutoff = metric.partition("@")
-    each = []
-    for rank in ranks:
-        hit = rank <= int(cutoff)
-        each.append(hit / np.log2(1.0 + rank) if kind == "ndcg" else hit.astype(float))
-    return np.mean(each, axis=0)
+def summary(record: Record) -> str:
+    """A record in one line."""
+    hit_rate, gain = record.metric("hr@10"), record.metric("ndcg@10")
+    return f"{record.name}: {record.dataset}, test HR@10 {hit_rate:.4f}, NDCG@10 {gain:.4f}"
 
 
 def parser() -> Parser:
-    p = Parser(prog="python -m tools.records", description="Write a finished run as a small JSON record.")
-    p.flag("--run", type=Path, default=Path("runs/latest"), help="run directory")
-    p.flag("--counts", choices=sorted(COUNTS), default=None, help="instead of a run: a system that only counts")
+    p = Parser(prog="python -m tools.records", description="Keep what reports need of a finished run, in one file.")
+    p.flag("--run", type=Path, default=Path("runs/latest"), help="the run to add")
+    p.flag("--name", default=None, help="name of the record, replaced if it exists; without it, the run's name")
+    p.flag("--records", type=Path, default=RECORDS, help="the file of all records")
+    other = p.add_mutually_exclusive_group()
+    other.add_argument("--counts", choices=sorted(COUNTS), help="add a system that only counts, not a run")
+    other.add_argument("--list", action="store_true", help="print one line per record and change nothing")
+    other.add_argument("--drop", nargs="+", metavar="NAME", help="remove these records")
     p.flag("--data", type=Path, default=None, help="interaction log, with --counts")
-    p.flag("--name", default=None, help="name of the record; the run's without it")
-    p.flag("--out", type=Path, default=Path("reports/runs"), help="directory of the records")
     return p
 
 
 def _main(argv: Sequence[str] | None) -> int:
     arguments = parser().parse_args(argv)
+    if arguments.list:
+        for record in read_records(arguments.records):
+            print(summary(record))
+        return 0
+    if arguments.drop:
+        drop(arguments.records, arguments.drop)
+        print(f"{arguments.records}: {len(arguments.drop)} records removed")
+        return 0
+    if arguments.counts and arguments.data is None:
+        raise UsageError("a system that only counts needs a log", "name one", parameter="data")
     if arguments.counts:
-        if arguments.data is None:
-            raise UsageError("--counts needs --data")
-        content, name = record_of_counts(arguments.counts, arguments.data), arguments.counts
+        record = record_of_counts(arguments.counts, arguments.data, arguments.name or arguments.counts)
     else:
-        content, name = record_of(open_run(arguments.run)), arguments.run.resolve().name
-    file = arguments.out / f"{arguments.name or name}.json"
-    file.parent.mkdir(parents=True, exist_ok=True)
-    file.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
-    test = metrics_of(content)
-    print(f"{file}: test HR@10 {test['hr@10']:.4f}, NDCG@10 {test['ndcg@10']:.4f}")
+        record = record_of(open_run(arguments.run), arguments.name or arguments.run.resolve().name)
+    add(arguments.records, record)
+    print(f"{arguments.records}: {summary(record)}")
     return 0
 
 

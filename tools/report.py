@@ -1,6 +1,6 @@
-"""Builds reports/accuracy.md from the recorded runs: `make report`.
+"""Builds reports/accuracy.md from the records in reports/records.parquet: `make report`.
 
-Runs that differ in the seed only are one row. What is not recorded is not in the report.
+Runs that differ only in the seed are one row.
 """
 
 from __future__ import annotations
@@ -19,18 +19,21 @@ from dman_runtime.options import Parser, run_command
 from dman_train.config import BASELINE_PRESETS, PRESETS, TrainConfig, to_dict
 from dman_train.interpret import LENGTH_GROUPS
 from tools.bench.report import table, write_page
-from tools.records import Record, paired_bootstrap, read_records
+from tools.bootstrap import paired_bootstrap
+from tools.record_file import RECORDS, Record, read_records
 
 METRICS = ("hr@10", "ndcg@10", "hr@50", "ndcg@100")
 CHARTED = {"memory_slots": "m, memory slots", "layers": "L, layers", "segment_length": "T, events per segment"}
 TRAINING_OF_F_ABS = {
     "memory_training", "backprop_segments", "abstraction_weight", "abstraction_every", "abstraction_learning_rate"
 }  # fmt: skip
-# What decides a result as much as the system does: rows are compared with those that share it.
+# Options that decide a result as much as the system does: only rows that share them are compared.
 RECIPE = ("seen_items", "ema_decay")
 WORDS = {("seen_items", "exclude-from-ranking"): "seen items as negatives", ("ema_decay", 0.0): "weights not averaged"}
 ROUTING = {"routing", "routing_iterations", "routing_softmax"}
-# DESIGN.md section 6, same protocol on MovieLens-1M; None where not published
+# Options that ModelConfig may no longer have, but stored runs do, with the value that needs no mention.
+FORMER_OPTIONS = {"residual": "gated"}
+# Published figures, same protocol on MovieLens-1M but where noted; None where not published
 PUBLISHED: tuple[tuple[str, tuple[float | None, ...]], ...] = (
     ("DMAN, the paper's figures", (0.2518, None, 0.5324, 0.2203)),
     ("SASRec, 1 BCE negative", (0.2500, 0.1341, None, None)),
@@ -39,13 +42,27 @@ PUBLISHED: tuple[tuple[str, tuple[float | None, ...]], ...] = (
     ("SASRec, 3000 sampled negatives", (0.3159, 0.1857, None, None)),
     ("HSTU-large (own split, uses timestamps)", (0.3294, 0.1893, 0.5935, None)),
 )
-HOW_TO_READ = (
-    "Leave-one-out, all items ranked, ties against the model; the epoch is chosen by validation NDCG@10. Items that "
-    "the user has had are left out of the ranking, except for runs with `--seen-items keep`, on logs whose users come "
-    "back to items, where they stay in. Where a row stands for several seeds, a number is their mean and "
-    "± half the distance between the lowest and the highest. A difference is a mean over users with its 95 % interval "
-    "from 2,000 bootstrap samples of users (a user's gain is the mean over the seeds)."
-)
+HOW_TO_READ = """\
+Written by `make report` from `{records}`. [The log of experiments](../docs/experiments.md) says what the numbers \
+mean, and what was tried without a record.
+
+**Protocol.** Leave-one-out: the last event of a user is the test target, the second last the validation target. All \
+items are ranked, and ties count against the model. The epoch is chosen by validation NDCG@10. Items the user has \
+already seen are left out of the ranking, except for runs with `--seen-items keep`: these are on logs whose users come \
+back to items.
+
+**Rows.** A row is one configuration. A label names what differs from the default preset. With several seeds, a number \
+is their mean, ± half the distance between the lowest and the highest.
+
+**Differences.** A difference is a mean over users, with its 95 % interval from 2,000 bootstrap samples of users. A \
+user's gain is the mean over the seeds. Only runs with the same recipe are compared.
+
+**Recipes.** The first sections of a data set use the recipe of the default preset for all systems: eight epochs, \
+learning rate 4e-3, and a moving average of the weights (`--ema-decay 0.998`) that is validated and exported. "Runs \
+with another recipe" are earlier: weights not averaged, learning rate 1e-3, twelve epochs. Before that, seen items \
+were also used as negatives (and DMAN had GELU instead of ReLU). Rows with `long_term=light` or `full` are the earlier \
+form of DMAN, with a long-term branch and a gate; their commands work at commit 50de181. Variant `xl` is the same in \
+both. Former options, such as `residual=plain` and `routing=shared`, work at commit 7b13317."""
 
 
 @dataclass(frozen=True)
@@ -69,11 +86,11 @@ class Row:
         return f"{np.mean(values):.4f}{spread}"
 
     def ranks(self) -> list[np.ndarray]:
-        return [record.test_ranks for record in self.records]
+        return [record.ranks for record in self.records]
 
     def ranks_of_long_histories(self) -> list[np.ndarray]:
         """Of the users in the last two groups, group by group."""
-        return [np.concatenate([r.test_ranks[r.groups == group] for group in (2, 3)]) for r in self.records]
+        return [np.concatenate([r.ranks[r.groups == group] for group in (2, 3)]) for r in self.records]
 
     def cells(self) -> list[str]:
         seconds = np.mean([record.content["metrics"]["training_seconds"] for record in self.records])
@@ -89,7 +106,7 @@ HEADS = (
 
 
 def label_of(content: dict[str, Any], *, but: Collection[str] = ()) -> str:
-    """The system, and in what it differs from its default preset, whatever the options `but`."""
+    """The system, and how it differs from its default preset; the options `but` are not compared."""
     model = content["model"]
     if "system" in model:
         preset, name = BASELINE_PRESETS["default"], model["system"]
@@ -103,7 +120,7 @@ def label_of(content: dict[str, Any], *, but: Collection[str] = ()) -> str:
     named = {"system", "history", "variant", "architecture", "precision", *but}
     if content["train"].get("seen_items") == "keep":  # a property of the log
         named.add("seen_items")
-    standard = to_dict(preset.model) | to_dict(preset.train)
+    standard = FORMER_OPTIONS | to_dict(preset.model) | to_dict(preset.train)
     changed = [
         WORDS.get((key, value), f"{key}={value}")
         for key, value in decisive(content).items()
@@ -113,7 +130,7 @@ def label_of(content: dict[str, Any], *, but: Collection[str] = ()) -> str:
 
 
 def decisive(content: dict[str, Any]) -> dict[str, Any]:
-    """The options of a run that decide its result, but for the seed; training options that a record lacks are added."""
+    """The options of a run that decide its result, without the seed. Options that the record lacks are added."""
     model, train = content["model"], content["train"]
     idle = {"seed"}
     if "system" in model:
@@ -124,7 +141,8 @@ def decisive(content: dict[str, Any]) -> dict[str, Any]:
         idle |= {"memory_slots", "long_term"}
     if model.get("architecture") == "paper":  # has one form of the memory, whatever older records call it
         idle |= {"long_term"}
-    options = model | (to_dict(TrainConfig()) | train if train else {})
+    former = {} if "system" in model else {key: value for key, value in FORMER_OPTIONS.items() if key not in model}
+    options = model | former | (to_dict(TrainConfig()) | train if train else {})
     return {key: value for key, value in options.items() if key not in idle}
 
 
@@ -138,15 +156,17 @@ def rows_of(records: Iterable[Record]) -> list[Row]:
 
 
 def ours(rows: Sequence[Row]) -> Row | None:
-    """The row of the default preset, or the best of DMAN where that was not run; the recipe is that of the rows."""
+    """The row of the default preset in the recipe of these rows; without one, DMAN's best row."""
     candidates = [row for row in rows if row.is_dman and row.content["model"]["variant"] == "dman"]
     default = (row for row in candidates if label_of(row.content, but=(*RECIPE, "epochs")) == "DMAN")
     return next(default, candidates[0] if candidates else None)
 
 
 def by_recipe(rows: Iterable[Row]) -> list[list[Row]]:
-    """Rows to be compared with each other: those with the same options of RECIPE. The first have the default ones, or
-    keep seen items and else have them, if any do; the systems that only count are among them."""
+    """Groups of rows that can be compared: those with the same options of RECIPE.
+
+    The group with the default recipe is first, also if it keeps seen items. It includes systems that only count.
+    """
     default, groups = to_dict(TrainConfig()), dict[tuple[Any, ...], list[Row]]()
     for row in rows:
         groups.setdefault(tuple(row.content["train"].get(name, default[name]) for name in RECIPE), []).append(row)
@@ -184,19 +204,19 @@ def dataset_section(name: str, records: Sequence[Record], directory: Path) -> st
 
 
 def comparison(rows: Sequence[Row]) -> list[str]:
-    """Our system less each other one of the same recipe, if there is one of each."""
+    """Our system minus each other one of the same recipe, if there is one of each."""
     mine = ours(rows)
     if mine is None or len(rows) == 1:
         return []
-    return [f"### {mine.label}, less each other row", differences(mine, [row for row in rows if row is not mine])]
+    return [f"### {mine.label} minus each other row", differences(mine, [row for row in rows if row is not mine])]
 
 
 def differences(best: Row, others: Sequence[Row]) -> str:
-    heads = ("less", "HR@10", "NDCG@10", "NDCG@10, >= 200 events")
+    heads = ("minus", "HR@10", "NDCG@10", "NDCG@10, >= 200 events")
     lines = []
     for row in others:
         if any(len(a) != len(b) for a, b in zip(best.ranks(), row.ranks(), strict=False)):
-            continue  # of another version of the data
+            continue  # another version of the data
         whole = [str(paired_bootstrap(best.ranks(), row.ranks(), metric=metric)) for metric in ("hr@10", "ndcg@10")]
         ours_long, theirs_long = best.ranks_of_long_histories(), row.ranks_of_long_histories()
         long = str(paired_bootstrap(ours_long, theirs_long, metric="ndcg@10")) if len(ours_long[0]) else "-"
@@ -226,16 +246,17 @@ def _sizes(rows: Sequence[Row]) -> list[int]:
 
 
 def charts(name: str, rows: Sequence[Row], directory: Path) -> list[str]:
-    """Figure 2 of the paper: a chart for each size of which several values were run, all else as in the preset."""
+    """Figure 2 of the paper: a chart for each size that was run with several values, all else as in the preset."""
     from dman_train.plots import plot_sizes
 
-    standard, series = to_dict(PRESETS["default"].model) | to_dict(PRESETS["default"].train), {}
+    preset, series = PRESETS["default"], {}
+    standard = FORMER_OPTIONS | to_dict(preset.model) | to_dict(preset.train)
     for key, title in CHARTED.items():
         points = {}
         for row in rows:
             config = decisive(row.content)
             others = {k: v for k, v in config.items() if k not in (key, "precision")}
-            if all(standard[k] == v for k, v in others.items()):
+            if all(standard.get(k, v) == v for k, v in others.items()):
                 points[config[key]] = float(np.mean([r.metric("ndcg@10") for r in row.records]))
         if len(points) > 1:
             series[title] = dict(sorted(points.items()))
@@ -251,8 +272,8 @@ def commands(records: Sequence[Record]) -> str:
 
 
 def parser() -> Parser:
-    p = Parser(prog="python -m tools.report", description="Build the accuracy report from recorded runs.")
-    p.flag("--records", type=Path, default=Path("reports/runs"), help="directory of the records")
+    p = Parser(prog="python -m tools.report", description="Build the accuracy report from the records.")
+    p.flag("--records", type=Path, default=RECORDS, help="the file of all records")
     p.add_argument("--out", type=Path, default=Path("reports/accuracy.md"), help="the report; charts go beside it")
     return p
 
@@ -261,15 +282,10 @@ def _main(argv: Sequence[str] | None) -> int:
     arguments = parser().parse_args(argv)
     records = read_records(arguments.records)
     if not records:
-        raise UsageError(f"{arguments.records} holds no records; write some with python -m tools.records")
-    notes = arguments.records / "notes.md"
-    parts = [
-        "# Accuracy",
-        "Written by `make report` from `reports/runs`.",
-        HOW_TO_READ,
-    ]
-    if notes.exists():
-        parts.append(notes.read_text(encoding="utf-8").strip())
+        raise UsageError(
+            f"{arguments.records} holds no records", "add some with python -m tools.records", parameter="records"
+        )
+    parts = ["# Accuracy", HOW_TO_READ.format(records=arguments.records)]
     for name in sorted({record.dataset for record in records}):
         chosen = [record for record in records if record.dataset == name]
         parts.append(dataset_section(name, chosen, arguments.out.parent))

@@ -50,7 +50,7 @@ def _abort_with_reference(context: grpc.ServicerContext, status: grpc.StatusCode
 
 
 class RecommenderService(RecommenderServicer):
-    """`dman.v1.Recommender` over the batcher of an engine, which decides what runs where and when."""
+    """`dman.v1.Recommender`. The batcher decides what runs where and when."""
 
     def __init__(self, engine: Engine, batcher: Batcher) -> None:
         self._engine, self._batcher = engine, batcher
@@ -89,7 +89,7 @@ class RecommenderService(RecommenderServicer):
 
     @_guarded
     def GetUser(self, request: pb.GetUserRequest, context: grpc.ServicerContext) -> pb.GetUserReply:
-        info = self._batcher.user(request.user_id, recent_events=request.recent_events)
+        info = self._engine.user(request.user_id, recent_events=request.recent_events)
         if info is None:
             raise UserNotFoundError(f"no user {request.user_id!r}", "one exists from its first update on")
         events = zip(info.recent_item_ids, info.recent_timestamps, strict=True)

@@ -1,9 +1,9 @@
-"""The evaluation protocol: leave-one-out over all items. numpy only; one implementation for PyTorch, engine and server.
+"""The evaluation protocol: leave-one-out over all items, the same for PyTorch, the engine and the server. numpy only.
 
-The last event of a user is the test target, the second last the validation target; the input is everything before
-the target. All items are ranked. Headline numbers leave out every item that the user has interacted with
-(a target that is such an item counts as a miss, as it does in service); "seen kept" ranks without that filter. Ties
-count against the model. Users with fewer than three events are left out.
+A user's last event is the test target, the second last the validation target; the input is all events before the
+target. All items are ranked. The main numbers exclude items that the user has already seen: the server never
+recommends them, so a target that was seen is a miss. "Seen kept" ranks without this filter. Ties count against
+the model. Users with fewer than three events are left out.
 """
 
 from __future__ import annotations
@@ -19,46 +19,46 @@ from dman_runtime.data.interactions import Interactions
 Split = Literal["valid", "test"]
 CUTOFFS_HR = (10, 50, 100, 200)
 CUTOFFS_NDCG = (10, 50, 100)
-MISS = np.iinfo(np.int64).max  # the rank of a target that cannot be recommended
+MISS = np.iinfo(np.int64).max  # rank of a target that cannot be recommended
 DESCRIPTION = "leave-one-out, all items ranked, seen items excluded, ties against the model"
 
 
 @dataclass(frozen=True)
 class HeldOut:
-    """Inputs and targets of one split; `users` indexes the Interactions they came from."""
+    """Inputs and targets of one split, of the N users who have three events."""
 
-    users: np.ndarray  # (N) int64
+    users: np.ndarray  # (N) int64 user indices of the Interactions
     histories: list[np.ndarray]  # N item index arrays, oldest first
     targets: np.ndarray  # (N) int64 item indices
 
 
 def held_out(interactions: Interactions, split: Split) -> HeldOut:
-    """The inputs and targets of `split`: "valid" or "test"."""
-    back = {"valid": 2, "test": 1}[split]
+    """The inputs and targets of a split."""
+    from_end = {"valid": 2, "test": 1}[split]
     users = np.flatnonzero(np.diff(interactions.offsets) >= 3)
-    ends = interactions.offsets[users + 1] - back
+    ends = interactions.offsets[users + 1] - from_end
     histories = [interactions.items[start:end] for start, end in zip(interactions.offsets[users], ends, strict=True)]
     return HeldOut(users, histories, interactions.items[ends].astype(np.int64))
 
 
 def training_events(interactions: Interactions) -> tuple[np.ndarray, np.ndarray]:
-    """Items and offsets of the events that may be trained on: all but each user's two held-out ones.
+    """Items (M) int32 and offsets (U+1) int64 of the events for training: all but the last two of each user.
 
-    Users with fewer than three events hold nothing out.
+    Users with fewer than three events are not evaluated, so all their events are for training.
     """
     lengths = np.diff(interactions.offsets)
-    kept = np.where(lengths >= 3, lengths - 2, lengths)
-    offsets = np.concatenate([[0], np.cumsum(kept)]).astype(np.int64)
-    keep = np.arange(len(interactions.items)) - np.repeat(interactions.offsets[:-1], lengths) < np.repeat(kept, lengths)
-    return interactions.items[keep], offsets
+    training_lengths = np.where(lengths >= 3, lengths - 2, lengths)
+    offsets = np.concatenate([[0], np.cumsum(training_lengths)]).astype(np.int64)
+    positions = np.arange(len(interactions)) - np.repeat(interactions.offsets[:-1], lengths)  # in the user's history
+    return interactions.items[positions < np.repeat(training_lengths, lengths)], offsets
 
 
 @dataclass(frozen=True)
 class Ranks:
-    """(N) int64 one-based ranks of the targets, MISS where one cannot appear."""
+    """Ranks of N targets, from 1 for the best."""
 
-    seen_excluded: np.ndarray
-    seen_kept: np.ndarray
+    seen_excluded: np.ndarray  # (N) int64; MISS if the target was seen
+    seen_kept: np.ndarray  # (N) int64
 
     @classmethod
     def concatenate(cls, parts: Iterable[Ranks]) -> Ranks:
@@ -69,16 +69,18 @@ class Ranks:
         )
 
     def reordered(self, rows: np.ndarray) -> Ranks:
-        """Puts entry i at place rows[i]; `rows` is a permutation."""
-        back = np.argsort(rows)
-        return Ranks(self.seen_excluded[back], self.seen_kept[back])
+        """The same ranks with rank i at index rows[i]. `rows` (N) is a permutation."""
+        source = np.argsort(rows)
+        return Ranks(self.seen_excluded[source], self.seen_kept[source])
 
 
 def ranks_of_targets(scores: np.ndarray, targets: np.ndarray, histories: Sequence[np.ndarray]) -> Ranks:
-    """Ranks of targets (N) under scores (N, V), where `histories` are the N users' inputs. NaN scores rank first."""
+    """Ranks of targets (N) by scores (N, V); `histories` are the N users' inputs.
+
+    A score of NaN ranks before all others, and a target that has it ranks last.
+    """
     rows = np.arange(len(targets))
-    beaten = scores < scores[rows, targets][:, None]  # NaN compares false: counts against the model
-    ahead = ~beaten
+    ahead = ~(scores < scores[rows, targets][:, None])  # ties and NaN count against the model
     ahead[rows, targets] = False
     kept = ahead.sum(1) + 1
     excluded = kept.copy()
@@ -89,7 +91,7 @@ def ranks_of_targets(scores: np.ndarray, targets: np.ndarray, histories: Sequenc
 
 
 def metrics(ranks: np.ndarray) -> dict[str, float]:
-    """HR@k and NDCG@k of (N) one-based ranks, means over users; one relevant item, so NDCG = 1 / log2(1 + rank)."""
+    """HR@k and NDCG@k of ranks (N), as means over users. One item is relevant, so NDCG = 1 / log2(1 + rank)."""
     if len(ranks) == 0:
         return {}
     gain = 1 / np.log2(1 + ranks.astype(np.float64))
@@ -109,7 +111,7 @@ def report(ranks: Ranks, split: Split) -> dict[str, object]:
 
 
 def format_report(result: dict[str, object]) -> str:
-    """The same as a small table for people."""
+    """A report as a small table for people."""
     names = [name for name in result if "@" in name]
     kept = result["seen_kept"]
     assert isinstance(kept, dict)

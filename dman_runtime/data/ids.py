@@ -1,25 +1,25 @@
-"""The rule for external ids, of users and items alike: 1 to 400 bytes of UTF-8 without control characters."""
+"""The product's rule for external ids of users and items: 1 to 400 bytes of UTF-8 without control characters."""
 
 from __future__ import annotations
 
 import re
 
-MAX_ID_BYTES = 400
-RULE = f"an id is 1 to {MAX_ID_BYTES} bytes of UTF-8 without control characters"
-_CONTROL_CHARACTER = re.compile(r"[\x00-\x1f\x7f-\x9f]")
+MAX_ID_BYTES = 400  # in UTF-8
+RULE = f"use ids of 1 to {MAX_ID_BYTES} bytes without control characters"
+CONTROL_CHARACTERS = r"[\x00-\x1f\x7f-\x9f]"  # Unicode category Cc, as Python's and Arrow's regular expressions read it
+_CONTROL = re.compile(CONTROL_CHARACTERS)
 
 
 def id_problem(text: str) -> str | None:
-    """What is wrong with an id, or None."""
+    """What is wrong with an external id, to be put after it ("is empty"); None for a valid one."""
+    if text.isascii() and text.isprintable() and 0 < len(text) <= MAX_ID_BYTES:  # nearly all ids: keep this fast
+        return None
     if not text:
         return "is empty"
-    if _CONTROL_CHARACTER.search(text):
-        return "holds control characters"
-    if len(text) * 4 > MAX_ID_BYTES or not text.isascii():
-        try:
-            size = len(text.encode())
-        except UnicodeEncodeError:
-            return "is not valid Unicode"
-        if size > MAX_ID_BYTES:
-            return f"is longer than {MAX_ID_BYTES} bytes"
-    return None
+    try:
+        size = len(text.encode())
+    except UnicodeEncodeError:  # a lone surrogate
+        return "is not valid Unicode"
+    if size > MAX_ID_BYTES:
+        return f"is longer than {MAX_ID_BYTES} bytes"
+    return "holds control characters" if _CONTROL.search(text) else None

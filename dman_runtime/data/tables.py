@@ -1,6 +1,6 @@
-"""Tables on disk as batches of checked columns: CSV, TSV, Parquet and MovieLens' `.dat`, for `interactions`.
+"""Tables on disk as batches of checked columns: CSV, TSV, Parquet and MovieLens' `.dat`.
 
-pyarrow is imported on use only: a server never reads tables.
+pyarrow is imported only when a table is read: a server never reads one.
 """
 
 from __future__ import annotations
@@ -15,12 +15,12 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from dman_runtime.data.ids import CONTROL_CHARACTERS, MAX_ID_BYTES, RULE, id_problem
 from dman_runtime.errors import InputError
 
 if TYPE_CHECKING:
     import pyarrow as pa
 
-MAX_ID_BYTES = 400  # in UTF-8; the state store's keys hold an id and a prefix, and LMDB keys end at 511 bytes
 _SEPARATORS = {".csv": ",", ".tsv": "\t", ".txt": "\t", ".dat": ":"}
 _RATINGS = ("user_id", "_1", "item_id", "_2", "rating", "_3", "timestamp")  # `::` is two `:` around an empty column
 _PER_SECOND = {"s": 1, "ms": 10**3, "us": 10**6, "ns": 10**9}
@@ -33,22 +33,22 @@ class TableFile:
         self.path = Path(path)
         self.kind = Path(self.path.name.lower().removesuffix(".gz")).suffix
         if not self.path.exists():
-            raise self.error("no such file. Check the path")
+            raise self.error("no such file", "check the path")
         if self.path.is_dir():
-            raise self.error("is a folder. Name a file in it")
+            raise self.error("is a folder", "name a file in it")
         if self.kind not in (".parquet", *_SEPARATORS):
             raise self.error(
-                f"unknown extension {self.path.suffix!r}. Give a .csv, .tsv or .txt (both with tabs), .parquet, "
-                "or .dat (MovieLens) file"
+                f"unknown extension {self.path.suffix!r}",
+                "give a .csv, .tsv or .txt (both with tabs), .parquet or .dat (MovieLens) file",
             )
         if not self.path.stat().st_size:
-            raise self.error("the file is empty. Give one with a header and rows")
+            raise self.error("the file is empty", "give one with a header and rows")
 
-    def error(self, message: str) -> InputError:
-        return InputError(f"{self.path}: {message}")
+    def error(self, cause: str, remedy: str, *, parameter: str = "") -> InputError:
+        return InputError(f"{self.path}: {cause}", remedy, parameter=parameter)
 
     def where(self, row: int) -> str:
-        """Where a user finds a row (counted from 0) in the file."""
+        """The row or line of the file to look at; `row` counts from 0."""
         if self.kind == ".parquet":
             return f"row {row + 1}"
         return f"line {row + (1 if self.kind == '.dat' else 2)}"
@@ -63,15 +63,16 @@ class TableFile:
             with self._open_text([]) as reader:
                 return [name for name in reader.schema.names if self.kind != ".dat" or name[0] != "_"]
 
-    def require(self, name: str, remedy: str) -> None:
-        """Raise InputError unless there is exactly one column of that name."""
+    def require(self, name: str, remedy: str, *, parameter: str = "") -> None:
+        """Raise InputError, with this remedy if the column is absent, unless one column has that name."""
         if name not in self.names:
-            raise self.error(f"no column {name!r}; it has: {', '.join(self.names)[:300]}. {remedy}")
+            cause = f"no column {name!r}; it has: {', '.join(self.names)[:300]}"
+            raise self.error(cause, remedy, parameter=parameter)
         if self.names.count(name) > 1:
-            raise self.error(f"{self.names.count(name)} columns {name!r}. Keep one of them")
+            raise self.error(f"{self.names.count(name)} columns are named {name!r}", "keep one of them")
 
     def batches(self, names: list[str]) -> Iterator[pa.RecordBatch]:
-        """The rows of some columns in file order; those of text files as text."""
+        """The rows of some columns in file order. Text files give all values as text."""
         import pyarrow.parquet as pq
 
         with self.errors():
@@ -88,8 +89,8 @@ class TableFile:
 
         movielens = self.kind == ".dat"
         return csv.open_csv(
-            str(self.path),  # decompressed by pyarrow when it ends in .gz
-            # threads would cost the line numbers in errors; a block must hold the longest line
+            str(self.path),  # pyarrow decompresses .gz
+            # with threads, errors have no line numbers; a block must hold the longest line
             read_options=csv.ReadOptions(
                 use_threads=False, block_size=4 << 20, column_names=_RATINGS if movielens else None
             ),
@@ -103,110 +104,108 @@ class TableFile:
 
     @contextmanager
     def errors(self) -> Iterator[None]:
-        """Turn whatever pyarrow and the system raise into InputError."""
+        """Turn every error of pyarrow and the system into InputError."""
         import pyarrow as pa
 
         try:
             yield
         except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
-            raise self.error(self._explained(" ".join(str(error).split()))) from None
+            raise self.error(*self._explained(" ".join(str(error).split()))) from None
 
-    def _explained(self, problem: str) -> str:
+    def _explained(self, problem: str) -> tuple[str, str]:
+        """Cause and remedy for the message of an error."""
         if "Empty CSV" in problem:
-            return "a header and no rows. Give a file with at least one row"
+            return "a header but no rows", "give a file with at least one row"
         if "utf-8" in problem.lower() or "utf8" in problem.lower():
-            return "holds text that is not UTF-8. Save the file as UTF-8"
+            return "holds text that is not UTF-8", "save the file as UTF-8"
         if malformed := re.search(r"Row #(\d+): (Expected.*)", problem):
             shape = (
                 "user::item::rating::timestamp"
                 if self.kind == ".dat"
-                else "one value a column; quote values with separators"
+                else "one value per column, with quotes around values that contain separators"
             )
-            return f"line {malformed[1]} is malformed ({malformed[2][:200]}). Every line needs {shape}"
-        return (
-            f"cannot be read as {self.kind[1:]} ({problem[:200]}). Check that the file is complete and of this format"
-        )
+            return f"line {malformed[1]} is malformed ({malformed[2][:200]})", f"every line needs {shape}"
+        cause = f"cannot be read as {self.kind[1:]} ({problem[:200]})"
+        return cause, "check that the file is complete and of this format"
 
 
 def quoted(value: object) -> str:
+    """The value as Python writes it, cut to about 60 characters: for messages."""
     text = repr(value)
     return text if len(text) <= 60 else f"{text[:57]}...'"
 
 
 @dataclass(frozen=True)
 class TableColumn:
-    """Some rows of one column, to be checked and converted."""
+    """One column of a batch of rows, to be checked and converted. All methods raise InputError."""
 
     file: TableFile
     name: str
     values: pa.Array
-    first_row: int  # of these rows in the file, from 0
+    first_row: int  # number of the batch's first row in the file, from 0
 
-    def failed(self, row: int, problem: str) -> InputError:
-        return self.file.error(f"{self.file.where(self.first_row + row)}: {self.name} {problem}")
+    def bad_value(self, row: int, problem: str, remedy: str) -> InputError:
+        return self.file.error(f"{self.file.where(self.first_row + row)}: {self.name} {problem}", remedy)
 
-    def wrong_type(self, remedy: str) -> InputError:
-        return self.file.error(f"column {self.name!r} has type {self.values.type}. {remedy}")
+    def bad_type(self, remedy: str) -> InputError:
+        return self.file.error(f"column {self.name!r} has type {self.values.type}", remedy)
 
     def ids(self) -> pa.DictionaryArray:
-        """Checked ids as a dictionary of text, its values in order of first appearance."""
+        """Valid ids (`ids.id_problem`) as a dictionary of text, its values in order of first appearance."""
         import pyarrow as pa
         import pyarrow.compute as pc
 
         values = self._complete()
         if not (pa.types.is_integer(values.type) or _is_text(values.type)):
-            raise self.wrong_type("Write the ids as integers or text")
+            raise self.bad_type("write the ids as integers or text")
         ids = values.cast(pa.string()).dictionary_encode()
-        ids.dictionary.validate(full=True)  # UTF-8
+        ids.dictionary.validate(full=True)  # checks that it is UTF-8
         size = pc.binary_length(ids.dictionary)
-        for bad, problem in (
-            (pc.equal(size, 0), "is empty. Fill in or remove such rows"),
-            (pc.greater(size, MAX_ID_BYTES), f"is longer than {MAX_ID_BYTES} bytes. Shorten such ids"),
-            (pc.match_substring_regex(ids.dictionary, r"\p{Cc}"), "holds control characters. Remove them"),
-        ):
-            code = bad.index(True).as_py()
-            if code >= 0:
-                row = int(np.argmax(ids.indices.to_numpy() == code))
-                raise self.failed(row, f"{quoted(ids.dictionary[code].as_py())} {problem}")
+        wrong_size = pc.or_(pc.equal(size, 0), pc.greater(size, MAX_ID_BYTES))
+        bad = pc.or_(wrong_size, pc.match_substring_regex(ids.dictionary, CONTROL_CHARACTERS))
+        code = bad.index(True).as_py()
+        if code >= 0:
+            row, text = int(np.argmax(ids.indices.to_numpy() == code)), ids.dictionary[code].as_py()
+            remedy = f"{RULE}, or remove such rows"
+            raise self.bad_value(row, f"{quoted(text)} {id_problem(text)}", remedy)
         return ids
 
     def integers(self) -> np.ndarray:
-        """Integers, or text that spells them, as (N,) int64."""
+        """Integers, or text that holds integers, as (N,) int64."""
         import pyarrow as pa
 
         values = self._complete()
         if _is_text(values.type):
-            values = self._parsed(values, pa.int64(), expected="an integer. Write whole numbers")
+            values = self._parsed(values, pa.int64(), expected="an integer", remedy="write whole numbers")
         if not pa.types.is_integer(values.type):
-            raise self.wrong_type("Write integers")
+            raise self.bad_type("write integers")
         integers: np.ndarray = values.cast(pa.int64()).to_numpy()
         return integers
 
     def seconds(self) -> tuple[np.ndarray, np.ndarray]:
-        """Times as (N,) int64 seconds since the epoch, rounded down, and (N,) int32 nanoseconds beyond them."""
+        """Times as (N,) int64 seconds since 1970, rounded down, and the rest as (N,) int32 nanoseconds."""
         import pyarrow as pa
 
         values = self._complete()
         if _is_text(values.type):
             kinds = (pa.int64(), pa.float64(), pa.timestamp("ns"), pa.timestamp("ns", "UTC"))
-            values = self._parsed(
-                values, *kinds, expected="a time. Write seconds since 1970, or all as 2024-01-31 12:00:00"
-            )
+            remedy = "write seconds since 1970, or every time as 2024-01-31 12:00:00"
+            values = self._parsed(values, *kinds, expected="a time", remedy=remedy)
         if pa.types.is_integer(values.type):
             return values.cast(pa.int64()).to_numpy(), np.zeros(len(values), dtype=np.int32)
         if pa.types.is_date(values.type):
             values = values.cast(pa.timestamp("s"))
-        if pa.types.is_timestamp(values.type):  # UTC where it names no zone
+        if pa.types.is_timestamp(values.type):  # UTC if it names no zone
             per_second = _PER_SECOND[values.type.unit]
             whole, part = np.divmod(values.cast(pa.int64()).to_numpy(), per_second)
             return whole, (part * (10**9 // per_second)).astype(np.int32)
         if not (pa.types.is_floating(values.type) or pa.types.is_decimal(values.type)):
-            raise self.wrong_type("Write seconds since 1970 or timestamps")
+            raise self.bad_type("write seconds since 1970 or timestamps")
         floats = values.cast(pa.float64()).to_numpy()
         bad = ~(np.abs(floats) < 2.0**62)  # NaN too
         if bad.any():
             row = int(np.argmax(bad))
-            raise self.failed(row, f"{floats[row]} is not a time. Write seconds since 1970")
+            raise self.bad_value(row, f"{floats[row]} is not a time", "write seconds since 1970")
         whole = np.floor(floats)
         return whole.astype(np.int64), ((floats - whole) * 1e9).astype(np.int32)
 
@@ -215,11 +214,12 @@ class TableColumn:
 
         values = self.values.dictionary_decode() if pa.types.is_dictionary(self.values.type) else self.values
         if values.null_count:
-            raise self.failed(values.is_null().index(True).as_py(), "has no value. Fill in or remove such rows")
+            row = values.is_null().index(True).as_py()
+            raise self.bad_value(row, "has no value", "fill in or remove such rows")
         return values
 
-    def _parsed(self, values: pa.Array, *kinds: pa.DataType, expected: str) -> pa.Array:
-        """Text cast to the first of the types that all values spell."""
+    def _parsed(self, values: pa.Array, *kinds: pa.DataType, expected: str, remedy: str) -> pa.Array:
+        """Text as the first of these types that fits all values."""
         import pyarrow as pa
 
         def parse(part: pa.Array) -> pa.Array | None:
@@ -234,11 +234,11 @@ class TableColumn:
         parsed = parse(texts)
         if parsed is not None:
             return parsed
-        good, bad = 0, len(texts)  # bisect for the shortest prefix that does not parse: its last value is to blame
+        good, bad = 0, len(texts)  # bisect for the shortest prefix that does not parse: its last value is the bad one
         while bad - good > 1:
             middle = (good + bad) // 2
             good, bad = (good, middle) if parse(texts[:middle]) is None else (middle, bad)
-        raise self.failed(bad - 1, f"{quoted(texts[bad - 1].as_py())} is not {expected}")
+        raise self.bad_value(bad - 1, f"{quoted(texts[bad - 1].as_py())} is not {expected}", remedy)
 
 
 def _is_text(kind: pa.DataType) -> bool:

@@ -8,7 +8,8 @@ from pathlib import Path
 
 import numpy as np
 
-from dman_runtime.data.interactions import Columns, Interactions, read_interactions
+from dman_runtime.data.interactions import Interactions
+from dman_runtime.data.logs import Columns, read_interactions
 from dman_runtime.errors import InputError
 
 

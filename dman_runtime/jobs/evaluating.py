@@ -8,7 +8,7 @@ import numpy as np
 from tqdm import tqdm
 
 from dman_runtime.data.evaluation import HeldOut, Ranks, Split, held_out, ranks_of_targets, report
-from dman_runtime.data.interactions import DEFAULT_COLUMNS, Columns
+from dman_runtime.data.logs import DEFAULT_COLUMNS, Columns
 from dman_runtime.data.vocabulary import read_known
 from dman_runtime.jobs.partitions import by_length
 from dman_runtime.model.generation import Generation

@@ -9,7 +9,8 @@ from typing import Literal
 import numpy as np
 from tqdm import tqdm
 
-from dman_runtime.data.interactions import DEFAULT_COLUMNS, Columns, Interactions, iter_interactions
+from dman_runtime.data.interactions import Interactions
+from dman_runtime.data.logs import DEFAULT_COLUMNS, Columns, iter_interactions
 from dman_runtime.engine import COMMIT_ATTEMPTS, Engine
 from dman_runtime.errors import ConflictError
 from dman_runtime.jobs.partitions import EVENTS_PER_PARTITION, by_length

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from dman_runtime.data.interactions import DEFAULT_COLUMNS, Columns, iter_interactions
+from dman_runtime.data.logs import DEFAULT_COLUMNS, Columns, iter_interactions
 from dman_runtime.data.vocabulary import known_events
 from dman_runtime.errors import InputError
 from dman_runtime.jobs.partitions import EVENTS_PER_PARTITION, by_length

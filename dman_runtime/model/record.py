@@ -30,7 +30,7 @@ RECORD_FORMAT = 2
 _HEADER, _CHECKSUM = struct.Struct("<BBHI8sQQ"), struct.Struct("<I")
 _HEADER_BYTES = _HEADER.size + _CHECKSUM.size
 _DTYPE_CODES = {"float16": 1, "float32": 2}
-_REMEDY = "delete the user, or restore the state directory from a backup"
+_REMEDY = "make it anew from the history"
 
 
 class RecordHead(NamedTuple):
@@ -62,7 +62,7 @@ def read_head(record: bytes, bundle: Bundle) -> RecordHead:
         raise StateError("a state record is truncated", _REMEDY)
     version, dtype, context, vocabulary, bundle_id, events, history = _HEADER.unpack_from(record)
     if version != RECORD_FORMAT:
-        raise StateError(f"a state record has format {version}, this runtime reads {RECORD_FORMAT}", "import again")
+        raise StateError(f"a state record has format {version}, this runtime reads {RECORD_FORMAT}", _REMEDY)
     if bundle_id.hex() != bundle.bundle_id or vocabulary != bundle.manifest.vocabulary:
         raise StateError(f"a state record was written by bundle {bundle_id.hex()}, not {bundle.bundle_id}", _REMEDY)
     (expected,) = _CHECKSUM.unpack_from(record, _HEADER.size)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from itertools import repeat
 from typing import Any
 
 import numpy as np
@@ -73,18 +72,18 @@ class ExactRetriever:
         candidates: Sequence[np.ndarray | None] | None = None,
     ) -> list[Hits]:
         """As in `Retriever`. One matrix product for a block of users without candidates."""
-        limits = candidates if candidates is not None else repeat(None, len(users))
-        hits: list[Hits | None] = [
-            None if limit is None else self._search_candidates(user, k, excluded, limit)
-            for user, excluded, limit in zip(users, exclude, limits, strict=True)
-        ]
-        rows = [row for row, found in enumerate(hits) if found is None]
+        hits: dict[int, Hits] = {}
+        for row, limit in enumerate(candidates or ()):
+            if limit is not None:
+                hits[row] = self._search_candidates(users[row], k, exclude[row], limit)
+        rows = [row for row in range(len(users)) if row not in hits]
         step = max(1, SCORES_PER_BLOCK // max(1, len(self._table)))
         for start in range(0, len(rows), step):
             block = rows[start : start + step]
-            for row, scores in zip(block, self.scores(users[block]), strict=True):
+            chosen = users if len(block) == len(users) else users[block]
+            for row, scores in zip(block, self.scores(chosen), strict=True):
                 hits[row] = top_k(scores, k, exclude=exclude[row])
-        return [found for found in hits if found is not None]
+        return [hits[row] for row in range(len(users))]
 
     def _search_candidates(self, user: np.ndarray, k: int, exclude: np.ndarray, candidates: np.ndarray) -> Hits:
         candidates = np.setdiff1d(candidates, exclude)

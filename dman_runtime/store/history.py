@@ -4,7 +4,7 @@
 |---|---|
 | head | version u64, history count u64, generation u32, request ids r u16, zero u16, r x u64, *tail*, CRC-32 u32 |
 | chunk | CHUNK_EVENTS events, CRC-32 u32 |
-| seen | byte 0 and the sorted u32 item numbers, or byte 1 and a bitmap of item numbers: the shorter; CRC-32 u32 |
+| seen | byte 0 and the sorted u32 item numbers, or byte 1 and a bitmap, if that is less than half as long; CRC-32 u32 |
 
 An event is (u32 item number, i64 timestamp). The tail holds the events that do not fill a chunk yet, so that most
 updates write the head only. `seen` covers the chunks; the items of the tail are seen as well.
@@ -75,6 +75,13 @@ def unpack_head(value: Bytes) -> StoredHead:
     return StoredHead(Head(version, history_count, request_ids, generation), np.frombuffer(body, EVENT, offset=tail_at))
 
 
+def read_tail(value: Bytes) -> tuple[int, NDArray[np.uint32]]:
+    """History count and the item numbers of the tail, a view: all that a recommendation needs. Raises DamagedError."""
+    body = _checked(value, "a user's head")
+    _, history_count, _, request_ids, _ = _HEAD.unpack_from(body)
+    return history_count, np.frombuffer(body, EVENT, offset=_HEAD.size + 8 * request_ids)["item"]
+
+
 def count_of(value: Bytes) -> int:
     """The history count of a head that may be damaged: what there is to delete, as far as can be told."""
     return _HEAD.unpack_from(value)[1] if len(value) >= _HEAD.size else 0
@@ -117,7 +124,7 @@ def add_seen(value: Bytes | None, items: NDArray[np.uint32]) -> bytes | None:
         if len(numbers) == len(before):
             return None
         bitmap_bytes = int(numbers[-1]) // 8 + 1
-        if 4 * len(numbers) <= bitmap_bytes:
+        if 4 * len(numbers) <= 2 * bitmap_bytes:  # numbers are faster to read
             return _with_checksum(bytes([_NUMBERS]) + numbers.tobytes())
         bitmap = np.zeros(bitmap_bytes, np.uint8)
         items = numbers

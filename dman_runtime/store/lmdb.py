@@ -50,6 +50,7 @@ from dman_runtime.store.history import (
     events_of,
     pack_chunk,
     pack_head,
+    read_tail,
     split_events,
     unpack_chunk,
     unpack_head,
@@ -153,7 +154,7 @@ class LmdbStore:
 
     def generations(self) -> dict[str, int]:
         with self._env.read() as txn:
-            return {bundle_id: place for place, bundle_id in enumerate(_bundle_ids(txn, self._meta), start=1)}
+            return {bundle_id: number for number, bundle_id in enumerate(_bundle_ids(txn, self._meta), start=1)}
 
     def drop_records(self, generation: int) -> int:
         if generation < 1:
@@ -181,16 +182,16 @@ class LmdbStore:
     def ranking_view(self, user_id: str, generation: int, record_bytes: int) -> RankingView | None:
         key = checked_id(user_id).encode()
         with self._env.read() as txn:
-            found = self._head(txn, key)
-            if found is None:
+            head = txn.get(_record_key(key, 0), db=self._users)
+            if head is None:
                 return None
+            history_count, seen = read_tail(head)
             record = txn.get(_record_key(key, generation), db=self._users)
-            seen = found.tail["item"]
-            if found.head.history_count >= CHUNK_EVENTS:
+            if history_count >= CHUNK_EVENTS:
                 seen = np.concatenate([self._seen_of_chunks(txn, key), seen])
-            return RankingView(
-                found.head.history_count, None if record is None else bytes(record[:record_bytes]), seen.copy()
-            )
+            else:
+                seen = seen.copy()
+            return RankingView(history_count, None if record is None else bytes(record[:record_bytes]), seen)
 
     def history(self, user_id: str, start: int = 0, stop: int | None = None) -> Events:
         if start < 0 or (stop is not None and stop < 0):

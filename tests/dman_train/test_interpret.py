@@ -14,7 +14,7 @@ import torch
 from conftest import PAPER, TINY, TINY_ITEMS, random_model
 from torch import Tensor
 
-from dman_runtime.data.interactions import read_interactions
+from dman_runtime.data.logs import read_interactions
 from dman_train import evaluate, train
 from dman_train.config import ModelConfig
 from dman_train.interpret import Observations, observe, slot_diversity, summarise, trajectory

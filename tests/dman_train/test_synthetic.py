@@ -12,7 +12,9 @@ import pytest
 import torch
 
 from dman_runtime.data.evaluation import held_out, metrics, ranks_of_targets
-from dman_runtime.data.interactions import Interactions, read_interactions, read_items
+from dman_runtime.data.interactions import Interactions
+from dman_runtime.data.items import read_items
+from dman_runtime.data.logs import read_interactions
 from dman_runtime.errors import InputError
 from dman_train import synthetic
 from dman_train.config import ModelConfig

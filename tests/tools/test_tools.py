@@ -18,7 +18,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dman_runtime.data.interactions import read_interactions, read_items
+from dman_runtime.data.items import read_items
+from dman_runtime.data.logs import read_interactions
 from dman_runtime.errors import UsageError
 from dman_runtime.model.bundle import open_bundle
 from dman_runtime.model.encoder import Encoder
@@ -248,7 +249,8 @@ def test_bench_quick_measures_every_section_and_leaves_nothing_behind(
     assert bench.main([*options, "--quick", "--json"]) == 0
     result = last_json(capsys)
     assert set(result["sections"]) == {
-        "Round trips", "History length", "Durable updates", "Import", "Resident memory", "CUDA",
+        "Round trips", "History length", "Durable updates", "Updates during what-ifs", "Import", "Resident memory",
+        "CUDA",
     }  # fmt: skip
     text = report.read_text()
     for claim in result["claims"]:

@@ -29,11 +29,13 @@ from tools.bench.servers import echo_server
 from tools.bench.serving import history_length, round_trips
 from tools.bench.setting import QUICK, Bench, Sizes
 from tools.bench.updates import durable_updates
+from tools.bench.whatif import updates_during_what_ifs
 
 SECTIONS: tuple[Callable[[Bench], Section], ...] = (
     round_trips,
     history_length,
     durable_updates,
+    updates_during_what_ifs,
     import_speed,
     resident_memory,
     cuda,

@@ -37,10 +37,12 @@ class Running:
 
 
 @contextmanager
-def dman_server(bundle: Path, state: Path, *options: str) -> Iterator[Running]:
+def dman_server(bundle: Path, state: Path, *options: str, checkout: Path = ROOT) -> Iterator[Running]:
     """A real `dman-runtime serve` on a free loopback port. Raises UsageError when it does not start."""
+    bundle, state = bundle.resolve(), state.resolve()  # the server runs in the checkout's directory
     arguments = ["-m", "dman_runtime", "serve", "--bundle", str(bundle), "--state", str(state), "--port", "0"]
-    with _server([*arguments, *options], log=state.with_name(f"{state.name}.server.log")) as running:
+    log = state.with_name(f"{state.name}.server.log")
+    with _server([*arguments, *options], log=log, checkout=checkout) as running:
         yield running
 
 
@@ -52,8 +54,7 @@ def echo_server() -> Iterator[Running]:
 
 
 @contextmanager
-def _server(arguments: Sequence[str], *, log: Path | None) -> Iterator[Running]:
-    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+def _server(arguments: Sequence[str], *, log: Path | None, checkout: Path = ROOT) -> Iterator[Running]:
     errors = log.open("wb") if log else None
     process = subprocess.Popen(
         [sys.executable, *arguments],
@@ -61,7 +62,8 @@ def _server(arguments: Sequence[str], *, log: Path | None) -> Iterator[Running]:
         stdout=subprocess.PIPE,
         stderr=errors,
         text=True,
-        env=environment,
+        cwd=checkout,
+        env=os.environ | {"PYTHONPATH": str(checkout)},
     )
     assert process.stdin is not None and process.stdout is not None
     try:

@@ -18,7 +18,8 @@ from dman_runtime.data.evaluation import (
     report,
     training_events,
 )
-from dman_runtime.data.interactions import Interactions, read_interactions
+from dman_runtime.data.interactions import Interactions
+from dman_runtime.data.logs import read_interactions
 
 NAN = float("nan")
 #    scores of items 0..4            target  history   excluded  kept   why
@@ -137,7 +138,7 @@ def test_training_and_held_out_events_are_disjoint_and_complete(lengths: list[in
 
 @pytest.mark.skipif(not MOVIELENS.is_dir(), reason="MovieLens-1M is not here")
 def test_most_popular_on_movielens_equals_known_result() -> None:
-    """DESIGN.md section 6. Popularity is counted in the training events.
+    """Popularity is counted in the training events.
 
     The known NDCG@100 is that of popularity with ties by item index, .05378; ties against the model give .05374.
     """

@@ -1,0 +1,77 @@
+"""What was read for a request and is on its way: open users, updates and queries. Plain values; `engine` fills them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from dman_runtime.model.recurrence import Piece, next_piece
+from dman_runtime.model.state import State
+from dman_runtime.requests import Query, Update, UpdateOutcome
+from dman_runtime.store.base import Head
+
+NEW_USER = Head(version=0, history_count=0, request_ids=(), generation=0)
+
+
+@dataclass(slots=True, eq=False)
+class OpenUser:
+    """A user between reading and committing."""
+
+    user_id: str | None  # None: an anonymous user, who is never committed
+    head: Head
+    state: State
+    left: np.ndarray  # (n) item indices that the state has yet to be advanced by, oldest first
+    record_lags: bool  # the stored record does not cover the stored history
+    items: list[np.ndarray] = field(default_factory=list)  # item numbers of new events, oldest first
+    timestamps: list[np.ndarray] = field(default_factory=list)
+    request_ids: list[int] = field(default_factory=list)  # remembered ones, oldest first
+
+    @property
+    def history_count(self) -> int:
+        """Events stored, once this user is committed."""
+        return self.head.history_count + sum(map(len, self.items))
+
+    @property
+    def event_count(self) -> int:
+        """Events that the model has seen, once this user is advanced."""
+        return self.state.event_count + len(self.left)
+
+    def add_left(self, indices: np.ndarray) -> None:
+        self.left = np.concatenate([self.left, indices]) if len(self.left) else indices
+
+    def take_piece(self) -> Piece:
+        """Removes the next piece from what is left."""
+        piece = next_piece(self.state, self.left)
+        self.left = self.left[len(piece.items) :]
+        return piece
+
+
+@dataclass(slots=True, eq=False)
+class OpenUpdates:
+    """Updates that are committed together: all of them, or none."""
+
+    updates: Sequence[Update]
+    users: list[OpenUser]
+    outcomes: list[UpdateOutcome]
+
+
+@dataclass(slots=True, eq=False)
+class OpenQuery:
+    """A query with what was read for it."""
+
+    query: Query
+    seen: np.ndarray  # item indices of the history, in no order
+    embedding: np.ndarray  # (D); zero while `user` has to be advanced first
+    event_count: int
+    user: OpenUser | None  # to be advanced: by what-if events, or because the record lags
+    what_if: np.ndarray  # item indices
+    unknown: list[str]
+    lags: bool = False  # the user's record does not cover the history: catch up first, then open the query again
+
+
+def catch_up_updates(opened: Sequence[OpenQuery]) -> list[Update]:
+    """Empty updates, which bring the records that lag up to their histories."""
+    user_ids = dict.fromkeys(one.query.user_id for one in opened if one.lags and one.query.user_id)
+    return [Update(user_id, ()) for user_id in user_ids]

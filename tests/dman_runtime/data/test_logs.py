@@ -1,0 +1,239 @@
+"""Interaction logs: the same events from every format, whole or in parts, and errors that carry the remedy."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+from conftest import MOVIELENS, ROOT
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from log_files import HEADER, Row, as_tuple, expected_histories, histories, logs, parquet_log, text_log, write
+
+from dman_runtime.data.logs import Columns, iter_interactions, read_interactions
+from dman_runtime.errors import InputError
+
+needs_data = pytest.mark.skipif(not MOVIELENS.is_dir(), reason=f"no data sets in {MOVIELENS.parent}")
+
+
+@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(rows=logs())
+def test_reading_gives_stably_sorted_histories_in_every_format(tmp_path: Path, rows: list[Row]) -> None:
+    logs_read = [read_interactions(write(tmp_path / f"log{kind}", rows)) for kind in (".csv", ".tsv", ".parquet")]
+    assert histories(logs_read[0]) == expected_histories(rows)
+    assert list(histories(logs_read[0])) == list(expected_histories(rows))  # users by first appearance
+    assert as_tuple(logs_read[0]) == as_tuple(logs_read[1]) == as_tuple(logs_read[2])
+    assert len({log.fingerprint() for log in logs_read}) == 1
+
+
+@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(rows=logs(), max_events=st.integers(1, 12))
+def test_iterating_gives_the_histories_of_reading(tmp_path: Path, rows: list[Row], max_events: int) -> None:
+    for kind in (".csv", ".parquet"):
+        path = write(tmp_path / f"log{kind}", rows)
+        whole = read_interactions(path)
+        parts = list(iter_interactions(path, max_events=max_events))
+        assert sum(part.num_users for part in parts) == whole.num_users  # no user in two parts
+        assert {u: h for part in parts for u, h in histories(part).items()} == histories(whole)
+        assert all(len(part) <= max_events or part.num_users == 1 for part in parts)
+        assert {part.integer_item_ids for part in parts} == {whole.integer_item_ids}
+        assert {part.integer_user_ids for part in parts} == {whole.integer_user_ids}
+
+
+def test_iterating_over_many_batches_keeps_users_whole_and_ties_in_file_order(tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    users = rng.zipf(1.5, 200_000) % 3000
+    path = parquet_log(tmp_path, user_id=users, item_id=np.arange(len(users)), timestamp=rng.integers(0, 5, len(users)))
+    whole = read_interactions(path)
+    parts = list(iter_interactions(path, max_events=5_000))
+    assert len(parts) > 10
+    assert all(len(part) <= 5_000 or part.num_users == 1 for part in parts)
+    assert {u: h for part in parts for u, h in histories(part).items()} == histories(whole)
+
+
+def test_movielens_ratings_give_the_same_as_csv(tmp_path: Path) -> None:
+    rows = [("2", "1193", 30), ("1", "661", 20), ("2", "10", 20), ("2", "9", 30)]
+    ratings = text_log(tmp_path, "".join(f"{u}::{i}::5::{t}\n" for u, i, t in rows), "ratings.dat")
+    log = read_interactions(ratings)
+    assert as_tuple(log) == as_tuple(read_interactions(write(tmp_path / "log.csv", rows)))
+    assert histories(log)["2"] == [("10", 20), ("1193", 30), ("9", 30)]
+    assert log.item_ids == ["9", "10", "661", "1193"]
+
+
+def test_log_reader_loads_pyarrow_only_on_use() -> None:
+    code = "import sys, dman_runtime.data.logs, dman_runtime.data.items\n"
+    code += "sys.exit(not {'pyarrow', 'torch'}.isdisjoint(sys.modules))"
+    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=False).returncode == 0
+
+
+@pytest.mark.parametrize(
+    ("ids", "integer", "ordered"),
+    [
+        (["10", "9", "-3", "0"], True, ["-3", "0", "9", "10"]),
+        (["10", "9", "007"], False, ["007", "10", "9"]),
+        (["10", "9", "1.0"], False, ["1.0", "10", "9"]),
+        (["1", "-0"], False, ["-0", "1"]),
+        (["1", "+2"], False, ["+2", "1"]),
+        (["1", " 2"], False, [" 2", "1"]),
+        (["b", "a", "NA", "null"], False, ["NA", "a", "b", "null"]),
+        (["18446744073709551616", "9"], True, ["9", "18446744073709551616"]),
+    ],
+)
+def test_ids_count_as_integers_only_when_all_are_canonical(
+    tmp_path: Path, ids: list[str], integer: bool, ordered: list[str]
+) -> None:
+    log = read_interactions(write(tmp_path / "log.csv", [(item, item, 0) for item in ids]))
+    assert (log.integer_user_ids, log.integer_item_ids) == (integer, integer)
+    assert log.item_ids == ordered
+    assert log.user_ids == ids
+
+
+def test_position_column_orders_events_before_time_does(tmp_path: Path) -> None:
+    text = "user_id,item_id,timestamp,position\na,1,10,2\na,2,20,0\na,3,30,0\n"
+    assert histories(read_interactions(text_log(tmp_path, text))) == {"a": [("2", 20), ("3", 30), ("1", 10)]}
+
+
+def test_events_keep_file_order_without_time_and_position(tmp_path: Path) -> None:
+    log = read_interactions(text_log(tmp_path, "user_id,item_id\na,3\nb,9\na,1\na,2\n"))
+    assert histories(log) == {"a": [("3", 0), ("1", 0), ("2", 0)], "b": [("9", 0)]}
+
+
+def test_fractions_of_a_second_order_events_although_times_are_whole(tmp_path: Path) -> None:
+    log = read_interactions(text_log(tmp_path, "user_id,item_id,timestamp\na,1,5.75\na,2,5.25\na,3,5\na,4,-0.5\n"))
+    assert histories(log) == {"a": [("4", -1), ("3", 5), ("2", 5), ("1", 5)]}
+
+
+def test_columns_can_be_named(tmp_path: Path) -> None:
+    path = text_log(tmp_path, "who,what,when,nth\na,x,7,1\na,y,8,0\n")
+    log = read_interactions(path, columns=Columns(user="who", item="what", time="when", position="nth"))
+    assert histories(log) == {"a": [("y", 8), ("x", 7)]}
+
+
+MALFORMED = HEADER + "a,1,0\n" * 30 + "a,1\n"
+BAD_TEXT = [  # file name, content, cause, remedy
+    ("log.csv", "", "the file is empty", "give one with a header"),
+    ("log.csv", "\n\n", "no rows", "give a file"),
+    ("log.csv", HEADER, "a header but no rows", "give a log"),
+    ("log.csv", HEADER.rstrip(), "a header but no rows", "give a file"),
+    ("log.json", "{}", "unknown extension '.json'", "give a .csv, .tsv or .txt"),
+    ("log", "x", "unknown extension ''", "give a .csv"),
+    ("log.csv", "uid,item_id\na,1\n", "no column 'user_id'; it has: uid, item_id;", "the column that holds the users"),
+    ("log.csv", "user_id,iid\na,1\n", "no column 'item_id'; it has: user_id, iid;", "the column that holds the items"),
+    ("log.txt", HEADER + "a,1,0\n", "it has: user_id,item_id,timestamp;", "name the column that"),
+    ("log.csv", "user_id,user_id,item_id\na,a,1\n", "2 columns are named 'user_id'", "keep one"),
+    ("log.csv", HEADER + "a,1,0\n,1,0\n", "line 3: user_id '' is empty", "use ids of 1 to 400 bytes"),
+    ("log.csv", HEADER + "a,1,0\na,,0\n", "line 3: item_id '' is empty", "use ids of 1 to 400 bytes"),
+    ("log.csv", HEADER + "a\x07,1,0\n", r"line 2: user_id 'a\x07' holds control characters", "remove such rows"),
+    ("log.csv", HEADER + f"{'é' * 201},1,0\n", "is longer than 400 bytes", "use ids of"),
+    ("log.csv", HEADER + "1.0,1,0\n2.0,2,0\n", "column 'user_id' holds numbers such as 1.0", "as integers or text"),
+    ("log.csv", HEADER + "a,1,5\na,2,6\na,3,soon\na,4,never\n", "line 4: timestamp 'soon' is not a time", "seconds"),
+    ("log.csv", HEADER + "a,1,5\na,2,\n", "line 3: timestamp '' is not a time", "write seconds"),
+    ("log.csv", HEADER + "a,1,5.5\na,2,nan\n", "line 3: timestamp nan is not a time", "write seconds"),
+    ("log.csv", "user_id,item_id,position\na,1,0\na,2,1.5\n", "line 3: position '1.5' is not an integer", "whole"),
+    ("log.csv", MALFORMED, "line 32 is malformed (Expected 3 columns, got 2: a,1)", "quotes around values"),
+    ("log.tsv", MALFORMED.replace(",", "\t"), "line 32 is malformed", "every line needs"),
+    ("ratings.dat", "1::2::3::4\n1::2::3\n", "line 2 is malformed", "user::item::rating::timestamp"),
+    ("log.parquet", "PAR1 not really", "cannot be read as parquet", "check that the file is complete"),
+    ("log.csv.gz", "not gzip", "cannot be read as csv", "check that the file is complete"),
+]
+
+
+@pytest.mark.parametrize(("name", "content", "cause", "remedy"), BAD_TEXT)
+def test_bad_file_is_refused_with_cause_and_remedy(
+    tmp_path: Path, name: str, content: str, cause: str, remedy: str
+) -> None:
+    path = text_log(tmp_path, content, name)
+    for read in (read_interactions, lambda path: list(iter_interactions(path, max_events=2))):
+        with pytest.raises(InputError) as raised:
+            read(path)
+        message = str(raised.value)
+        assert message.startswith(f"{path}: ")
+        assert cause in message
+        assert remedy in message.removeprefix(str(path)).replace(cause, "", 1)
+        assert "\n" not in message
+        assert raised.value.__cause__ is None
+        assert raised.value.__suppress_context__ or raised.value.__context__ is None
+
+
+@pytest.mark.parametrize("name", ["time", "position", "user", "item"])
+def test_named_column_that_is_absent_is_refused(tmp_path: Path, name: str) -> None:
+    path = text_log(tmp_path, HEADER + "a,1,0\n")
+    with pytest.raises(InputError) as raised:
+        read_interactions(path, columns=Columns(**{name: "when"}))
+    assert raised.value.cause == f"{path}: no column 'when'; it has: user_id, item_id, timestamp"
+    assert raised.value.remedy == f"name the column that holds the {name}s"
+    assert raised.value.parameter == f"{name}_column"
+
+
+@pytest.mark.parametrize(
+    ("columns", "parameter"),
+    [(Columns(user="item_id"), "user_column"), (Columns(item="user_id"), "item_column")],
+    ids=["user", "item"],
+)
+def test_column_named_for_two_purposes_is_refused(tmp_path: Path, columns: Columns, parameter: str) -> None:
+    with pytest.raises(InputError, match=r"column '\w+' is named for two purposes; name another column") as raised:
+        read_interactions(text_log(tmp_path, HEADER + "a,1,0\n"), columns=columns)
+    assert raised.value.parameter == parameter
+
+
+@pytest.mark.parametrize("minimum", ["min_user_events", "min_item_events"])
+def test_filter_that_leaves_nothing_is_refused(tmp_path: Path, minimum: str) -> None:
+    path = text_log(tmp_path, HEADER + "a,1,0\n")
+    with pytest.raises(InputError, match=r"log.csv: no row of 1 is left .* per item; lower these minimums") as raised:
+        read_interactions(path, **{minimum: 5})
+    assert raised.value.parameter == minimum
+
+
+def test_unusable_temporary_folder_is_reported_with_the_remedy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "absent"))
+    path = write(tmp_path / "log.csv", [("a", "1", 0), ("b", "1", 0)])
+    with pytest.raises(InputError, match=r"log.csv: cannot be split into parts in .*absent.*; .* set TMPDIR"):
+        list(iter_interactions(path, max_events=1))
+
+
+def test_lack_of_any_temporary_folder_is_reported_with_the_remedy(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def none_usable() -> str:
+        raise FileNotFoundError(2, "No usable temporary directory found")
+
+    monkeypatch.setattr(tempfile, "tempdir", None)
+    monkeypatch.setattr(tempfile, "gettempdir", none_usable)
+    path = write(tmp_path / "log.csv", [("a", "1", 0), ("b", "1", 0)])
+    with pytest.raises(InputError, match=r"cannot be split into parts in a temporary folder: .* set TMPDIR"):
+        list(iter_interactions(path, max_events=1))
+
+
+def test_max_events_below_one_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="max_events must be at least 1, not 0"):
+        iter_interactions(tmp_path / "log.csv", max_events=0)
+
+
+@needs_data
+def test_movielens_1m_has_the_published_size_and_order() -> None:
+    path = MOVIELENS / "interactions.parquet"
+    log = read_interactions(path, min_item_events=5)
+    assert (log.num_users, len(log.item_ids), len(log)) == (6040, 3416, 999_611)
+    table = pq.read_table(path, columns=["user_id", "item_id", "position"]).slice(0, 53)  # all of user 1
+    by_position = table.sort_by("position")["item_id"].to_pylist()
+    assert [int(log.item_ids[i]) for i in log.history(0)] == by_position
+
+
+@needs_data
+@pytest.mark.parametrize(
+    ("name", "users", "items", "events"),
+    [
+        ("ml-100k", 943, 1682, 100_000),
+        ("wikipedia-edits", 8227, 1000, 157_474),
+        ("amazon-beauty", 40_226, 54_542, 353_962),
+        ("taobao-userbehavior-sample", 814, 55_233, 84_287),
+    ],
+)
+def test_public_logs_are_read_completely(name: str, users: int, items: int, events: int) -> None:
+    log = read_interactions(MOVIELENS.parent / name / "interactions.parquet")
+    assert (log.num_users, len(log.item_ids), len(log)) == (users, items, events)

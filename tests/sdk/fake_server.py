@@ -1,0 +1,125 @@
+"""A gRPC server on a free port that records what arrives and answers as a test tells it."""
+
+import dataclasses
+import threading
+from collections import deque
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import grpc
+
+from protos.dman.v1 import dman_pb2 as pb
+from protos.dman.v1 import dman_pb2_grpc as pb_grpc
+
+ITEMS_REPLY = pb.RecommendReply(
+    items=[
+        pb.RecommendedItem(item_id="30", score=0.75, title="Alien"),
+        pb.RecommendedItem(item_id="4", score=0.5),
+    ],
+    source=pb.SOURCE_PERSONALIZED,
+    bundle_id="b1",
+    event_count=7,
+    unknown_item_ids=["nope"],
+    integer_item_ids=True,
+)
+USER_REPLY = pb.GetUserReply(
+    user_id="42",
+    bundle_id="b1",
+    event_count=45,
+    history_count=47,
+    segment_fill=5,
+    absorbed_segments=1,
+    state_bytes=24000,
+    recent_events=[pb.Event(item_id="7", timestamp=100), pb.Event(item_id="8")],
+    integer_item_ids=True,
+)
+
+
+@dataclasses.dataclass
+class Seen:
+    rpc: str
+    request: Any
+    seconds_left: float
+    metadata: dict[str, Any]
+    peer: str
+
+
+class Recorder(pb_grpc.RecommenderServicer):
+    """Records what arrives.
+
+    Each call takes one step of `script`: a status to fail with, a reply, or a function that may return one of these.
+    Without a step the call gets a standard reply.
+    """
+
+    def __init__(self) -> None:
+        self.seen: list[Seen] = []
+        self.script: deque[Any] = deque()
+
+    @property
+    def request(self) -> Any:
+        """The request of the only call."""
+        (seen,) = self.seen
+        return seen.request
+
+    def _answer(self, rpc: str, request: Any, context: grpc.ServicerContext, reply: Any) -> Any:
+        metadata = dict(context.invocation_metadata())
+        self.seen.append(Seen(rpc, request, context.time_remaining(), metadata, context.peer()))
+        step = self.script.popleft() if self.script else None
+        if callable(step):
+            step = step()
+        if isinstance(step, grpc.StatusCode):
+            context.abort(step, "no luck today")
+        return reply if step is None else step
+
+    def Update(self, request: pb.UpdateRequest, context: Any) -> pb.UpdateReply:
+        return self._answer("Update", request, context, _update_reply(request))
+
+    def BatchUpdate(self, request: pb.BatchUpdateRequest, context: Any) -> pb.BatchUpdateReply:
+        reply = pb.BatchUpdateReply(replies=[_update_reply(update) for update in request.updates])
+        return self._answer("BatchUpdate", request, context, reply)
+
+    def Recommend(self, request: pb.RecommendRequest, context: Any) -> pb.RecommendReply:
+        return self._answer("Recommend", request, context, ITEMS_REPLY)
+
+    def BatchRecommend(self, request: pb.BatchRecommendRequest, context: Any) -> pb.BatchRecommendReply:
+        replies = [pb.RecommendReply(bundle_id=f"for {one.user_id}") for one in request.requests]
+        return self._answer("BatchRecommend", request, context, pb.BatchRecommendReply(replies=replies))
+
+    def GetUser(self, request: pb.GetUserRequest, context: Any) -> pb.GetUserReply:
+        return self._answer("GetUser", request, context, USER_REPLY)
+
+    def DeleteUser(self, request: pb.DeleteUserRequest, context: Any) -> pb.DeleteUserReply:
+        reply = pb.DeleteUserReply(existed=True, event_count=45, bundle_id="b1")
+        return self._answer("DeleteUser", request, context, reply)
+
+
+def _update_reply(request: pb.UpdateRequest) -> pb.UpdateReply:
+    count = len(request.events)
+    return pb.UpdateReply(
+        bundle_id="b1",
+        event_count=40 + count,
+        history_count=50 + count,
+        applied=count,
+        unknown_item_ids=["x", "9"],
+    )
+
+
+def serve(register: Callable[[grpc.Server], None], address: str = "127.0.0.1:0") -> tuple[grpc.Server, str]:
+    """A running server and its address, on a free port by default. `register` adds the service."""
+    server = grpc.server(ThreadPoolExecutor(8), options=[("grpc.so_reuseport", 0)])
+    register(server)
+    port = server.add_insecure_port(address)
+    server.start()
+    return server, f"127.0.0.1:{port}"
+
+
+def serve_recorder(recorder: Recorder, address: str = "127.0.0.1:0") -> tuple[grpc.Server, str]:
+    """A running server that plays `recorder`, and its address."""
+    return serve(lambda server: pb_grpc.add_RecommenderServicer_to_server(recorder, server), address)
+
+
+def hold(arrived: threading.Event, release: threading.Event) -> None:
+    """A step that reports the call and keeps it waiting."""
+    arrived.set()
+    release.wait(10)

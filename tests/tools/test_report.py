@@ -1,0 +1,157 @@
+"""The accuracy report: rows, recipes, labels and charts."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from dman_train.config import TrainConfig, to_dict
+from dman_train.run import Run
+from tools import report
+from tools.bootstrap import paired_bootstrap
+from tools.record_file import Record, add, read_records
+from tools.records import record_of, record_of_counts
+
+
+def changed(record: Record, name: str, **options: dict[str, Any]) -> Record:
+    """The record under another name, with some of its options in `model` or `train` replaced."""
+    content = record.content | {part: record.content[part] | values for part, values in options.items()}
+    return replace(record, name=name, content=content)
+
+
+def reported(directory: Path, records: Sequence[Record]) -> tuple[list[Record], str]:
+    """Stores the records and builds their report: what is stored, and the page."""
+    for record in records:
+        add(directory / "records.parquet", record)
+    out = directory / "accuracy.md"
+    assert report.main(["--records", str(directory / "records.parquet"), "--out", str(out)]) == 0
+    return read_records(directory / "records.parquet"), out.read_text()
+
+
+def test_report_shows_runs_seeds_and_differences(trained_run: Path, small_log: Path, tmp_path: Path) -> None:
+    first = record_of(Run(trained_run), "one")
+    popular = record_of_counts("popular", small_log, "popular")
+    stored, text = reported(tmp_path, [first, changed(first, "two", train={"seed": 1}), popular])
+    row = next(line for line in text.splitlines() if line.startswith("| DMAN"))
+    assert "| 0, 1 |" in row and f"{first.metric('hr@10'):.4f} ± 0.0000" in row
+    assert f"| popular | {paired_bootstrap([first.ranks], [popular.ranks], metric='hr@10')}" in text
+    assert [record.name for record in stored] == ["one", "popular", "two"]
+    for record in stored:
+        assert f"| `{record.name}` | `{record.content['command']}` |" in text
+
+
+@pytest.mark.parametrize(
+    ("option", "before"), [("seen_items", "exclude-from-ranking"), ("ema_decay", 0.0)], ids=["seen-items", "average"]
+)
+def test_report_compares_what_has_one_recipe(
+    option: str, before: object, trained_run: Path, small_log: Path, tmp_path: Path
+) -> None:
+    first = record_of(Run(trained_run), "first")
+    made = [
+        changed(first, f"{variant}-{value}", model={"variant": variant}, train={option: value})
+        for value in (getattr(TrainConfig(), option), before)
+        for variant in ("dman", "xl")
+    ]
+    _, text = reported(tmp_path, [*made, record_of_counts("popular", small_log, "popular")])
+    parts = text.split("\n## Commands")[0].split("\n### ")
+    compared = [part.splitlines()[0].endswith("each other row") and part for part in parts]
+    ours, theirs = [part for part in compared if part]
+    words = report.WORDS[option, before]
+    assert words not in ours and "\n| xl" in ours and "| popular |" in ours
+    assert theirs.count(words) == 2 and "\n| xl" in theirs and "popular" not in theirs
+    assert parts[1].count("\n| ") == 4, "head, rule, our system and the counts"
+
+
+@pytest.mark.parametrize(
+    ("model", "idle", "decisive"),
+    [
+        ({"system": "gru4rec", "history": 200}, {"memory_training": "alternating"}, {"learning_rate": 0.5}),
+        ({"variant": "xl", "memory_slots": 10}, {"abstraction_every": 1}, {"dropout": 0.5}),
+        ({"variant": "fifo", "memory_slots": 10}, {"routing_iterations": 3}, {"memory_slots": 20}),
+        ({"variant": "dman", "memory_slots": 10}, {"seed": 3}, {"memory_training": "alternating"}),
+        ({"architecture": "paper", "variant": "dman", "long_term": "light"}, {"long_term": "gated"}, {"dropout": 0.5}),
+    ],
+)
+def test_runs_are_told_apart_by_what_decides_them(
+    model: dict[str, Any], idle: dict[str, Any], decisive: dict[str, Any]
+) -> None:
+    def options(changed: dict[str, Any]) -> dict[str, Any]:
+        train = to_dict(TrainConfig()) | changed
+        return report.decisive({"model": model | {k: train.pop(k) for k in model if k in train}, "train": train})
+
+    assert options(idle) == options({}) != options(decisive)
+    old = {name: value for name, value in to_dict(TrainConfig()).items() if name != "abstraction_every"}
+    assert report.decisive({"model": model, "train": old}) == options({})
+
+
+def test_report_of_nothing_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert report.main(["--records", str(tmp_path / "none.parquet")]) == 2
+    assert "holds no records" in capsys.readouterr().err
+
+
+def test_report_charts_sizes_that_were_varied(trained_run: Path, tmp_path: Path) -> None:
+    first, preset = record_of(Run(trained_run), "first"), report.PRESETS["default"]
+    model, train = report.to_dict(preset.model), report.to_dict(preset.train)
+    made = [changed(first, f"m{slots}", model=model | {"memory_slots": slots}, train=train) for slots in (20, 5)]
+    _, text = reported(tmp_path, made)
+    (chart,) = tmp_path.glob("accuracy-*.png")
+    assert chart.read_bytes().startswith(b"\x89PNG") and f"]({chart.name})" in text
+    assert "DMAN, memory_slots=5" in text
+
+
+def test_report_still_labels_options_that_no_longer_exist(
+    trained_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def without_residual(config: object) -> dict[str, Any]:
+        return {name: value for name, value in to_dict(config).items() if name != "residual"}
+
+    monkeypatch.setattr(report, "to_dict", without_residual)
+    first, preset = record_of(Run(trained_run), "first"), report.PRESETS["default"]
+    today = {"model": without_residual(preset.model), "train": without_residual(preset.train)}
+    stored = replace(first, content=first.content | today)
+    made = [
+        changed(stored, "today"),
+        changed(stored, "gated", model={"residual": "gated"}, train={"seed": 1}),
+        changed(stored, "plain", model={"residual": "plain"}),
+        changed(stored, "shared", model={"residual": "gated", "routing": "shared"}),
+        changed(stored, "m5", model={"residual": "gated", "memory_slots": 5}),
+    ]
+    _, text = reported(tmp_path, made)
+    assert "| DMAN, residual=plain | 0 |" in text and "| DMAN, routing=shared | 0 |" in text
+    assert re.search(r"^\| DMAN \| (0, 1|1, 0) \|", text, re.MULTILINE), (
+        "today's runs and those that say gated are one row"
+    )
+    assert len(list(tmp_path.glob("accuracy-*.png"))) == 1, "a stored former option does not keep a run off the chart"
+
+
+def test_report_links_to_the_log_of_experiments(trained_run: Path, tmp_path: Path) -> None:
+    _, text = reported(tmp_path, [record_of(Run(trained_run), "one")])
+    root = Path(__file__).parents[2]
+    assert "](../docs/experiments.md)" in text and (root / "docs/experiments.md").exists()
+
+
+def test_committed_report_is_that_of_the_committed_records(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """All but the intervals, which would take half a minute; their means are compared."""
+    root = Path(__file__).parents[2]
+    monkeypatch.chdir(root)
+    monkeypatch.setattr(report, "paired_bootstrap", partial(paired_bootstrap, samples=1))
+    assert report.main(["--out", str(tmp_path / "accuracy.md")]) == 0
+    interval = re.compile(r"\([+-][.\d]+ to [+-][.\d]+\)")
+    found, committed = (
+        interval.sub("", file.read_text()) for file in (tmp_path / "accuracy.md", root / "reports/accuracy.md")
+    )
+    assert found == committed
+
+
+def test_log_of_experiments_names_records_that_exist() -> None:
+    root = Path(__file__).parents[2]
+    names = {record.name for record in read_records(root / "reports/records.parquet")}
+    text = (root / "docs/experiments.md").read_text(encoding="utf-8")
+    named = set(re.findall(r"`([a-z0-9-]+-s\d)`", text))
+    assert len(named) > 30 and named - names == set()

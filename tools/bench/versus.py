@@ -1,0 +1,112 @@
+"""Compares this checkout with another one, for example with the commit before a change, and writes a report.
+
+    python -m tools.bench.versus --other ../base --bundle bundle --out reports/foundation.md
+
+Ratios are this checkout by the other one. A missed target is a line in the report, not a failure.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, replace
+from pathlib import Path
+
+from dman_runtime.errors import UsageError
+from dman_runtime.model.bundle import open_bundle
+from dman_runtime.options import Parser, print_json, run_command
+from dman_runtime.requests import MAX_EVENTS
+from tools.bench.checkouts import Checkout
+from tools.bench.comparison import OTHER, THIS, Comparison, calls, imports, what_ifs
+from tools.bench.report import HOW_TO_READ, Section, claims_table, machine, sizes_of, table, write_page
+from tools.bench.servers import ROOT
+from tools.bench.setting import QUICK, Bench, Sizes
+from tools.bench.stored import stored_sizes
+from tools.bench.whatif import Effort
+
+MEASUREMENTS: tuple[Callable[[Comparison], list[Section]], ...] = (calls, imports, what_ifs, stored_sizes)
+IMPORT_USERS, QUICK_IMPORT_USERS = 6000, 1000  # the import must take longer than the start of the command
+BUSY_LOAD = 0.5  # processes, on average of a minute, before the run
+
+
+def _parser() -> Parser:
+    p = Parser(prog="python -m tools.bench.versus", description="Compare this checkout with another one.")
+    p.add_argument("--other", type=Path, required=True, help="directory of the other checkout")
+    p.flag("--bundle", type=Path, default=Path("bundle"), help="bundle directory; both checkouts serve it")
+    p.add_argument("--out", type=Path, default=Path("reports/foundation.md"), help="the report")
+    p.add_argument("--quick", action="store_true", help="few and short: does everything work? Not for quoting")
+    p.add_argument("--what-if-events", type=int, default=MAX_EVENTS, help="events in one what-if")
+    p.add_argument("--provider", choices=["auto", "cuda", "cpu"], default="auto", help="where servers run the graphs")
+    p.add_argument(
+        "--scratch", type=Path, default=Path(), help="where temporary state goes; updates are as durable as its disk"
+    )
+    p.add_argument("--json", action="store_true", help="print the result as JSON on the last line")
+    return p
+
+
+def _main(argv: Sequence[str] | None) -> int:
+    arguments = _parser().parse_args(argv)
+    if not 1 <= arguments.what_if_events <= MAX_EVENTS:
+        raise UsageError(
+            f"{arguments.what_if_events} events in a what-if", f"choose 1 to {MAX_EVENTS}", parameter="what_if_events"
+        )
+    checkouts = {OTHER: Checkout.at(arguments.other), THIS: Checkout.at(ROOT)}
+    bundle, sizes = open_bundle(arguments.bundle.resolve()), QUICK if arguments.quick else Sizes()
+    effort = replace(Effort.of(sizes), events=arguments.what_if_events)
+    began, load_before = time.monotonic(), os.getloadavg()[0]
+    try:
+        scratch = tempfile.TemporaryDirectory(prefix=".bench-", dir=arguments.scratch)
+    except OSError as error:
+        raise UsageError(
+            f"cannot write to {arguments.scratch}: {error.strerror}", "choose another directory", parameter="scratch"
+        ) from None
+    sections: list[Section] = []
+    with scratch as directory:
+        bench = Bench(bundle, Path(directory).resolve(), arguments.provider, sizes, echo="")
+        comparison = Comparison(bench, checkouts, effort, QUICK_IMPORT_USERS if arguments.quick else IMPORT_USERS)
+        facts = {f"{side} checkout": checkout.commit() for side, checkout in checkouts.items()}
+        facts |= machine(bench.scratch) | sizes_of(bundle) | {"provider": arguments.provider}
+        for measure in MEASUREMENTS:
+            print(f"{(measure.__doc__ or '').splitlines()[0]} ...", flush=True)
+            sections += measure(comparison)
+    quiet = "" if load_before < BUSY_LOAD else "; the machine was busy: do not quote"
+    facts["load average, before and after"] = f"{load_before:.2f}, {os.getloadavg()[0]:.2f}{quiet}"
+    facts["duration"] = f"{time.monotonic() - began:.0f} s{' (--quick: too short to quote)' * arguments.quick}"
+    _write(arguments.out, facts, sections)
+    claims = [claim for section in sections for claim in section.claims]
+    print(claims_table(claims))
+    print(f"wrote {arguments.out}")
+    if arguments.json:
+        found = {section.title: section.data for section in sections}
+        print_json({"facts": facts, "claims": [asdict(claim) for claim in claims], "sections": found})
+    return 0
+
+
+def _write(path: Path, facts: dict[str, str], sections: Sequence[Section]) -> None:
+    """The report names no directory: those of this machine tell a reader nothing."""
+    method = (
+        f"Written by `python -m tools.bench.versus --other CHECKOUT --bundle BUNDLE`. {HOW_TO_READ} Both checkouts "
+        "serve the same bundle, each with its own state directory. Ratios are this checkout by the other one."
+    )
+    parts = [
+        "# This checkout by another one",
+        method,
+        table(("", ""), list(facts.items())),
+        claims_table([claim for section in sections for claim in section.claims]),
+        *(section.markdown() for section in sections),
+    ]
+    write_page(path, parts)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Returns the exit status: 0 even where a target is missed, 2 for what cannot be done."""
+    return run_command(_main, argv)
+
+
+if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that servers and scratch files go with it
+    sys.exit(main())
