@@ -12,7 +12,7 @@ import os
 import struct
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import NoReturn, Self
 
@@ -121,7 +121,9 @@ class Environment:
                     cause, remedy = _FOREIGN
                     raise StoreMismatchError(f"{self.path} {cause}", remedy, parameter="state") from error
                 if not new and name == names[0]:
-                    check(txn, self.databases[name])
+                    # A reader knows the handles that were opened before it began.
+                    with nullcontext(txn) if own else env.begin() as checking:
+                        check(checking, self.databases[name])
             if new:
                 create(txn, self.databases)
                 _sync_names(self.path)
