@@ -19,11 +19,12 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from dman_runtime.data.ids import MAX_ID_BYTES
-from dman_runtime.engine import COMMIT_ATTEMPTS, Engine
-from dman_runtime.errors import ConflictError, RequestError, StateError
+from dman_runtime.engine import Engine
+from dman_runtime.errors import ConflictError, RequestError, StoreFullError
 from dman_runtime.model.generation import Generation
 from dman_runtime.model.recurrence import Graphs
 from dman_runtime.model.state import State
+from dman_runtime.opened import catch_up_updates
 from dman_runtime.requests import MAX_EVENTS, MAX_K, Answer, Query, Update, UpdateOutcome, check_update, request_hash
 from dman_runtime.retrieval.base import Hits
 from dman_runtime.store.base import REQUEST_IDS, StateStore, StoredUser, Write
@@ -239,7 +240,10 @@ def test_record_of_any_bundle_is_the_replay_of_the_whole_history_whatever_served
                 assert outcome.history_count == len(histories[subject])
         for user_id, history in histories.items():
             if history:
-                serving.user(user_id)
+                info = serving.user(user_id)
+                assert info is not None
+                assert (info.event_count, info.history_count) == (len(known_items(serving, history)), len(history))
+                serving.update([Update(user_id, [])])  # the record is made where there is none
                 check_record(serving, user_id, history)
 
 
@@ -502,7 +506,8 @@ def test_bundle_builds_its_records_from_the_history_whichever_call_comes_first(e
     for name, call in calls.items():
         engine.update([Update(name, history)])
         assert call(name) == known
-        check_record(newer, name, history)
+        if name != "user":  # that only looks
+            check_record(newer, name, history)
 
 
 def test_bundle_of_a_store_that_another_bundle_filled_answers_as_after_an_import(
@@ -542,9 +547,9 @@ def test_dropped_records_are_rebuilt_and_answers_stay(engine: Engine) -> None:
     update(engine, "u", list(range(17)))
     before = answer(engine, "u", k=ITEMS)
     assert engine.store.drop_records(engine.number) == 1
-    assert engine.lagging("u")
+    assert stored(engine, "u").record is None  # type: ignore[union-attr]
     after = answer(engine, "u", k=ITEMS)
-    assert not engine.lagging("u")
+    assert stored(engine, "u").record is not None  # type: ignore[union-attr]
     assert after.item_indices.tolist() == before.item_indices.tolist()
     assert_close(after.scores, before.scores, EXACT)
 
@@ -582,28 +587,49 @@ class InterferingStore:
         return conflicts
 
 
-def test_recommend_gives_up_with_a_conflict_error_when_another_bundles_server_never_stops(
-    engine: Engine, renamed: Generation
-) -> None:
-    engine.update([Update("u", ["30"])])
-    meanwhile = Engine(renamed, InterferingStore(engine.store, COMMIT_ATTEMPTS, engine))  # type: ignore[arg-type]
-    with pytest.raises(ConflictError, match="try again"):
-        answer(meanwhile, "u")
-    assert answer(meanwhile, "u").event_count == 1 + COMMIT_ATTEMPTS
+class FullStore:
+    """The real store, but there is no room for any commit."""
+
+    def __init__(self, store: StateStore) -> None:
+        self._store = store
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._store, name)
+
+    def commit(self, writes: Sequence[Write]) -> list[str]:
+        raise StoreFullError("the store is full")
+
+
+def check_answer(engine: Engine, found: Answer, history: Sequence[str]) -> None:
+    """The answer of a user with this history, unknown items included."""
+    known = known_items(engine, history)
+    assert found.event_count == len(known) > 0 and not found.popular
+    (expected,) = engine.generation.replay([known])
+    scores = engine.bundle.item_embeddings @ expected.user_embedding
+    check_ranking(found, scores, without=known.tolist(), k=ITEMS, tolerance=EXACT)
 
 
 @pytest.mark.parametrize("what_if", [(), ("33",)])
-def test_recommend_is_right_though_another_bundles_server_goes_on_updating(
+def test_recommend_is_right_though_the_record_cannot_catch_up_as_the_store_is_full(
     engine: Engine, renamed: Generation, what_if: tuple[str, ...]
 ) -> None:
+    history = ["5", "30", "31", "99", "32"]
+    engine.update([Update("u", history)])
+    full = Engine(renamed, FullStore(engine.store))  # type: ignore[arg-type]
+    check_answer(full, answer(full, "u", k=ITEMS, what_if=what_if), [*history, *what_if])
+    with pytest.raises(StoreFullError):
+        full.update([Update("u", ["33"])])
+
+
+@pytest.mark.parametrize("times", [1, 3, 10**9])
+@pytest.mark.parametrize("what_if", [(), ("33",)])
+def test_recommend_is_right_though_another_bundles_server_goes_on_updating(
+    engine: Engine, renamed: Generation, what_if: tuple[str, ...], times: int
+) -> None:
     engine.update([Update("u", ["30", "31", "32"])])
-    meanwhile = Engine(renamed, InterferingStore(engine.store, 3, engine))  # type: ignore[arg-type]
+    meanwhile = Engine(renamed, InterferingStore(engine.store, times, engine))  # type: ignore[arg-type]
     found = answer(meanwhile, "u", k=ITEMS, what_if=what_if)
-    history = known_items(meanwhile, [*stored_ids(engine, "u"), *what_if])
-    assert found.event_count == len(history) == 3 + 3 + len(what_if) and not found.popular
-    (expected,) = meanwhile.generation.replay([history])
-    scores = meanwhile.bundle.item_embeddings @ expected.user_embedding
-    check_ranking(found, scores, without=history.tolist(), k=ITEMS, tolerance=EXACT)
+    check_answer(meanwhile, found, [*stored_ids(engine, "u"), *what_if])
 
 
 # -- recommendations ---------------------------------------------------------------------------------------------------
@@ -796,25 +822,39 @@ def test_recommend_runs_one_graph_a_round_and_one_search_for_a_whole_batch(engin
     assert counting.searched == [6]  # all but the two that have no events
 
 
-@pytest.mark.parametrize("part", ["head", "tail"])
-def test_damaged_record_is_an_error_and_never_a_wrong_answer(engine: Engine, part: str) -> None:
+@pytest.mark.parametrize("part", ["head", "tail", "all"])
+@pytest.mark.parametrize("call", ["recommend", "what-if", "update", "user"])
+def test_damaged_record_is_made_anew_from_the_history_and_gives_no_wrong_answer(
+    engine: Engine, part: str, call: str
+) -> None:
     update(engine, "u", list(range(12)))
     before, user = recommended(engine, "u"), stored(engine, "u")
     assert user is not None and user.record is not None
     damaged = bytearray(user.record)
     damaged[60 if part == "head" else -1] ^= 1
-    records = {engine.number: bytes(damaged)}
+    records = {engine.number: b"damaged" if part == "all" else bytes(damaged)}
     assert engine.store.commit([Write("u", user.head.version, records, NOTHING, NOTHING)]) == []
-    for call in (lambda: answer(engine, "u", what_if=["1"]), lambda: update(engine, "u", [1])):
-        with pytest.raises(StateError, match="damaged"):
-            call()
-    if part == "head":
-        with pytest.raises(StateError, match="damaged"):
-            answer(engine, "u")
-    else:  # a plain recommendation reads nothing else
+    if call == "recommend":  # a plain one reads nothing but the head, and repairs nothing but that
         assert recommended(engine, "u") == before
-    assert engine.delete("u") == 12  # the way out
-    assert update(engine, "u", [1]).event_count == 1
+    elif call == "what-if":
+        check_answer(engine, answer(engine, "u", k=ITEMS, what_if=["20"]), [*ids(range(12)), "20"])
+    elif call == "user":
+        info = engine.user("u")
+        assert info is not None and (info.event_count, info.history_count) == (12, 12)
+    assert update(engine, "u", [20]).event_count == 13
+    check_record(engine, "u", [*ids(range(12)), "21"])
+    assert engine.delete("u") == 13
+
+
+def test_record_that_covers_more_than_the_history_is_made_anew(engine: Engine) -> None:
+    """As after a store is restored in part: nothing that the history does not hold may be in an answer."""
+    update(engine, "long", list(range(12)))
+    update(engine, "u", [1, 2])
+    longer, user = stored(engine, "long"), stored(engine, "u")
+    assert longer is not None and longer.record is not None and user is not None
+    engine.store.commit([Write("u", user.head.version, {engine.number: longer.record}, NOTHING, NOTHING)])
+    check_answer(engine, answer(engine, "u", k=ITEMS), ids([1, 2]))
+    check_record(engine, "u", ids([1, 2]))
 
 
 # -- users -------------------------------------------------------------------------------------------------------------
@@ -846,23 +886,21 @@ def test_delete_forgets_everything_about_a_user(engine: Engine) -> None:
     assert 2 in recommended(engine, "u")  # seen items are forgotten as well
 
 
-def test_lagging_is_what_a_record_is_that_does_not_cover_the_history(engine: Engine, newer: Engine) -> None:
-    update(engine, "u", [30])
-    assert not engine.lagging("u") and newer.lagging("u") and not newer.lagging("unknown")
-    caught_up: list[Sequence[Update]] = []
-
-    def catch_up(updates: Sequence[Update]) -> None:
-        caught_up.append(updates)
-        newer.update(updates)
-
+def test_only_records_that_do_not_cover_the_history_are_caught_up(engine: Engine, newer: Engine) -> None:
     queries = [Query("u"), Query("unknown"), Query(None), Query("u", what_if=["33"])]
-    assert [one.event_count for one in newer.open_queries(queries, catch_up)] == [1, 0, 0, 2]
-    assert caught_up == [[Update("u", ())]]  # once, though two queries name the user
-    assert not newer.lagging("u") and not engine.lagging("u")  # nothing was added
+
+    def lagging(engine: Engine) -> list[str]:
+        return [update.user_id for update in catch_up_updates(engine.open_queries(queries))]
+
+    update(engine, "u", [30])
+    assert (lagging(engine), lagging(newer)) == ([], ["u"])  # once, though two queries name the user
+    newer.update([Update("u", [])])
+    assert (lagging(engine), lagging(newer)) == ([], [])  # nothing was added
     newer.update([Update("u", ["80"])])
-    assert engine.lagging("u")
-    with pytest.raises(RequestError):
-        engine.lagging("")
+    assert (lagging(engine), lagging(newer)) == (["u"], [])
+    before = stored(engine, "u")
+    assert [one.event_count for one in engine.open_queries(queries, catch_up=False)] == [1, 0, 0, 2]
+    assert stored(engine, "u") == before
 
 
 def test_request_hash_is_pinned_and_tells_ids_apart() -> None:

@@ -257,7 +257,7 @@ ALL_CALLS: dict[str, Any] = {
 def test_broken_engine_is_internal_with_a_reference_to_the_log_and_nothing_else(
     engine: Engine, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, rpc: str
 ) -> None:
-    for method in ("open_updates", "open_queries", "lagging", "delete"):
+    for method in ("open_updates", "open_queries", "user", "delete"):
         monkeypatch.setattr(engine, method, raising(RuntimeError("secret in /work/secret.py")))
     with served(engine) as stub, caplog.at_level(logging.ERROR):
         details = refused(getattr(stub, rpc), ALL_CALLS[rpc], grpc.StatusCode.INTERNAL)
@@ -284,14 +284,17 @@ def test_failing_graphs_are_internal_and_leave_nothing(engine: Engine, monkeypat
         assert stub.Update(ALL_CALLS["Update"]).event_count == 1
 
 
-def test_state_that_is_damaged_is_internal_and_others_go_on(engine: Engine) -> None:
+def test_record_that_is_damaged_is_made_anew(engine: Engine) -> None:
     with served(engine) as stub:
-        stub.Update(update_request("whole", 1))
-        engine.store.commit([Write("damaged", 0, {engine.number: b"damaged"}, NOTHING, NOTHING)])
-        refused(stub.Update, update_request("damaged", 1), grpc.StatusCode.INTERNAL)
-        refused(stub.Recommend, pb.RecommendRequest(user_id="damaged"), grpc.StatusCode.INTERNAL)
-        assert stub.Update(update_request("whole", 2)).event_count == 2
-        assert stub.DeleteUser(pb.DeleteUserRequest(user_id="damaged")).existed  # the way out
+        before = stub.Update(update_request("damaged", 1, 2, 3))
+        answer = stub.Recommend(pb.RecommendRequest(user_id="damaged"))
+        (user,) = engine.store.get_many(["damaged"], engine.number)
+        assert user is not None
+        engine.store.commit([Write("damaged", user.head.version, {engine.number: b"damaged"}, NOTHING, NOTHING)])
+        assert stub.GetUser(pb.GetUserRequest(user_id="damaged")).event_count == before.event_count
+        again = stub.Recommend(pb.RecommendRequest(user_id="damaged"))
+        assert [item.item_id for item in again.items] == [item.item_id for item in answer.items]
+        assert stub.Update(update_request("damaged", 4)).event_count == 4
 
 
 def test_conflicts_without_end_are_aborted(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:

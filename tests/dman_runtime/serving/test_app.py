@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import socket
+import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -42,18 +43,24 @@ def test_reflection_lists_the_service(channel: grpc.Channel) -> None:
 
 def test_closing_app_says_not_serving_and_stores_what_it_accepted(tiny_bundle: Path, tmp_path: Path) -> None:
     app = App(serve_config(tiny_bundle, tmp_path / "state", grace=30.0))
-    with ThreadPoolExecutor(1) as pool, grpc.insecure_channel(f"127.0.0.1:{app.port}") as opened:
+    with ThreadPoolExecutor(2) as pool, grpc.insecure_channel(f"127.0.0.1:{app.port}") as opened:
         with app:
             request = health_pb2.HealthCheckRequest(service=SERVICE_NAME)
             watch = health_pb2_grpc.HealthStub(opened).Watch(request, timeout=60)
             assert next(watch).status == health_pb2.HealthCheckResponse.SERVING
             events = [pb.Event(item_id=str(1 + n % TINY_ITEMS)) for n in range(2000)]
             stub, update = RecommenderStub(opened), pb.UpdateRequest(user_id="anna", events=events)
-            replies = [pool.submit(stub.Update, update, timeout=60)]
-            while not app._batcher._long and not replies[0].done():
-                pass
-            watching = pool.submit(lambda: next(watch).status)
-        assert replies[0].result(60).event_count == 2000
+            reply = pool.submit(stub.Update, update, timeout=60)
+            while not app._batcher._long and not reply.done():
+                time.sleep(0.001)
+
+            def next_status() -> int:
+                status: int = next(watch).status
+                watch.cancel()  # or closing would wait for it
+                return status
+
+            watching = pool.submit(next_status)
+        assert reply.result(60).event_count == 2000
         assert watching.result(60) == health_pb2.HealthCheckResponse.NOT_SERVING
     with LmdbStore.open(tmp_path / "state", readonly=True) as store:
         assert len(store.history("anna")[0]) == 2000
