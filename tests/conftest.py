@@ -24,7 +24,7 @@ import pytest
 import torch
 
 from dman_runtime.data.interactions import ItemInfo
-from dman_runtime.model.bundle import ITEMS, MANIFEST, items_jsonl, read_manifest, sha256
+from dman_runtime.model.bundle import GOLDEN, ITEMS, MANIFEST, items_jsonl, read_manifest, sha256
 from dman_runtime.model.generation import Generation
 from dman_runtime.serving.config import ServeConfig
 from dman_runtime.store.base import StateStore
@@ -90,6 +90,21 @@ def rewrite_manifest(bundle: Path, **changes: object) -> None:
     (bundle / MANIFEST).write_text(json.dumps(asdict(manifest)))
 
 
+def change_golden(bundle: Path, name: str, factor: float) -> None:
+    """Multiplies an array of the golden replay, and makes checksum and bundle id fit again."""
+    with np.load(bundle / GOLDEN) as arrays:
+        changed = {key: arrays[key] for key in arrays.files}
+    changed[name] = changed[name] * np.float32(factor)
+    np.savez(bundle / GOLDEN, **changed)
+    change_file_entry(bundle, GOLDEN)
+
+
+def change_file_entry(bundle: Path, name: str) -> None:
+    """Makes the manifest fit a file that was changed."""
+    entry = {"sha256": sha256(bundle / name), "bytes": (bundle / name).stat().st_size}
+    rewrite_manifest(bundle, files=read_manifest(bundle).files | {name: entry})
+
+
 @pytest.fixture(scope="session")
 def exact_bundle(tiny_bundle: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """`tiny_model` with float32 states, where splits differ by arithmetic only."""
@@ -115,9 +130,7 @@ def renamed_bundle(exact_bundle: Path, tmp_path_factory: pytest.TempPathFactory)
     path = Path(shutil.copytree(exact_bundle, tmp_path_factory.mktemp("renamed") / "bundle"))
     entries = [{"item_id": str(n), "events": n} for n in range(21, 21 + TINY_ITEMS)]
     (path / ITEMS).write_text(items_jsonl(entries))
-    files = read_manifest(path).files
-    size = (path / ITEMS).stat().st_size
-    rewrite_manifest(path, files=files | {ITEMS: {"sha256": sha256(path / ITEMS), "bytes": size}})
+    change_file_entry(path, ITEMS)
     return path
 
 

@@ -7,21 +7,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import rewrite_manifest
+from conftest import change_file_entry, change_golden
 
 from dman_runtime.errors import BundleError, EncoderError
-from dman_runtime.model.bundle import GOLDEN, read_manifest, sha256
+from dman_runtime.model.bundle import read_manifest
 from dman_runtime.model.generation import GOLDEN_TOLERANCE, Generation
 from dman_runtime.retrieval.exact import ExactRetriever
-
-
-def change_golden(bundle: Path, name: str, factor: float) -> None:
-    with np.load(bundle / GOLDEN) as arrays:
-        changed = {key: arrays[key] for key in arrays.files}
-    changed[name] = changed[name] * np.float32(factor)
-    np.savez(bundle / GOLDEN, **changed)
-    entry = {"sha256": sha256(bundle / GOLDEN), "bytes": (bundle / GOLDEN).stat().st_size}
-    rewrite_manifest(bundle, files=read_manifest(bundle).files | {GOLDEN: entry})
 
 
 def test_generation_repeats_its_golden_replay_whatever_its_states_are_stored_in(
@@ -64,7 +55,6 @@ def test_generation_whose_graph_cannot_be_loaded_is_refused(exact_bundle: Path, 
     bundle = Path(shutil.copytree(exact_bundle, tmp_path / "bundle"))
     graph = bundle / "segment_encoder.onnx"
     graph.write_bytes(b"not a graph")
-    entry = {"sha256": sha256(graph), "bytes": graph.stat().st_size}
-    rewrite_manifest(bundle, files=read_manifest(bundle).files | {graph.name: entry})
+    change_file_entry(bundle, graph.name)
     with pytest.raises(EncoderError, match="cannot be loaded"):
         Generation.open(bundle, provider="cpu")
