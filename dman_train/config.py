@@ -1,23 +1,23 @@
-"""Everything that can be configured about a model and its training, validated once.
+"""All settings of a model and its training, checked once.
 
-`ModelConfig` fixes the network and travels into the bundle; `TrainConfig` fixes how its weights are found.
-The command line of `dman_train.train` is derived from the fields of both (`dman_runtime.options`).
+`ModelConfig` describes the network and is copied into the bundle; `TrainConfig` describes how the weights are trained.
+The options of `dman_train.train` are derived from the fields of both (`dman_runtime.options`).
 """
 
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass, field, fields, replace
-from typing import Any, Literal
+from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from dman_runtime.errors import DmanError
 
 
 class ConfigError(DmanError, ValueError):
-    """A configuration that cannot work; the message names the field and the remedy."""
+    """A configuration that cannot work; `parameter` names the field."""
 
 
 def option(default: Any, help: str) -> Any:
-    """A dataclass field whose `help` text becomes the help of its command-line flag."""
+    """A dataclass field; `help` becomes the help text of its option on the command line."""
     return field(default=default, metadata={"help": help})
 
 
@@ -26,32 +26,31 @@ class ModelConfig:
     """The network of `dman_train.model`; symbols in its docstring. Raises ConfigError."""
 
     architecture: Literal["plus", "paper"] = option(
-        "plus", "plus: pre-LayerNorm blocks with heads, residuals and feed-forward; paper: the equations alone"
+        "plus", "plus: blocks with LayerNorm, heads, gated residuals and feed-forward; paper: only the equations"
     )
     variant: Literal["dman", "xl", "fifo", "nran"] = option(
         "dman",
         "dman; or an ablation of the paper's Table 5: xl (no memory), "
-        "fifo (memory = last m hidden states), nran (no context from earlier segments)",
+        "fifo (memory = the last m hidden states), nran (no context from earlier segments)",
     )
     segment_length: int = option(20, "T: events per segment")
     memory_slots: int = option(10, "m: memory slots per layer")
     layers: int = option(2, "L: attention layers")
     width: int = option(128, "D: width of embeddings and hidden states")
     heads: int = option(2, "attention heads; must divide the width (1 for paper)")
-    ffn_multiplier: int = option(2, "hidden width of the feed-forward blocks in units of D (plus only)")
+    ffn_multiplier: int = option(2, "hidden width of the feed-forward blocks, as a multiple of D (plus only)")
     long_term: Literal["merged", "gated"] = option(
         "merged",
-        "how the memory is read: merged: by the short-term attention, slots beside events (plus only); "
-        "gated: by a branch of its own, mixed in by the gate of eq. 3; try it where only the far past decides",
+        "how the memory is read: merged: one attention reads slots and events (plus only); "
+        "gated: a second branch reads the slots, and the gate of eq. 3 mixes both; try it if only the far past matters",
     )
-    residual: Literal["plain", "gated"] = option("gated", "plain: x + y; gated: x + sigmoid(W x) * y (plus only)")
     dropout: float = option(0.2, "dropout rate on inputs, attention weights and block outputs")
-    routing: Literal["slot", "shared", "full"] = option(
-        "slot", "bilinear maps of eq. 6: one per memory slot, one in all, or one per pair of input and slot"
+    routing: Literal["slot", "full"] = option(
+        "slot", "bilinear maps of eq. 6: slot: one per memory slot; full: one per pair of input and slot"
     )
     routing_iterations: int = option(1, "routing iterations of eq. 7")
     routing_softmax: Literal["slots", "primaries"] = option(
-        "slots", "what the coupling coefficients of eq. 7 sum to one over"
+        "slots", "the axis over which the coupling coefficients of eq. 7 sum to one"
     )
 
     def __post_init__(self) -> None:
@@ -62,23 +61,27 @@ class ModelConfig:
         _check_range(self, 0.0, 0.95, "dropout")
         _check_heads(self)
         if self.architecture == "paper" and self.heads != 1:
-            raise ConfigError(f"architecture 'paper' has one head, not {self.heads}; set heads to 1")
+            raise ConfigError(
+                f"architecture 'paper' has one head, not {self.heads}", "set heads to 1", parameter="heads"
+            )
         if self.architecture == "paper" and self.long_term != "gated":
-            raise ConfigError("architecture 'paper' has a long-term branch; set long_term to 'gated'")
+            raise ConfigError(
+                "architecture 'paper' has a long-term branch", "set long_term to 'gated'", parameter="long_term"
+            )
 
     @property
     def has_memory(self) -> bool:
-        """Whether there is a memory; without it a state holds no slots."""
+        """Whether the model has a memory. Without one, a state has no slots."""
         return self.variant != "xl"
 
     @property
     def merged(self) -> bool:
-        """Whether one attention a layer reads events and memory."""
+        """Whether one attention per layer reads events and memory."""
         return self.has_memory and self.long_term == "merged"
 
     @property
     def slots(self) -> int:
-        """Memory slots a state of this model holds."""
+        """Number of memory slots in a state."""
         return self.memory_slots if self.has_memory else 0
 
     @property
@@ -89,10 +92,10 @@ class ModelConfig:
 
 @dataclass(frozen=True)
 class BaselineConfig:
-    """A model of `dman_train.baselines` to compare with. Raises ConfigError."""
+    """A comparison model of `dman_train.baselines`. Raises ConfigError."""
 
     system: Literal["gru4rec", "caser", "sasrec", "shan", "hpmn", "sdm"] = option("sasrec", "which model")
-    history: int = option(200, "events that the model sees; the paper's * form sees the latest segment, 20")
+    history: int = option(200, "latest events that the model sees; 20 for the paper's * form, which sees one segment")
     width: int = option(128, "D: width of embeddings and hidden states")
     layers: int = option(2, "layers (sasrec, gru4rec, hpmn)")
     heads: int = option(2, "attention heads (sasrec, sdm); must divide the width")
@@ -110,45 +113,44 @@ class BaselineConfig:
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """How the weights are found. Raises ConfigError."""
+    """How the weights are trained. Raises ConfigError."""
 
     loss: Literal["auto", "full", "sampled", "negatives"] = option(
         "auto",
-        "full: softmax over all items; sampled: shared negatives with logQ correction; negatives: the paper's "
-        "binary loss with a few negatives per event; auto: full up to 50,000 items, sampled beyond",
+        "full: softmax over all items; sampled: softmax over shared negatives, with logQ correction; negatives: the "
+        "paper's binary loss with a few negatives per event; auto: full up to 50,000 items, else sampled",
     )
-    negatives: int = option(1024, "negatives: shared per batch for loss=sampled, per event for loss=negatives")
+    negatives: int = option(1024, "number of negatives: per batch for loss=sampled, per event for loss=negatives")
     memory_training: Literal["alternating", "joint"] = option(
-        "joint", "alternating: eq. 5 alone trains f_abs; joint: eq. 9 reaches it through the memory as well"
+        "joint", "what trains f_abs: alternating: eq. 5 only; joint: eq. 5, and eq. 9 through the memory"
     )
-    backprop_segments: int = option(1, "joint only: segment borders that eq. 9 is back-propagated over, 1 to 4")
+    backprop_segments: int = option(1, "joint only: how many segment borders the gradient of eq. 9 crosses, 1 to 4")
     abstraction_weight: float = option(1.0, "weight of the abstraction loss (eq. 5)")
-    abstraction_every: int = option(8, "eq. 5 is computed on every n-th lane of a process")
-    lanes: int = option(128, "users that are walked side by side; a batch is lanes x T events")
-    learning_rate: float = option(4e-3, "Adam step size of all but f_abs; try 1e-3 where only the far past decides")
+    abstraction_every: int = option(8, "compute eq. 5 on every n-th lane of a process only")
+    lanes: int = option(128, "users trained side by side; a batch has lanes x T events")
+    learning_rate: float = option(4e-3, "Adam step size, except for f_abs; try 1e-3 if only the far past matters")
     abstraction_learning_rate: float = option(4e-3, "Adam step size of f_abs")
     warmup_steps: int = option(200, "steps over which the learning rate rises to its full value")
-    final_learning_rate: float = option(0.1, "share of the learning rate that is left at the last epoch (cosine)")
+    final_learning_rate: float = option(0.1, "learning rate at the end, as a share of the full one (cosine)")
     weight_decay: float = option(0.0, "decoupled weight decay")
     ema_decay: float = option(
         0.998,
-        "decay per step of the exponential moving average of the weights, which is what is validated and exported; "
-        "0 for the weights themselves",
+        "decay per step of the moving average of the weights; the average is validated and exported; 0: no averaging",
     )
-    gradient_clip: float = option(1.0, "largest gradient norm, per optimiser")
+    gradient_clip: float = option(1.0, "largest gradient norm, per optimiser; 0: no limit")
     precision: Literal["float32", "bfloat16"] = option(
-        "float32", "of the matrix products; bfloat16 is faster where the CPU or GPU has it, sums stay in float32"
+        "float32", "of the matrix products; bfloat16 is faster if the CPU or GPU supports it; sums stay in float32"
     )
     epochs: int = option(8, "passes over the training events")
-    patience: int = option(4, "epochs without a better validation NDCG@10 before training stops")
+    patience: int = option(4, "stop after this many epochs without a better validation NDCG@10")
     seen_items: Literal["exclude", "exclude-from-ranking", "keep"] = option(
         "exclude",
-        "items that a user has had already: exclude: no negatives in the loss, and not in the ranking of validation; "
-        "exclude-from-ranking: negatives all the same; keep: in both, for logs whose users come back to items",
+        "items the user has already seen: exclude: neither negatives in the loss nor ranked in validation; "
+        "exclude-from-ranking: still used as negatives; keep: both, for logs where users return to items",
     )
-    evaluation_users: int = option(0, "users in the validation of each epoch; 0 for all")
-    random_first_segment: bool = option(True, "vary the length of a user's first segment, so that every shift is seen")
-    seed: int = option(0, "seed of initial weights, user order, dropout and negatives")
+    evaluation_users: int = option(0, "users validated after each epoch; 0: all")
+    random_first_segment: bool = option(True, "vary the length of a user's first segment, so that all shifts occur")
+    seed: int = option(0, "seed of the initial weights, the order of users, dropout and negatives")
 
     def __post_init__(self) -> None:
         _check_choices(self)
@@ -162,19 +164,23 @@ class TrainConfig:
         _check_range(self, 0.0, 0.999999, "ema_decay")
         _check_switch(self, "random_first_segment")
         if self.backprop_segments > 1 and self.memory_training != "joint":
-            raise ConfigError("backprop_segments above 1 needs memory_training 'joint'")
+            raise ConfigError(
+                "backprop_segments above 1 needs memory_training 'joint'",
+                "set it to 1 or train jointly",
+                parameter="backprop_segments",
+            )
 
 
 @dataclass(frozen=True)
 class DataConfig:
-    """How interactions are read. The held-out split is fixed by the evaluation protocol. Raises ConfigError."""
+    """How the log is read. Raises ConfigError."""
 
     user_column: str = option("user_id", "column with the user ids")
     item_column: str = option("item_id", "column with the item ids")
-    time_column: str = option("timestamp", "column with the times; orders the events unless there is a position")
-    position_column: str = option("position", "column with the place of an event in its user's history")
-    min_user_events: int = option(5, "users with fewer events are left out")
-    min_item_events: int = option(5, "items with fewer events are left out")
+    time_column: str = option("timestamp", "column with the times; orders the events unless there is a position column")
+    position_column: str = option("position", "column with the position of an event in its user's history")
+    min_user_events: int = option(5, "leave out users with fewer events")
+    min_item_events: int = option(5, "leave out items with fewer events")
 
     def __post_init__(self) -> None:
         _check_range(self, 0, 1_000_000, "min_user_events", "min_item_events")
@@ -183,13 +189,15 @@ class DataConfig:
 def _check_choices(config: Any) -> None:
     for name, choices in literal_choices(type(config)).items():
         if getattr(config, name) not in choices:
-            raise ConfigError(f"{name} is {getattr(config, name)!r}; choose one of {', '.join(map(repr, choices))}")
+            raise ConfigError(
+                f"{name} is {getattr(config, name)!r}",
+                f"choose one of {', '.join(map(repr, choices))}",
+                parameter=name,
+            )
 
 
 def literal_choices(config_class: type) -> dict[str, tuple[str, ...]]:
     """The allowed values of each Literal field."""
-    from typing import get_args, get_origin, get_type_hints
-
     hints = get_type_hints(config_class)
     return {f.name: get_args(hints[f.name]) for f in fields(config_class) if get_origin(hints[f.name]) is Literal}
 
@@ -197,13 +205,15 @@ def literal_choices(config_class: type) -> dict[str, tuple[str, ...]]:
 def _check_heads(config: ModelConfig | BaselineConfig) -> None:
     if config.width % config.heads:
         raise ConfigError(
-            f"width {config.width} is not a multiple of heads {config.heads}; choose heads that divide it"
+            f"width {config.width} is not a multiple of heads {config.heads}",
+            "choose heads that divide it",
+            parameter="heads",
         )
 
 
 def _check_switch(config: Any, name: str) -> None:
     if not isinstance(getattr(config, name), bool):
-        raise ConfigError(f"{name} is {getattr(config, name)!r}; choose true or false")
+        raise ConfigError(f"{name} is {getattr(config, name)!r}", "choose true or false", parameter=name)
 
 
 def _check_range(config: Any, low: float, high: float, *names: str) -> None:
@@ -212,12 +222,12 @@ def _check_range(config: Any, low: float, high: float, *names: str) -> None:
         kind = int if isinstance(low, int) else (int, float)
         if isinstance(value, bool) or not isinstance(value, kind) or not low <= value <= high:
             number = "whole number" if kind is int else "number"
-            raise ConfigError(f"{name} is {value!r}; choose a {number} from {low:g} to {high:g}")
+            raise ConfigError(f"{name} is {value!r}", f"choose a {number} from {low:g} to {high:g}", parameter=name)
 
 
 @dataclass(frozen=True)
 class Preset:
-    """A model and a training recipe that belong together."""
+    """A model and the training settings that go with it."""
 
     model: ModelConfig | BaselineConfig
     train: TrainConfig
@@ -251,13 +261,30 @@ PRESETS = {
 BASELINE_PRESETS = {"default": Preset(BaselineConfig(), TrainConfig())}
 
 
+# Fields of earlier versions, with the one value that still describes what happens.
+REMOVED_FIELDS: dict[type, dict[str, Any]] = {ModelConfig: {"residual": "gated"}}
+
+
 def to_dict(config: ModelConfig | BaselineConfig | TrainConfig | DataConfig) -> dict[str, Any]:
+    """The fields of a config by name, as JSON can hold them."""
     return asdict(config)
 
 
 def from_dict(config_class: type, values: dict[str, Any], *, where: str) -> Any:
-    """Builds a config from a mapping read at `where`. Raises ConfigError for fields it does not know."""
-    known = {f.name for f in fields(config_class)}
-    if unknown := sorted(set(values) - known):
-        raise ConfigError(f"{where}: unknown {config_class.__name__} field {', '.join(unknown)}")
-    return replace(config_class(), **values)
+    """Builds a config from a mapping that was read from the file `where`.
+
+    Raises ConfigError for unknown fields, and for values that this version no longer has.
+    """
+    removed = REMOVED_FIELDS.get(config_class, {})
+    for name, remaining in removed.items():
+        if values.get(name, remaining) != remaining:
+            raise ConfigError(
+                f"{where}: {name} {values[name]!r} is no longer supported, only {remaining!r}",
+                "train again without it",
+            )
+    if unknown := sorted(set(values) - {f.name for f in fields(config_class)} - set(removed)):
+        raise ConfigError(
+            f"{where}: unknown {config_class.__name__} field {', '.join(unknown)}",
+            "use the version of dman that wrote it, or train again",
+        )
+    return replace(config_class(), **{name: value for name, value in values.items() if name not in removed})

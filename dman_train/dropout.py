@@ -7,13 +7,13 @@ from torch import Tensor, nn
 
 
 class Dropout(nn.Module):
-    """`nn.Dropout` with a rate rounded to 1/256: a draw of 64 bits decides for eight values.
+    """`nn.Dropout` with the rate rounded to 1/256: one random number of 64 bits decides on eight values.
 
-    On a CPU, where PyTorch draws for one value at a time, that is four times faster.
+    On a CPU this is four times faster, because PyTorch draws a random number per value there.
     """
 
     def __init__(self, rate: float) -> None:
-        """`rate`: share of the values that become 0, below 1."""
+        """`rate`: the share of values that become 0; less than 1."""
         super().__init__()
         self.p = rate
         self._dropped = round(256 * rate)  # of 256 values of a byte

@@ -1,12 +1,11 @@
-"""What a trained model does with its users: how much of what it reads is recent, which memory slots it reads, and how
-different the slots are.
+"""How a trained model uses its memory: how much of what it reads is recent, which slots it reads, how the slots differ.
 
-The *short-term share* is that of eq. 3's gate, or, where one attention reads slots and events (`long_term="merged"`),
-the attention that goes to the events.
+The *short-term share* is the value of eq. 3's gate. If one attention reads slots and events (`long_term="merged"`), it
+is the attention that goes to the events.
 
-Everything is about the position that gives the user embedding: the last one of a history, or of each of its segments.
-The memory is the one that this position reads, before its own segment closes; it has been written once a history is
-in its third segment, and is the learned initial memory until then.
+All values are for the position that gives the user embedding: the last one of a history, or of each of its segments.
+The memory is the one that this position reads, before its own segment closes. It is first written when a history is in
+its third segment; until then it is the learned initial memory.
 """
 
 from __future__ import annotations
@@ -34,7 +33,7 @@ logger = logging.getLogger(__name__)
 NEAR_IDENTICAL = 0.95  # cosine similarity above which two slots count as one
 SHARE_EDGES = np.linspace(0, 1, 41)
 COSINE_EDGES = np.linspace(-1, 1, 41)
-LENGTH_BORDERS = (50, 200, 500)  # history lengths that part the groups of users
+LENGTH_BORDERS = (50, 200, 500)  # history lengths that separate the groups of users
 LENGTH_GROUPS = ("< 50", "50 to 199", "200 to 499", ">= 500")  # events
 PERCENTILES = (5, 25, 50, 75, 95)
 
@@ -59,8 +58,8 @@ def slot_diversity(memory: Tensor) -> Diversity:
     first, second = torch.triu_indices(memory.shape[-2], memory.shape[-2], offset=1)
     cosine = (slots @ slots.transpose(-1, -2))[..., first, second].clamp(-1, 1)  # (..., m(m-1)/2)
     inner = torch.from_numpy(COSINE_EDGES[1:-1]).to(cosine)
-    place = torch.bucketize(cosine, inner, right=True)
-    pairs = cosine.new_zeros(*cosine.shape[:-1], len(inner) + 1).scatter_add_(-1, place, torch.ones_like(cosine))
+    bucket = torch.bucketize(cosine, inner, right=True)
+    pairs = cosine.new_zeros(*cosine.shape[:-1], len(inner) + 1).scatter_add_(-1, bucket, torch.ones_like(cosine))
     singular = torch.linalg.svdvals(memory)
     share = singular / singular.sum(-1, keepdim=True).clamp_min(1e-30)
     count = max(len(first), 1)
@@ -70,14 +69,14 @@ def slot_diversity(memory: Tensor) -> Diversity:
 
 @dataclass(frozen=True)
 class Observations:
-    """What the model did at N positions, ordered by history and then by events."""
+    """What was observed at N positions, ordered by history and then by events."""
 
     history: np.ndarray  # (N) int64 index of the history
-    events: np.ndarray  # (N) int64 events up to and with the position
+    events: np.ndarray  # (N) int64 events up to and including the position
     absorbed: np.ndarray  # (N) int64 segments that the memory it reads has absorbed
     share: np.ndarray  # (N) short-term share: mean over the width of the gate, or over heads and layers
-    attention: np.ndarray  # (N, L, m) what each slot gets of the attention to all slots, mean over the heads
-    cosine: np.ndarray  # (N, L) this and the rest as `Diversity`, of the memory it reads
+    attention: np.ndarray  # (N, L, m) each slot's share of the attention to all slots, mean over the heads
+    cosine: np.ndarray  # (N, L) this and the rest: `Diversity` of the memory it reads
     near_identical: np.ndarray  # (N, L)
     pairs: np.ndarray  # (N, L, 40)
     effective_rank: np.ndarray  # (N, L)
@@ -100,7 +99,7 @@ def observe(
         raise ValueError("a model without memory has nothing to observe")
     order = np.argsort([len(history) for history in histories], kind="stable")
     parts = []
-    with _watched(model) as reading:
+    with _recording(model) as reading:
         for start in range(0, len(order), batch):
             chosen = order[start : start + batch]
             parts += _observe_batch(model, histories, chosen, reading, every_segment=every_segment)
@@ -115,38 +114,39 @@ def _observe_batch(
     *,
     every_segment: bool,
 ) -> list[Observations]:
-    """Observations of the chosen histories, one object a segment."""
+    """Observations of the chosen histories, one object per segment."""
     lengths = np.array([len(histories[row]) for row in chosen])
     parts: list[Observations] = []
 
-    def watch(rows: Tensor, memory: Tensor, _encoding: Encoding) -> None:
-        index, before = rows.cpu().numpy(), len(parts)  # `before`: whole segments before this one
-        events = np.minimum(lengths[index], (before + 1) * model.config.segment_length)
+    def record(rows: Tensor, memory: Tensor, _encoding: Encoding) -> None:
+        index, earlier_segments = rows.cpu().numpy(), len(parts)
+        start = earlier_segments * model.config.segment_length
+        events = np.minimum(lengths[index], start + model.config.segment_length)
         kept = np.ones(len(index), bool) if every_segment else events == lengths[index]
         at = torch.from_numpy(np.flatnonzero(kept)).to(memory.device)
-        share, attention = reading(torch.from_numpy(events - before * model.config.segment_length - 1).to(rows))
+        share, attention = reading(torch.from_numpy(events - start - 1).to(rows))
         values = (share[at], attention[at], *slot_diversity(memory[at]))
-        absorbed = np.full(len(at), max(before - 1, 0))
+        absorbed = np.full(len(at), max(earlier_segments - 1, 0))
         parts.append(
             Observations(
                 chosen[index[kept]], events[kept], absorbed, *(value.double().cpu().numpy() for value in values)
             )
         )
 
-    replay(model, [histories[row] for row in chosen], watch)
+    replay(model, [histories[row] for row in chosen], record)
     return parts
 
 
 @contextmanager
-def _watched(model: DMAN) -> Iterator[Callable[[Tensor], tuple[Tensor, Tensor]]]:
-    """Evaluation mode, and a function that gives the short-term share (B) and the attention to the slots (B, L, m) in
-    the latest `encode`, for the position (B) that it was asked for."""
+def _recording(model: DMAN) -> Iterator[Callable[[Tensor], tuple[Tensor, Tensor]]]:
+    """Evaluation mode. Yields a function: positions (B) -> short-term share (B) and attention to the slots (B, L, m)
+    of the latest `encode`."""
     outputs: dict[nn.Module, Tensor] = {}
 
     def keep(module: nn.Module, _inputs: object, output: Tensor) -> None:
         outputs[module] = output
 
-    readers = [block.attention.dropout for block in model.memory_blocks]  # what they give are the weights (B, Q, H, K)
+    readers = [block.attention.dropout for block in model.memory_blocks]  # their outputs are the weights (B, Q, H, K)
     gates = [] if model.config.merged else [model.gate_short, model.gate_long]
 
     def weights_at(position: Tensor, reader: nn.Module) -> Tensor:
@@ -174,7 +174,7 @@ def _watched(model: DMAN) -> Iterator[Callable[[Tensor], tuple[Tensor, Tensor]]]
 
 
 def summarise(model: DMAN, seen: Observations) -> dict[str, Any]:
-    """What the users of `seen` read and how diverse their slots are, one position each; plain finite numbers."""
+    """What the users of `seen` read and how diverse their slots are, one position per user; only finite numbers."""
     return {
         "users": len(seen.share),
         "short_term_share": {
@@ -188,7 +188,7 @@ def summarise(model: DMAN, seen: Observations) -> dict[str, Any]:
 
 
 def _spread(values: np.ndarray) -> dict[str, float]:
-    """Mean, standard deviation and percentiles; nothing when there are no values."""
+    """Mean, standard deviation and percentiles; empty if there are no values."""
     if not len(values):
         return {}
     percentiles = dict(zip((f"p{p}" for p in PERCENTILES), np.percentile(values, PERCENTILES).tolist(), strict=True))
@@ -196,7 +196,7 @@ def _spread(values: np.ndarray) -> dict[str, float]:
 
 
 def _histogram(edges: np.ndarray, counts: np.ndarray) -> dict[str, list[float]]:
-    """Edges and the fraction of all that lies between each two."""
+    """The edges, and the fraction between each two."""
     return {"edges": edges.round(6).tolist(), "fraction": (counts / max(counts.sum(), 1)).tolist()}
 
 
@@ -209,7 +209,7 @@ def _by_history_length(seen: Observations) -> list[dict[str, Any]]:
 
 
 def _entropy(attention: np.ndarray) -> np.ndarray:
-    """(..., m) weights -> (...) entropy in units of log m: 1 when all slots are read alike, 0 when one is."""
+    """(..., m) weights -> (...) entropy divided by log m: 1 if all slots are read equally, 0 if only one is read."""
     safe = np.where(attention > 0, attention, 1)
     return -(safe * np.log(safe)).sum(-1) / max(math.log(attention.shape[-1]), 1e-30)
 
@@ -224,7 +224,7 @@ def _attention(weights: np.ndarray) -> dict[str, Any]:
 
 
 def _diversity(model: DMAN, seen: Observations) -> dict[str, Any]:
-    """Over the users whose memory has been written; `initial` is the memory that all of them started from."""
+    """Over the users whose memory has been written; `initial` is the memory that all of them start from."""
     written, layers = seen.absorbed > 0, range(model.config.layers)
     initial = slot_diversity(model.initial_memory.detach().cpu())
     return {
@@ -246,7 +246,7 @@ def _diversity(model: DMAN, seen: Observations) -> dict[str, Any]:
 
 
 def trajectory(seen: Observations) -> list[dict[str, Any]]:
-    """One user's observations as they are, a segment each; lists are by layer."""
+    """One user's observations, segment by segment; lists are by layer."""
     return [
         {
             "events": int(seen.events[row]),
@@ -267,22 +267,21 @@ def trajectory(seen: Observations) -> list[dict[str, Any]]:
 
 
 def write_interpretation(
-    model: nn.Module, histories: Sequence[np.ndarray], directory: Path, *, about: dict[str, Any], segments: bool
+    model: DMAN, histories: Sequence[np.ndarray], directory: Path, *, about: dict[str, Any], segments: bool
 ) -> None:
     """Writes interpretation.json, which begins with `about`, and its plots into `directory`, created if absent.
 
-    With `segments`, also the trajectory of the first history. Raises UsageError for a model without memory,
-    for weights that are no numbers, and where nothing can be written.
+    With `segments`, also the trajectory of the first history. Raises UsageError if the model has no memory, if its
+    weights are not finite, and if the directory cannot be written.
     """
-    if not isinstance(model, DMAN) or not model.config.has_memory:
-        kind = "variant xl" if isinstance(model, DMAN) else "a baseline"
-        raise UsageError(f"--interpret: {kind} has no memory: nothing to interpret; choose another run")
+    if not model.config.has_memory:
+        raise UsageError("variant xl has no memory: nothing to interpret", "choose another run", parameter="interpret")
     if not all(torch.isfinite(weight).all() for weight in model.parameters()):
-        raise UsageError("--interpret: the weights of the run are not all finite; train again")
+        raise UsageError("the weights of the run are not all finite", "train again", parameter="interpret")
     temporary = directory / ".interpretation.json"
     with _writing(directory):
         directory.mkdir(parents=True, exist_ok=True)
-        temporary.touch()  # says now, not after minutes, that nothing can be written
+        temporary.touch()  # fails now if nothing can be written, not after minutes
     result = about | {"memory_slots": model.config.memory_slots} | summarise(model, observe(model, histories))
     if segments:
         result["trajectory"] = trajectory(observe(model, histories[:1], every_segment=True))
@@ -302,7 +301,7 @@ def _write_plots(result: dict[str, Any], directory: Path) -> None:
     if "trajectory" in result:
         plots.plot_trajectory(result["trajectory"], directory / "trajectory.png")
     else:
-        (directory / "trajectory.png").unlink(missing_ok=True)  # of an earlier call, about one user
+        (directory / "trajectory.png").unlink(missing_ok=True)  # from an earlier call for one user
 
 
 @contextmanager
@@ -311,4 +310,5 @@ def _writing(directory: Path) -> Iterator[None]:
         yield
     except OSError as error:
         reason = error.strerror or str(error)
-        raise UsageError(f"--interpret {directory} cannot be written ({reason}); choose another directory") from None
+        cause = f"{directory} cannot be written ({reason})"
+        raise UsageError(cause, "choose another directory", parameter="interpret") from None

@@ -7,13 +7,13 @@ L layers, D width, H heads, V items, Q queries (S, or 1 when only the last new p
 A history is cut into segments of T events from its head. While segment n is encoded,
 - the *context* holds the layer inputs h^l of segment n-1 and of the positions of segment n so far (eq. 1),
 - the *memory* M^l summarises segments 1..n-2 in m slots per layer,
-- a query of layer l reads both. `long_term="merged"`: in one attention, the slots being keys beside the events.
-  `long_term="gated"`: as the paper has it, the slots by a branch of their own (eq. 2), which a gate mixes with the
-  short-term one into the user embedding (eq. 3). Score = item embedding . user embedding.
-When segment n closes, M^l <- f_abs^l(M^l, H^l_{n-1}) (eq. 4), by routing (eq. 6-7), trained by eq. 5.
+- a query of layer l reads both. `long_term="merged"`: one attention whose keys are the slots and the events.
+  `long_term="gated"`: as in the paper, a second branch reads the slots (eq. 2), and a gate mixes it with the
+  short-term branch into the user embedding (eq. 3). Score = item embedding . user embedding.
+When segment n closes, M^l <- f_abs^l(M^l, H^l_{n-1}) (eq. 4): `dman_train.abstraction`, trained by eq. 5.
 
-Keys and values are never projected: W_k is absorbed into the query and W_v into the output, so a call costs
-O(S H D^2 + S H K D) whatever the number of context positions. The numbers are those of plain attention.
+Keys and values are never projected: W_k is multiplied into the query and W_v into the output. A call costs
+O(S H D^2 + S H K D), however many context positions there are. The result is that of plain attention.
 """
 
 from __future__ import annotations
@@ -26,21 +26,21 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.func import functional_call
 
+from dman_train.abstraction import MASKED, FifoAbstraction, RoutingAbstraction, valid_primaries
 from dman_train.config import ModelConfig
 from dman_train.dropout import Dropout
 
-# Length of a LayerNormed user embedding. Scores spread by about one at the start; at a length of one, training spends
-# its first epochs on growing them.
+# Length of a LayerNormed user embedding. Untrained scores then have a standard deviation of about one; with length 1
+# the first epochs do little but make the scores larger.
 SCORE_SCALE = 4.0
-MASKED = -1e9  # added to the logit of a key that a query must not see
 
 
 class Encoding(NamedTuple):
-    """What encoding S new positions gives."""
+    """The result of encoding S new positions."""
 
     user_embedding: Tensor  # (B, Q, D)
     hidden: Tensor  # (B, L, S, D) the layer inputs h^l: what a state keeps as context
-    pulled: list[Tensor]  # L x (B, Q*H, D) queries that read the memory, as `Attention.pull` gives them
+    memory_queries: list[Tensor]  # L x (B, Q*H, D) the queries that read the memory, in the space of the sources
 
 
 class Attention(nn.Module):
@@ -62,22 +62,23 @@ class Attention(nn.Module):
         for weight in (self.query.weight, self.key, self.value):
             nn.init.uniform_(weight, -bound, bound)
 
-    def forward(self, pulled: Tensor, sources: Tensor, bias: Tensor | None = None) -> Tensor:
-        """(B, Q*H, D) pulled queries over (B, K, D) sources -> (B, Q, D); the bias broadcasts to (B, Q, H, K)."""
-        return self.project(self.mix(pulled, sources, bias))
+    def forward(self, source_queries: Tensor, sources: Tensor, bias: Tensor | None = None) -> Tensor:
+        """(B, Q*H, D) queries in source space, (B, K, D) sources -> (B, Q, D); bias broadcasts to (B, Q, H, K)."""
+        return self.project(self.mix(source_queries, sources, bias))
 
-    def pull(self, queries: Tensor) -> Tensor:
-        """(B, Q, D) queries -> (B, Q*H, D) in the space of the sources: q W_q W_k^T / sqrt(d) of every head."""
+    def queries_in_source_space(self, queries: Tensor) -> Tensor:
+        """(B, Q, D) queries -> (B, Q*H, D): q W_q W_k^T / sqrt(d) of every head."""
         by_head = self.query.weight.view(self.heads, self.head_width, -1)
         weight = (by_head.transpose(1, 2) @ self.key).transpose(0, 1) / math.sqrt(self.head_width)  # (D, H, D)
         batch, count, width = queries.shape
         return (queries @ weight.reshape(width, -1)).view(batch, count * self.heads, width)
 
-    def mix(self, pulled: Tensor, sources: Tensor, bias: Tensor | None = None) -> Tensor:
-        """(B, Q*H, D) pulled queries, (B, K, D) sources -> (B, Q, H*D) weighted means of the sources."""
-        (batch, rows, width), heads = pulled.shape, self.heads
-        sources = sources.to(pulled.dtype)  # under autocast: once for both products
-        logits = (pulled @ sources.transpose(1, 2)).view(batch, rows // heads, heads, sources.shape[1])  # (B, Q, H, K)
+    def mix(self, source_queries: Tensor, sources: Tensor, bias: Tensor | None = None) -> Tensor:
+        """(B, Q*H, D) queries in source space, (B, K, D) sources -> (B, Q, H*D) weighted means of the sources."""
+        (batch, rows, width), heads = source_queries.shape, self.heads
+        sources = sources.to(source_queries.dtype)  # under autocast: once for both products
+        logits = source_queries @ sources.transpose(1, 2)
+        logits = logits.view(batch, rows // heads, heads, sources.shape[1])  # (B, Q, H, K)
         weights = self.dropout(torch.softmax(logits if bias is None else logits + bias, dim=-1))
         mixed = weights.view(batch, rows, sources.shape[1]) @ sources  # (B, Q*H, D)
         return mixed.view(batch, rows // heads, heads * width)
@@ -90,21 +91,21 @@ class Attention(nn.Module):
         return mixed @ weight.view(-1, weight.shape[-1])
 
 
-class Residual(nn.Module):
-    """x + y, or x + sigmoid(W x) * y when gated (LiGR)."""
+class GatedResidual(nn.Module):
+    """x + sigmoid(W x) * y (LiGR)."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
-        self.gate = nn.Linear(config.width, config.width) if config.residual == "gated" else None
+        self.gate = nn.Linear(config.width, config.width)
         self.dropout = Dropout(config.dropout)
 
     def forward(self, x: Tensor, y: Tensor) -> Tensor:
         y = self.dropout(y)
-        return x + y if self.gate is None else x + torch.sigmoid(self.gate(x)) * y
+        return x + torch.sigmoid(self.gate(x)) * y
 
 
 class PaperBlock(nn.Module):
-    """One layer of one branch as the equations have it: attention and nothing else."""
+    """One layer of one branch as in the equations: attention and nothing else."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
@@ -116,15 +117,15 @@ class PaperBlock(nn.Module):
 
 
 class PlusBlock(nn.Module):
-    """One layer: pre-LayerNorm attention, then a feed-forward block, both residual."""
+    """One layer: pre-LayerNorm attention, then a feed-forward block, each with a gated residual."""
 
     def __init__(self, config: ModelConfig, *, reads_memory: bool) -> None:
         super().__init__()
         self.attention = Attention(config)
         self.norm = nn.LayerNorm(config.width)  # of queries and events
         if reads_memory:
-            self.norm_memory = nn.LayerNorm(config.width)  # slots live on a scale of their own
-        self.residual_attention, self.residual_ffn = Residual(config), Residual(config)
+            self.norm_memory = nn.LayerNorm(config.width)  # slots have a different scale
+        self.residual_attention, self.residual_ffn = GatedResidual(config), GatedResidual(config)
         self.norm_ffn = nn.LayerNorm(config.width)
         self.ffn = nn.Sequential(
             nn.Linear(config.width, config.ffn_multiplier * config.width),
@@ -143,94 +144,28 @@ def _blocks(branch: nn.ModuleList) -> list[PaperBlock | PlusBlock]:
 
 
 class _ReadDifference(nn.Module):
-    """What the attention of a block reads from `new`, less what it reads from `old`: the difference of eq. 5."""
+    """What the attention of a block reads from `new` minus what it reads from `old`: the difference of eq. 5."""
 
     def __init__(self, block: PaperBlock | PlusBlock) -> None:
         super().__init__()
         self.block = block
 
-    def forward(self, pulled: Tensor, new: Tensor, old: Tensor, old_bias: Tensor) -> Tensor:
+    def forward(self, queries: Tensor, new: Tensor, old: Tensor, old_bias: Tensor) -> Tensor:
         attention, norm = self.block.attention, self.block.norm_memory
-        return attention.project(attention.mix(pulled, norm(new)) - attention.mix(pulled, norm(old), old_bias))
+        return attention.project(attention.mix(queries, norm(new)) - attention.mix(queries, norm(old), old_bias))
 
 
 def _frozen_read_difference(
-    block: PaperBlock | PlusBlock, pulled: Tensor, new: Tensor, old: Tensor, old_bias: Tensor
+    block: PaperBlock | PlusBlock, queries: Tensor, new: Tensor, old: Tensor, old_bias: Tensor
 ) -> Tensor:
     """`_ReadDifference` without dropout and without gradient to the weights of the block."""
     reader, training = _ReadDifference(block), block.training
     frozen = {name: weight.detach() for name, weight in reader.named_parameters()}
     block.eval()
     try:
-        return functional_call(reader, frozen, (pulled, new, old, old_bias))
+        return functional_call(reader, frozen, (queries, new, old, old_bias))
     finally:
         block.train(training)
-
-
-class RoutingAbstraction(nn.Module):
-    """f_abs by dynamic routing (eq. 6-7): primaries x = M_old || H, interest capsules o = M_new.
-
-    a_ij = softmax_j(b_ij), s_j = sum_i a_ij W_ij x_i, b_ij += o_j . W_ij x_i. The votes W_ij x_i are materialised only
-    for routing="full"; otherwise s_j = W_j sum_i a_ij x_i and b_ij = (W_j^T o_j) . x_i, which is the same. Capsules
-    start from the old slots, so that slot j stays slot j. LayerNorm takes the place of squash on both sides.
-    """
-
-    def __init__(self, config: ModelConfig) -> None:
-        super().__init__()
-        width, slots, primaries = config.width, config.memory_slots, config.memory_slots + config.segment_length
-        leading = {"slot": (slots,), "shared": (1,), "full": (primaries, slots)}[config.routing]
-        self.full = config.routing == "full"
-        self.iterations, self.over_slots = config.routing_iterations, config.routing_softmax == "slots"
-        # Near the identity, so that an untrained f_abs clusters its input instead of destroying it.
-        self.maps = nn.Parameter(torch.eye(width).repeat(*leading, 1, 1) + torch.randn(*leading, width, width) * 0.02)
-        self.norm_primaries, self.norm_capsules = nn.LayerNorm(width), nn.LayerNorm(width)
-
-    def forward(self, memory: Tensor, hidden: Tensor, lengths: Tensor | None = None) -> Tensor:
-        """(B, m, D) memory and (B, T, D) hidden -> (B, m, D). Only the last `lengths` (B) rows of hidden count."""
-        x = self.norm_primaries(torch.cat([memory, hidden], dim=1))  # (B, m+T, D)
-        valid = None if lengths is None else _valid_primaries(memory.shape[1], hidden.shape[1], lengths)
-        votes = torch.einsum("bnd,njde->bjne", x, self.maps) if self.full else None  # (B, m, m+T, D)
-        capsules, logits = self.norm_capsules(memory), x.new_zeros(())
-        for _ in range(self.iterations):
-            logits = logits + self._agreement(capsules, x, votes) / math.sqrt(x.shape[-1])  # (B, m, m+T)
-            coupling = self._coupling(logits, valid)
-            capsules = self.norm_capsules(self._combine(coupling, x, votes))
-        return capsules
-
-    def _agreement(self, capsules: Tensor, x: Tensor, votes: Tensor | None) -> Tensor:
-        if votes is not None:
-            return torch.einsum("bje,bjne->bjn", capsules, votes)
-        pulled = (capsules.transpose(0, 1) @ self.maps.transpose(1, 2)).transpose(0, 1)  # W_j^T o_j: (B, m, D)
-        return pulled @ x.transpose(1, 2)
-
-    def _coupling(self, logits: Tensor, valid: Tensor | None) -> Tensor:
-        if self.over_slots:
-            coupling = torch.softmax(logits, dim=1)
-            return coupling if valid is None else coupling * valid[:, None, :]
-        return torch.softmax(logits if valid is None else logits.masked_fill(~valid[:, None, :], MASKED), dim=2)
-
-    def _combine(self, coupling: Tensor, x: Tensor, votes: Tensor | None) -> Tensor:
-        if votes is not None:
-            return torch.einsum("bjn,bjne->bje", coupling, votes)
-        return ((coupling @ x).transpose(0, 1) @ self.maps).transpose(0, 1)  # (B, m, D)
-
-
-class FifoAbstraction(nn.Module):
-    """f_abs of the `fifo` variant: the memory is the last m hidden states."""
-
-    def forward(self, memory: Tensor, hidden: Tensor, lengths: Tensor | None = None) -> Tensor:
-        slots, segment = memory.shape[1], hidden.shape[1]
-        if lengths is None:
-            return torch.cat([memory, hidden], dim=1)[:, -slots:]
-        place = lengths[:, None] + torch.arange(slots, device=lengths.device)  # (B, m) among the valid rows of M || H
-        source = torch.where(place < slots, place, place + segment - lengths[:, None])
-        return torch.cat([memory, hidden], dim=1).gather(1, source[..., None].expand(-1, -1, memory.shape[2]))
-
-
-def _valid_primaries(slots: int, segment: int, lengths: Tensor) -> Tensor:
-    """(B, m+T) bool: all slots, and the last `lengths` of the hidden rows."""
-    row = torch.arange(slots + segment, device=lengths.device)
-    return (row < slots) | (row >= slots + segment - lengths[:, None])
 
 
 class DMAN(nn.Module):
@@ -260,7 +195,7 @@ class DMAN(nn.Module):
             self.register_buffer("initial_memory", torch.zeros(depth, 0, width), persistent=False)
 
     def _branch(self, *, reads_memory: bool) -> tuple[nn.ModuleList, nn.Module]:
-        """L blocks, and what normalises the output of the last."""
+        """L blocks, and the normalisation of the last output."""
         config, depth = self.config, range(self.config.layers)
         if config.architecture == "paper":
             return nn.ModuleList(PaperBlock(config) for _ in depth), nn.Identity()
@@ -295,10 +230,10 @@ class DMAN(nn.Module):
             context: (B, L, C, D) layer inputs of earlier positions, right-aligned; C may be 0.
             context_lengths: (B) int64, how many of the C rows are real.
             memory: (B, L, m, D).
-            last: (B) int64 index of the one position whose user embedding is wanted (Q = 1); all (Q = S) when None.
+            last: (B) int64, the one position to return a user embedding for (Q = 1); None: all of them (Q = S).
         """
         bias, visible = self._positions(item_embeddings.shape[1], context.shape[2], context_lengths)
-        h, hidden, pulled = item_embeddings, [], []
+        h, hidden, memory_queries = item_embeddings, [], []
         for layer, block in enumerate(_blocks(self.short_term)):
             hidden.append(h)
             queries, layer_bias = block.norm(h), bias[layer] + visible  # (B, S, D), (B, S, H, K)
@@ -306,28 +241,28 @@ class DMAN(nn.Module):
             sources = torch.cat([*slots, block.norm(context[:, layer]), queries], dim=1)  # (B, K, D)
             if last is not None and layer == self.config.layers - 1:  # nothing later reads the other positions
                 h, queries, layer_bias = at_position(h, last), at_position(queries, last), at_position(layer_bias, last)
-            pulled.append(block.attention.pull(queries))
-            h = block.add(h, block.attention(pulled[-1], sources, layer_bias))
+            memory_queries.append(block.attention.queries_in_source_space(queries))
+            h = block.add(h, block.attention(memory_queries[-1], sources, layer_bias))
         user = self.norm_short(h)
         if self.config.has_memory and not self.config.merged:
-            asked = item_embeddings if last is None else at_position(item_embeddings, last)  # (B, Q, D)
-            g, pulled = self._read_memory(asked, memory)
+            newest = item_embeddings if last is None else at_position(item_embeddings, last)  # (B, Q, D)
+            g, memory_queries = self._read_memory(newest, memory)
             share = torch.sigmoid(self.gate_short(user) + self.gate_long(g))  # (B, Q, D) of the short-term branch
             user = g + share * (user - g)
-        return Encoding(user * self.output_scale, torch.stack(hidden, dim=1), pulled)
+        return Encoding(user * self.output_scale, torch.stack(hidden, dim=1), memory_queries)
 
     def _read_memory(self, g: Tensor, memory: Tensor) -> tuple[Tensor, list[Tensor]]:
-        """Eq. 2: (B, Q, D) item embeddings, (B, L, m, D) -> (B, Q, D), and the queries as in `Encoding`."""
-        pulled = []
+        """Eq. 2: (B, Q, D) item embeddings, (B, L, m, D) -> (B, Q, D), and `Encoding.memory_queries`."""
+        memory_queries = []
         for layer, block in enumerate(_blocks(self.long_term)):
-            pulled.append(block.attention.pull(block.norm(g)))
-            g = block.add(g, block.attention(pulled[-1], block.norm_memory(memory[:, layer])))
-        return self.norm_long(g), pulled
+            memory_queries.append(block.attention.queries_in_source_space(block.norm(g)))
+            g = block.add(g, block.attention(memory_queries[-1], block.norm_memory(memory[:, layer])))
+        return self.norm_long(g), memory_queries
 
     def _positions(self, new: int, context: int, context_lengths: Tensor) -> tuple[Tensor, Tensor]:
         """Relative bias (L, S, H, K) and visibility (B, S, 1, K) as additive terms; distances are query minus key.
 
-        Slots among the keys have no distance but a bias each, and everyone sees them.
+        Slots among the keys have no distance but a bias each, and every query sees them.
         """
         device = context_lengths.device
         key = torch.arange(context + new, device=device)
@@ -352,7 +287,7 @@ class DMAN(nn.Module):
         return torch.stack([f_abs(m, h, lengths) for f_abs, m, h in layers], dim=1)
 
     def abstraction_parameters(self) -> list[nn.Parameter]:
-        """The parameters of f_abs: those that eq. 5 trains."""
+        """The parameters of f_abs, which eq. 5 trains."""
         return list(self.abstraction.parameters()) if self.config.has_memory else []
 
     def abstraction_loss(
@@ -362,24 +297,25 @@ class DMAN(nn.Module):
         new_memory: Tensor,
         hidden: Tensor,
         lengths: Tensor,
-        pulled: list[Tensor],
+        memory_queries: list[Tensor],
         query_mask: Tensor,
     ) -> Tensor:
-        """Eq. 5: reading the new memory should give what reading the old memory and the absorbed segment gave.
+        """Eq. 5: the new memory should read like the old memory together with the absorbed segment.
 
         Squared error, mean over layers and width, summed over the positions that count.
         Gradient reaches f_abs only, through `new_memory`: weights of the attention, queries and target are detached.
 
         Args:
             old_memory, new_memory: (B, L, m, D); hidden: (B, L, T, D), its last `lengths` (B) rows real.
-            pulled: L x (B, S*H, D) queries, `Encoding.pulled`; query_mask: (B, S) bool, the positions that count.
+            memory_queries: L x (B, S*H, D), `Encoding.memory_queries`.
+            query_mask: (B, S) bool, the positions that count.
         """
         slots, segment = old_memory.shape[2], hidden.shape[2]
-        bias = torch.where(_valid_primaries(slots, segment, lengths), 0.0, MASKED)[:, None, None]  # (B, 1, 1, m+T)
+        bias = torch.where(valid_primaries(slots, segment, lengths), 0.0, MASKED)[:, None, None]  # (B, 1, 1, m+T)
         total = new_memory.new_zeros(())
         for layer, block in enumerate(self.memory_blocks):
             sources = torch.cat([old_memory[:, layer], hidden[:, layer]], dim=1)
-            query, new = pulled[layer].detach(), new_memory[:, layer]
+            query, new = memory_queries[layer].detach(), new_memory[:, layer]
             difference = _frozen_read_difference(block, query, new, sources.detach(), bias)
             total = total + (difference.float().square().mean(-1) * query_mask).sum()
         return total / self.config.layers

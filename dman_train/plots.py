@@ -1,4 +1,4 @@
-"""Pictures of a run and of what its model does; the only module that imports matplotlib."""
+"""Plots of a run and of its interpretation; the only module that imports matplotlib."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def plot_curves(epochs: list[dict[str, float]], path: Path) -> None:
 
 
 def plot_sizes(series: dict[str, dict[int, float]], path: Path) -> None:
-    """Writes test NDCG@10 by the values of each size, a panel for each, as a PNG."""
+    """Writes test NDCG@10 by the values of each size, one panel per size, as a PNG."""
     figure, axes = plt.subplots(1, len(series), figsize=(4 * len(series), 3.5), layout="constrained", squeeze=False)
     for axis, (title, points) in zip(axes[0], series.items(), strict=True):
         axis.plot(list(points), list(points.values()), marker="o")
@@ -37,7 +37,7 @@ def plot_sizes(series: dict[str, dict[int, float]], path: Path) -> None:
     _save(figure, path)
 
 
-# What `interpret` found; each takes its part of interpretation.json
+# Plots of `dman_train.interpret`; each takes its part of interpretation.json
 
 
 def plot_share(share: dict[str, Any], path: Path) -> None:
@@ -79,8 +79,8 @@ def plot_slots(diversity: dict[str, Any], path: Path) -> None:
             left.stairs(layer["pairs"]["fraction"], layer["pairs"]["edges"], label=label)
         left.legend()
         _boxes(right, [(f"layer {number}", layer["effective_rank"]) for number, layer in enumerate(layers)])
-    places = range(1, len(initial) + 1)
-    right.plot(places, [layer["effective_rank"] for layer in initial], "kx", label="initial memory")
+    positions = range(1, len(initial) + 1)
+    right.plot(positions, [layer["effective_rank"] for layer in initial], "kx", label="initial memory")
     right.legend()
     left.set(
         title=f"pairs of slots, {diversity['users']} written memories", xlabel="cosine", ylabel="fraction of pairs"

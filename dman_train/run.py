@@ -1,4 +1,4 @@
-"""A run directory: everything one training wrote, and all that export and evaluation need.
+"""A run directory: everything that one training wrote, which is all that export and evaluation need.
 
 config.json       model, train and data configs, the data's path and fingerprint, versions, command
 vocabulary.json   external item ids in index order, training counts, titles and attributes
@@ -28,23 +28,19 @@ import torch
 from dman_runtime.data.evaluation import Ranks, Split
 from dman_runtime.data.interactions import Interactions, ItemInfo
 from dman_runtime.errors import DmanError
-from dman_train.baselines import build
-from dman_train.baselines.base import Baseline
 from dman_train.config import BaselineConfig, DataConfig, ModelConfig, TrainConfig, from_dict, to_dict
-from dman_train.model import DMAN
+from dman_train.families import Family, Model, family_of_fields
 
-
-class DivergedError(DmanError, FloatingPointError):
-    """The loss is no longer finite."""
+RESTORE = "restore it or train again"
 
 
 class RunError(DmanError):
-    """A run directory that cannot be used as asked; one line with cause and remedy."""
+    """A run directory that cannot be used as asked."""
 
 
 @dataclass(frozen=True)
 class Vocabulary:
-    """What the run knows about its items, in index order."""
+    """The items of a run, in index order."""
 
     item_ids: list[str]
     integer_item_ids: bool
@@ -78,11 +74,13 @@ class Run:
 
     @property
     def config(self) -> dict[str, Any]:
-        config = self._json("config.json")
+        config, file = self._json("config.json"), self.path / "config.json"
         if not isinstance(config, dict):
-            raise RunError(f"{self.path / 'config.json'} holds no object; this is not a run")
+            raise RunError(f"{file} holds no object, so this is not a run", "choose another", parameter="run")
         if missing := {"model", "train", "data", "dataset"} - set(config):
-            raise RunError(f"{self.path / 'config.json'} lacks {', '.join(sorted(missing))}; this is not a run")
+            raise RunError(
+                f"{file} lacks {', '.join(sorted(missing))}, so this is not a run", "choose another", parameter="run"
+            )
         return config
 
     @property
@@ -90,9 +88,12 @@ class Run:
         """Final metrics, or None while the run is unfinished."""
         return self._json("metrics.json") if (self.path / "metrics.json").exists() else None
 
+    @property
+    def family(self) -> Family:
+        return family_of_fields(self.config["model"])
+
     def model_config(self) -> ModelConfig | BaselineConfig:
-        kind = BaselineConfig if "system" in self.config["model"] else ModelConfig
-        return from_dict(kind, self.config["model"], where=f"{self.path}/config.json")
+        return from_dict(self.family.config, self.config["model"], where=f"{self.path}/config.json")
 
     def train_config(self) -> TrainConfig:
         return from_dict(TrainConfig, self.config["train"], where=f"{self.path}/config.json")
@@ -105,54 +106,52 @@ class Run:
             return Vocabulary.from_json(self._read("vocabulary.json"))
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             file = self.path / "vocabulary.json"
-            raise RunError(f"{file} is damaged ({error!r}); restore it or train again") from None
+            raise RunError(f"{file} is damaged ({error!r})", RESTORE) from None
 
     def epochs(self) -> list[dict[str, float]]:
+        """What was measured after each epoch so far."""
         file = self.path / "metrics.jsonl"
         return [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
 
-    def best_model(self) -> DMAN | Baseline:
-        """The model with the weights of the best epoch, in evaluation mode."""
+    def best_model(self) -> Model:
+        """The model with the weights of the best epoch, in evaluation mode. Raises RunError, ConfigError."""
         file = self.path / "best.pt"
         if not file.exists():
-            raise RunError(f"{self.path} has no trained weights yet; finish an epoch of training first")
+            raise RunError(f"{self.path} has no trained weights yet", "finish an epoch of training first")
         weights = self.load_tensors(file)
         try:
-            config, vocabulary = self.model_config(), weights["items"].shape[0]
-            model: DMAN | Baseline
-            if isinstance(config, BaselineConfig):
-                model = build(config, vocabulary, self.config["dataset"]["users"])
-            else:
-                model = DMAN(config, vocabulary)
+            vocabulary, users = weights["items"].shape[0], self.config["dataset"]["users"]
+            model = self.family.build(self.model_config(), vocabulary, users)
             model.load_state_dict(weights)
         except (RuntimeError, KeyError, TypeError, AttributeError):
-            raise RunError(f"{file} does not fit config.json; restore both or train again") from None
+            raise RunError(f"{file} does not fit config.json", "restore both or train again") from None
         return model.eval()
 
     def load_tensors(self, file: Path) -> Any:
-        """Reads a .pt file. Raises RunError when it is damaged."""
+        """Reads a .pt file. Raises RunError if it is damaged."""
         try:
             return torch.load(file, map_location="cpu", weights_only=file.name != "checkpoint.pt")
         except (RuntimeError, OSError, EOFError, pickle.UnpicklingError) as error:
             reason = str(error).partition("\n")[0] or "it is empty"
-            raise RunError(f"{file} cannot be read ({reason}); restore it or train again") from None
+            raise RunError(f"{file} cannot be read ({reason})", RESTORE) from None
 
     def _json(self, name: str) -> dict[str, Any]:
         try:
             return json.loads(self._read(name))
         except json.JSONDecodeError as error:
-            raise RunError(f"{self.path / name} is damaged ({error}); restore it or train again") from None
+            raise RunError(f"{self.path / name} is damaged ({error})", RESTORE) from None
 
     def _read(self, name: str) -> str:
         try:
             return (self.path / name).read_text(encoding="utf-8")
         except FileNotFoundError:
             raise RunError(
-                f"{self.path} is not a run ({name} is missing); "
-                f"train one with python -m dman_train.train --run {self.path}"
+                f"{self.path} is not a run ({name} is missing)",
+                "choose another, or train one with python -m dman_train.train",
+                parameter="run",
             ) from None
         except (OSError, UnicodeDecodeError) as error:
-            raise RunError(f"{self.path / name} cannot be read: {error}") from None
+            raise RunError(f"{self.path / name} cannot be read ({error})", RESTORE) from None
 
     def write(self, name: str, content: str | bytes) -> None:
         """Replaces a file at once: readers see the old content or the new."""
@@ -164,6 +163,7 @@ class Run:
         self.write(name, json.dumps(content, indent=2) + "\n")
 
     def save_tensors(self, name: str, content: Any) -> None:
+        """As `write`, with `torch.save`."""
         temporary = self.path / f".{name}.tmp"
         torch.save(content, temporary)
         temporary.replace(self.path / name)
@@ -183,26 +183,27 @@ class Run:
 
 
 def open_run(path: Path) -> Run:
-    """Raises RunError when `path` holds no run."""
+    """Raises RunError if `path` holds no run."""
     run = Run(path)
     _ = run.config
     return run
 
 
 def create_run(path: Path, *, keep_old: bool) -> Run:
-    """An empty run directory. A run already there is moved aside when `keep_old`, an error otherwise."""
+    """An empty run directory. A run that is already there is moved aside if `keep_old`. Raises RunError otherwise."""
     if (path / "config.json").exists():
         if not keep_old:
-            raise RunError(f"{path} holds a run already; continue it with --resume or choose another --run")
+            raise RunError(f"{path} holds a run already", "resume it or choose another directory", parameter="run")
         aside = path.with_name(f"{path.name}-{int((path / 'config.json').stat().st_mtime)}")
         shutil.rmtree(aside, ignore_errors=True)
         path.rename(aside)
     elif path.exists() and (not path.is_dir() or any(path.iterdir())):
-        raise RunError(f"{path} exists and is not a run; choose another --run")
+        raise RunError(f"{path} exists and is not a run", "choose another directory", parameter="run")
     try:
         path.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise RunError(f"cannot create {path}: {os.strerror(error.errno or 0)}") from None
+        reason = os.strerror(error.errno or 0)
+        raise RunError(f"{path} cannot be created ({reason})", "choose another directory", parameter="run") from None
     return Run(path)
 
 

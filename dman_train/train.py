@@ -16,48 +16,42 @@ from typing import Any
 
 import numpy as np
 import torch
-import torch.distributed as dist
 
-from dman_runtime.data.evaluation import Split, format_report, held_out, report, training_events
+from dman_runtime.data.evaluation import Split, format_report, held_out, report
 from dman_runtime.data.interactions import Interactions
 from dman_runtime.data.items import read_items
-from dman_runtime.data.logs import Columns, read_interactions
 from dman_runtime.errors import UsageError
 from dman_runtime.options import Parser, configure_logging, overridden, print_json, run_command
+from dman_train import distributed
 from dman_train.config import PRESETS, BaselineConfig, DataConfig, ModelConfig, Preset, TrainConfig
-from dman_train.replay import all_ranks
+from dman_train.data import load, training_data
+from dman_train.families import family_of
+from dman_train.ranking import all_ranks
 from dman_train.run import Run, RunError, Vocabulary, create_run, describe, open_run
+from dman_train.signals import stop_requests
 from dman_train.synthetic import SyntheticConfig, generate, write_items, write_log
-from dman_train.trainer import (
-    SELECTION_METRIC,
-    Trainer,
-    TrainingData,
-    join_distributed,
-    leave_distributed,
-    stop_requests,
-)
+from dman_train.trainer import SELECTION_METRIC, Trainer
 
 logger = logging.getLogger(__name__)
 DEFAULT_RUN, DEFAULT_DATA, DEFAULT_ITEMS = Path("runs/latest"), Path("data/log.csv"), Path("data/items.csv")
 CHECKPOINT_SECONDS = 120.0
-MANY_REPEATS = 0.3  # share of events with items that were had before, from which on a log looks like one of repeats
+MANY_REPEATS = 0.3  # share of events with already seen items, above which users seem to return to items
 SPLITS: tuple[Split, ...] = ("valid", "test")
 
 
 def parser(presets: Mapping[str, Preset] = PRESETS) -> Parser:
     """The options of a command that trains the models of `presets`, one of which is "default"."""
-    model, module = type(presets["default"].model), "dman_train.train" if presets is PRESETS else "dman_train.baselines"
-    what = "DMAN" if model is ModelConfig else "system to compare with"
-    p = Parser(prog=f"python -m {module}", description=f"Train a {what} on an interaction log.")
-    p.flag("--data", type=Path, default=DEFAULT_DATA, help="interaction log; generated when the default is absent")
+    family = family_of(presets["default"].model)
+    p = Parser(prog=f"python -m {family.command}", description=f"Train a {family.name} on an interaction log.")
+    p.flag("--data", type=Path, default=DEFAULT_DATA, help="interaction log; the default is generated if it is absent")
     p.flag("--items", type=Path, default=None, help="item file with titles and attributes")
     p.flag("--run", type=Path, default=DEFAULT_RUN, help="run directory to write")
-    p.flag("--preset", choices=sorted(presets), default="default", help="where options start from")
+    p.flag("--preset", choices=sorted(presets), default="default", help="the settings that the other options change")
     p.flag("--device", choices=["auto", "cpu", "cuda"], default="auto", help="where to train")
     p.flag("--threads", type=int, default=0, help="CPU threads; 0: one per core")
     p.add_argument("--resume", action="store_true", help="continue the interrupted run in --run")
     p.add_argument("--json", action="store_true", help="print the final metrics as JSON on the last line")
-    p.config_flags(model, title="model")
+    p.config_flags(family.config, title="model")
     p.config_flags(TrainConfig, title="training")
     p.config_flags(DataConfig, title="data")
     return p
@@ -71,36 +65,38 @@ def main(argv: Sequence[str] | None = None, *, presets: Mapping[str, Preset] = P
 def _main(argv: Sequence[str] | None, *, presets: Mapping[str, Preset]) -> int:
     arguments = parser(presets).parse_args(argv)
     configure_logging()
-    join_distributed()
+    distributed.join()
     code = _train(arguments, list(sys.argv[1:] if argv is None else argv), presets)
-    leave_distributed()  # not after an error: the other ranks would never get there
+    distributed.leave()  # not after an error: the other processes would never arrive there
     return code
 
 
 def _train(arguments: argparse.Namespace, command: list[str], presets: Mapping[str, Preset]) -> int:
     if arguments.threads < 0:
-        raise UsageError(f"--threads is {arguments.threads}; give 1 or more, or 0 for one per core")
+        raise UsageError(
+            f"threads is {arguments.threads}", "give 1 or more, or 0 for one per core", parameter="threads"
+        )
     if arguments.threads:
         torch.set_num_threads(arguments.threads)
     model, train, data = _configs(arguments, presets[arguments.preset])
     if arguments.resume and arguments.data == DEFAULT_DATA:
         arguments.data = Path(open_run(arguments.run).config["dataset"]["path"])
-    if arguments.data == DEFAULT_DATA and not DEFAULT_DATA.exists() and _is_first_rank():
+    if arguments.data == DEFAULT_DATA and not DEFAULT_DATA.exists() and distributed.is_first():
         _generate_default_data()
-    _barrier()
+    distributed.barrier()
     interactions = load(arguments.data, data)
-    # First the trainer, then the directory: what cannot be trained must not leave a run behind.
+    # First the trainer, then the directory: a failure here must not leave a run behind.
     trainer = Trainer(model, train, training_data(interactions), _device(arguments.device))
     run = _open(arguments, model, train, data, interactions, command)
     if arguments.resume:
         _resume(trainer, run)
-    if train.seen_items != "keep" and _is_first_rank():
+    if train.seen_items != "keep" and distributed.is_first():
         _warn_of_repeats(interactions.repeated_share())
     finished = _loop(trainer, run)
     if not finished:
         logger.info("stopped at step %d; continue with --resume --run %s", trainer.step, run.path)
         return 130
-    if _is_first_rank():
+    if distributed.is_first():
         _finish(run, interactions, as_json=arguments.json)
     return 0
 
@@ -117,28 +113,14 @@ def _configs(
         )
     run = open_run(arguments.run)
     saved = (run.model_config(), run.train_config(), run.data_config())
-    if type(saved[0]) is not type(preset.model):
-        raise UsageError(f"{run.path} is a run of the other command; resume it with dman_train.train or .baselines")
+    if run.family is not family_of(preset.model):
+        raise UsageError(f"{run.path} is a run of another command", f"resume it with python -m {run.family.command}")
     for config in saved:
         if overridden(config, arguments) != config:
-            raise UsageError(f"--resume continues {run.path} with its own configuration; leave the options out")
+            raise UsageError(
+                f"{run.path} is resumed with its own configuration", "leave the options out", parameter="resume"
+            )
     return saved
-
-
-def load(path: Path, config: DataConfig) -> Interactions:
-    """The filtered interactions of a log. Raises InputError."""
-    columns = Columns(
-        user=config.user_column, item=config.item_column, time=config.time_column, position=config.position_column
-    )
-    return read_interactions(
-        path, columns=columns, min_user_events=config.min_user_events, min_item_events=config.min_item_events
-    )
-
-
-def training_data(interactions: Interactions) -> TrainingData:
-    items, offsets = training_events(interactions)
-    counts = np.bincount(items, minlength=len(interactions.item_ids)).astype(np.int64)
-    return TrainingData(items, offsets, counts, held_out(interactions, "valid"))
 
 
 def _open(
@@ -149,26 +131,22 @@ def _open(
     interactions: Interactions,
     command: list[str],
 ) -> Run:
-    """The run directory; the first rank writes what describes the run."""
-    if not _is_first_rank():
-        _barrier()
+    """The run directory. The first process writes the files that describe the run."""
+    if not distributed.is_first():
+        distributed.barrier()
         return open_run(arguments.run)
     if arguments.resume:
         run = open_run(arguments.run)
         if run.config["dataset"]["fingerprint"] != interactions.fingerprint():
-            raise UsageError(f"{arguments.data} is not the data that {run.path} was started with")
+            raise UsageError(
+                f"{arguments.data} is not the data that {run.path} was started with", "give that data", parameter="data"
+            )
     else:
         run = create_run(arguments.run, keep_old=arguments.run == DEFAULT_RUN)
-        counts = training_data(interactions).item_counts
-        items_file = arguments.items
-        if items_file is None and arguments.data == DEFAULT_DATA and DEFAULT_ITEMS.exists():
-            items_file = DEFAULT_ITEMS
-        items = read_items(items_file, item_column=data.item_column) if items_file else {}
-        vocabulary = Vocabulary(interactions.item_ids, interactions.integer_item_ids, counts, items)
-        run.write("vocabulary.json", vocabulary.to_json())
+        run.write("vocabulary.json", _vocabulary(arguments, interactions, data.item_column).to_json())
         details = describe(model, train, data, path=arguments.data, interactions=interactions, command=command)
         run.write_json("config.json", details)
-    _barrier()
+    distributed.barrier()
     logger.info(
         "%d users, %d items, %d events from %s; run directory %s",
         interactions.num_users, len(interactions.item_ids), len(interactions), arguments.data, run.path,
@@ -176,37 +154,46 @@ def _open(
     return run
 
 
+def _vocabulary(arguments: argparse.Namespace, interactions: Interactions, item_column: str) -> Vocabulary:
+    file = arguments.items
+    if file is None and arguments.data == DEFAULT_DATA and DEFAULT_ITEMS.exists():
+        file = DEFAULT_ITEMS
+    items = read_items(file, item_column=item_column) if file else {}
+    counts = training_data(interactions).item_counts
+    return Vocabulary(interactions.item_ids, interactions.integer_item_ids, counts, items)
+
+
 def _warn_of_repeats(share: float) -> None:
     if share > MANY_REPEATS:
         logger.warning(
-            "%.0f %% of the events are of items that their user had had before, and what a user has had is left out of "
-            "the ranking; where users come back to items, train with --seen-items keep and ask for include_seen",
+            "%.0f %% of the events are of items that the user has already seen, and the ranking leaves such items out; "
+            "if users return to items, train with --seen-items keep and call recommend with include_seen",
             100 * share,
         )
 
 
 def _resume(trainer: Trainer, run: Run) -> None:
     if run.metrics is not None:
-        raise UsageError(f"{run.path} is finished; nothing to resume")
+        raise UsageError(f"{run.path} is finished", "train longer in another run", parameter="run")
     file = run.path / "checkpoint.pt"
     if not file.exists():
-        raise UsageError(f"{run.path} has no checkpoint; start it again under another --run")
+        raise UsageError(f"{run.path} has no checkpoint", "start again in another directory", parameter="run")
     state = run.load_tensors(file)
     try:
         trainer.load_state_dict(state)
     except (RuntimeError, KeyError, TypeError, AttributeError):
-        raise RunError(f"{file} does not fit config.json; restore both or train again") from None
-    if _is_first_rank():
+        raise RunError(f"{file} does not fit config.json", "restore both or train again") from None
+    if distributed.is_first():
         run.write_epochs(run.epochs()[: trainer.epoch])  # one may have been recorded after the checkpoint
-    _barrier()
+    distributed.barrier()
     logger.info("resumed at step %d", trainer.step)
 
 
 def _loop(trainer: Trainer, run: Run) -> bool:
-    """Epochs until done. Returns False when asked to stop; the checkpoint is then written."""
+    """Epochs until done. Returns False if a stop was requested, after writing the checkpoint."""
     from torch.utils.tensorboard import SummaryWriter
 
-    first, saved = _is_first_rank(), time.monotonic()
+    first, saved = distributed.is_first(), time.monotonic()
     board = SummaryWriter(run.path / "tensorboard") if first else None
 
     with stop_requests() as stop_requested:
@@ -219,9 +206,9 @@ def _loop(trainer: Trainer, run: Run) -> bool:
             saved = time.monotonic()
 
         def on_step() -> None:
-            if trainer.world == 1 or trainer.step % 20 == 0:  # all ranks are at the same step when they talk
-                stop = _any_rank(stop_requested())
-                if stop or _any_rank(time.monotonic() - saved > CHECKPOINT_SECONDS):
+            if trainer.world == 1 or trainer.step % 20 == 0:  # processes talk at the same step
+                stop = distributed.any_process(stop_requested())
+                if stop or distributed.any_process(time.monotonic() - saved > CHECKPOINT_SECONDS):
                     save()
                 if stop:
                     raise _Stop
@@ -231,7 +218,7 @@ def _loop(trainer: Trainer, run: Run) -> bool:
                 result = trainer.train_epoch(on_step=on_step, progress=first)
                 if first:
                     _record_epoch(run, trainer, result, board)
-                _barrier()
+                distributed.barrier()
                 save()
         except _Stop:
             return False
@@ -289,33 +276,15 @@ def _generate_default_data() -> None:
     config = SyntheticConfig()
     write_items(config, DEFAULT_ITEMS)
     write_log(generate(config), DEFAULT_DATA)
-    logger.info("no %s: wrote generated interactions there", DEFAULT_DATA)
+    logger.info("%s did not exist: wrote a generated log there", DEFAULT_DATA)
 
 
 def _device(choice: str) -> torch.device:
     if choice == "cuda" and not torch.cuda.is_available():
-        raise UsageError("--device cuda: PyTorch finds no CUDA device; use --device auto or cpu")
+        raise UsageError("PyTorch finds no CUDA device", "choose auto or cpu", parameter="device")
     if choice == "cpu" or not torch.cuda.is_available():
         return torch.device("cpu")
-    local = dist.get_rank() % torch.cuda.device_count() if dist.is_initialized() else 0
-    return torch.device("cuda", local)
-
-
-def _is_first_rank() -> bool:
-    return not dist.is_initialized() or dist.get_rank() == 0
-
-
-def _barrier() -> None:
-    if dist.is_initialized():
-        dist.barrier()
-
-
-def _any_rank(value: bool) -> bool:
-    if not dist.is_initialized():
-        return value
-    flag = torch.tensor(float(value))
-    dist.all_reduce(flag)
-    return bool(flag > 0)
+    return torch.device("cuda", distributed.rank() % torch.cuda.device_count())
 
 
 if __name__ == "__main__":

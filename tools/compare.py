@@ -28,7 +28,7 @@ from dman_runtime.errors import BundleError
 from dman_runtime.jobs.evaluating import held_out_ranks
 from dman_runtime.model.generation import Generation
 from dman_runtime.options import Parser, configure_logging, print_json, run_command
-from dman_train.replay import all_ranks
+from dman_train.ranking import all_ranks
 from dman_train.run import open_run
 from sdk import Client
 from tools.bench.report import table, write_page

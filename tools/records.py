@@ -26,9 +26,10 @@ from dman_runtime.model.record import max_record_bytes
 from dman_runtime.options import Parser, run_command
 from dman_train.baselines.counts import COUNTS, count_ranks
 from dman_train.config import DataConfig, ModelConfig, to_dict
+from dman_train.data import load
 from dman_train.interpret import length_group
 from dman_train.run import Run, RunError, open_run
-from dman_train.train import SPLITS, load
+from dman_train.train import SPLITS
 from tools.record_file import RECORDS, Record, add, drop, ranking_of, read_records
 
 RANK_LIMIT = 500  # larger ranks are stored as one number, as no metric looks further

@@ -1,11 +1,11 @@
-"""Searches training options by validation, with Optuna, and keeps every trial.
+"""Searches training options with Optuna, by the validation metric, and keeps every trial.
 
     python -m tools.tune --data FILE --system sasrec --epochs 4 --trials 8 \\
         --space dropout=0.1:0.5 --space learning_rate=3e-4:3e-3:log --space heads=1,2,4 --study reports/trials/sasrec
 
-A study is a journal (one JSON line per event, from which an interrupted search goes on) and a Markdown table beside it.
-The measure is the best validation NDCG@10 of a trial's epochs; a trial that is behind the median of those before it
-after two epochs or more is stopped. The test split is never read.
+A study is a journal (one JSON line per event; an interrupted search continues from it) and a Markdown table next to it.
+The measure is the best validation NDCG@10 of a trial's epochs. A trial is stopped if, after two epochs or more, it is
+below the median of the earlier trials. The test split is never read.
 """
 
 from __future__ import annotations
@@ -36,8 +36,8 @@ from dman_train.config import (
     TrainConfig,
     to_dict,
 )
-from dman_train.train import load, training_data
-from dman_train.trainer import SELECTION_METRIC, Trainer, TrainingData
+from dman_train.data import TrainingData, load, training_data
+from dman_train.trainer import SELECTION_METRIC, Trainer
 from tools.bench.report import table, write_page
 
 Suggest = Callable[[optuna.Trial], Any]
@@ -51,7 +51,11 @@ def parse_space(text: str, preset: Preset) -> tuple[str, Suggest]:
     name = name.strip().lstrip("-").replace("-", "_")
     kinds = get_type_hints(type(preset.model)) | get_type_hints(type(preset.train))
     if name not in kinds or not values:
-        raise UsageError(f"--space {text}: give field=low:high, field=low:high:log or field=a,b,c with a config field")
+        raise UsageError(
+            f"space {text!r} names no config field with values",
+            "give field=low:high, field=low:high:log or field=a,b,c",
+            parameter="space",
+        )
     kind, parts = kinds[name], values.split(":")
     try:
         if len(parts) == 1:
@@ -61,7 +65,8 @@ def parse_space(text: str, preset: Preset) -> tuple[str, Suggest]:
         if kind not in (int, float) or len(parts) > 3 or (len(parts) == 3 and not log) or not low < high:
             raise ValueError(text)
     except ValueError:
-        raise UsageError(f"--space {text}: not a range or list of {getattr(kind, '__name__', 'choices')}") from None
+        cause = f"space {text!r} is no range or list of {getattr(kind, '__name__', 'choices')}"
+        raise UsageError(cause, "give low:high, low:high:log or a,b,c", parameter="space") from None
     if kind is int:
         return name, lambda trial: trial.suggest_int(name, low, high, log=log)
     return name, lambda trial: trial.suggest_float(name, low, high, log=log)
@@ -123,10 +128,10 @@ def _parser(model: type[ModelConfig] | type[BaselineConfig]) -> Parser:
     p = Parser(prog="python -m tools.tune", description="Search training options by validation.")
     p.add_argument("--data", type=Path, required=True, help="interaction log")
     p.add_argument("--space", action="append", required=True, help="what to vary: field=low:high[:log] or field=a,b,c")
-    p.add_argument("--trials", type=int, default=10, metavar="N", help="trials that the study shall have in the end")
+    p.add_argument("--trials", type=int, default=10, metavar="N", help="number of trials in the study at the end")
     p.add_argument("--study", type=Path, required=True, help="journal and table, without suffix")
     p.add_argument("--threads", type=int, default=1, metavar="N", help="CPU threads")
-    p.config_flags(model, title="model; --system: one of the systems to compare with instead of DMAN")
+    p.config_flags(model, title="model; --system: a baseline instead of DMAN")
     p.config_flags(TrainConfig, title="training")
     p.config_flags(DataConfig, title="data")
     return p
@@ -149,13 +154,13 @@ def _main(argv: Sequence[str] | None) -> int:
     write_page(Path(f"{arguments.study}.md"), page(study, command))
     finished = [trial for trial in study.trials if trial.state == optuna.trial.TrialState.COMPLETE]
     if not finished:
-        raise UsageError(f"no trial could be finished; see {arguments.study.with_suffix('.md')}")
+        raise UsageError("no trial could be finished", f"see {arguments.study}.md")
     print(f"best: {study.best_trial.params}, {MEASURE} {study.best_value:.4f}, of {len(study.trials)} trials")
     return 0
 
 
 def _open(path: Path, preset: Preset, fingerprint: str) -> optuna.Study:
-    """The study of this name, new or to go on with. Raises UsageError when it is about something else."""
+    """The study of this name, new or continued. Raises UsageError if it has another configuration or log."""
     path.parent.mkdir(parents=True, exist_ok=True)
     storage = JournalStorage(JournalFileBackend(f"{path}.journal"))
     about = {"data": fingerprint, "model": to_dict(preset.model), "train": to_dict(preset.train)}
@@ -167,9 +172,11 @@ def _open(path: Path, preset: Preset, fingerprint: str) -> optuna.Study:
         pruner=optuna.pruners.MedianPruner(UNDISTURBED_TRIALS, UNDISTURBED_EPOCHS - 1),
     )
     if study.user_attrs.get("about", about) != about:
-        raise UsageError(f"{path}.journal has trials of another configuration or log; give another --study")
+        raise UsageError(
+            f"{path}.journal has trials of another configuration or log", "choose another study", parameter="study"
+        )
     study.set_user_attr("about", about)
-    # Not the seed of the trials before: those would be drawn again.
+    # A new seed, or the values of the earlier trials would be drawn again.
     study.sampler = optuna.samplers.TPESampler(seed=preset.train.seed + len(study.trials))
     return study
 

@@ -64,22 +64,27 @@ def pack_head(head: Head, tail: NDArray[np.void]) -> bytes:
 
 def unpack_head(value: Bytes) -> StoredHead:
     """Raises DamagedError."""
-    body = _checked(value, "a user's head")
-    if len(body) < _HEAD.size:
-        raise DamagedError("a user's head is too short")
-    version, history_count, generation, count, _ = _HEAD.unpack_from(body)
-    tail_at = _HEAD.size + 8 * count
-    if len(body) - tail_at != history_count % CHUNK_EVENTS * EVENT.itemsize:
-        raise DamagedError("a user's head does not hold the events it counts")
+    body, (version, history_count, generation, count, _), tail_at = _checked_head(value)
     request_ids = struct.unpack_from(f"<{count}Q", body, _HEAD.size)
     return StoredHead(Head(version, history_count, request_ids, generation), np.frombuffer(body, EVENT, offset=tail_at))
 
 
 def read_tail(value: Bytes) -> tuple[int, NDArray[np.uint32]]:
     """History count and the item numbers of the tail, a view: all that a recommendation needs. Raises DamagedError."""
+    body, fields, tail_at = _checked_head(value)
+    return fields[1], np.frombuffer(body, EVENT, offset=tail_at)["item"]
+
+
+def _checked_head(value: Bytes) -> tuple[Bytes, tuple[int, ...], int]:
+    """A head without its checksum, the fields of `_HEAD`, and the position of the tail. Raises DamagedError."""
     body = _checked(value, "a user's head")
-    _, history_count, _, request_ids, _ = _HEAD.unpack_from(body)
-    return history_count, np.frombuffer(body, EVENT, offset=_HEAD.size + 8 * request_ids)["item"]
+    if len(body) < _HEAD.size:
+        raise DamagedError("a user's head is too short")
+    fields = _HEAD.unpack_from(body)
+    tail_at = _HEAD.size + 8 * fields[3]
+    if len(body) - tail_at != fields[1] % CHUNK_EVENTS * EVENT.itemsize:
+        raise DamagedError("a user's head does not hold the events it counts")
+    return body, fields, tail_at
 
 
 def count_of(value: Bytes) -> int:

@@ -20,7 +20,7 @@ import json
 import os
 import struct
 import zlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from itertools import islice
 from pathlib import Path
 from typing import Self
@@ -89,8 +89,7 @@ class LmdbStore:
         path = Path(path)
 
         def check(txn: lmdb.Transaction, meta: lmdb._Database) -> None:
-            info = txn.get(b"info", b"{}", db=meta)
-            if (found := json.loads(bytes(info)).get("format_version")) != FORMAT_VERSION:
+            if (found := _format_of(bytes(txn.get(b"info", b"", db=meta)))) != FORMAT_VERSION:
                 raise StoreMismatchError(
                     f"the state store {path} has format {found}, this release reads {FORMAT_VERSION}",
                     "import the log again into another directory",
@@ -133,9 +132,10 @@ class LmdbStore:
 
     def item_ids(self, numbers: Sequence[int] | NDArray[np.integer]) -> list[str]:
         with self._env.read() as txn:
+            count = txn.stat(self._items)["entries"]
             found = []
-            for number in numbers:
-                value = txn.get(_U32.pack(int(number)), db=self._items)
+            for number in map(int, numbers):
+                value = txn.get(_U32.pack(number), db=self._items) if 0 <= number < count else None
                 if value is None:
                     raise ValueError(f"item {number} was never given a number")
                 found.append(bytes(value).decode())
@@ -159,8 +159,9 @@ class LmdbStore:
     def drop_records(self, generation: int) -> int:
         if generation < 1:
             raise ValueError(f"generations are numbered from 1, not {generation}")
-        dropped, suffix = 0, _record_key(b"", generation)
-        for user_ids in _batches(self.scan(), _DROPPED_PER_COMMIT):
+        dropped, suffix, users = 0, _record_key(b"", generation), self.scan()
+        # Each user may need a page of the reserve of a full map, and those of the last commit are not free yet.
+        while user_ids := list(islice(users, max(1, min(_DROPPED_PER_COMMIT, self._env.map_size >> 18)))):
             with self._env.write() as txn:
                 dropped += sum(txn.delete(user_id.encode() + suffix, db=self._users) for user_id in user_ids)
         return dropped
@@ -176,7 +177,7 @@ class LmdbStore:
         found = self._head(txn, key)
         if found is None:
             return None
-        record = txn.get(_record_key(key, generation), db=self._users)
+        record = txn.get(_record_key(key, generation), db=self._users) if generation > 0 else None  # 0: the head
         return StoredUser(found.head, None if record is None else bytes(record))
 
     def ranking_view(self, user_id: str, generation: int, record_bytes: int) -> RankingView | None:
@@ -186,7 +187,7 @@ class LmdbStore:
             if head is None:
                 return None
             history_count, seen = read_tail(head)
-            record = txn.get(_record_key(key, generation), db=self._users)
+            record = txn.get(_record_key(key, generation), db=self._users) if generation > 0 else None
             if history_count >= CHUNK_EVENTS:
                 seen = np.concatenate([self._seen_of_chunks(txn, key), seen])
             else:
@@ -330,6 +331,14 @@ def _create(txn: lmdb.Transaction, databases: Mapping[str, lmdb._Database]) -> N
     txn.put(b"info", json.dumps({"format_version": FORMAT_VERSION}).encode(), db=databases["meta"])
 
 
+def _format_of(info: bytes) -> object:
+    """The format version in a description, which may be of another program."""
+    try:
+        return json.loads(info)["format_version"]
+    except (ValueError, LookupError, TypeError):
+        return "unknown"
+
+
 def _bundle_ids(txn: lmdb.Transaction, meta: lmdb._Database) -> list[str]:
     return list(json.loads(bytes(txn.get(b"generations", b"[]", db=meta))))
 
@@ -339,8 +348,3 @@ def _delete_prefix(txn: lmdb.Transaction, database: lmdb._Database, prefix: byte
         found = cursor.set_range(prefix)
         while found and bytes(cursor.key()).startswith(prefix):
             found = cursor.delete()
-
-
-def _batches(values: Iterator[str], size: int) -> Iterator[list[str]]:
-    step: Callable[[], list[str]] = lambda: list(islice(values, size))  # noqa: E731
-    return iter(step, [])

@@ -1,8 +1,8 @@
-"""The systems that the paper compares DMAN with, in one harness: same data, splits, losses and evaluation.
+"""The systems that the paper compares DMAN with, trained and evaluated like it: same data, split, loss and metrics.
 
     python -m dman_train.baselines --system sasrec --history 200 --data FILE --run DIR
 
-They learn from windows of histories (`dman_train.lanes.Windows`) instead of endless lanes, as they carry no state.
+They carry no state, so they learn from windows of histories (`dman_train.baselines.windows`) instead of endless lanes.
 """
 
 from __future__ import annotations
@@ -27,5 +27,5 @@ BASELINES: dict[str, type[Baseline]] = {  # by BaselineConfig.system
 
 
 def build(config: BaselineConfig, vocabulary: int, users: int) -> Baseline:
-    """A fresh model of `config.system` for V = `vocabulary` items and the U = `users` of the training log."""
+    """A fresh model of `config.system` for V = `vocabulary` items and U = `users` of the training log."""
     return BASELINES[config.system](config, vocabulary, users)

@@ -1,6 +1,6 @@
 """Trains a baseline: python -m dman_train.baselines --system NAME --history N --data FILE --run DIR
 
-A run directory like any other: `dman_train.evaluate` evaluates it. Only a DMAN can be exported.
+It writes a run directory like `dman_train.train`. `dman_train.evaluate` can evaluate it; only a DMAN can be exported.
 """
 
 from __future__ import annotations

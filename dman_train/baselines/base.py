@@ -1,4 +1,4 @@
-"""What every baseline shares: its tables, and how it is asked for user embeddings."""
+"""What all baselines share: the item table, and user embeddings of whole histories."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from dman_train.model import SCORE_SCALE
 
 
 class Baseline(nn.Module):
-    """A model that sees the last `history` events of a user and nothing else.
+    """A model that sees only the last `history` events of a user.
 
     Symbols: B users, W events (at most `history`), D width, V items, U users of the training log.
     A subclass defines `encode` and may replace `output_table`.
@@ -31,7 +31,7 @@ class Baseline(nn.Module):
         self.dropout = Dropout(config.dropout)
 
     def item_table(self) -> Tensor:
-        """(V, D') item embeddings that scores are computed with; the input embeddings unless replaced."""
+        """(V, D') item embeddings for scores; the input embeddings, unless a subclass has others."""
         return self.items * self.input_scale
 
     def embed(self, item_indices: Tensor) -> Tensor:
@@ -41,13 +41,13 @@ class Baseline(nn.Module):
     def encode(self, items: Tensor, users: Tensor) -> Tensor:
         """(B, W) item indices, left-aligned, and (B) users -> (B, W, D') user embeddings after each event.
 
-        The one after event t may depend on the events up to t only. What stands behind the end of a shorter row is
-        arbitrary. At the start scores should spread by about one.
+        The one after event t may depend only on the events up to t. Values after the end of a shorter row do not
+        matter. Untrained scores should have a standard deviation of about one.
         """
         raise NotImplementedError
 
     def penalty(self) -> Tensor:
-        """What the last `encode` adds to the mean loss; 0 for most."""
+        """A term of the mean loss for the last `encode`; 0 for most models."""
         return self.items.new_zeros(())
 
     @torch.no_grad()

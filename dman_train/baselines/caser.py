@@ -1,16 +1,16 @@
 """Caser: Tang and Wang, "Personalized Top-N Sequential Recommendation via Convolutional Sequence Embedding", WSDM 2018.
 
-The last MARKOV events are an image of MARKOV x D: horizontal filters of every height slide over it and keep their
-largest response, vertical filters weigh its rows, a dense layer mixes both into D, and the embedding of the user
-stands beside it. Items are scored by a table of their own, 2D wide, and a bias, which is column 2D + 1 here: the user
-embedding is 1 there.
+The last MARKOV events are an image of MARKOV x D. Horizontal filters of every height slide over it and keep their
+largest response, vertical filters weight its rows, a dense layer mixes both into D values, and the embedding of the
+user is appended. Items are scored with a separate table, 2D wide, and a bias. Here the bias is column 2D + 1, in which
+the user embedding is 1.
 
-The reference (graytowne/caser_pytorch) has the numbers of filters and the order of below for MovieLens-1M, predicts
-each of the next three events, with three negatives each in a binary loss, drops out half of the filters' responses,
-and learns an embedding for what stands before the first event. Here: the next event only, the loss and dropout rate of
-the harness, dropout of the item embeddings too, and zeros before the first event. The convolutions run once over a
-window for all of its positions. `history` decides only how histories are cut for training: a user embedding depends
-on the last MARKOV events, whatever a longer history holds.
+The reference (graytowne/caser_pytorch) has the same numbers of filters for MovieLens-1M and the same order MARKOV. It
+predicts each of the next three events, with three negatives each in a binary loss, drops out half of the filters'
+responses, and learns an embedding for positions before the first event. Here: only the next event, our loss and dropout
+rate, also dropout of the item embeddings, and zeros before the first event. The convolutions run once over a window for
+all of its positions. `history` decides only how histories are cut for training: a user embedding depends on the last
+MARKOV events.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from dman_train.baselines.base import Baseline
 from dman_train.config import BaselineConfig
 
 MARKOV = 5  # L: events that a user embedding depends on
-HORIZONTAL, VERTICAL = 16, 4  # filters: of each height, in all
+HORIZONTAL, VERTICAL = 16, 4  # filters: per height, in all
 
 
 class Caser(Baseline):
@@ -48,7 +48,7 @@ class Caser(Baseline):
         return torch.cat([z / self.input_scale, user, torch.ones_like(z[..., :1])], dim=-1)
 
     def _responses(self, x: Tensor) -> Tensor:
-        """(B, W, D) events -> (B, W, VERTICAL*D + HORIZONTAL*MARKOV) of the filters, over the image of each event."""
+        """(B, W, D) events -> (B, W, VERTICAL*D + HORIZONTAL*MARKOV) responses to the image of each event."""
         padded = F.pad(x.transpose(1, 2), (MARKOV - 1, 0))  # (B, D, W + 4): the image of event t begins at t
         responses = [self.vertical(padded.unfold(2, MARKOV, 1)).permute(0, 2, 3, 1).flatten(2)]
         for height, convolution in enumerate(self.horizontal, start=1):

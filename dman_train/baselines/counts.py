@@ -1,4 +1,4 @@
-"""Systems that only count: the most popular items, and the items that most often came soon after the recent ones."""
+"""Systems that only count: the most popular items, and the items that most often follow the recent ones."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ _BATCH = 256
 
 
 def most_popular(items: np.ndarray, offsets: np.ndarray, vocabulary: int) -> Scorer:
-    """Scores by the number of training events, the same for everybody."""
+    """Scores by the number of training events, the same for all users."""
     counts = np.bincount(items, minlength=vocabulary).astype(float)
     return lambda histories: np.tile(counts, (len(histories), 1))
 
@@ -22,7 +22,7 @@ def most_popular(items: np.ndarray, offsets: np.ndarray, vocabulary: int) -> Sco
 def transitions(items: np.ndarray, offsets: np.ndarray, vocabulary: int) -> Scorer:
     """Scores an item by how often it came 1 to `DISTANCE` events after each of a user's last `RECENT` items.
 
-    A pair d events apart counts 1/d, the n-th last item 1/n, and the sum is divided by the root of the popularity.
+    A pair d events apart counts 1/d, the n-th last item 1/n. The sum is divided by the square root of the popularity.
     """
     user = np.repeat(np.arange(len(offsets) - 1), np.diff(offsets))
     apart = range(1, min(DISTANCE, len(items) - 1) + 1)
@@ -31,8 +31,8 @@ def transitions(items: np.ndarray, offsets: np.ndarray, vocabulary: int) -> Scor
         items[:-d][ok].astype(np.int64) * vocabulary + items[d:][ok] for d, ok in zip(apart, same, strict=True)
     ]  # fmt: skip
     weights = np.concatenate([np.full(len(p), 1 / d) for d, p in zip(apart, pairs, strict=True)] or [np.zeros(0)])
-    codes, place = np.unique(np.concatenate([*pairs, np.zeros(0, np.int64)]), return_inverse=True)
-    sums = np.bincount(place, weights, minlength=len(codes))
+    codes, positions = np.unique(np.concatenate([*pairs, np.zeros(0, np.int64)]), return_inverse=True)
+    sums = np.bincount(positions, weights, minlength=len(codes))
     starts, followers = np.searchsorted(codes, np.arange(vocabulary + 1) * vocabulary), codes % vocabulary
     popularity = np.bincount(items, minlength=vocabulary)
 
@@ -42,7 +42,7 @@ def transitions(items: np.ndarray, offsets: np.ndarray, vocabulary: int) -> Scor
             for back, item in enumerate(history[: -RECENT - 1 : -1], start=1):
                 of_item = slice(starts[item], starts[item + 1])
                 result[row, followers[of_item]] += sums[of_item] / back
-        return result / np.sqrt(popularity + 1) + popularity * 1e-12  # popularity decides between equals
+        return result / np.sqrt(popularity + 1) + popularity * 1e-12  # popularity breaks ties
 
     return scores
 

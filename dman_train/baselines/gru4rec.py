@@ -1,12 +1,12 @@
 """GRU4Rec: Hidasi et al., "Session-based Recommendations with Recurrent Neural Networks", ICLR 2016; Hidasi and
 Karatzoglou, "Recurrent Neural Networks with Top-k Gains for Session-based Recommendations", CIKM 2018.
 
-The reference (hidasib/GRU4Rec_PyTorch_Official) walks sessions side by side, one event a step, carries the hidden
-state from step to step without a gradient through it, ranks with cross-entropy or BPR-max among the targets of the
-batch and some sampled negatives, drops out the state that recurs, has a bias for each item, and is trained by Adagrad.
-Input and output items share a table in its best settings ("constrained embeddings"). Here: the shared table, windows
-with a gradient through all of their events, dropout between and behind the layers but never on the way through time,
-no item biases, and the loss and optimiser of the harness (full softmax by default).
+The reference (hidasib/GRU4Rec_PyTorch_Official) processes sessions side by side, one event per step. It carries the
+hidden state from step to step without gradient, ranks with cross-entropy or BPR-max among the targets of the batch and
+some sampled negatives, applies dropout to the recurrent state, has a bias per item, and is trained with Adagrad. In its
+best settings input and output items share a table ("constrained embeddings"). Here: the shared table, windows with a
+gradient through all of their events, dropout between and after the layers but not on the recurrent state, no item
+biases, and our loss and optimiser (full softmax by default).
 """
 
 from __future__ import annotations
@@ -22,9 +22,9 @@ class GRU4Rec(Baseline):
 
     def __init__(self, config: BaselineConfig, vocabulary: int, users: int) -> None:
         super().__init__(config, vocabulary, users)
-        between = config.dropout if config.layers > 1 else 0.0  # torch warns of dropout between the layers of one
+        between = config.dropout if config.layers > 1 else 0.0  # torch warns about dropout with one layer
         self.gru = nn.GRU(config.width, config.width, config.layers, batch_first=True, dropout=between)
 
     def encode(self, items: Tensor, users: Tensor) -> Tensor:
         states, _ = self.gru(self.embed(items))  # (B, W, D)
-        return self.dropout(states)  # small at first and never above 1, so that no scale is taken off
+        return self.dropout(states)  # small at first and never above 1, so it needs no output_scale

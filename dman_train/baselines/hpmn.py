@@ -1,19 +1,19 @@
 """HPMN: Ren et al., "Lifelong Sequential Modeling with Personalized Memorization for User Response Prediction",
 SIGIR 2019 (arXiv 1905.00758).
 
-Layer i of a stack of GRUs reads every PERIOD-th state of layer i - 1, so it moves on every PERIOD^(i-1) events and
-remembers further back. The newest states of all K layers are the memory slots; attention reads them, and a penalty
-on the covariance of any two slots keeps them apart.
+Layer i of a stack of GRUs reads every PERIOD-th state of layer i - 1, so it is updated every PERIOD^(i-1) events and
+remembers further back. The newest states of all K layers are the memory slots. Attention reads them, and a penalty on
+the covariance of any two slots keeps them different.
 
-The reference (alimamarankgroup/HPMN) estimates the response to a given item: the target is the last input and the
-query; it reads three times, each read added to the query of the next, and a deep network classifies [read, target].
-The periods between its layers are 2, 2 (Amazon), 2, 2, 3 (Taobao) and 2 throughout (XLong, five layers), over inputs
-of one length, filled up at the left, whose end is also the end of a period. Here: there is no target to ask about,
-so the last event is the query; one read; a linear layer of [read, last event]; one period for all; periods counted
-from the left end of a window, so that a slot is up to a period old, and zero before its first period ends; layers that
-would never move are left out. The energies are those of the reference, a network over query, slot and their product
-(their difference adds nothing to it). The penalty is that of the reference, which sums it over a batch of 128 with
-weight 1e-5, as a mean over all positions, padded ones included.
+The reference (alimamarankgroup/HPMN) estimates the response to a given item. That item is the last input and the query.
+It reads three times, each time with the previous result added to the query, and a deep network classifies [read,
+target]. The periods between its layers are 2, 2 (Amazon), 2, 2, 3 (Taobao) and always 2 (XLong, five layers). Its
+inputs have one length, are padded on the left, and end with the end of a period. Here: there is no target item, so the
+last event is the query; one read; a linear layer of [read, last event]; one period for all layers; periods counted from
+the left end of a window, so that a slot is up to one period old, and zero before its first period ends; layers that
+would never be updated are left out. The energies are those of the reference, a network over query, slot and their
+product (their difference adds nothing). The penalty is that of the reference, which sums it over a batch of 128 with
+weight 1e-5. Here it is a mean over all positions, including padding.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from dman_train.baselines.base import Baseline
 from dman_train.config import BaselineConfig
 
-PERIOD = 4  # states of a layer for each one of the next
+PERIOD = 4  # states of a layer per state of the next
 PENALTY = 1e-3  # weight of the covariance penalty
 
 
@@ -49,7 +49,7 @@ class HPMN(Baseline):
         query = self.query(last)[:, :, None].expand_as(memory)
         energies = self.energy(torch.cat([query, memory, query * memory], dim=-1))  # (B, W, K, 1)
         read = (torch.softmax(energies, dim=2) * memory).sum(2)
-        return self.output(self.dropout(torch.cat([read, last], dim=-1)))  # of small inputs: no scale is taken off
+        return self.output(self.dropout(torch.cat([read, last], dim=-1)))  # small: needs no output_scale
 
     def penalty(self) -> Tensor:
         return self._penalty
@@ -67,7 +67,7 @@ class HPMN(Baseline):
 
 
 def _covariance_norm(memory: Tensor) -> Tensor:
-    """(..., K, D) slots -> mean Frobenius norm of the covariances (K, K) between different slots."""
+    """(..., K, D) slots -> mean Frobenius norm of the covariances (K, K) of different slots."""
     centred = memory - memory.mean(-1, keepdim=True)
     covariance = centred @ centred.transpose(-1, -2) / memory.shape[-1]  # (..., K, K)
     same = torch.eye(memory.shape[-2], dtype=torch.bool, device=memory.device)

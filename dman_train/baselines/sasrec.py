@@ -1,10 +1,10 @@
 """SASRec: Kang and McAuley, "Self-Attentive Sequential Recommendation", ICDM 2018.
 
-The reference (kang205/SASRec, ported as pmixer/SASRec.pytorch) normalises queries only, has a feed-forward block as
-wide as the model, ReLU, learned absolute positions counted from the right end, one window of the last 200 events per
-user and epoch, and one negative per event. Here: true pre-LayerNorm blocks, a feed-forward block four times as wide
-with GELU, positions counted from the left end of windows that begin at random places, and the loss of the harness (full
-softmax by default): the changes that the replications of recent years found to help.
+The reference (kang205/SASRec, ported as pmixer/SASRec.pytorch) normalises only the queries, has a feed-forward block as
+wide as the model with ReLU, learned absolute positions counted from the right end, one window of the last 200 events
+per user and epoch, and one negative per event. Here: full pre-LayerNorm blocks, a feed-forward block four times as wide
+with GELU, positions counted from the left end of windows that begin anywhere, and our loss (full softmax by default).
+Recent replications found that these changes help.
 """
 
 from __future__ import annotations

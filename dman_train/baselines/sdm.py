@@ -2,16 +2,16 @@
 (arXiv 1909.00385).
 
 Short-term part: an LSTM over the current session, causal self-attention over its states, and attention of the user
-over what came out. Long-term part: attention of the user over the items of earlier sessions, and a dense layer with
-tanh. A gate of both and the user embedding u mixes them: g * short + (1 - g) * long.
+over the result. Long-term part: attention of the user over the items of earlier sessions, and a dense layer with tanh.
+A gate computed from both and the user embedding u mixes them: g * short + (1 - g) * long.
 
 The reference (alicogintel/SDM; shenweichen/DeepMatch has another) adds shop, brand and category of the items and the
-profile of the user, pools each in a long-term part of its own that spans a week, tells sessions by time, and learns by
-sampled softmax with an output table of its own. Its default has one LSTM layer, and one attention block with a residual
-and LayerNorm; the attention of the user has a residual, too, in its code, though not in the paper. Here: item and user
-ids only, the input embeddings as output table, and the loss of the harness. A session is a segment of `segment_length`
-events, counted from the left end of a window; the LSTM starts anew in each. With one segment only, there is neither
-a long-term part nor a gate.
+profile of the user, and pools each in a separate long-term part that spans a week. It splits sessions by time, and
+learns by sampled softmax with a separate output table. Its default has one LSTM layer, and one attention block with a
+residual and LayerNorm. The attention of the user also has a residual in the code, though not in the paper. Here: only
+item and user ids, the input embeddings as output table, and our loss. A session is a segment of `segment_length`
+events, counted from the left end of a window; the LSTM restarts in each. With only one segment, there is no long-term
+part and no gate.
 """
 
 from __future__ import annotations
@@ -43,13 +43,20 @@ class SDM(Baseline):
     def encode(self, items: Tensor, users: Tensor) -> Tensor:
         x, user = self.embed(items), F.embedding(users, self.user_table) * self.input_scale  # (B, W, D), (B, D)
         segments = cut_segments(x, self.config.segment_length)  # (B, S, T, D)
-        states = self._self_attention(self.lstm(segments.flatten(0, 1))[0]).view_as(segments)
+        states = self._self_attention(self._run_lstm(segments.flatten(0, 1))).view_as(segments)
         mixed = self._short_term(states, user)
         if self.gate is not None:
             longs = self._long_term(x, user)[:, :, None].expand_as(mixed)
             gate = torch.sigmoid(self.gate(torch.cat([mixed, longs, user[:, None, None].expand_as(mixed)], dim=-1)))
             mixed = gate * mixed + (1 - gate) * longs
         return mixed.flatten(1, 2)[:, : items.shape[1]] * self.output_scale
+
+    def _run_lstm(self, x: Tensor) -> Tensor:
+        """(N, T, D) -> (N, T, D). In float32 on CPUs whose oneDNN has no LSTM in bfloat16."""
+        device = x.device.type
+        supported = device != "cpu" or torch.ops.mkldnn._is_mkldnn_bf16_supported()
+        with torch.autocast(device, enabled=torch.is_autocast_enabled(device) and supported):
+            return self.lstm(x)[0]
 
     def _self_attention(self, states: Tensor) -> Tensor:
         """(N, T, D) -> (N, T, D)."""

@@ -5,14 +5,14 @@ a long-term vector, the second one pools that vector and the items of the curren
 
     energy_i(x) = u . ReLU(W_i x + b_i),    weights = softmax of the energies
 
-Items are scored by the input embeddings. Nothing in it knows the order of the events of a session.
+Items are scored with the input embeddings. The order of the events in a session has no effect.
 
-The authors published no code. The third-party one (uctoronto/SHAN) has a sigmoid for the ReLU and the long-term vector
-as the second query, predicts one random item of a session from all others, and learns by BPR with L2 penalties.
-Here: the equations of the paper, the loss of the harness, and dropout of the item embeddings instead of the penalties.
-A session is a segment of `segment_length` events, counted from the left end of a window; the current one is what there
-is of it so far, and an item that is repeated in the past counts each time. With one segment only, there is no long-term
-vector and no first layer.
+The authors published no code. A third-party one (uctoronto/SHAN) replaces ReLU by a sigmoid and uses the long-term
+vector as the second query, predicts one random item of a session from all others, and learns by BPR with L2 penalties.
+Here: the equations of the paper, our loss, and dropout of the item embeddings instead of the penalties. A session is a
+segment of `segment_length` events, counted from the left end of a window. Of the current one, only the events so far
+are used. Repeated items in the past count each time. With only one segment, there is no long-term vector and no first
+layer.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ class SHAN(Baseline):
 
 
 def cut_segments(x: Tensor, length: int) -> Tensor:
-    """(B, W, D) events -> (B, S, T, D) segments of T = `length`, counted from the left; zeros fill up the last one."""
+    """(B, W, D) events -> (B, S, T, D) segments of T = `length`, counted from the left; zeros pad the last."""
     return F.pad(x, (0, 0, 0, -x.shape[1] % length)).view(x.shape[0], -1, length, x.shape[2])
 
 
@@ -60,7 +60,7 @@ def pool_earlier_segments(x: Tensor, energies: Tensor, length: int) -> Tensor:
 
     The weights are the softmax of the energies. Zeros for the first segment.
     """
-    place = torch.arange(x.shape[1], device=x.device)
-    unseen = place >= place[length::length, None]  # (S - 1, W): from the first event of the segment on
+    position = torch.arange(x.shape[1], device=x.device)
+    unseen = position >= position[length::length, None]  # (S - 1, W): from the first event of the segment on
     weights = torch.softmax(energies[:, None].masked_fill(unseen, float("-inf")), dim=-1)  # (B, S - 1, W)
     return F.pad(weights @ x, (0, 0, 1, 0))

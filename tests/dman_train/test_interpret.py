@@ -24,7 +24,7 @@ from dman_train.replay import replay
 EXACT = {"rtol": 1e-4, "atol": 2e-5}  # float32, two orders of summation
 WITH_MEMORY = {
     "plus": TINY,
-    "plain": replace(TINY, residual="plain", heads=4, layers=3),
+    "deep": replace(TINY, heads=4, layers=3),
     "gated": replace(TINY, long_term="gated"),
     "paper": PAPER,
     "fifo": replace(TINY, variant="fifo"),
@@ -256,6 +256,7 @@ def test_evaluate_writes_the_interpretation_of_all_users(
         assert sum(layer["pairs"]["fraction"]) == pytest.approx(1)
 
 
+@pytest.mark.slow
 def test_evaluate_writes_one_user_with_the_trajectory(
     trained_run: Path, small_log: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -276,6 +277,7 @@ def test_evaluate_writes_one_user_with_the_trajectory(
     assert "trajectory" not in written(tmp_path) and not (tmp_path / "trajectory.png").exists()
 
 
+@pytest.mark.slow
 def test_evaluate_interprets_a_user_whose_memory_was_never_written(
     trained_run: Path, small_log: Path, tmp_path: Path
 ) -> None:
@@ -327,14 +329,14 @@ def test_evaluate_refuses_what_does_not_go_together(
     assert "--interpret" in refusal(capsys, "--bundle", tmp_path, "--user", "u0001")
 
 
-@pytest.mark.parametrize("place", ["file", "file/below", "plot"])
-def test_evaluate_refuses_a_place_that_cannot_be_written(
-    trained_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], place: str
+@pytest.mark.parametrize("path", ["file", "file/below", "plot"])
+def test_evaluate_refuses_a_directory_that_cannot_be_written(
+    trained_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], path: str
 ) -> None:
     (tmp_path / "file").write_text("years of work")
     (tmp_path / "plot" / "share.png").mkdir(parents=True)
-    message = refusal(capsys, "--run", trained_run, "--interpret", tmp_path / place)
-    assert f"--interpret {tmp_path / place} cannot be written" in message
+    message = refusal(capsys, "--run", trained_run, "--interpret", tmp_path / path)
+    assert f"{tmp_path / path} cannot be written" in message and "(--interpret)" in message
     assert (tmp_path / "file").read_text() == "years of work"
 
 

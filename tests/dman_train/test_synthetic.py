@@ -16,11 +16,10 @@ from dman_runtime.data.interactions import Interactions
 from dman_runtime.data.items import read_items
 from dman_runtime.data.logs import read_interactions
 from dman_runtime.errors import InputError
-from dman_train import synthetic
 from dman_train.config import ModelConfig
 from dman_train.model import DMAN
 from dman_train.replay import replay
-from dman_train.synthetic import PlantedConfig, SyntheticConfig, generate, planted_keys, write_items, write_log
+from dman_train.synthetic import PlantedConfig, SyntheticConfig, generate, planted, planted_keys, write_items, write_log
 from tools.generate import main
 
 CONFIG = SyntheticConfig()
@@ -99,9 +98,9 @@ def test_returns_after_a_long_absence_continue_the_series(log: Interactions) -> 
     for history in catalogue_histories(log):
         last_visit: dict[int, tuple[int, int]] = {}  # by series: position, part
         for position, item in enumerate(history):
-            if (place := CONFIG.series_and_part(item)) is None:
+            if (found := CONFIG.series_and_part(item)) is None:
                 continue
-            series, part = place
+            series, part = found
             if series in last_visit and position - last_visit[series][0] > 2 * 20:
                 returns += 1
                 continued += part == last_visit[series][1] + 1
@@ -117,9 +116,9 @@ def test_what_comes_after_a_return_is_not_in_the_last_two_segments(log: Interact
     top_ten = {int(log.item_ids[i]) - 1 for i in popular}
     for history in catalogue_histories(log):
         for position in range(200, len(history)):
-            place = CONFIG.series_and_part(history[position])
+            found = CONFIG.series_and_part(history[position])
             window = {CONFIG.series_and_part(item) for item in history[position - 40 : position]}
-            if place and place[1] > 0 and place[0] not in {seen[0] for seen in window if seen}:
+            if found and found[1] > 0 and found[0] not in {seen[0] for seen in window if seen}:
                 returns += 1
                 guessed += history[position] in top_ten
     assert returns > 1000
@@ -193,7 +192,7 @@ def test_items_have_titles_genres_and_series(tmp_path: Path) -> None:
 
 
 def test_writing_refuses_other_extensions_and_leaves_nothing(tmp_path: Path) -> None:
-    with pytest.raises(InputError, match=r"unknown extension '.json'. Write a .csv, .tsv, .parquet file"):
+    with pytest.raises(InputError, match=r"unknown extension '.json'; write a .csv, .tsv, .parquet file"):
         write_log(generate(SMALL), tmp_path / "log.json")
     assert not list(tmp_path.iterdir())
 
@@ -253,6 +252,7 @@ def puzzle_histories(config: PlantedConfig) -> list[list[int]]:
     return list(catalogue_histories(generate(config)))
 
 
+@pytest.mark.slow
 def test_planted_log_has_all_items_often_enough_and_histories_of_hundreds(planted_log: Interactions) -> None:
     config, lengths = PlantedConfig(), np.diff(planted_log.offsets)
     assert (planted_log.num_users, len(planted_log.item_ids)) == (config.users, config.items)
@@ -261,6 +261,7 @@ def test_planted_log_has_all_items_often_enough_and_histories_of_hundreds(plante
     assert 15 + 4 * gap_and_answers[0] <= lengths.min() and lengths.max() <= 15 + 4 * gap_and_answers[1]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("split", ["valid", "test"])
 def test_planted_targets_are_found_at_rank_one_by_who_remembers_all(split: str, planted_log: Interactions) -> None:
     """Also with seen items excluded: were a target among them, its rank would be a miss."""
@@ -275,22 +276,22 @@ def test_planted_targets_are_found_at_rank_one_by_who_remembers_all(split: str, 
 def test_planted_answers_come_twice_a_query_and_never_again() -> None:
     for history, keys in zip(puzzle_histories(PUZZLE), planted_keys(PUZZLE).tolist(), strict=True):
         expected = [None, *(PUZZLE.expected(history[:end]) for end in range(1, len(history)))]
-        answers = [(place, item) for place, item in enumerate(expected) if item is not None]
+        answers = [(position, item) for position, item in enumerate(expected) if item is not None]
         assert len(answers) == 2 * PUZZLE.queries and answers[-1][0] == len(history) - 1
-        assert all(history[place] == item and item not in history[:place] for place, item in answers)
+        assert all(history[position] == item and item not in history[:position] for position, item in answers)
         assert {item for _, item in answers} == {
-            PUZZLE.answer(query, place, keys[place]) for query in range(PUZZLE.queries) for place in (0, 1)
+            PUZZLE.answer(query, number, keys[number]) for query in range(PUZZLE.queries) for number in (0, 1)
         }
-        assert all(history[: PUZZLE.head].count(PUZZLE.key(place, keys[place])) == 1 for place in (0, 1))
+        assert all(history[: PUZZLE.head].count(PUZZLE.key(number, keys[number])) == 1 for number in (0, 1))
 
 
-@pytest.mark.parametrize("place", [0, 1], ids=["validation", "test"])
-def test_planted_last_inputs_are_the_same_whatever_the_key(place: int, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("number", [0, 1], ids=["validation", "test"])
+def test_planted_last_inputs_are_the_same_whatever_the_key(number: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Another key for everyone changes every target, and nothing in the inputs that a short memory sees."""
     histories, keys = puzzle_histories(PUZZLE), planted_keys(PUZZLE)
-    keys[:, place] = (keys[:, place] + 1) % PUZZLE.answers
-    monkeypatch.setattr(synthetic, "planted_keys", lambda _: keys)
-    target, window = place - 2, PUZZLE.min_gap + 1 + place
+    keys[:, number] = (keys[:, number] + 1) % PUZZLE.answers
+    monkeypatch.setattr(planted, "planted_keys", lambda _: keys)
+    target, window = number - 2, PUZZLE.min_gap + 1 + number
     for one, other in zip(histories, puzzle_histories(PUZZLE), strict=True):
         assert one[target] != other[target]
         assert one[:target][-window:] == other[:target][-window:]
@@ -313,8 +314,8 @@ def counted_hit_rate(config: PlantedConfig, window: int) -> float:
     for history in histories:
         for end, item in enumerate(history):
             alphabet, value = divmod(item - config.answer(0, 0, 0), config.answers)
-            query, place = divmod(alphabet, 2)
-            if query < 0 or place == 0:
+            query, number = divmod(alphabet, 2)
+            if query < 0 or number == 0:
                 continue
             inputs = list(set(history[max(0, end - window) : end]))
             if end < len(history) - 1:
@@ -328,6 +329,7 @@ def counted_hit_rate(config: PlantedConfig, window: int) -> float:
     return float((np.array(ranks) <= 10).mean())
 
 
+@pytest.mark.slow
 def test_planted_answers_can_be_learned_from_whole_histories_but_not_from_the_recent_part() -> None:
     config = PlantedConfig(users=2000, items=500, answers=20, queries=3)
     assert config.chance() == 0.5

@@ -27,7 +27,7 @@ from dman_train.config import (
     TrainConfig,
 )
 from dman_train.run import Run, RunError, open_run
-from dman_train.trainer import stop_requests
+from dman_train.signals import stop_requests
 
 Main = Callable[[list[str]], int]
 QUICK = ["--preset", "tiny", "--epochs", "1", "--lanes", "16", "--threads", "1", "--device", "cpu"]
@@ -81,6 +81,7 @@ def test_train_metrics_are_those_of_the_best_epoch(trained_run: Path) -> None:
     assert run.metrics["valid"]["ndcg@10"] == pytest.approx(run.epochs()[0]["valid/ndcg@10"])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("split", ["valid", "test"])
 def test_evaluate_of_run_and_bundle_agree_with_training(
     trained_run: Path, trained_bundle: Path, capsys: pytest.CaptureFixture[str], split: str
@@ -106,6 +107,7 @@ def test_evaluate_without_json_prints_the_table(trained_run: Path, capsys: pytes
     assert "hr@10" in out and "seen excluded" in out and "{" not in out
 
 
+@pytest.mark.slow
 def test_export_records_data_and_metrics_of_the_run(trained_run: Path, trained_bundle: Path) -> None:
     manifest, run = read_manifest(trained_bundle), open_run(trained_run)
     assert manifest.metrics == run.metrics
@@ -119,11 +121,11 @@ def test_training_says_when_users_come_back_to_items(
     items: int, choice: str, warned: bool, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     log = tmp_path / "log.csv"
-    rows = [f"u{user},{(user + place) % items},{place}" for user in range(12) for place in range(12)]
+    rows = [f"u{user},{(user + position) % items},{position}" for user in range(12) for position in range(12)]
     log.write_text("\n".join(["user_id,item_id,timestamp", *rows]) + "\n")
     with caplog.at_level("WARNING", "dman_train.train"):
         assert train.main(["--data", str(log), "--run", str(tmp_path / "run"), "--seen-items", choice, *QUICK]) == 0
-    assert ("75 % of the events are of items that their user had had before" in caplog.text) is warned
+    assert ("75 % of the events are of items that the user has already seen" in caplog.text) is warned
 
 
 def test_run_that_is_unfinished_can_be_evaluated(run_copy: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -155,6 +157,7 @@ def test_baseline_run_is_a_run_like_any_other(baseline_run: Path, capsys: pytest
     assert found["hr@10"] == pytest.approx(run.metrics["test"]["hr@10"]) and found["users"] > 50
 
 
+@pytest.mark.slow
 def test_baseline_resumes_to_the_weights_of_one_run(
     baseline_run: Path, small_log: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -181,6 +184,7 @@ def test_baseline_cannot_be_exported_or_interpreted(
 # Stopping and resuming
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stop_at", ["first step", "last step of an epoch"])
 def test_train_stopped_at_any_step_resumes_from_the_run_alone(
     small_log: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stop_at: str
@@ -311,7 +315,7 @@ def test_train_without_the_asked_device_leaves_no_run(
     small_log: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     command = ["--data", small_log, "--run", tmp_path / "run", *QUICK, "--device", "cuda"]
-    assert "--device cuda" in assert_one_line_error(capsys, train.main, *command)
+    assert "choose auto or cpu (--device)" in assert_one_line_error(capsys, train.main, *command)
     assert not (tmp_path / "run").exists()
 
 
@@ -414,16 +418,16 @@ def test_export_keeps_a_foreign_directory(
 
 
 def test_evaluate_refuses_run_and_bundle_together(
-    trained_run: Path, trained_bundle: Path, capsys: pytest.CaptureFixture[str]
+    trained_run: Path, tiny_bundle: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert_one_line_error(capsys, evaluate.main, "--run", trained_run, "--bundle", trained_bundle)
+    assert_one_line_error(capsys, evaluate.main, "--run", trained_run, "--bundle", tiny_bundle)
 
 
 def test_evaluate_refuses_what_is_no_bundle_and_a_missing_log(
-    trained_bundle: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    tiny_bundle: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert "is not a bundle" in assert_one_line_error(capsys, evaluate.main, "--bundle", tmp_path)
-    command = ["--bundle", trained_bundle, "--data", tmp_path / "none.csv"]
+    command = ["--bundle", tiny_bundle, "--data", tmp_path / "none.csv"]
     assert "none.csv" in assert_one_line_error(capsys, evaluate.main, *command)
 
 
@@ -432,8 +436,9 @@ def test_evaluate_of_a_bundle_without_data_asks_for_it(tiny_bundle: Path, capsys
 
 
 def test_open_run_errors_carry_the_remedy(tmp_path: Path) -> None:
-    with pytest.raises(RunError, match=r"train one with python -m dman_train\.train --run"):
+    with pytest.raises(RunError, match=r"train one with python -m dman_train\.train") as error:
         open_run(tmp_path)
+    assert error.value.parameter == "run"
     with pytest.raises(RunError, match="finish an epoch of training first"):
         Run(tmp_path).best_model()
 
@@ -449,7 +454,7 @@ def configs(*options: str) -> dict[str, Any]:
 
 
 OTHER: dict[str, Any] = {
-    "architecture": "paper", "variant": "xl", "residual": "plain", "routing": "full", "routing_softmax": "primaries",
+    "architecture": "paper", "variant": "xl", "routing": "full", "routing_softmax": "primaries",
     "loss": "sampled", "memory_training": "alternating", "random_first_segment": False, "long_term": "gated",
     "abstraction_every": 1, "epochs": 9, "seen_items": "keep",
     "backprop_segments": 2, "dropout": 0.5, "abstraction_weight": 0.25, "learning_rate": 0.5,

@@ -22,12 +22,13 @@ import torch.distributed as dist
 from conftest import PAPER, ROOT, TINY
 
 from dman_runtime.data.evaluation import HeldOut, metrics
-from dman_train import train
+from dman_train import distributed, train
 from dman_train.config import ConfigError, ModelConfig, TrainConfig
+from dman_train.data import TrainingData
 from dman_train.model import DMAN
 from dman_train.replay import replay
 from dman_train.run import Run, RunError, open_run
-from dman_train.trainer import Trainer, TrainingData, join_distributed, leave_distributed
+from dman_train.trainer import Trainer
 
 CPU = torch.device("cpu")
 ITEMS = 40
@@ -127,8 +128,9 @@ def test_trainer_refuses_a_checkpoint_of_other_processes() -> None:
         trainer.load_state_dict(state)
 
 
+@pytest.mark.slow
 def test_train_stopped_by_sigterm_and_resumed_gives_bit_identical_weights(small_log: Path, tmp_path: Path) -> None:
-    options = ["--preset", "tiny", "--lanes", "8", "--epochs", "6", "--patience", "6", "--threads", "1"]
+    options = ["--preset", "tiny", "--lanes", "8", "--epochs", "4", "--threads", "1"]
     options += ["--device", "cpu", "--data", str(small_log)]
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     command = [sys.executable, "-m", "dman_train.train", "--run", str(parts), *options]
@@ -141,13 +143,12 @@ def test_train_stopped_by_sigterm_and_resumed_gives_bit_identical_weights(small_
     assert "continue with --resume" in rest and "Traceback" not in rest
     assert (parts / "checkpoint.pt").exists() and not (parts / "metrics.json").exists()
 
-    resume = [sys.executable, "-m", "dman_train.train", "--run", str(parts), "--data", str(small_log), "--resume"]
-    resume += ["--threads", "1", "--device", "cpu"]
-    subprocess.run(resume, cwd=ROOT, check=True, capture_output=True)
+    resume = ["--run", str(parts), "--data", str(small_log), "--resume", "--threads", "1", "--device", "cpu"]
+    assert train.main(resume) == 0
     assert train.main(["--run", str(whole), *options]) == 0
     assert same_bits(*(torch.load(path / "best.pt", weights_only=True) for path in (whole, parts)))
     found, expected = Run(parts).epochs(), Run(whole).epochs()
-    assert len(found) == len(expected) == 6
+    assert len(found) == len(expected) == 4
     for ours, theirs in zip(found, expected, strict=True):
         for timing in ("seconds", "events_per_second"):
             ours.pop(timing), theirs.pop(timing)
@@ -202,6 +203,7 @@ def _distributed_results() -> dict[str, Any]:
     return results
 
 
+@pytest.mark.slow
 def test_two_processes_give_the_weights_of_one(tmp_path: Path) -> None:
     file = tmp_path / "results.pt"
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
@@ -247,6 +249,7 @@ def cycle_data() -> TrainingData:
 ONE_LAYER_PAPER = replace(PAPER, layers=1, dropout=0.0)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("model", "config"),
     [
@@ -270,6 +273,7 @@ def planted_histories(seed: int) -> list[np.ndarray]:
     return [np.array([key, *events, 12, 4 + key]) for key, events in zip(keys, noise, strict=True)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("variant", "config"),
     [
@@ -283,7 +287,7 @@ def planted_histories(seed: int) -> list[np.ndarray]:
 def test_memory_carries_what_left_the_context(variant: str, config: TrainConfig) -> None:
     """Segments of 4 and one layer: when the question comes, the key is out of every context. Chance is 1/4."""
     model = ModelConfig(width=32, heads=2, segment_length=4, memory_slots=2, layers=1, dropout=0.0, variant=variant)
-    config = replace(config, lanes=32, abstraction_every=1, epochs=30, warmup_steps=20, random_first_segment=False)
+    config = replace(config, lanes=32, abstraction_every=1, epochs=16, warmup_steps=20, random_first_segment=False)
     config = replace(config, learning_rate=5e-3, abstraction_learning_rate=5e-3, seen_items="keep")
     learned = [np.append(history, 0) for history in planted_histories(seed=0)]  # the last event is not trained on
     trainer = Trainer(model, config, data_of(learned, 13), CPU)
@@ -404,6 +408,7 @@ def test_train_config_evaluation_users_limits_the_validation() -> None:
     assert len(trained(TINY, replace(CONFIG, evaluation_users=7), 0).validate().seen_kept) == 7
 
 
+@pytest.mark.slow
 def test_train_config_patience_stops_training_that_does_not_improve(small_log: Path, tmp_path: Path) -> None:
     options = ["--preset", "tiny", "--learning-rate", "0", "--abstraction-learning-rate", "0", "--epochs", "5"]
     for patience in (1, 2):
@@ -419,10 +424,10 @@ def test_train_config_fields_are_all_tried() -> None:
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    join_distributed()
+    distributed.join()
     results = _distributed_results()
     if dist.get_rank() == 0:
         torch.save(results, sys.argv[1])
-    leave_distributed()
+    distributed.leave()
     threads = [path.read_text().strip() for path in Path("/proc/self/task").glob("*/comm")]
     assert not [name for name in threads if "gloo" in name], threads  # an interpreter that ends beside them can abort

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import optuna
@@ -75,7 +76,7 @@ def test_study_of_another_configuration_is_refused(
 ) -> None:
     assert run(small_log, tmp_path / "s", "--space", "dropout=0.1,0.2", "--trials", "1") == 0
     assert run(small_log, tmp_path / "s", "--space", "dropout=0.1,0.2", "--trials", "2", "--layers", "1") == 2
-    assert "another configuration or log; give another --study" in capsys.readouterr().err
+    assert "another configuration or log; choose another study (--study)" in capsys.readouterr().err
     assert len(_trials(tmp_path / "s")) == 1
 
 
@@ -85,8 +86,9 @@ def test_study_of_another_configuration_is_refused(
      "loss=full:sampled", "loss=full,hinge", "random_first_segment=maybe", "dropout=0:0.1:log:log"],
 )  # fmt: skip
 def test_space_that_means_nothing_is_refused(space: str) -> None:
-    with pytest.raises(UsageError, match="--space"):
+    with pytest.raises(UsageError, match=re.escape(repr(space))) as error:
         tune.parse_space(space, PRESETS["default"])
+    assert error.value.parameter == "space"
 
 
 def test_space_of_the_other_kind_of_model_is_refused() -> None:

@@ -1,10 +1,9 @@
-"""Baselines: what an embedding may depend on, each model against one written event by event, and their windows."""
+"""Baselines: what an embedding may depend on, and each model against one written event by event."""
 
 from __future__ import annotations
 
 import math
 from dataclasses import replace
-from itertools import pairwise
 from typing import get_args, get_type_hints
 
 import numpy as np
@@ -13,7 +12,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dman_runtime.errors import InputError
 from dman_train.baselines import BASELINES, build
 from dman_train.baselines.base import Baseline
 from dman_train.baselines.caser import Caser
@@ -22,8 +20,9 @@ from dman_train.baselines.hpmn import HPMN, PENALTY, PERIOD
 from dman_train.baselines.sasrec import SASRec
 from dman_train.baselines.sdm import SDM
 from dman_train.baselines.shan import SHAN
+from dman_train.baselines.windows import Windows
 from dman_train.config import BaselineConfig
-from dman_train.lanes import Batch, Windows
+from dman_train.lanes import Batch
 from dman_train.model import SCORE_SCALE
 
 ITEMS, USERS = 30, 7
@@ -111,8 +110,8 @@ def test_baseline_embeds_ragged_histories_by_their_last_events(config: BaselineC
 def test_baseline_trains_every_parameter(config: BaselineConfig) -> None:
     model = random_baseline(config).train()
     items, users = (x.numpy() for x in random_window(config))
-    lengths, starts, firsts = np.full(USERS, config.history), np.ones(USERS, bool), np.zeros(USERS, np.int64)
-    rolled = Batch(items, np.roll(items, 1), lengths, starts, users, firsts)
+    lengths, starts, first_events = np.full(USERS, config.history), np.ones(USERS, bool), np.zeros(USERS, np.int64)
+    rolled = Batch(items, np.roll(items, 1), lengths, starts, users, first_events)
     mean_loss(model, rolled).backward()
     for name, parameter in model.named_parameters():
         assert parameter.grad is not None and torch.isfinite(parameter.grad).all(), name
@@ -169,6 +168,11 @@ def test_baseline_trains_in_bfloat16(config: BaselineConfig) -> None:
     assert all(torch.isfinite(parameter.grad).all() for parameter in model.parameters() if parameter.grad is not None)
 
 
+def windows_of(histories: list[np.ndarray], *, length: int, positions: int = 300, seed: int = 0) -> Windows:
+    offsets = np.concatenate([[0], np.cumsum([len(history) for history in histories])]).astype(np.int64)
+    return Windows(np.concatenate(histories).astype(np.int32), offsets, length=length, positions=positions, seed=seed)
+
+
 RING = np.random.default_rng(0).permutation(ITEMS)
 
 
@@ -179,6 +183,7 @@ def walks(*, seed: int = 0) -> list[np.ndarray]:
     return list(RING[np.cumsum(steps, axis=1) % ITEMS])
 
 
+@pytest.mark.slow
 @every_system
 def test_baseline_learns_what_follows_an_item(config: BaselineConfig) -> None:
     torch.manual_seed(0)
@@ -375,101 +380,3 @@ def _self_attended(model: SDM, states: Tensor) -> Tensor:
     q, k, v = model.project(states).view(-1, 3, 2, 8).unbind(1)
     read = [torch.softmax(k[:, head] @ q[-1, head] / math.sqrt(8), 0) @ v[:, head] for head in range(2)]
     return model.norm(states[-1] + model.attended(torch.cat(read)))
-
-
-# Windows
-
-USER_EVENTS = (1, 2, 3, 6, 7, 11, 12, 26, 0, 40)  # around the length of windows of 5; two users without a target
-OFFSETS = np.concatenate([[0], np.cumsum(USER_EVENTS)]).astype(np.int64)
-EVENTS = np.arange(OFFSETS[-1], dtype=np.int32)  # every event is an item of its own, so that each can be traced
-TRAINABLE = [user for user, events in enumerate(USER_EVENTS) if events >= 2]
-INPUTS = sorted(event for user in TRAINABLE for event in range(OFFSETS[user], OFFSETS[user + 1] - 1))
-
-
-def windows_of(histories: list[np.ndarray], *, length: int, positions: int = 300, seed: int = 0) -> Windows:
-    offsets = np.concatenate([[0], np.cumsum([len(history) for history in histories])]).astype(np.int64)
-    return Windows(np.concatenate(histories).astype(np.int32), offsets, length=length, positions=positions, seed=seed)
-
-
-def traceable(*, length: int = 5, positions: int = 20, seed: int = 0) -> Windows:
-    return Windows(EVENTS, OFFSETS, length=length, positions=positions, seed=seed)
-
-
-def epoch_of(windows: Windows) -> list[Batch]:
-    batches: list[Batch] = []
-    while sum(batch.positions for batch in batches) < windows.events:
-        batches.append(next(windows))
-    return batches
-
-
-def pieces_of(batches: list[Batch]) -> list[list[int]]:
-    return [row[:length].tolist() for batch in batches for row, length in zip(batch.items, batch.lengths, strict=True)]
-
-
-@pytest.mark.parametrize("positions", [1, 20, 1000])
-@pytest.mark.parametrize("length", [1, 5, 100])
-def test_windows_use_each_training_event_once_per_epoch(length: int, positions: int) -> None:
-    windows = traceable(length=length, positions=positions)
-    assert windows.events == len(INPUTS)
-    for _ in range(3):
-        batches = epoch_of(windows)
-        assert sorted(event for piece in pieces_of(batches) for event in piece) == INPUTS
-        for batch in batches:
-            assert {a.dtype for a in (batch.items, batch.targets, batch.lengths, batch.users)} == {np.dtype(np.int64)}
-            real = np.arange(batch.items.shape[1]) < batch.lengths[:, None]
-            assert (batch.targets[real] == batch.items[real] + 1).all()
-            assert (batch.users == np.searchsorted(OFFSETS, batch.items[:, 0], side="right") - 1).all()
-            assert batch.starts.all()
-            for padded in (batch.items[~real], batch.targets[~real]):
-                assert not padded.any()
-
-
-def test_windows_are_pieces_of_one_history_and_no_longer_than_asked() -> None:
-    windows = traceable()
-    for piece in pieces_of([next(windows) for _ in range(100)]):
-        assert len(piece) <= 5
-        assert all(after == before + 1 for before, after in pairwise(piece))
-
-
-@pytest.mark.parametrize("positions", [1, 20, 33])
-def test_windows_bound_the_padded_positions_of_a_batch(positions: int) -> None:
-    windows = traceable(positions=positions)
-    shapes = [batch.items.shape for _ in range(5) for batch in epoch_of(windows)]
-    assert all(rows * width <= max(positions, 5) for rows, width in shapes)
-    assert positions < 10 or any(rows > 1 for rows, _ in shapes)
-
-
-def test_windows_cut_anew_in_every_epoch_but_leave_short_histories_whole() -> None:
-    windows = traceable()
-    epochs = [pieces_of(epoch_of(windows)) for _ in range(8)]
-    starts = [{piece[0] for piece in pieces} for pieces in epochs]
-    assert all(a != b for a, b in pairwise(starts)), "other borders"
-    assert all(sorted(a) != a for a in epochs), "in another order than the log"
-    for user in TRAINABLE:
-        first, last = int(OFFSETS[user]), int(OFFSETS[user + 1]) - 1
-        heads = {len(piece) for pieces in epochs for piece in pieces if piece[0] == first}
-        assert heads == {last - first} if last - first <= 5 else len(heads) > 1
-    assert {start % 5 for found in starts for start in found} == set(range(5))
-
-
-@pytest.mark.parametrize("steps", [0, 3, "epoch", 60])
-def test_windows_continue_exactly_where_a_state_was_taken(steps: int | str) -> None:
-    windows = traceable()
-    for _ in range(len(epoch_of(traceable())) if steps == "epoch" else int(steps)):
-        next(windows)
-    other = traceable(seed=9)
-    next(other)
-    other.load_state_dict(windows.state_dict())
-    for _ in range(60):
-        for ours, theirs in zip(vars(next(windows)).values(), vars(next(other)).values(), strict=True):
-            assert np.array_equal(ours, theirs)
-
-
-def test_windows_of_another_seed_differ() -> None:
-    assert pieces_of(epoch_of(traceable())) == pieces_of(epoch_of(traceable()))
-    assert pieces_of(epoch_of(traceable())) != pieces_of(epoch_of(traceable(seed=1)))
-
-
-def test_windows_refuse_a_log_without_targets() -> None:
-    with pytest.raises(InputError, match="two training events"):
-        windows_of([np.array([1]), np.array([2])], length=5)

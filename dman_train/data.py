@@ -1,0 +1,40 @@
+"""The log as training uses it: item indices of the training events, and the held-out events of the validation."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from dman_runtime.data.evaluation import HeldOut, held_out, training_events
+from dman_runtime.data.interactions import Interactions
+from dman_runtime.data.logs import Columns, read_interactions
+from dman_train.config import DataConfig
+
+
+@dataclass(frozen=True)
+class TrainingData:
+    """Item indices only; the run directory keeps the ids."""
+
+    items: np.ndarray  # (N) int32 training events, user after user
+    offsets: np.ndarray  # (U+1) int64
+    item_counts: np.ndarray  # (V) int64 training events per item
+    validation: HeldOut
+
+
+def load(path: Path, config: DataConfig) -> Interactions:
+    """The filtered interactions of a log. Raises InputError."""
+    columns = Columns(
+        user=config.user_column, item=config.item_column, time=config.time_column, position=config.position_column
+    )
+    return read_interactions(
+        path, columns=columns, min_user_events=config.min_user_events, min_item_events=config.min_item_events
+    )
+
+
+def training_data(interactions: Interactions) -> TrainingData:
+    """What training may see of a log: all but the last two events of each user, and the validation targets."""
+    items, offsets = training_events(interactions)
+    counts = np.bincount(items, minlength=len(interactions.item_ids)).astype(np.int64)
+    return TrainingData(items, offsets, counts, held_out(interactions, "valid"))

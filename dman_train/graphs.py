@@ -1,0 +1,155 @@
+"""The two ONNX graphs of a bundle: written from a DMAN, and compared with it."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import logging
+import warnings
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import torch
+from torch import Tensor, nn
+
+from dman_runtime.model import bundle as bundle_format
+from dman_runtime.model.encoder import Encoder
+from dman_train.model import DMAN
+
+for chatty in ("torch.onnx", "onnx_ir", "onnxscript"):  # they report each graph rewrite, and that torchvision is absent
+    logging.getLogger(chatty).setLevel(logging.ERROR)
+OPSET = 20
+
+
+class EncoderGraph(nn.Module):
+    """The interface of segment_encoder.onnx."""
+
+    def __init__(self, model: DMAN) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(
+        self, item_embeddings: Tensor, new_lengths: Tensor, context: Tensor, context_lengths: Tensor, memory: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        encoding = self.model.encode(item_embeddings, context, context_lengths, memory, new_lengths - 1)
+        return encoding.user_embedding[:, 0], encoding.hidden
+
+
+class AbstractionGraph(nn.Module):
+    """The interface of memory_abstraction.onnx."""
+
+    def __init__(self, model: DMAN) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, memory: Tensor, segment_hidden: Tensor) -> Tensor:
+        return self.model.abstract(memory, segment_hidden)
+
+
+def _example(model: DMAN, *, batch: int, new: int, context: int, seed: int = 0) -> tuple[Tensor, ...]:
+    """Random inputs of the encoder graph, with every length between the extremes."""
+    config, generator = model.config, torch.Generator().manual_seed(seed)
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=generator)
+
+    return (
+        normal(batch, new, config.width) * model.item_table().std().item(),
+        torch.randint(1, new + 1, (batch,), generator=generator),
+        normal(batch, config.layers, context, config.width),
+        torch.randint(0, context + 1, (batch,), generator=generator),
+        normal(batch, config.layers, config.slots, config.width),
+    )
+
+
+def export_graphs(model: DMAN, directory: Path) -> dict[str, Any]:
+    """Writes both graphs into `directory`. Returns names, types and shapes of their inputs and outputs, by file."""
+    batch, new, context = (torch.export.Dim(name, min=1, max=1 << 20) for name in ("B", "S", "C"))
+    encoder_inputs = {
+        "item_embeddings": {0: batch, 1: new},
+        "new_lengths": {0: batch},
+        "context": {0: batch, 2: context},
+        "context_lengths": {0: batch},
+        "memory": {0: batch},
+    }
+    _export_graph(
+        EncoderGraph(model),
+        _example(model, batch=3, new=5, context=7),
+        directory / bundle_format.ENCODER,
+        inputs=encoder_inputs,
+        outputs=["user_embedding", "hidden"],
+    )
+    config = model.config
+    memory = torch.randn(3, config.layers, config.slots, config.width)
+    hidden = torch.randn(3, config.layers, config.segment_length, config.width)
+    _export_graph(
+        AbstractionGraph(model),
+        (memory, hidden),
+        directory / bundle_format.ABSTRACTION,
+        inputs={"memory": {0: batch}, "segment_hidden": {0: batch}},
+        outputs=["new_memory"],
+    )
+    return {name: _describe_graph(directory / name) for name in (bundle_format.ENCODER, bundle_format.ABSTRACTION)}
+
+
+def _export_graph(
+    graph: nn.Module, example: tuple[Tensor, ...], file: Path, *, inputs: dict[str, Any], outputs: list[str]
+) -> None:
+    with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
+        warnings.simplefilter("ignore")  # about future changes of the exporter itself
+        torch.onnx.export(
+            graph.eval(),
+            example,
+            str(file),
+            input_names=list(inputs),
+            output_names=outputs,
+            dynamic_shapes=tuple(inputs.values()),
+            opset_version=OPSET,
+            dynamo=True,
+            external_data=False,
+            verbose=False,
+        )
+
+
+def _describe_graph(file: Path) -> dict[str, list[dict[str, Any]]]:
+    graph = onnx.load(str(file)).graph
+
+    def describe(values: Any) -> list[dict[str, Any]]:
+        return [
+            {
+                "name": value.name,
+                "dtype": onnx.helper.tensor_dtype_to_np_dtype(value.type.tensor_type.elem_type).name,
+                "shape": [d.dim_param or d.dim_value for d in value.type.tensor_type.shape.dim],
+            }
+            for value in values
+        ]
+
+    return {"inputs": describe(graph.input), "outputs": describe(graph.output)}
+
+
+@torch.no_grad()
+def graph_errors(model: DMAN, directory: Path) -> dict[str, float]:
+    """Largest ONNX-to-PyTorch difference of each graph over many shapes, relative to the largest value."""
+    encoder = Encoder(directory, provider="cpu")
+    T, errors = model.config.segment_length, {bundle_format.ENCODER: 0.0, bundle_format.ABSTRACTION: 0.0}
+    shapes = [(1, 1, 0), (1, 1, 2 * T - 1), (1, T, 0), (4, T, T), (3, 1, 5), (2, max(1, T - 3), 0), (5, 2, T + 1)]
+    for seed, (batch, new, context) in enumerate(shapes):
+        example = _example(model, batch=batch, new=new, context=context, seed=seed)
+        expected = EncoderGraph(model)(*example)
+        found = encoder.encode(*(tensor.numpy() for tensor in example))
+        error = max(_relative(a, b) for a, b in zip(found, expected, strict=True))
+        errors[bundle_format.ENCODER] = max(errors[bundle_format.ENCODER], error)
+        memory, hidden = example[4], torch.randn(batch, model.config.layers, T, model.config.width)
+        if model.config.has_memory:
+            new_memory = encoder.abstract(memory.numpy(), hidden.numpy())
+            error = _relative(new_memory, model.abstract(memory, hidden))
+            errors[bundle_format.ABSTRACTION] = max(errors[bundle_format.ABSTRACTION], error)
+    return errors
+
+
+def _relative(found: np.ndarray, expected: Tensor) -> float:
+    reference = expected.numpy()
+    error = float(np.abs(found - reference).max() / max(np.abs(reference).max(), 1e-12))
+    return error if np.isfinite(error) else np.inf  # max() would lose a NaN

@@ -1,0 +1,188 @@
+"""DMAN in training: one step over all lanes, and what a lane carries from one segment to the next.
+
+The likelihood (eq. 9) trains everything but f_abs; the abstraction loss (eq. 5) trains f_abs. No weight gets a gradient
+from both, so one backward pass serves both optimisers. With `memory_training="joint"` the memory that a segment reads
+stays attached to the last `backprop_segments` abstractions, and eq. 9 reaches f_abs too. Eq. 5 is computed on every
+`abstraction_every`-th lane only.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from dman_train import distributed
+from dman_train.config import TrainConfig
+from dman_train.data import TrainingData
+from dman_train.lanes import Lanes
+from dman_train.learner import Learner, StepInputs
+from dman_train.losses import Losses
+from dman_train.model import DMAN, Encoding
+
+
+@dataclass
+class LaneState:
+    """What each lane carries between steps. N is `backprop_segments`. No tensor carries gradient."""
+
+    context: Tensor  # (B, L, T, D) layer inputs of the previous segment, right-aligned
+    context_lengths: Tensor  # (B) int64
+    memory: Tensor  # (B, L, m, D) before the absorptions below
+    initial: Tensor  # (B) bool: use the learned initial slots in place of `memory`
+    absorbed: Tensor  # (N, B, L, T, D) segments to absorb, oldest first, right-aligned
+    absorbed_lengths: Tensor  # (N, B) int64; 0 where there is nothing to absorb
+
+    @classmethod
+    def empty(cls, model: DMAN, lanes: int, backprop_segments: int) -> LaneState:
+        config = model.config
+        shape = (lanes, config.layers, config.segment_length, config.width)
+        device = model.items.device
+        return cls(
+            context=torch.zeros(shape, device=device),
+            context_lengths=torch.zeros(lanes, dtype=torch.int64, device=device),
+            memory=torch.zeros(lanes, config.layers, config.slots, config.width, device=device),
+            initial=torch.ones(lanes, dtype=torch.bool, device=device),
+            absorbed=torch.zeros(backprop_segments, *shape, device=device),
+            absorbed_lengths=torch.zeros(backprop_segments, lanes, dtype=torch.int64, device=device),
+        )
+
+    def restarted(self, starts: Tensor) -> LaneState:
+        """Forgets everything in the lanes where `starts` (B) is true."""
+        return LaneState(
+            context=self.context,
+            context_lengths=self.context_lengths.masked_fill(starts, 0),
+            memory=self.memory,
+            initial=self.initial | starts,
+            absorbed=self.absorbed,
+            absorbed_lengths=self.absorbed_lengths.masked_fill(starts[None], 0),
+        )
+
+    def state_dict(self) -> dict[str, Tensor]:
+        return {f.name: getattr(self, f.name) for f in fields(self)}
+
+
+class _Memories(NamedTuple):
+    """Memories at a step. (B, L, m, D), except the two of eq. 5, which are (B/n, L, m, D): every n-th lane."""
+
+    window_start: Tensor  # after the oldest absorption in the window: the next step starts from it
+    old: Tensor  # of eq. 5: before the newest absorption
+    new: Tensor  # of eq. 5: after it, attached to f_abs
+    read: Tensor  # what this segment attends to; attached to f_abs if eq. 9 trains it
+
+
+class LaneLearner(Learner):
+    """Trains a DMAN over endless lanes. Raises ConfigError if the processes cannot share the lanes."""
+
+    model: DMAN
+
+    def __init__(self, model: DMAN, config: TrainConfig, data: TrainingData) -> None:
+        part = distributed.share_of_lanes(config.lanes)
+        schedule = Lanes(
+            data.items,
+            data.offsets,
+            segment_length=model.config.segment_length,
+            lanes=config.lanes,
+            vary_first=config.random_first_segment,
+            seed=config.seed,
+        )
+        super().__init__(model, config, data, schedule, part)
+        self.state = LaneState.empty(model, part.stop - part.start, config.backprop_segments)
+
+    def forward(self, inputs: StepInputs) -> Losses:
+        losses, self.state = self.step(inputs, self.state)
+        return losses
+
+    def step(self, inputs: StepInputs, state: LaneState) -> tuple[Losses, LaneState]:
+        """The losses of one segment in each lane, and the lanes' state after it."""
+        state, lengths, real = state.restarted(inputs.starts), inputs.lengths, inputs.real
+        memories = self._absorb(state)
+        item_embeddings = self.model.embed(inputs.items)
+        context_lengths = state.context_lengths if self.model.config.recurrent else torch.zeros_like(lengths)
+        encoding = self.model.encode(item_embeddings, state.context, context_lengths, memories.read)
+        likelihood = self.likelihood(encoding.user_embedding, self.model.item_table(), inputs)
+        reconstructed = (real & (state.absorbed_lengths[-1] > 0)[:, None])[self._abstraction_lanes]
+        abstraction = self._abstraction_loss(state, memories, encoding, reconstructed)
+        losses = Losses(likelihood, real.sum(), abstraction, reconstructed.sum())
+        return losses, _next_state(state, memories, encoding, lengths)
+
+    def parameter_groups(self) -> list[tuple[list[nn.Parameter], float]]:
+        """All but f_abs, and f_abs if it has parameters."""
+        f_abs = self.model.abstraction_parameters()
+        chosen = {id(parameter) for parameter in f_abs}
+        groups = [([p for p in self.model.parameters() if id(p) not in chosen], self.config.learning_rate)]
+        if f_abs:
+            groups.append((f_abs, self.config.abstraction_learning_rate))
+        return groups
+
+    def carried_state(self) -> dict[str, Tensor]:
+        return self.state.state_dict()
+
+    def load_carried_state(self, state: dict[str, Tensor] | None) -> None:
+        self.state = LaneState(**{name: tensor.to(self.device) for name, tensor in (state or {}).items()})
+
+    def _absorb(self, state: LaneState) -> _Memories:
+        model = self.model
+        # f_abs sees the initial slots detached, so that eq. 5 cannot reach them; reading them directly does train them.
+        first = torch.where(state.initial[:, None, None, None], model.initial_memory.detach(), state.memory)
+        joint, lanes = self.config.memory_training == "joint", self._abstraction_lanes
+        with torch.set_grad_enabled(joint and torch.is_grad_enabled()):
+            chain = self._chain(first, state.absorbed, state.absorbed_lengths)
+        if joint:
+            new = chain[-1][lanes]
+        else:
+            new = self._chain(first[lanes], state.absorbed[:, lanes], state.absorbed_lengths[:, lanes])[-1]
+        untouched = (state.initial & (state.absorbed_lengths == 0).all(0))[:, None, None, None]
+        read = torch.where(untouched, model.initial_memory, chain[-1])
+        return _Memories(window_start=chain[1].detach(), old=chain[-2][lanes].detach(), new=new, read=read)
+
+    def _chain(self, memory: Tensor, absorbed: Tensor, absorbed_lengths: Tensor) -> list[Tensor]:
+        """(B, L, m, D) `memory`, and the memory after each of N absorptions; fields as in LaneState."""
+        chain = [memory]
+        for hidden, lengths in zip(absorbed, absorbed_lengths, strict=True):
+            closes = (lengths > 0)[:, None, None, None]
+            chain.append(torch.where(closes, self.model.abstract(chain[-1], hidden, lengths), chain[-1]))
+        return chain
+
+    @property
+    def _abstraction_lanes(self) -> slice:
+        """The lanes that eq. 5 is computed on. Every lane gets every user in turn."""
+        return slice(None, None, self.config.abstraction_every)
+
+    def _abstraction_loss(self, state: LaneState, memories: _Memories, encoding: Encoding, positions: Tensor) -> Tensor:
+        """Eq. 5 on its lanes, over the `positions` (B/n, T) that count."""
+        if not self.model.abstraction_parameters():
+            return encoding.user_embedding.new_zeros(())
+        lanes = self._abstraction_lanes
+        return self.model.abstraction_loss(
+            old_memory=memories.old,
+            new_memory=memories.new,
+            hidden=state.absorbed[-1, lanes],
+            lengths=state.absorbed_lengths[-1, lanes],
+            memory_queries=[queries[lanes] for queries in encoding.memory_queries],
+            query_mask=positions,
+        )
+
+
+def _next_state(state: LaneState, memories: _Memories, encoding: Encoding, lengths: Tensor) -> LaneState:
+    """Shifts H_n into the context and H_{n-1} into the segments to absorb."""
+    newest = state.context[None]
+    return LaneState(
+        context=_right_aligned(encoding.hidden.detach(), lengths),
+        context_lengths=lengths,
+        memory=memories.window_start,
+        initial=state.initial & (state.absorbed_lengths[0] == 0),
+        absorbed=torch.cat([state.absorbed[1:], newest]) if len(state.absorbed) > 1 else newest,
+        absorbed_lengths=torch.cat([state.absorbed_lengths[1:], state.context_lengths[None]]),
+    )
+
+
+def _right_aligned(hidden: Tensor, lengths: Tensor) -> Tensor:
+    """(B, L, T, D) with `lengths` real rows on the left -> the same rows on the right. In place."""
+    segment = hidden.shape[2]
+    partial = (lengths < segment).nonzero().squeeze(1)  # few: the first and the last segment of a user
+    source = torch.arange(segment, device=hidden.device) - (segment - lengths[partial, None])  # (P, T)
+    index = source.clamp(min=0)[:, None, :, None].expand(-1, *hidden.shape[1:])
+    hidden[partial] = hidden[partial].gather(2, index) * (source >= 0)[:, None, :, None]
+    return hidden

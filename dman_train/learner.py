@@ -1,0 +1,102 @@
+"""What the training loop needs to know of a model: a learner joins it with its schedule, its loss and its state.
+
+There are two: `dman_train.lane_learner` for DMAN, which walks users along lanes and carries their state, and
+`dman_train.baselines.learner` for models that see windows and carry nothing.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from dman_train.config import TrainConfig
+from dman_train.data import TrainingData
+from dman_train.lanes import Batch
+from dman_train.losses import Losses, NextItemLoss
+
+
+class Schedule(Protocol):
+    """An endless iterator of batches. It depends on the seed and the data only, never on the weights."""
+
+    events: int  # inputs in one epoch
+
+    def __next__(self) -> Batch: ...
+
+    def state_dict(self) -> dict[str, Any]: ...
+
+    def load_state_dict(self, state: dict[str, Any]) -> None: ...
+
+
+class StepInputs(NamedTuple):
+    """What one process gets of a step, as tensors on its device. B pieces of histories, T events each."""
+
+    items: Tensor  # (B, T) int64, left-aligned, 0 where padded
+    targets: Tensor  # (B, T) int64 the item that follows each input
+    lengths: Tensor  # (B) int64 real positions
+    starts: Tensor  # (B) bool, true where a lane begins a new user
+    users: Tensor  # (B) int64
+    negatives: Tensor | None  # as `NextItemLoss.draw_negatives` returns them
+    seen_before: list[Tensor] | None  # B x (H) items that must not be negatives, from before the piece
+
+    @property
+    def real(self) -> Tensor:
+        """(B, T) bool: the positions that are not padding."""
+        return torch.arange(self.items.shape[1], device=self.items.device) < self.lengths[:, None]
+
+
+class Learner(nn.Module):
+    """A model in training. A module, so that DistributedDataParallel can wrap it. Subclasses define `forward`."""
+
+    def __init__(
+        self, model: nn.Module, config: TrainConfig, data: TrainingData, schedule: Schedule, part: slice
+    ) -> None:
+        """`part`: the rows of each batch that are those of this process."""
+        super().__init__()
+        self.model, self.config, self.schedule = model, config, schedule
+        self._items, self._offsets, self._part = data.items, data.offsets, part
+        self.device = next(model.parameters()).device
+        self.loss = NextItemLoss(config, torch.from_numpy(data.item_counts)).to(self.device)
+        self.generator = torch.Generator().manual_seed(config.seed)  # of the negatives; the same in all processes
+
+    def forward(self, inputs: StepInputs) -> Losses:
+        """The losses of one step. Updates the carried state."""
+        raise NotImplementedError
+
+    def likelihood(self, user_embeddings: Tensor, item_table: Tensor, inputs: StepInputs) -> Tensor:
+        """Eq. 9, summed over the real positions, for (B, T, D) user embeddings and (V, D) items."""
+        real = inputs.real
+        return self.loss(
+            user_embeddings[real],
+            item_table,
+            inputs.targets[real],
+            negatives=inputs.negatives,
+            items=inputs.items,
+            real=real,
+            seen_before=inputs.seen_before,
+        )
+
+    def inputs(self, batch: Batch) -> StepInputs:
+        """This process's part of a batch. Draws the negatives of the whole batch, as all processes do."""
+        negatives = self.loss.draw_negatives(batch.items.shape, self.generator)
+        if negatives is not None:
+            negatives = (negatives[self._part] if negatives.dim() == 3 else negatives).to(self.device)
+        mine, seen_before = batch.pieces(self._part), None
+        if self.config.seen_items == "exclude":
+            pieces = mine.seen_before(self._items, self._offsets)
+            seen_before = [torch.from_numpy(seen).to(self.device) for seen in pieces]
+        arrays = (mine.items, mine.targets, mine.lengths, mine.starts, mine.users)
+        items, targets, lengths, starts, users = (torch.from_numpy(array).to(self.device) for array in arrays)
+        return StepInputs(items, targets, lengths, starts, users, negatives, seen_before)
+
+    def parameter_groups(self) -> list[tuple[list[nn.Parameter], float]]:
+        """The parameters of each optimiser and its full learning rate."""
+        return [(list(self.model.parameters()), self.config.learning_rate)]
+
+    def carried_state(self) -> dict[str, Tensor] | None:
+        """What is carried from step to step besides weights; None if nothing is."""
+        return None
+
+    def load_carried_state(self, state: dict[str, Tensor] | None) -> None:
+        """Continues from what `carried_state` returned."""

@@ -1,0 +1,194 @@
+"""Eq. 9: the loss of the next item, in three forms. Knows no model: it gets user embeddings and an item table.
+
+- full: softmax over all items,
+- sampled: softmax over negatives shared by the batch, drawn from the flattened unigram, with logQ correction,
+- negatives: the paper's binary loss with a few uniform negatives per position.
+
+Symbols: B pieces of histories, T positions each, P real positions among them, D width, V items, n negatives.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_left, bisect_right
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from dman_train.config import TrainConfig
+
+FULL_SOFTMAX_LIMIT = 50_000  # items; beyond it loss="auto" samples
+SOFTMAX_BLOCK = 1 << 19  # scores that the full softmax holds at a time
+
+
+@dataclass(frozen=True)
+class Losses:
+    """Sums over positions with the numbers of positions, so that processes can be averaged exactly."""
+
+    likelihood: Tensor  # eq. 9
+    likelihood_count: Tensor
+    abstraction: Tensor  # eq. 5, unweighted; for a baseline its penalty
+    abstraction_count: Tensor
+
+
+class NextItemLoss(nn.Module):
+    """Eq. 9 as `TrainConfig.loss` has it.
+
+    With `seen_before`, items that the user has already seen are no negatives. The ranking leaves them out, and as
+    negatives they would push down the scores of the items that are similar to them.
+    """
+
+    def __init__(self, config: TrainConfig, item_counts: Tensor) -> None:
+        """`item_counts` (V): training events of each item."""
+        super().__init__()
+        self.vocabulary, self.negatives, self.kind = len(item_counts), config.negatives, config.loss
+        if self.kind == "auto":
+            self.kind = "full" if self.vocabulary <= FULL_SOFTMAX_LIMIT else "sampled"
+        self.proposal: Tensor  # (V) probabilities of the negatives of loss="sampled"
+        if self.kind == "sampled":
+            proposal = item_counts.double().clamp(min=1).pow(0.75)
+            self.register_buffer("proposal", (proposal / proposal.sum()).float(), persistent=False)
+
+    def draw_negatives(self, shape: tuple[int, ...], generator: torch.Generator) -> Tensor | None:
+        """Negatives of one step: (n) if sampled, `shape` + (n) for the binary loss, None for the full softmax."""
+        if self.kind == "full":
+            return None
+        if self.kind == "sampled":
+            return torch.multinomial(self.proposal.cpu(), self.negatives, replacement=True, generator=generator)
+        return torch.randint(self.vocabulary, (*shape, self.negatives), generator=generator)
+
+    def forward(
+        self,
+        users: Tensor,
+        table: Tensor,
+        targets: Tensor,
+        *,
+        negatives: Tensor | None,
+        items: Tensor,
+        real: Tensor,
+        seen_before: list[Tensor] | None,
+    ) -> Tensor:
+        """The sum over P real positions.
+
+        Args:
+            users, table, targets: (P, D) user embeddings, (V, D) item embeddings, (P) item indices.
+            negatives: As `draw_negatives` returns them.
+            items, real: (B, T) the inputs, and which of them are real: P in all.
+            seen_before: B x (H) items that the users saw before these inputs; None: seen items are negatives too.
+        """
+        if self.kind == "full":
+            seen = None if seen_before is None else SeenItems.of(seen_before, items, real)
+            return _FullSoftmax.apply(users, table, targets, seen)  # type: ignore[no-untyped-call]
+        assert negatives is not None
+        positive = (users * F.embedding(targets, table)).sum(-1)  # (P)
+        drawn = negatives[real] if negatives.dim() == 3 else negatives[None]  # (P, n) or (1, n)
+        left_out = drawn == targets[:, None]  # (P, n)
+        if seen_before is not None:
+            left_out |= _seen_at(negatives, seen_before, items)[real]
+        if self.kind == "sampled":
+            return self._sampled_softmax(users, table, positive, negatives, left_out)
+        scores = torch.einsum("pd,pnd->pn", users, F.embedding(drawn, table)).float()
+        return (F.softplus(-positive) + F.softplus(scores).masked_fill(left_out, 0.0).sum(-1)).sum()
+
+    def _sampled_softmax(
+        self, users: Tensor, table: Tensor, positive: Tensor, negatives: Tensor, left_out: Tensor
+    ) -> Tensor:
+        logits = (users @ F.embedding(negatives, table).T).float() - torch.log(
+            self.proposal[negatives] * len(negatives)
+        )
+        logits = logits.masked_fill(left_out, float("-inf"))
+        # The target gets no correction, because it is not drawn but always there. With one, the loss would not tend to
+        # the full softmax for items that are expected more than once among the negatives.
+        return (torch.logsumexp(torch.cat([positive[:, None], logits], 1), 1) - positive).sum()
+
+
+class SeenItems(NamedTuple):
+    """What the users of P positions have seen up to and including each position. Positions of a piece are adjacent."""
+
+    earlier: list[Tensor]  # B x (H) items from before the piece
+    rows: list[int]  # (B+1) the positions of piece b begin at rows[b]
+    positions: Tensor  # (M) int64, ascending: at this position,
+    items: Tensor  # (M) int64 ... this item of the piece itself has been seen
+    borders: list[int]  # (P+1) the pairs of position p begin at borders[p]
+
+    @classmethod
+    def of(cls, seen_before: list[Tensor], items: Tensor, real: Tensor) -> SeenItems:
+        """`items`, `real` (B, T), `seen_before` B x (H)."""
+        later, earlier = torch.tril_indices(items.shape[1], items.shape[1], device=items.device)  # (T (T+1) / 2) each
+        chosen = real[:, later]
+        position = (real.flatten().cumsum(0) - 1).view_as(items)[:, later][chosen]
+        counts = (torch.arange(1, items.shape[1] + 1, device=items.device) * real)[real]  # pairs of each position
+        rows, borders = ([0, *x.cumsum(0).tolist()] for x in (real.sum(1), counts))
+        return cls([seen.long() for seen in seen_before], rows, position, items[:, earlier][chosen], borders)
+
+    def leave_out(self, scores: Tensor, first: int) -> None:
+        """Sets (N, V) scores of the positions from `first` on to minus infinity for the items seen at each."""
+        last, vocabulary = first + len(scores), scores.shape[1]
+        for piece in range(bisect_right(self.rows, first) - 1, bisect_left(self.rows, last)):
+            start, end = max(self.rows[piece], first), self.rows[piece + 1]
+            scores[start - first : end - first].index_fill_(1, self.earlier[piece], float("-inf"))
+        pairs = slice(self.borders[first], self.borders[last])
+        index = (self.positions[pairs] - first) * vocabulary + self.items[pairs]
+        scores.view(-1).index_fill_(0, index, float("-inf"))
+
+
+def _seen_at(negatives: Tensor, seen_before: list[Tensor], items: Tensor) -> Tensor:
+    """(B, T, n) bool: which of (n) or (B, T, n) negatives the user has seen up to and including each (B, T) item."""
+    if negatives.dim() == 1:
+        within = (items[:, :, None] == negatives).cumsum(1) > 0
+        return within | torch.stack([torch.isin(negatives, seen) for seen in seen_before])[:, None]
+    earlier = torch.ones(items.shape[1], items.shape[1], dtype=torch.bool, device=items.device).tril()
+    within = ((negatives[..., None] == items[:, None, None]) & earlier[:, None]).any(-1)
+    return within | torch.stack([torch.isin(drawn, seen) for drawn, seen in zip(negatives, seen_before, strict=True)])
+
+
+class _FullSoftmax(torch.autograd.Function):
+    """F.cross_entropy(users @ table.T, targets, reduction="sum"), one block of positions at a time.
+
+    The items that `seen` names for a position have no part in its softmax, except the target.
+    The scores of all positions (35 MB for 2,560 positions and 3,416 items) never exist at once: a block stays in the
+    cache of a CPU, and its gradients are computed with it. Under autocast the products have its precision, the
+    softmax and all sums float32.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, users: Tensor, table: Tensor, targets: Tensor, seen: SeenItems | None) -> Tensor:
+        """(P, D) users, (V, D) table, (P) targets -> the sum over P."""
+        device = users.device.type
+        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else table.dtype
+        with torch.autocast(device, enabled=False):
+            total, gradients = _full_softmax(users.to(dtype), table.to(dtype), targets, seen)
+        ctx.save_for_backward(*gradients)
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor, None, None]:
+        by_users, by_table = ctx.saved_tensors
+        return by_users * gradient, by_table * gradient, None, None
+
+
+def _full_softmax(
+    users: Tensor, table: Tensor, targets: Tensor, seen: SeenItems | None
+) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+    """The loss and its gradients by users and table, in float32."""
+    total, rows = users.new_zeros((), dtype=torch.float32), max(1, SOFTMAX_BLOCK // table.shape[0])
+    by_users, by_table = [], torch.zeros_like(table, dtype=torch.float32)
+    for first in range(0, len(users), rows):
+        block, chosen = users[first : first + rows], targets[first : first + rows, None]
+        scores = (block @ table.T).float()
+        positive = scores.gather(1, chosen)
+        if seen is not None:
+            seen.leave_out(scores, first)
+            scores.scatter_(1, chosen, positive)
+        highest = scores.amax(1, keepdim=True)
+        weights = scores.sub_(highest).exp_()
+        normaliser = weights.sum(1, keepdim=True)
+        total += (normaliser.log() + highest - positive).sum()
+        weights /= normaliser
+        weights.scatter_add_(1, chosen, torch.full_like(positive, -1))
+        by_scores = weights.to(table.dtype)  # d loss / d scores
+        by_users.append((by_scores @ table).float())
+        by_table += by_scores.T @ block
+    return total, (torch.cat(by_users), by_table)

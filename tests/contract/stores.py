@@ -1,0 +1,182 @@
+"""How the contract suites handle each store: the only place here that knows what is behind the interface.
+
+A new implementation joins every suite with one class more in `HARNESSES`.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any, ClassVar, NoReturn, Protocol
+from unittest.mock import patch
+
+import lmdb
+from lmdb.verify import verify
+
+from dman_runtime.store.base import StateStore
+from dman_runtime.store.lmdb import LmdbStore
+from dman_runtime.store.memory import MemoryStore
+
+_MEMORY_DISK = Path("/dev/shm")  # syncing costs nothing there
+
+
+class Crash(BaseException):
+    """The process ends here. No `except Exception` stops it."""
+
+
+class Harness(Protocol):
+    """One store for tests. Suites call the methods below `open` for durable stores only."""
+
+    durable: ClassVar[bool]  # what was written outlives the process
+
+    def __init__(self, directory: Path) -> None:
+        """Nothing is opened yet. The same directory means the same store, in every process."""
+
+    def open(self) -> StateStore:
+        """Opens the store and creates it where there is none. Not while this process has it open."""
+        ...
+
+    def at_step(self, step: int, action: Callable[[], object]) -> AbstractContextManager[None]:
+        """In this block, calls `action` before step number `step` of the writes, counted from 0.
+
+        Steps are what a process can die between: each change, the commit, and the return to the caller.
+        """
+        ...
+
+    def crash(self) -> NoReturn:
+        """An action for `at_step`: keeps what a process that died now would leave, and raises Crash."""
+        ...
+
+    def recover(self, store: StateStore) -> StateStore:
+        """Gives up the crashed store, and opens what the crash left."""
+        ...
+
+    def problems(self) -> list[str]:
+        """What is wrong with the stored data, for a store that is not open; empty if nothing is."""
+        ...
+
+
+class MemoryHarness:
+    durable = False
+
+    def __init__(self, directory: Path) -> None:
+        pass
+
+    def open(self) -> MemoryStore:
+        return MemoryStore()
+
+    def problems(self) -> list[str]:
+        return []
+
+
+class LmdbHarness:
+    durable = True
+
+    def __init__(self, directory: Path) -> None:
+        self.path = directory / "state"
+        self._action: Callable[[], object] | None = None
+        self._steps_left = 0
+
+    def open(self) -> LmdbStore:
+        opening = lmdb.open
+        with patch.object(lmdb, "open", lambda *args, **options: _Environment(opening(*args, **options), self.step)):
+            return LmdbStore.open(self.path)
+
+    @contextmanager
+    def at_step(self, step: int, action: Callable[[], object]) -> Iterator[None]:
+        self._steps_left, self._action = step, action
+        try:
+            yield
+        finally:
+            self._action = None
+
+    def step(self) -> None:
+        self._steps_left -= 1
+        if self._action is not None and self._steps_left < 0:
+            action, self._action = self._action, None
+            action()
+
+    def crash(self) -> NoReturn:
+        image = self.path.with_name(self.path.name + "+")
+        image.mkdir()
+        shutil.copy(self.path / "data.mdb", image)  # before LMDB can clean up; nobody else holds the lock file
+        raise Crash
+
+    def recover(self, store: StateStore) -> LmdbStore:
+        store.close()
+        shutil.rmtree(self.path)
+        self.path.with_name(self.path.name + "+").rename(self.path)
+        return self.open()
+
+    def problems(self) -> list[str]:
+        return list(verify(str(self.path)))
+
+
+class _Environment:
+    """An lmdb.Environment whose write transactions call `step` before each of their steps."""
+
+    def __init__(self, env: lmdb.Environment, step: Callable[[], None]) -> None:
+        self._env, self._step = env, step
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._env, name)
+
+    def begin(self, *args: Any, write: bool = False, **options: Any) -> Any:
+        txn = self._env.begin(*args, write=write, **options)
+        return _Stepwise(txn, self._step) if write else txn
+
+    def open_db(self, *args: Any, txn: Any = None, **options: Any) -> Any:
+        return self._env.open_db(*args, txn=txn.target if isinstance(txn, _Stepwise) else txn, **options)
+
+
+class _Stepwise:
+    """A write transaction, or a cursor of one."""
+
+    def __init__(self, target: Any, step: Callable[[], None]) -> None:
+        self.target, self._step = target, step
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.target, name)
+
+    def put(self, *args: Any, **options: Any) -> Any:
+        self._step()
+        return self.target.put(*args, **options)
+
+    def delete(self, *args: Any, **options: Any) -> Any:
+        self._step()
+        return self.target.delete(*args, **options)
+
+    def cursor(self, **options: Any) -> _Stepwise:
+        return _Stepwise(self.target.cursor(**options), self._step)
+
+    def __enter__(self) -> _Stepwise:
+        self.target.__enter__()
+        return self
+
+    def __exit__(self, kind: Any, error: Any, traceback: Any) -> None:
+        committing = isinstance(self.target, lmdb.Transaction) and kind is None
+        if committing:
+            try:
+                self._step()
+            except BaseException:
+                self.target.abort()
+                raise
+        self.target.__exit__(kind, error, traceback)
+        if committing:
+            self._step()
+
+
+HARNESSES: dict[str, type[Harness]] = {"lmdb": LmdbHarness, "memory": MemoryHarness}
+DURABLE = [name for name, harness in HARNESSES.items() if harness.durable]
+
+
+@contextmanager
+def fresh_directory() -> Iterator[Path]:
+    """A directory that is removed at the end, in memory where the system has such a place."""
+    memory_disk = _MEMORY_DISK if os.access(_MEMORY_DISK, os.W_OK) else None
+    with TemporaryDirectory(dir=memory_disk, prefix="dman-test-") as name:
+        yield Path(name)

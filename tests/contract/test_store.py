@@ -1,0 +1,725 @@
+"""What `StateStore` promises, over every implementation."""
+
+from __future__ import annotations
+
+import re
+import threading
+from collections.abc import Callable
+from itertools import count, pairwise, product
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from contract.stores import Crash, Harness
+from numpy.typing import NDArray
+
+from dman_runtime.data.ids import RULE
+from dman_runtime.errors import StoreError
+from dman_runtime.store.base import REQUEST_IDS, Events, Head, StateStore, StoredUser, Write
+from dman_runtime.store.history import CHUNK_EVENTS
+from dman_runtime.store.memory import MemoryStore
+
+GOOD_IDS = ["a", "ab", "a b", "b", " ", "ü", "u\u0308", "0", "00", "x" * 400, "ü" * 200, "\U0001f600" * 100, "x" * 399]
+BAD_IDS = ["", "x" * 401, "ü" * 201, "a\0b", "a\nb", "a\x7f", "a\x85", "\ud800"]
+BORDERS = sorted({n + d for n in (0, CHUNK_EVENTS, 2 * CHUNK_EVENTS, 3 * CHUNK_EVENTS) for d in (-1, 0, 1)} - {-1})
+NO_EVENTS: Events = (np.zeros(0, np.uint32), np.zeros(0, np.int64))
+
+
+def items_for(store: StateStore, number: int = 100) -> NDArray[np.uint32]:
+    return store.add_items([f"item-{index}" for index in range(number)])
+
+
+def write(
+    user_id: str,
+    expected_version: int = 0,
+    items: Any = (),
+    *,
+    records: dict[int, bytes] | None = None,
+    first_time: int = 1000,
+    request_ids: Any = (),
+) -> Write:
+    """Events at the times first_time, first_time + 1, ..."""
+    times = first_time + np.arange(len(items))
+    return Write(user_id, expected_version, records or {}, np.array(items, np.uint32), times, request_ids)
+
+
+def get(store: StateStore, user_id: str, generation: int = 1) -> StoredUser | None:
+    return store.get_many([user_id], generation)[0]
+
+
+def head_of(store: StateStore, user_id: str) -> Head:
+    stored = get(store, user_id)
+    assert stored is not None
+    return stored.head
+
+
+def version_of(store: StateStore, user_id: str) -> int:
+    stored = get(store, user_id)
+    return stored.head.version if stored else 0
+
+
+def as_lists(events: Events) -> tuple[list[int], list[int]]:
+    items, timestamps = events
+    assert items.dtype == np.uint32 and timestamps.dtype == np.int64
+    return items.tolist(), timestamps.tolist()
+
+
+def everything(store: StateStore) -> dict[str, Any]:
+    """All that can be read of all users, for comparing."""
+    generations = sorted({*store.generations().values(), 1, 2, 3})
+    return {
+        user_id: (
+            [get(store, user_id, generation) for generation in generations],
+            as_lists(store.history(user_id)),
+            store.seen(user_id).tolist(),
+        )
+        for user_id in sorted(store.scan())
+    }
+
+
+# -- items and generations ---------------------------------------------------------------------------------------------
+
+
+def test_items_are_numbered_from_zero_in_the_order_given(store: StateStore) -> None:
+    numbers = store.add_items(["c", "a", "c", "b"])
+    assert numbers.dtype == np.uint32 and numbers.tolist() == [0, 1, 0, 2]
+    assert store.add_items(["d", "b", "a", "d"]).tolist() == [3, 2, 1, 3]
+    assert store.add_items([]).tolist() == []
+    assert store.item_ids(np.arange(4)) == ["c", "a", "b", "d"]
+    assert store.stats().items == 4
+
+
+def test_find_items_adds_nothing(store: StateStore) -> None:
+    store.add_items(["a", "b"])
+    found = store.find_items(["b", "new", "a", "b"])
+    assert found.dtype == np.int64 and found.tolist() == [1, -1, 0, 1]
+    assert store.find_items([]).tolist() == []
+    assert store.stats().items == 2
+
+
+def test_item_ids_are_those_of_the_numbers_in_any_order(store: StateStore) -> None:
+    store.add_items(GOOD_IDS)
+    order = [3, 0, 3, len(GOOD_IDS) - 1]
+    assert store.item_ids(order) == [GOOD_IDS[number] for number in order]
+    assert store.item_ids([]) == []
+
+
+@pytest.mark.parametrize("number", [-1, 2, 2**32, 2**32 + 1, -(2**32), 2**63])
+def test_item_ids_refuses_a_number_that_was_never_given(store: StateStore, number: int) -> None:
+    store.add_items(["a", "b"])
+    with pytest.raises(ValueError, match="never given a number"):
+        store.item_ids([0, number])
+
+
+def test_item_numbers_survive_all_their_users(store: StateStore) -> None:
+    items = items_for(store, 3)
+    store.commit([write("a", items=items)])
+    store.delete("a")
+    assert store.add_items(["new", "item-1"]).tolist() == [3, 1]
+
+
+def test_generations_are_numbered_from_one_and_keep_their_numbers(store: StateStore) -> None:
+    assert store.generations() == {}
+    assert [store.add_generation(bundle) for bundle in ("one", "two", "one", "three")] == [1, 2, 1, 3]
+    store.drop_records(2)
+    assert list(store.generations().items()) == [("one", 1), ("two", 2), ("three", 3)]
+    assert store.add_generation("two") == 2
+
+
+# -- ids ---------------------------------------------------------------------------------------------------------------
+
+
+def test_ids_up_to_the_limits_are_kept_apart(store: StateStore) -> None:
+    assert store.add_items(GOOD_IDS).tolist() == list(range(len(GOOD_IDS)))
+    assert store.find_items(GOOD_IDS).tolist() == list(range(len(GOOD_IDS)))
+    store.commit([write(user, items=[number] * (number + 30)) for number, user in enumerate(GOOD_IDS)])
+    for number, user in enumerate(GOOD_IDS):
+        assert store.history(user)[0].tolist() == [number] * (number + 30)
+        assert store.seen(user).tolist() == [number]
+    assert sorted(store.scan()) == sorted(GOOD_IDS)
+    for number, user in enumerate(GOOD_IDS):
+        assert store.delete(user) == number + 30
+        assert sorted(store.scan()) == sorted(GOOD_IDS[number + 1 :])
+
+
+@pytest.mark.parametrize("bad", BAD_IDS)
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda store, bad: store.add_items(["good", bad]),
+        lambda store, bad: store.find_items(["good", bad]),
+        lambda store, bad: store.get_many(["good", bad], 1),
+        lambda store, bad: store.ranking_view(bad, 1, 10),
+        lambda store, bad: store.history(bad),
+        lambda store, bad: store.seen(bad),
+        lambda store, bad: store.commit([write("good"), write(bad)]),
+        lambda store, bad: store.delete(bad),
+    ],
+    ids=["add_items", "find_items", "get_many", "ranking_view", "history", "seen", "commit", "delete"],
+)
+def test_bad_ids_are_refused(store: StateStore, call: Callable[[StateStore, str], object], bad: str) -> None:
+    with pytest.raises(ValueError, match=re.escape(RULE)):
+        call(store, bad)
+    assert store.stats().items == 0 and list(store.scan()) == []
+
+
+# -- heads and records -------------------------------------------------------------------------------------------------
+
+
+def test_unknown_user_has_nothing(store: StateStore) -> None:
+    assert store.get_many(["a", "b"], 1) == [None, None]
+    assert store.get_many([], 1) == []
+    assert store.ranking_view("a", 1, 10) is None
+    assert as_lists(store.history("a")) == ([], [])
+    assert store.seen("a").dtype == np.uint32 and store.seen("a").tolist() == []
+    assert store.delete("a") is None
+
+
+def test_commit_of_no_events_creates_a_user(store: StateStore) -> None:
+    assert store.commit([write("a"), write("b", records={2: b""})]) == []
+    a, b = store.get_many(["a", "b"], 2)
+    assert a is not None and b is not None
+    assert a.head == Head(a.head.version, 0, (), 0) and a.head.version > 0 and a.record is None
+    assert b.head == Head(b.head.version, 0, (), 2) and b.record == b""  # an empty record is a record
+    assert as_lists(store.history("a")) == ([], []) and store.seen("a").tolist() == []
+    view = store.ranking_view("a", 2, 10)
+    assert view is not None and (view.history_count, view.record, view.seen.tolist()) == (0, None, [])
+    assert store.stats().users == 2
+
+
+def test_each_generation_has_its_own_record(store: StateStore) -> None:
+    assert store.commit([write("a", records={1: b"one", 2: b"two"})]) == []
+    assert store.commit([write("a", version_of(store, "a"), records={1: b"ONE"})]) == []
+    stored = [get(store, "a", generation) for generation in (1, 2, 3)]
+    assert [user and user.record for user in stored] == [b"ONE", b"two", None]
+    assert head_of(store, "a").generation == 1  # that wrote last
+
+
+def test_events_without_a_record_keep_the_records_and_their_generation(store: StateStore) -> None:
+    items = items_for(store)
+    store.commit([write("a", items=items[:3], records={2: b"two"})])
+    store.commit([write("a", version_of(store, "a"), items[3:5])])
+    stored = get(store, "a", 2)
+    assert stored is not None and stored.record == b"two"
+    assert (stored.head.history_count, stored.head.generation) == (5, 2)
+
+
+@pytest.mark.parametrize("generation", [0, -1])
+def test_records_are_of_generations_from_one(store: StateStore, generation: int) -> None:
+    store.commit([write("a", records={1: b"one"})])
+    before = everything(store)
+    with pytest.raises(ValueError, match="generation"):
+        store.commit([write("b", records={1: b"", generation: b"zero"})])
+    with pytest.raises(ValueError, match="generation"):
+        store.drop_records(generation)
+    assert everything(store) == before
+
+
+def test_what_is_no_generation_has_no_records(store: StateStore) -> None:
+    store.commit([write("a", records={1: b"one"})])
+    for generation in (0, -1):
+        assert get(store, "a", generation) == StoredUser(head_of(store, "a"), None)
+        view = store.ranking_view("a", generation, 100)
+        assert view is not None and view.record is None
+
+
+def test_drop_records_removes_one_generation_and_nothing_else(store: StateStore) -> None:
+    items = items_for(store)
+    users = [f"user-{number}" for number in range(7)]
+    records = [{1: b"one", 2: b"two"} if number % 2 else {2: b"two", 3: b"three"} for number in range(7)]
+    store.commit(
+        [write(user, 0, items[:40], records=own, request_ids=[7]) for user, own in zip(users, records, strict=True)]
+    )
+    before = {user: (head_of(store, user), everything(store)[user][1:]) for user in users}
+    assert store.drop_records(2) == 7
+    assert store.drop_records(2) == 0
+    assert store.drop_records(1) == 3
+    for user, own in zip(users, records, strict=True):
+        assert (head_of(store, user), everything(store)[user][1:]) == before[user]
+        stored = [get(store, user, generation) for generation in (1, 2, 3)]
+        assert [found and found.record for found in stored] == [None, None, own.get(3)]
+    assert store.commit([write(users[0], version_of(store, users[0]), records={2: b"again"})]) == []
+    assert store.drop_records(2) == 1
+
+
+def test_large_records_come_back_whole(store: StateStore) -> None:
+    record = np.random.default_rng(0).bytes(300_000)
+    store.commit([write("a", records={1: record})])
+    store.commit([write("a", version_of(store, "a"), records={2: record[:4096]})])
+    assert get(store, "a", 1) == StoredUser(head_of(store, "a"), record)
+    view = store.ranking_view("a", 1, 5000)
+    assert view is not None and view.record == record[:5000]
+
+
+def test_request_ids_are_replaced_and_capped(store: StateStore) -> None:
+    ids = [2**64 - 1, 0, *range(3 * REQUEST_IDS)]
+    store.commit([write("a", request_ids=ids[:2])])
+    assert head_of(store, "a").request_ids == tuple(ids[:2])
+    store.commit([write("a", version_of(store, "a"), request_ids=ids)])
+    assert head_of(store, "a").request_ids == tuple(ids[-REQUEST_IDS:])
+    store.commit([write("a", version_of(store, "a"))])
+    assert head_of(store, "a").request_ids == ()
+
+
+def test_get_many_answers_in_order_with_unknown_and_repeated_users(store: StateStore) -> None:
+    store.commit([write("a", records={1: b"a"}), write("b", records={1: b"b"})])
+    found = store.get_many(["b", "unknown", "a", "b"], 1)
+    assert [user and user.record for user in found] == [b"b", None, b"a", b"b"]
+
+
+# -- commits -----------------------------------------------------------------------------------------------------------
+
+
+def test_conflicting_commit_stores_nothing_and_names_exactly_the_conflicting_users(store: StateStore) -> None:
+    items = items_for(store)
+    store.commit([write(user, items=items[:40], records={1: b"x"}) for user in "abc"])
+    old = version_of(store, "a")
+    store.commit([write("a", old, items[:1])])
+    before = everything(store)
+    batch = [
+        write("a", old, items),  # stale
+        write("b", version_of(store, "b"), items),
+        write("c", 0, items),  # exists
+        write("new", 0, items),
+        write("gone", version_of(store, "b"), items),  # does not exist
+    ]
+    for order in (batch, batch[::-1]):
+        assert sorted(store.commit(order)) == ["a", "c", "gone"]
+        assert everything(store) == before
+    assert store.commit([batch[1], batch[3]]) == []
+    counts = {user: head_of(store, user).history_count for user in store.scan()}
+    assert counts == {"a": 41, "b": 140, "c": 40, "new": 100}
+
+
+def test_empty_commit_does_nothing(store: StateStore) -> None:
+    store.commit([write("a")])
+    before = everything(store)
+    assert store.commit([]) == []
+    assert everything(store) == before
+
+
+def test_versions_are_never_given_again(store: StateStore) -> None:
+    items = items_for(store)
+    given: set[int] = {0}
+
+    def commit(*users: str) -> None:
+        untouched = {user: version_of(store, user) for user in store.scan() if user not in users}
+        assert store.commit([write(user, version_of(store, user), items[:1]) for user in users]) == []
+        fresh = {version_of(store, user) for user in users}
+        assert not fresh & given
+        assert untouched == {user: version_of(store, user) for user in untouched}
+        given.update(fresh)
+
+    for _ in range(3):
+        commit("a", "b")
+        commit("a")
+        version = version_of(store, "a")
+        store.delete("a")
+        store.commit([])
+        commit("a")
+        assert store.commit([write("a", version)]) == ["a"]  # of an earlier life
+        store.delete("a")
+        store.delete("b")
+        assert store.commit([write("a", version)]) == ["a"]
+        commit("b")
+
+
+@pytest.mark.parametrize(
+    ("items", "timestamps"),
+    [
+        (np.array([100]), np.array([1])),
+        (np.array([-1]), np.array([1])),
+        (np.array([2**32 + 1]), np.array([1])),
+        (np.array([1.0]), np.array([1])),
+        (np.array([True]), np.array([1])),
+        (np.array([1]), np.array([1.5])),
+        (np.array([1]), np.array([2**63], np.uint64)),
+        (np.array([1, 2]), np.array([1])),
+        (np.array([], np.uint32), np.array([1])),
+        (np.array([[1]]), np.array([[1]])),
+    ],
+)
+def test_commit_refuses_bad_events_and_stores_nothing(
+    store: StateStore, items: NDArray[Any], timestamps: NDArray[Any]
+) -> None:
+    items_for(store)
+    with pytest.raises(ValueError, match="item"):
+        store.commit([write("good", items=[1]), Write("bad", 0, {}, items, timestamps)])
+    assert list(store.scan()) == []
+
+
+def test_commit_refuses_a_user_named_twice(store: StateStore) -> None:
+    with pytest.raises(ValueError, match="twice"):
+        store.commit([write("a"), write("b"), write("a")])
+    assert list(store.scan()) == []
+
+
+# -- histories ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("length", BORDERS)
+def test_history_gives_every_slice(store: StateStore, length: int) -> None:
+    items = items_for(store)[np.arange(length) * 7 % 100]
+    store.commit([write("a", items=items), write("aa", items=items[::-1])])
+    for start, stop in product([*BORDERS, 1000], [*BORDERS, 1000, None]):
+        expected = items[start:stop].tolist(), (1000 + np.arange(length))[start:stop].tolist()
+        assert as_lists(store.history("a", start, stop)) == expected, (start, stop)
+    assert as_lists(store.history("a")) == as_lists(store.history("a", 0, length))
+
+
+@pytest.mark.parametrize(
+    "batches", [[1] * 70, [31, 1, 1, 31, 33], [32, 32, 1], [33, 31, 64], [65, 63], [0, 97, 0, 1000]]
+)
+def test_history_and_seen_grow_by_appending(store: StateStore, batches: list[int]) -> None:
+    numbers = items_for(store, 1200)
+    random = np.random.default_rng(len(batches))
+    items, times = np.zeros(0, np.uint32), np.zeros(0, np.int64)
+    for size in batches:
+        new = random.choice(numbers, size), random.integers(-(2**63), 2**63 - 1, size, endpoint=True)
+        items, times = np.append(items, new[0]), np.append(times, new[1])
+        assert store.commit([Write("a", version_of(store, "a"), {}, *new)]) == []
+        assert as_lists(store.history("a")) == (items.tolist(), times.tolist())
+        assert store.seen("a").tolist() == sorted(set(items.tolist()))
+        view = store.ranking_view("a", 1, 0)
+        assert view is not None and set(view.seen.tolist()) == set(items.tolist())
+        assert view.history_count == head_of(store, "a").history_count == len(items)
+
+
+def test_events_of_any_integer_type_are_kept_exactly(store: StateStore) -> None:
+    items_for(store)
+    events = [
+        (np.array([99], np.uint64), np.array([-(2**63)])),
+        (np.array([0], np.int8), np.array([2**63 - 1])),
+        (np.array([1], np.int64), np.array([7], np.uint32)),
+        (np.array([]), np.array([])),  # no events, of no integer type
+    ]
+    for new in events:
+        assert store.commit([Write("a", version_of(store, "a"), {}, *new)]) == []
+    assert as_lists(store.history("a")) == ([99, 0, 1], [-(2**63), 2**63 - 1, 7])
+
+
+@pytest.mark.parametrize(("start", "stop"), [(-1, None), (0, -1), (-5, -1)])
+def test_history_refuses_negative_positions(store: StateStore, start: int, stop: int | None) -> None:
+    with pytest.raises(ValueError, match="position"):
+        store.history("a", start, stop)
+
+
+@pytest.mark.parametrize(("record_bytes", "expected"), [(0, b""), (3, b"rec"), (6, b"record"), (100, b"record")])
+def test_ranking_view_gives_the_first_bytes_of_the_record(
+    store: StateStore, record_bytes: int, expected: bytes
+) -> None:
+    items = items_for(store)
+    store.commit([write("a", items=items[[5, 3, 5]], records={2: b"record"})])
+    view = store.ranking_view("a", 2, record_bytes)
+    assert view is not None and view.seen.dtype == np.uint32
+    assert (view.history_count, view.record, set(view.seen.tolist())) == (3, expected, {3, 5})
+    other = store.ranking_view("a", 1, record_bytes)
+    assert other is not None and (other.history_count, other.record, set(other.seen.tolist())) == (3, None, {3, 5})
+
+
+def test_what_was_read_stays_as_it_was(store: StateStore) -> None:
+    """Nothing returned is a view into memory that the store reuses or unmaps."""
+    items = items_for(store)
+    store.commit([write("a", items=items[:70], records={1: b"x" * 9000}), write("few", items=[3] * 32)])
+    view, other = store.ranking_view("a", 1, 8000), store.ranking_view("few", 1, 8000)
+    assert view is not None and other is not None
+    read = get(store, "a"), store.history("a"), store.seen("a"), view, other
+    copies = repr([np.copy(part) for part in (*read[1], read[2], view.seen, other.seen)]), repr(read[0]), repr(view)
+    for number in range(5):
+        store.delete("a")
+        store.delete("few")
+        store.commit([write(user, items=items[::-1], records={1: b"%d" % number * 9000}) for user in ("a", "few")])
+    store.close()
+    assert copies == (repr([*read[1], read[2], view.seen, other.seen]), repr(read[0]), repr(view))
+
+
+# -- deletion and scans ------------------------------------------------------------------------------------------------
+
+
+def test_delete_leaves_nothing_of_the_user_and_everything_of_the_others(store: StateStore) -> None:
+    items = items_for(store)
+    users = ["a", "ab", "a b", "b"]
+    store.commit([write(user, 0, np.tile(items, 6), records={1: b"1", 3: b"3"}, request_ids=[1]) for user in users])
+    before = everything(store)
+    assert store.delete("a") == 600
+    assert store.delete("a") is None
+    assert get(store, "a") is None and store.ranking_view("a", 1, 1) is None
+    assert as_lists(store.history("a")) == ([], []) and store.seen("a").tolist() == []
+    assert everything(store) == {user: before[user] for user in users[1:]}
+    assert store.stats().users == 3
+
+    assert store.commit([write("a", items=items[:1])]) == []  # nothing comes back
+    stored = [get(store, "a", generation) for generation in (1, 2, 3)]
+    assert [user and user.record for user in stored] == [None] * 3
+    head = head_of(store, "a")
+    assert head == Head(head.version, 1, (), 0)
+    assert store.history("a")[0].tolist() == store.seen("a").tolist() == items[:1].tolist()
+
+
+@pytest.mark.parametrize("partitions", [1, 2, 3, 16])
+def test_scan_partitions_are_disjoint_and_complete(store: StateStore, partitions: int) -> None:
+    users = [f"user-{number}" for number in range(2500)] + GOOD_IDS
+    store.commit([write(user, records={1: b"", 256: b"", 2**31: b""}) for user in users])
+    parts = [list(store.scan(partition, partitions)) for partition in range(partitions)]
+    assert sorted(user for part in parts for user in part) == sorted(users)
+    assert min(map(len, parts)) > 0
+    assert sorted(store.scan()) == sorted(users)
+
+
+@pytest.mark.parametrize(("partition", "partitions"), [(1, 1), (-1, 1), (3, 2), (0, 0)])
+def test_scan_refuses_a_partition_that_does_not_exist(store: StateStore, partition: int, partitions: int) -> None:
+    with pytest.raises(ValueError, match="partition"):
+        list(store.scan(partition, partitions))
+
+
+def test_scan_names_users_that_stay_once_while_others_come_and_go(store: StateStore) -> None:
+    store.commit([write(f"user-{number}") for number in range(2500)])
+    named = []
+    for position, user in enumerate(store.scan()):
+        named.append(user)
+        if position % 100 == 0:
+            store.delete(user)  # was named already
+            store.commit([write(f"{user}-new", request_ids=[1])])
+    stay = [user for user in named if not user.endswith("-new")]
+    assert sorted(stay) == sorted(f"user-{number}" for number in range(2500))
+    assert len(set(named)) == len(named)
+
+
+def test_stats_count_users_and_items(store: StateStore) -> None:
+    assert (store.stats().users, store.stats().items) == (0, 0)
+    items_for(store, 5)
+    store.commit([write("a"), write("b")])
+    store.delete("a")
+    stats = store.stats()
+    assert (stats.users, stats.items) == (1, 5)
+    assert 0 <= stats.bytes_used <= stats.file_bytes
+
+
+# -- threads -----------------------------------------------------------------------------------------------------------
+
+
+def in_threads(work: list[Callable[[], object]]) -> None:
+    """Runs all at once; the first failure fails the test."""
+    failures: list[BaseException] = []
+
+    def run(call: Callable[[], object]) -> None:
+        try:
+            call()
+        except BaseException as error:
+            failures.append(error)
+
+    threads = [threading.Thread(target=run, args=(call,)) for call in work]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    if failures:
+        raise failures[0]
+
+
+def test_readers_see_whole_commits_while_a_thread_writes(store: StateStore) -> None:
+    items = items_for(store)
+    done = threading.Event()
+    seen_commits = set()
+
+    def read() -> None:
+        while not done.is_set():
+            users = store.get_many(["a", "b"], 1)
+            assert users[0] == users[1]  # of one moment, and written by one commit
+            view = store.ranking_view("a", 1, 10)
+            if view is not None:
+                assert view.record is not None
+                assert int(view.record) == view.history_count == len(set(view.seen.tolist()))
+                seen_commits.add(view.history_count)
+            events = as_lists(store.history("b"))
+            assert events[1] == list(range(len(events[0])))
+
+    def commit() -> None:
+        try:
+            for number in range(100):
+                records = {1: b"%d" % (number + 1)}
+                version = version_of(store, "a")
+                new = items[number : number + 1]
+                batch = [write(user, version, new, records=records, first_time=number) for user in "ab"]
+                assert store.commit(batch) == []
+        finally:
+            done.set()
+
+    in_threads([read, read, commit])
+    assert seen_commits
+    assert head_of(store, "a").history_count == 100
+
+
+def test_threads_that_write_one_user_lose_nothing(store: StateStore) -> None:
+    items = items_for(store)
+
+    def work(worker: int) -> Callable[[], None]:
+        def commits() -> None:
+            done = 0
+            while done < 25:
+                version = version_of(store, "shared")
+                done += store.commit([write("shared", version, items[:1], first_time=100 * worker + done)]) == []
+
+        return commits
+
+    in_threads([work(worker) for worker in range(4)])
+    times = store.history("shared")[1].tolist()
+    assert sorted(times) == [100 * worker + number for worker in range(4) for number in range(25)]
+    for worker in range(4):
+        own = [time for time in times if time // 100 == worker]
+        assert all(before < after for before, after in pairwise(own))
+
+
+def test_threads_that_add_items_and_generations_agree(store: StateStore) -> None:
+    ids = [f"item-{number}" for number in range(60)]
+    numbers: list[dict[str, int]] = []
+    generations: list[dict[str, int]] = []
+
+    def work(seed: int) -> Callable[[], None]:
+        def add() -> None:
+            order = np.random.default_rng(seed).permutation(ids).tolist()
+            added = [store.add_items(order[start : start + 7]) for start in range(0, 60, 7)]
+            numbers.append(dict(zip(order, np.concatenate(added).tolist(), strict=True)))
+            generations.append({bundle: store.add_generation(bundle) for bundle in order[:3] + ids[:5]})
+
+        return add
+
+    in_threads([work(seed) for seed in range(4)])
+    assert all(found == numbers[0] for found in numbers)
+    assert sorted(numbers[0].values()) == list(range(60))
+    stored = store.generations()
+    assert sorted(stored.values()) == list(range(1, len(stored) + 1))
+    assert all(found.items() <= stored.items() for found in generations)
+
+
+# -- closing and durability --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda store: store.add_items(["a"]),
+        lambda store: store.find_items(["a"]),
+        lambda store: store.item_ids([0]),
+        lambda store: store.add_generation("bundle"),
+        lambda store: store.generations(),
+        lambda store: store.drop_records(1),
+        lambda store: store.get_many(["a"], 1),
+        lambda store: store.ranking_view("a", 1, 1),
+        lambda store: store.history("a"),
+        lambda store: store.seen("a"),
+        lambda store: store.commit([write("a")]),
+        lambda store: store.delete("a"),
+        lambda store: list(store.scan()),
+        lambda store: store.stats(),
+        lambda store: store.flush(),
+    ],
+)
+def test_closed_store_refuses(store: StateStore, call: Callable[[StateStore], object]) -> None:
+    store.flush()
+    store.close()
+    store.close()
+    with pytest.raises(StoreError, match="closed"):
+        call(store)
+
+
+def test_store_closes_at_the_end_of_its_block(harness: Harness) -> None:
+    with harness.open() as store:
+        store.commit([write("a")])
+    with pytest.raises(StoreError, match="closed"):
+        get(store, "a")
+
+
+def fill(store: StateStore) -> None:
+    items = store.add_items(GOOD_IDS)
+    assert [store.add_generation(bundle) for bundle in ("one", "two")] == [1, 2]
+    batch = [write(user, 0, np.resize(items, 70), records={1: b"1", 2: b"2"}, request_ids=[9]) for user in "abc"]
+    assert store.commit(batch) == []
+    store.delete("c")
+
+
+def test_durable_store_keeps_everything(durable: Harness) -> None:
+    with durable.open() as store:
+        fill(store)
+        before, version = everything(store), version_of(store, "a")
+        store.delete("a")
+    with durable.open() as store:
+        assert everything(store) == {"b": before["b"]}
+        assert store.find_items(GOOD_IDS).tolist() == list(range(len(GOOD_IDS)))
+        assert store.add_items(["new", "b"]).tolist() == [len(GOOD_IDS), GOOD_IDS.index("b")]
+        assert list(store.generations().items()) == [("one", 1), ("two", 2)]
+        assert store.add_generation("three") == 3
+        store.commit([write("a")])
+        assert version_of(store, "a") not in (version, 0)
+        assert store.commit([write("a", version)]) == ["a"]
+
+
+WRITES: dict[str, Callable[[StateStore], object]] = {
+    "commit": lambda store: store.commit(
+        [
+            write("a", version_of(store, "a"), [1] * 70, records={1: b"new", 2: b"new"}, request_ids=[1, 2]),
+            write("new", 0, [2] * 33, records={2: b"new"}),
+            write("b", version_of(store, "b"), [3]),
+        ]
+    ),
+    "delete": lambda store: store.delete("a"),
+    "add_items": lambda store: store.add_items(["new-1", "a", "new-2", "new-3"]),
+    "add_generation": lambda store: store.add_generation("three"),
+}
+
+
+def without_versions(store: StateStore) -> tuple[object, ...]:
+    users = {
+        user: ([found and (found.head[1:], found.record) for found in stored], *rest)
+        for user, (stored, *rest) in everything(store).items()
+    }
+    return users, store.item_ids(range(store.stats().items)), store.generations()
+
+
+@pytest.mark.parametrize("name", WRITES)
+def test_crash_at_any_step_leaves_all_of_a_write_or_nothing(durable: Harness, directory: Path, name: str) -> None:
+    with MemoryStore() as reference:
+        fill(reference)
+        before = without_versions(reference)
+        WRITES[name](reference)
+        after = without_versions(reference)
+
+    found = []
+    for step in count():
+        harness = type(durable)(directory / str(step))
+        store = harness.open()
+        fill(store)
+        try:
+            with harness.at_step(step, harness.crash):
+                WRITES[name](store)
+            crashed = False
+        except Crash:
+            store, crashed = harness.recover(store), True
+        contents = without_versions(store)
+        assert contents in (before, after)
+        found.append(contents == after)
+        store.close()
+        assert harness.problems() == []
+        if not crashed:
+            break
+    assert len(found) >= 4 and found == sorted(found)  # before all changes: nothing; at some step, all of them
+    assert found[-2:] == [True, True]  # the crash before the return, and no crash
+
+
+def test_crash_while_records_are_dropped_loses_only_those(durable: Harness) -> None:
+    store = durable.open()
+    fill(store)
+    kept = {user: (head_of(store, user), everything(store)[user][1:]) for user in "ab"}
+    for step in count():
+        try:
+            with durable.at_step(step, durable.crash):
+                store.drop_records(2)
+            break
+        except Crash:
+            store = durable.recover(store)
+        assert {user: (head_of(store, user), everything(store)[user][1:]) for user in "ab"} == kept
+        assert [stored and stored.record for stored in store.get_many(["a", "b"], 1)] == [b"1", b"1"]
+    assert step >= 3
+    assert [stored and stored.record for stored in store.get_many(["a", "b"], 2)] == [None, None]
+    store.close()

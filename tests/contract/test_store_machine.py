@@ -1,0 +1,279 @@
+"""Random use of each store, crashes included, beside a model of plain dictionaries."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import ExitStack
+from copy import deepcopy
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import numpy as np
+import pytest
+from contract.stores import DURABLE, HARNESSES, Crash, Harness, fresh_directory
+from hypothesis import HealthCheck, settings
+from hypothesis import strategies as st
+from hypothesis.stateful import (
+    RuleBasedStateMachine,
+    initialize,
+    invariant,
+    precondition,
+    rule,
+    run_state_machine_as_test,
+)
+
+from dman_runtime.store.base import REQUEST_IDS, Head, StateStore, Write
+from dman_runtime.store.history import CHUNK_EVENTS
+
+USERS = ("a", "ab", "ü", "z" * 400)
+ITEMS = ("0", "1", "i" * 400, "\U0001f600", *(f"item-{number}" for number in range(2, 40)))
+GENERATIONS = (1, 2, 300)
+EVENTS = 2 * CHUNK_EVENTS + 2
+
+
+@dataclass
+class Known:
+    """What the model holds of a user."""
+
+    version: int = 0
+    events: list[tuple[int, int]] = field(default_factory=list)
+    request_ids: tuple[int, ...] = ()
+    generation: int = 0
+    records: dict[int, bytes] = field(default_factory=dict)
+
+    @property
+    def head(self) -> Head:
+        return Head(self.version, len(self.events), self.request_ids, self.generation)
+
+
+@dataclass
+class Model:
+    items: list[str] = field(default_factory=list)
+    bundles: list[str] = field(default_factory=list)
+    users: dict[str, Known] = field(default_factory=dict)
+
+    def commit(self, writes: list[Write]) -> list[str]:
+        conflicts = [w.user_id for w in writes if w.expected_version != self.version_of(w.user_id)]
+        for write in [] if conflicts else writes:
+            user = self.users.setdefault(write.user_id, Known())
+            user.version = -1  # a new one, that the store chooses
+            user.events += zip(np.asarray(write.items).tolist(), np.asarray(write.timestamps).tolist(), strict=True)
+            user.request_ids = tuple(write.request_ids)[-REQUEST_IDS:]
+            user.records |= write.records
+            user.generation = max(write.records, default=user.generation)
+        return conflicts
+
+    def version_of(self, user_id: str) -> int:
+        return self.users[user_id].version if user_id in self.users else 0
+
+
+VERSIONS = ["right"] * 10 + ["zero", "stale"]
+EVENT_COUNTS = [0, 1, 2, CHUNK_EVENTS - 1, CHUNK_EVENTS, CHUNK_EVENTS, EVENTS]
+RECORDS = [{}, {1: b"one"}, {2: b"two"}, {1: b"ONE", 300: b""}, {2: b"long" * 1500}]
+REQUEST_ID_COUNTS = [0, 1, REQUEST_IDS + 3]
+
+
+class Change(NamedTuple):
+    """What one user's part of a commit is made from, before there is a version or an item table."""
+
+    version: str
+    events: int
+    records: dict[int, bytes]
+    request_ids: int
+    seed: int
+
+    @classmethod
+    def of(cls, number: int) -> Change:
+        """The change with a number: one number is drawn much faster than five parts."""
+        choices = []
+        for options in (VERSIONS, EVENT_COUNTS, RECORDS, REQUEST_ID_COUNTS):
+            number, index = divmod(number, len(options))
+            choices.append(options[index])
+        return cls(*choices, seed=number)
+
+
+batches = st.dictionaries(st.sampled_from(USERS), st.integers(0, 2**20).map(Change.of), min_size=1, max_size=3)
+positions = st.integers(0, 3 * EVENTS)
+
+
+class StoreMachine(RuleBasedStateMachine):
+    """Whatever happens, the store holds what the model holds."""
+
+    def __init__(self, harness: type[Harness]) -> None:
+        super().__init__()
+        self.cleanup = ExitStack()
+        self.harness = harness(self.cleanup.enter_context(fresh_directory()))
+        self.store: StateStore = self.harness.open()
+        self.model = Model()
+        self.versions = {0}  # all ever given
+
+    def teardown(self) -> None:
+        with self.cleanup:
+            self.store.close()
+            assert self.harness.problems() == []
+
+    @initialize()
+    def start(self) -> None:
+        self.add_items(list(ITEMS[:6]))
+
+    # -- writes --------------------------------------------------------------------------------------------------------
+
+    @rule(item_ids=st.lists(st.sampled_from(ITEMS), max_size=4))
+    def add_items(self, item_ids: list[str]) -> None:
+        self.model.items += [item for item in dict.fromkeys(item_ids) if item not in self.model.items]
+        numbers = self.store.add_items(item_ids)
+        assert numbers.tolist() == [self.model.items.index(item) for item in item_ids]
+
+    @rule(bundle=st.sampled_from(["one", "two", "three"]))
+    def add_generation(self, bundle: str) -> None:
+        self.model.bundles += [bundle] if bundle not in self.model.bundles else []
+        assert self.store.add_generation(bundle) == self.model.bundles.index(bundle) + 1
+
+    @rule(batch=batches)
+    def commit_more(self, batch: dict[str, Change]) -> None:
+        """A rule of its own, as commits are what makes the rest interesting."""
+        self.commit(batch)
+
+    @rule(batch=batches)
+    def commit(self, batch: dict[str, Change]) -> None:
+        writes = self.writes(batch)
+        conflicts = self.model.commit(writes)
+        assert sorted(self.store.commit(writes)) == sorted(conflicts)
+        self.take_new_versions()
+
+    @rule(user_id=st.sampled_from(USERS))
+    def delete(self, user_id: str) -> None:
+        known = self.model.users.pop(user_id, None)
+        assert self.store.delete(user_id) == (None if known is None else len(known.events))
+
+    @rule(generation=st.sampled_from(GENERATIONS))
+    def drop_records(self, generation: int) -> None:
+        dropped = [user.records.pop(generation, None) for user in self.model.users.values()]
+        assert self.store.drop_records(generation) == sum(record is not None for record in dropped)
+
+    @precondition(lambda self: self.harness.durable)
+    @rule()
+    def reopen(self) -> None:
+        self.store.close()
+        self.store = self.harness.open()
+
+    # -- crashes -------------------------------------------------------------------------------------------------------
+
+    @precondition(lambda self: self.harness.durable)
+    @rule(batch=batches, percent=st.integers(0, 99))
+    def crash_in_a_commit(self, batch: dict[str, Change], percent: int) -> None:
+        writes = self.writes(batch)
+        steps = sum(2 + len(write.records) + len(write.items) // CHUNK_EVENTS for write in writes) + 2
+        self.crash(steps * percent // 100, lambda: self.store.commit(writes), lambda after: after.commit(writes))
+
+    @precondition(lambda self: self.harness.durable and self.model.users)
+    @rule(number=st.integers(0, len(USERS) - 1), percent=st.integers(0, 99))
+    def crash_in_a_deletion(self, number: int, percent: int) -> None:
+        user_id, known = list(self.model.users.items())[number % len(self.model.users)]
+        steps = 2 + len(known.records) + len(known.events) // CHUNK_EVENTS + 2
+        self.crash(steps * percent // 100, lambda: self.store.delete(user_id), lambda after: after.users.pop(user_id))
+
+    def crash(self, step: int, write: Callable[[], object], in_model: Callable[[Model], object]) -> None:
+        """After a crash before a step, the store holds all of the write or nothing; after a return, all of it.
+
+        The rules above guess how many steps there are, so that about every step comes up.
+        """
+        after = deepcopy(self.model)
+        in_model(after)
+        try:
+            with self.harness.at_step(step, self.harness.crash):
+                write()
+            self.model = after
+        except Crash:
+            self.store = self.harness.recover(self.store)
+            self.model = self.model if self.unchanged() else after
+        self.take_new_versions()
+
+    def unchanged(self) -> bool:
+        """Whether the store has the versions of the model. `everything_agrees` compares the rest."""
+        stored = zip(USERS, self.store.get_many(USERS, 1), strict=True)
+        versions = {user_id: user.head.version for user_id, user in stored if user}
+        return versions == {user_id: known.version for user_id, known in self.model.users.items()}
+
+    # -- reads ---------------------------------------------------------------------------------------------------------
+
+    @rule(user_id=st.sampled_from(USERS), start=positions, stop=st.none() | positions)
+    def read_a_part_of_a_history(self, user_id: str, start: int, stop: int | None) -> None:
+        known = self.model.users.get(user_id, Known())
+        assert pairs(self.store.history(user_id, start, stop)) == known.events[start:stop]
+
+    @invariant()
+    def everything_agrees(self) -> None:
+        model, store = self.model, self.store
+        assert store.item_ids(range(len(model.items))) == model.items
+        numbers = [model.items.index(item) if item in model.items else -1 for item in ITEMS]
+        assert store.find_items(ITEMS).tolist() == numbers
+        assert list(store.generations()) == model.bundles
+        stats = store.stats()
+        assert (stats.users, stats.items) == (len(model.users), len(model.items))
+        parts = [set(store.scan(partition, 2)) for partition in range(2)]
+        assert parts[0] | parts[1] == set(model.users) and not parts[0] & parts[1]
+        for generation in GENERATIONS:
+            for user_id, stored in zip(USERS, store.get_many(USERS, generation), strict=True):
+                known = model.users.get(user_id)
+                assert stored == (known and (known.head, known.records.get(generation)))
+        for user_id in USERS:
+            known = model.users.get(user_id)
+            view = store.ranking_view(user_id, 2, 4)
+            events = known.events if known else []
+            seen = sorted({item for item, _ in events})
+            assert pairs(store.history(user_id)) == events
+            assert store.seen(user_id).tolist() == seen
+            assert (view is None) == (known is None)
+            if known and view:
+                record = known.records.get(2)
+                assert (view.history_count, view.record) == (len(events), record and record[:4])
+                assert sorted(set(view.seen.tolist())) == seen
+
+    # -- helpers -------------------------------------------------------------------------------------------------------
+
+    def writes(self, batch: dict[str, Change]) -> list[Write]:
+        writes = []
+        for user_id, change in batch.items():
+            right = self.model.version_of(user_id)
+            # stale: of an earlier moment, maybe of an earlier life
+            version = {"right": right, "zero": 0, "stale": max(self.versions - {right}, default=1)}[change.version]
+            random = np.random.default_rng(change.seed)
+            some = random.permutation(len(self.model.items))[:2]  # few, so that seen sets differ
+            items = random.choice(some, change.events).astype(np.uint32)
+            times = random.integers(-(2**63), 2**63 - 1, change.events, endpoint=True)
+            request_ids = random.integers(0, 2**64 - 1, change.request_ids, np.uint64, endpoint=True).tolist()
+            writes.append(Write(user_id, version, change.records, items, times, request_ids))
+        return writes
+
+    def take_new_versions(self) -> None:
+        """Versions of what was just written were never given before; the model learns them."""
+        new = [user_id for user_id, known in self.model.users.items() if known.version < 0]
+        found = {stored.head.version for stored in self.store.get_many(new, 1) if stored}
+        assert not found & self.versions
+        self.versions |= found
+        for user_id, stored in zip(new, self.store.get_many(new, 1), strict=True):
+            assert stored is not None
+            self.model.users[user_id].version = stored.head.version
+
+
+def pairs(events: tuple[Any, Any]) -> list[tuple[int, int]]:
+    items, timestamps = events
+    assert items.dtype == np.uint32 and timestamps.dtype == np.int64
+    return list(zip(items.tolist(), timestamps.tolist(), strict=True))
+
+
+@pytest.mark.parametrize(
+    ("name", "examples"),
+    [(name, 30) for name in HARNESSES] + [pytest.param(name, 1000, marks=pytest.mark.slow) for name in DURABLE],
+)
+def test_store_holds_what_the_model_holds(name: str, examples: int) -> None:
+    run_state_machine_as_test(
+        lambda: StoreMachine(HARNESSES[name]),
+        settings=settings(
+            max_examples=examples,
+            stateful_step_count=20,
+            deadline=None,
+            suppress_health_check=[HealthCheck.too_slow],
+        ),
+    )

@@ -1,0 +1,99 @@
+"""Configs: invalid values are refused by name, and files of earlier versions can be read."""
+
+from __future__ import annotations
+
+from dataclasses import fields
+
+import pytest
+
+from dman_train.config import PRESETS, ConfigError, DataConfig, ModelConfig, TrainConfig, from_dict, to_dict
+
+INVALID: list[tuple[type, str, object]] = [
+    (ModelConfig, "architecture", "plain"),
+    (ModelConfig, "variant", "lstm"),
+    (ModelConfig, "segment_length", 0),
+    (ModelConfig, "memory_slots", 0),
+    (ModelConfig, "layers", 17),
+    (ModelConfig, "width", 3),
+    (ModelConfig, "heads", 3),
+    (ModelConfig, "heads", 0),
+    (ModelConfig, "ffn_multiplier", -1),
+    (ModelConfig, "long_term", "light"),
+    (ModelConfig, "dropout", 1.0),
+    (ModelConfig, "dropout", float("nan")),
+    (ModelConfig, "routing", "shared"),
+    (ModelConfig, "routing_iterations", 0),
+    (ModelConfig, "routing_softmax", "both"),
+    (TrainConfig, "loss", "bce"),
+    (TrainConfig, "negatives", 0),
+    (TrainConfig, "memory_training", "off"),
+    (TrainConfig, "backprop_segments", 5),
+    (TrainConfig, "abstraction_every", 0),
+    (TrainConfig, "seen_items", "forget"),
+    (TrainConfig, "abstraction_weight", -1.0),
+    (TrainConfig, "lanes", 0),
+    (TrainConfig, "lanes", 2.5),
+    (TrainConfig, "learning_rate", -0.1),
+    (TrainConfig, "learning_rate", "fast"),
+    (TrainConfig, "abstraction_learning_rate", float("inf")),
+    (TrainConfig, "warmup_steps", -1),
+    (TrainConfig, "final_learning_rate", 1.5),
+    (TrainConfig, "weight_decay", -1e-9),
+    (TrainConfig, "gradient_clip", -1.0),
+    (TrainConfig, "ema_decay", 1.0),
+    (TrainConfig, "precision", "float16"),
+    (TrainConfig, "epochs", 0),
+    (TrainConfig, "epochs", True),
+    (TrainConfig, "patience", 0),
+    (TrainConfig, "evaluation_users", -1),
+    (TrainConfig, "random_first_segment", "maybe"),
+    (TrainConfig, "seed", -1),
+    (DataConfig, "min_user_events", -1),
+    (DataConfig, "min_item_events", -1),
+]
+
+
+@pytest.mark.parametrize(("config", "name", "value"), INVALID, ids=lambda x: getattr(x, "__name__", repr(x)))
+def test_config_error_names_the_field(config: type, name: str, value: object) -> None:
+    with pytest.raises(ConfigError, match=name):
+        config(**{name: value})
+
+
+def test_invalid_values_are_tried_for_every_field() -> None:
+    known = {(c, f.name) for c in (ModelConfig, TrainConfig) for f in fields(c)}
+    assert {(c, name) for c, name, _ in INVALID if c is not DataConfig} == known
+
+
+def test_alternating_training_refuses_to_go_back_over_several_segments() -> None:
+    with pytest.raises(ConfigError, match="needs memory_training 'joint'"):
+        TrainConfig(memory_training="alternating", backprop_segments=2)
+
+
+def test_paper_config_refuses_several_heads() -> None:
+    with pytest.raises(ConfigError, match="heads to 1"):
+        ModelConfig(architecture="paper", heads=2)
+
+
+def test_paper_config_refuses_a_merged_memory() -> None:
+    with pytest.raises(ConfigError, match="long_term to 'gated'"):
+        ModelConfig(architecture="paper", heads=1, long_term="merged")
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_config_survives_json(preset: str) -> None:
+    model, train = PRESETS[preset].model, PRESETS[preset].train
+    assert from_dict(ModelConfig, to_dict(model), where="here") == model
+    assert from_dict(TrainConfig, to_dict(train), where="here") == train
+
+
+def test_config_from_dict_refuses_unknown_fields() -> None:
+    with pytest.raises(ConfigError, match=r"config\.json: unknown ModelConfig field depth"):
+        from_dict(ModelConfig, {"depth": 3}, where="config.json")
+
+
+def test_config_of_an_earlier_version_is_read_if_it_means_the_same() -> None:
+    assert from_dict(ModelConfig, to_dict(ModelConfig(layers=3)) | {"residual": "gated"}, where="here") == ModelConfig(
+        layers=3
+    )
+    with pytest.raises(ConfigError, match=r"run/config\.json: residual 'plain' is no longer supported.*; train again"):
+        from_dict(ModelConfig, {"residual": "plain"}, where="run/config.json")

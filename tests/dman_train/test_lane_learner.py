@@ -1,0 +1,268 @@
+"""What a lane carries between segments, against replays of whole histories, and eq. 5 as a step computes it."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from conftest import PAPER, TINY, TINY_ITEMS, random_model
+from torch import Tensor
+from traced_log import EVENTS, OFFSETS
+
+from dman_runtime.data.evaluation import HeldOut
+from dman_train.config import ModelConfig, TrainConfig
+from dman_train.data import TrainingData
+from dman_train.lane_learner import LaneLearner, LaneState
+from dman_train.lanes import Batch, Lanes
+from dman_train.learner import StepInputs
+from dman_train.model import DMAN
+from dman_train.replay import replay
+
+
+def lanes_of(lanes: int, *, vary_first: bool = True) -> Lanes:
+    return Lanes(EVENTS, OFFSETS, segment_length=5, lanes=lanes, vary_first=vary_first, seed=0)
+
+
+SETTINGS = {"alternating": TrainConfig(loss="full", memory_training="alternating")} | {
+    f"joint-{n}": TrainConfig(loss="full", memory_training="joint", backprop_segments=n) for n in (1, 2, 3, 4)
+}
+
+
+def learner_of(model: DMAN, config: TrainConfig) -> LaneLearner:
+    """Of any data: the tests give batches and states themselves."""
+    nothing_held_out = HeldOut(np.zeros(0, np.int64), [], np.zeros(0, np.int64))
+    data = TrainingData(EVENTS, OFFSETS, np.ones(model.vocabulary, np.int64), nothing_held_out)
+    return LaneLearner(model, replace(config, lanes=1), data)
+
+
+def inputs_of(batch: Batch) -> StepInputs:
+    arrays = (batch.items, batch.targets, batch.lengths, batch.starts, batch.users)
+    return StepInputs(*map(torch.from_numpy, arrays), negatives=None, seen_before=None)
+
+
+def one_lane(items: Tensor, length: int, *, start: bool) -> StepInputs:
+    """Inputs that are their own targets, in one lane or, with one length and start for all, in several."""
+    lanes = len(items)
+    lengths, starts = torch.full((lanes,), length), torch.full((lanes,), start)
+    return StepInputs(items, items, lengths, starts, torch.zeros(lanes, dtype=torch.int64), None, None)
+
+
+def settled_memory(model: DMAN, state: LaneState) -> Tensor:
+    """(B, L, m, D) after every absorption that is still due."""
+    memory = torch.where(state.initial[:, None, None, None], model.initial_memory, state.memory)
+    for hidden, lengths in zip(state.absorbed, state.absorbed_lengths, strict=True):
+        due = (lengths > 0)[:, None, None, None]
+        memory = torch.where(due, model.abstract(memory, hidden, lengths), memory)
+    return memory
+
+
+@pytest.mark.parametrize("config", SETTINGS.values(), ids=SETTINGS.keys())
+@pytest.mark.parametrize("variant", ["dman", "fifo", "xl", "nran"])
+@torch.no_grad()
+def test_lane_state_equals_replay_of_the_prefix(variant: str, config: TrainConfig) -> None:
+    """After each full segment of a lane: same memory, same context, hence the same user embeddings."""
+    model = random_model(replace(TINY, variant=variant), int(OFFSETS[-1]))
+    learner, schedule = learner_of(model, config), lanes_of(3, vary_first=False)
+    state, seen = LaneState.empty(model, 3, config.backprop_segments), [[], [], []]
+    prefixes, found = [], []  # and what the lane held after each: memory, context, context length
+    for _ in range(30):
+        batch = next(schedule)
+        _, state = learner.step(inputs_of(batch), state)
+        memory = settled_memory(model, state)
+        for lane in range(3):
+            inputs = batch.items[lane, : batch.lengths[lane]].tolist()
+            seen[lane] = inputs if batch.starts[lane] else seen[lane] + inputs
+            if len(seen[lane]) % 5 == 0:
+                prefixes.append(np.array(seen[lane]))
+                found.append((memory[lane], state.context[lane], state.context_lengths[lane]))
+    assert sum(len(prefix) > 15 for prefix in prefixes) > 5, "histories of four segments and more are compared"
+    memories, contexts, context_lengths = (torch.stack(tensors) for tensors in zip(*found, strict=True))
+    expected = replay(model, prefixes)[1]
+    torch.testing.assert_close(memories, expected, rtol=1e-4, atol=2e-5)
+    probe = np.array([1, 2, 3])
+    visible = context_lengths if model.config.recurrent else torch.zeros_like(context_lengths)
+    new = model.embed(torch.from_numpy(probe)).expand(len(prefixes), -1, -1)
+    users = model.encode(new, contexts, visible, expected).user_embedding[:, -1]
+    of_replay, _ = replay(model, [np.append(prefix, probe) for prefix in prefixes])
+    torch.testing.assert_close(users, of_replay, rtol=1e-4, atol=2e-5)
+
+
+@torch.no_grad()
+def test_lane_memory_absorbs_a_short_first_segment_by_its_real_rows() -> None:
+    model = random_model(TINY, TINY_ITEMS)
+    learner, state = learner_of(model, SETTINGS["alternating"]), LaneState.empty(model, 1, 1)
+    items = torch.randint(TINY_ITEMS, (3, 1, 5), generator=torch.Generator().manual_seed(1))
+    for step, length in enumerate((2, 5, 5)):
+        _, state = learner.step(one_lane(items[step], length, start=step == 0), state)
+    first = model.encode(
+        model.embed(items[0, :, :2]), torch.zeros(1, 2, 0, 32), torch.tensor([0]), model.initial_memory[None]
+    )
+    memory = model.abstract(
+        model.initial_memory[None], torch.nn.functional.pad(first.hidden, (0, 0, 3, 0)), torch.tensor([2])
+    )
+    second = model.encode(model.embed(items[1]), first.hidden, torch.tensor([2]), model.initial_memory[None])
+    expected = model.abstract(memory, second.hidden)
+    torch.testing.assert_close(settled_memory(model, state), expected, rtol=1e-4, atol=2e-5)
+
+
+@pytest.mark.parametrize("config", SETTINGS.values(), ids=SETTINGS.keys())
+@torch.no_grad()
+def test_lane_restart_forgets_everything(config: TrainConfig) -> None:
+    model = random_model(TINY, int(OFFSETS[-1]))
+    learner, schedule = learner_of(model, config), lanes_of(2)
+    state = LaneState.empty(model, 2, config.backprop_segments)
+    for _ in range(12):
+        _, state = learner.step(inputs_of(next(schedule)), state)
+    batch = next(schedule)
+    inputs = inputs_of(replace(batch, starts=np.array([True, True])))
+    used, _ = learner.step(inputs, state)
+    fresh, _ = learner.step(inputs, LaneState.empty(model, 2, config.backprop_segments))
+    assert torch.equal(used.likelihood, fresh.likelihood)
+    assert used.abstraction_count == fresh.abstraction_count == 0
+
+
+def test_lane_state_carries_no_gradient() -> None:
+    model = random_model(TINY, int(OFFSETS[-1])).train()
+    learner, schedule = learner_of(model, SETTINGS["joint-3"]), lanes_of(2)
+    state = LaneState.empty(model, 2, 3)
+    for _ in range(8):
+        _, state = learner.step(inputs_of(next(schedule)), state)
+        assert not any(tensor.requires_grad for tensor in state.state_dict().values())
+
+
+@pytest.mark.parametrize("config", SETTINGS.values(), ids=SETTINGS.keys())
+@torch.no_grad()
+def test_lane_memory_follows_the_initial_slots_until_it_is_settled(config: TrainConfig) -> None:
+    """While the absorptions that are due fit into the window, the chain starts from the learned slots of now."""
+    model = random_model(TINY, TINY_ITEMS)
+    state, window = LaneState.empty(model, 1, config.backprop_segments), config.backprop_segments
+    learner, items = learner_of(model, config), torch.arange(5)[None]
+    for step in range(window + 1):  # the first segment is now the oldest of the window
+        _, state = learner.step(one_lane(items, 5, start=step == 0), state)
+    assert state.absorbed_lengths[:, 0].tolist() == [5] * window
+    assert state.initial.all()
+    _, state = learner.step(one_lane(items, 5, start=False), state)
+    assert not state.initial.any()
+
+
+@pytest.mark.parametrize("config", SETTINGS.values(), ids=SETTINGS.keys())
+@torch.no_grad()
+def test_abstraction_loss_is_about_the_newest_absorption_and_real_positions(config: TrainConfig) -> None:
+    """Old and new memory are those of replays that end a segment apart; the last segment has three events."""
+    model, random = random_model(TINY, TINY_ITEMS), np.random.default_rng(0)
+    learner, history = learner_of(model, config), random.integers(0, TINY_ITEMS, 28)
+    state = LaneState.empty(model, 1, config.backprop_segments)
+    for start in range(0, 28, 5):
+        items, length = np.zeros((1, 5), np.int64), min(5, 28 - start)
+        items[0, :length] = history[start : start + length]
+        batch = Batch(items, items, *map(np.array, ([length], [start == 0], [0], [start])))
+        losses, after = learner.step(inputs_of(batch), state)
+        before, state = state, after
+    old, new = (replay(model, [history[:end]])[1] for end in (20, 25))
+    last = model.embed(torch.from_numpy(history[25:]))[None]
+    expected = model.abstraction_loss(
+        old_memory=old,
+        new_memory=new,
+        hidden=before.absorbed[-1],
+        lengths=torch.tensor([5]),
+        memory_queries=model.encode(last, before.context, torch.tensor([5]), new).memory_queries,
+        query_mask=torch.ones(1, 3, dtype=torch.bool),
+    )
+    assert losses.abstraction_count == 3
+    torch.testing.assert_close(losses.abstraction, expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("config", SETTINGS.values(), ids=SETTINGS.keys())
+def test_abstraction_loss_of_every_nth_lane_is_that_of_these_lanes_alone(config: TrainConfig) -> None:
+    model, schedule = random_model(TINY, int(OFFSETS[-1])), lanes_of(6, vary_first=False)
+    every, third = (learner_of(model, replace(config, abstraction_every=n)) for n in (1, 3))
+    state, compared = LaneState.empty(model, 6, config.backprop_segments), 0
+    for _ in range(30):
+        batch = next(schedule)
+        losses, after = third.step(inputs_of(batch), state)
+        chosen = LaneState(
+            **{name: x[:, ::3] if name.startswith("absorbed") else x[::3] for name, x in state.state_dict().items()}
+        )
+        expected, _ = every.step(inputs_of(batch.pieces(slice(None, None, 3))), chosen)
+        assert losses.abstraction_count == expected.abstraction_count
+        torch.testing.assert_close(losses.abstraction, expected.abstraction, rtol=1e-5, atol=1e-6)
+        _assert_same_f_abs_gradients(model, losses.abstraction, expected.abstraction)
+        state, compared = after, compared + int(losses.abstraction_count > 0)
+    assert compared > 5
+
+
+def _assert_same_f_abs_gradients(model: DMAN, *losses: Tensor) -> None:
+    weights = model.abstraction_parameters()
+    found = [torch.autograd.grad(loss, weights, allow_unused=True, materialize_grads=True) for loss in losses]
+    torch.testing.assert_close(found[0], found[1], rtol=1e-3, atol=1e-5)
+
+
+@torch.no_grad()
+def test_losses_count_real_positions_only() -> None:
+    model = random_model(TINY, TINY_ITEMS)
+    learner, lengths = learner_of(model, SETTINGS["alternating"]), torch.tensor([3, 5])
+    items = torch.randint(TINY_ITEMS, (2, 5), generator=torch.Generator().manual_seed(0))
+    state, starts = LaneState.empty(model, 2, 1), torch.tensor([True, True])
+    users = torch.zeros(2, dtype=torch.int64)
+    losses, after = learner.step(StepInputs(items, items, lengths, starts, users, None, None), state)
+    padded = items.clone()
+    padded[0, 3:] = 9
+    other, _ = learner.step(StepInputs(padded, padded, lengths, starts, users, None, None), state)
+    assert losses.likelihood_count == 8
+    torch.testing.assert_close(losses.likelihood, other.likelihood)
+    for row, length in enumerate((3, 5)):
+        assert torch.equal(after.context[row, 0, 5 - length :], model.embed(items[row, :length]))
+        assert not after.context[row, :, : 5 - length].any()
+
+
+# Gradients
+
+GATED = replace(TINY, long_term="gated")
+
+
+def gradients(model: DMAN, config: TrainConfig, *, abstraction: bool) -> set[str]:
+    """Parameters that eq. 5 (or eq. 9) gives a gradient in any of 5 steps of one lane."""
+    learner = learner_of(model, config)
+    state, random = LaneState.empty(model, 2, config.backprop_segments), np.random.default_rng(0)
+    reached: set[str] = set()
+    for step in range(5):
+        items = torch.from_numpy(random.integers(0, TINY_ITEMS, (2, 5)))
+        lengths, starts = torch.tensor([5, 5 if step else 2]), torch.tensor([step == 0] * 2)
+        inputs = StepInputs(items, items.roll(1, 1), lengths, starts, lengths, None, None)
+        losses, state = learner.step(inputs, state)
+        loss = losses.abstraction if abstraction else losses.likelihood
+        if loss.requires_grad:
+            model.zero_grad()
+            loss.backward()
+            reached |= {n for n, p in model.named_parameters() if p.grad is not None and bool(p.grad.abs().any())}
+    return reached
+
+
+def names(model: DMAN, *, abstraction: bool) -> set[str]:
+    return {n for n, _ in model.named_parameters() if n.startswith("abstraction.") is abstraction}
+
+
+ALTERNATING = TrainConfig(loss="full", memory_training="alternating", abstraction_every=1)
+JOINT = [replace(ALTERNATING, memory_training="joint", backprop_segments=n) for n in (1, 2, 3, 4)]
+
+
+@pytest.mark.parametrize("config", [ALTERNATING, *JOINT], ids=["alternating", "1", "2", "3", "4"])
+@pytest.mark.parametrize("architecture", [TINY, GATED, PAPER], ids=["merged", "gated", "paper"])
+def test_abstraction_loss_reaches_f_abs_only(architecture: ModelConfig, config: TrainConfig) -> None:
+    model = random_model(architecture, TINY_ITEMS).train()
+    assert gradients(model, config, abstraction=True) == names(model, abstraction=True)
+
+
+@pytest.mark.parametrize("architecture", [TINY, GATED], ids=["merged", "gated"])
+def test_likelihood_reaches_everything_but_f_abs_when_alternating(architecture: ModelConfig) -> None:
+    model = random_model(architecture, TINY_ITEMS).train()
+    assert gradients(model, ALTERNATING, abstraction=False) == names(model, abstraction=False)
+    assert "initial_memory" in names(model, abstraction=False)
+
+
+@pytest.mark.parametrize("config", JOINT, ids=["1", "2", "3", "4"])
+def test_likelihood_reaches_f_abs_when_joint(config: TrainConfig) -> None:
+    model = random_model(TINY, TINY_ITEMS).train()
+    assert gradients(model, config, abstraction=False) == {n for n, _ in model.named_parameters()}
