@@ -9,12 +9,13 @@ def main() -> int:
     """Runs the command; where a library is missing, one line says what to install."""
     try:
         from dman_runtime.cli import main as run
+
+        return run()  # each command imports what only it needs
     except ModuleNotFoundError as error:
         if (error.name or "").partition(".")[0] in ("dman_runtime", "protos", "sdk"):
             raise
         print(f"error: dman-runtime needs {error.name}; pip install 'dman[runtime]'", file=sys.stderr)
         return 2
-    return run()
 
 
 if __name__ == "__main__":
