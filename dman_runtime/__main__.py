@@ -14,7 +14,8 @@ def main() -> int:
     except ModuleNotFoundError as error:
         if (error.name or "").partition(".")[0] in ("dman_runtime", "protos", "sdk"):
             raise
-        print(f"error: dman-runtime needs {error.name}; pip install 'dman[runtime]'", file=sys.stderr)
+        remedy = "install dman with its extra `runtime`, in a checkout: pip install '.[runtime]'"
+        print(f"error: dman-runtime needs {error.name}; {remedy}", file=sys.stderr)
         return 2
 
 

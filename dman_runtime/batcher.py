@@ -261,7 +261,7 @@ class Batcher:
             self._queue.extendleft(reversed([job for job in jobs if not job.result.done()]))
 
     def _each_alone(self, jobs: Sequence[_Job]) -> None:
-        """After a failure of jobs in company: each by itself, so that only the one at fault fails."""
+        """After a failure of several jobs together: runs each by itself, so that only the one at fault fails."""
         for job in jobs:
             try:
                 if job.updates:

@@ -77,9 +77,9 @@ def served_ranks(address: str, data: HeldOut, item_ids: list[str]) -> np.ndarray
             user_id = f"user {row}"
             client.update(user_id, [item_ids[item] for item in history])
             target = item_ids[data.targets[row]]
-            for place, item in enumerate(client.recommend(user_id, k=K), start=1):
+            for rank, item in enumerate(client.recommend(user_id, k=K), start=1):
                 if str(item.item_id) == target:
-                    ranks[row] = place
+                    ranks[row] = rank
     return ranks
 
 

@@ -104,9 +104,9 @@ def run_load(load: Load, *, processes: int = 1) -> dict[str, list[Block]]:
     return run_in_processes(load.plan, functools.partial(_operations, load), processes)
 
 
-def _operations(load: Load, stack: ExitStack, place: int, names: Sequence[str]) -> list[Operation]:
+def _operations(load: Load, stack: ExitStack, thread: int, names: Sequence[str]) -> list[Operation]:
     """The operations of one client thread, each thread with its own connections and its own random choices."""
-    chooser = random.Random(place)
+    chooser = random.Random(thread)
     target, echo = (stack.enter_context(connect(address)) for address in (load.target, load.echo))
     choose_user = functools.partial(chooser.choice, load.users)
     choose_item = functools.partial(chooser.choice, load.items)

@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import struct
 import zlib
-from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -148,10 +147,6 @@ def split_events(tail: NDArray[np.void], new: NDArray[np.void]) -> tuple[list[ND
     events = np.concatenate([tail, new]) if len(tail) else new
     full = len(events) // CHUNK_EVENTS * CHUNK_EVENTS
     return [events[start : start + CHUNK_EVENTS] for start in range(0, full, CHUNK_EVENTS)], events[full:]
-
-
-def with_request_ids(head: Head, request_ids: Sequence[int]) -> Head:
-    return head._replace(request_ids=tuple(request_ids)[-REQUEST_IDS:])
 
 
 def _with_checksum(body: bytes) -> bytes:

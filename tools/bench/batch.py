@@ -84,7 +84,7 @@ def import_speed(bench: Bench) -> Section:
     recorder.replay()  # warm, as the import now is
     times = [(_import(bench, log, encoder, events)[0], recorder.replay()) for _ in range(bench.sizes.import_repeats)]
     share = Spread(tuple(bare / whole for whole, bare in times))
-    speed, bare_speed = (Spread(tuple(events / pair[place] for pair in times)) for place in (0, 1))
+    speed, bare_speed = (Spread(tuple(events / pair[which] for pair in times)) for which in (0, 1))
     runs = sum(graph == encoder.encode for graph, _ in recorder.calls)
     measured = f"{share.median:.2f}x ({speed.median:.0f} by {bare_speed.median:.0f})"
     return Section(
@@ -141,7 +141,7 @@ def cuda(bench: Bench) -> Section:
         for new in (1, bench.bundle.manifest.state.segment_length):
             arrays = _segment(bench, batch, new)
             pairs = [(_run_seconds(on_cuda, arrays), _run_seconds(on_cpu, arrays)) for _ in range(CUDA_REPEATS)]
-            cuda_ms, cpu_ms = (Spread(tuple(1000 * pair[place] for pair in pairs)) for place in (0, 1))
+            cuda_ms, cpu_ms = (Spread(tuple(1000 * pair[which] for pair in pairs)) for which in (0, 1))
             gain = Spread(tuple(cpu / gpu for gpu, cpu in pairs))
             rows.append([str(batch), str(new), str(cuda_ms), str(cpu_ms), str(gain)])
     return Section(

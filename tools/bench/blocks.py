@@ -148,7 +148,7 @@ def interleave(
 
     Ends early after `seconds`, or when `before_block` says so by False. The warm-up has as many seconds to itself.
     """
-    by_name = {one.name: [operations[place] for operations in threads] for place, one in enumerate(threads[0])}
+    by_name = {one.name: [operations[index] for operations in threads] for index, one in enumerate(threads[0])}
     blocks: dict[str, list[Block]] = {name: [] for name in by_name}
     with ExitStack() as stack:
         pool = stack.enter_context(ThreadPoolExecutor(len(threads))) if len(threads) > 1 else None

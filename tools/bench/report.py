@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import platform
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -13,6 +13,7 @@ from typing import Any
 import psutil
 
 from dman_runtime.model.bundle import Bundle
+from dman_runtime.options import print_json
 from tools.bench.blocks import Block, p50s, summary
 
 HOW_TO_READ = (
@@ -128,6 +129,16 @@ def write_report(path: Path, facts: dict[str, str], command: str, sections: Sequ
         *(section.markdown() for section in sections),
     ]
     write_page(path, parts)
+
+
+def show(path: Path, facts: dict[str, str], sections: Sequence[Section], *, as_json: bool) -> None:
+    """Prints the claims of a report that was written to `path`."""
+    claims = [claim for section in sections for claim in section.claims]
+    print(claims_table(claims))
+    print(f"wrote {path}")
+    if as_json:
+        found = {section.title: section.data for section in sections}
+        print_json({"facts": facts, "claims": [asdict(claim) for claim in claims], "sections": found})
 
 
 def write_page(path: Path, parts: Sequence[str]) -> None:

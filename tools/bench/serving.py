@@ -80,7 +80,7 @@ def history_length(bench: Bench) -> Section:
         with connect(server.address) as channel:
             add_events(channel, {name: bench.history(name, count) for name, count in lengths.items()})
 
-        def opened(stack: ExitStack, place: int, names: Sequence[str]) -> list[Operation]:
+        def opened(stack: ExitStack, thread: int, names: Sequence[str]) -> list[Operation]:
             echo, target = (stack.enter_context(connect(address)) for address in (bench.echo, server.address))
             by_user = {name: recommend_operation(target, functools.partial(str, name), k=K) for name in lengths}
             return [echo_operation(echo), *(replace(by_user[name], name=name) for name in names[1:])]

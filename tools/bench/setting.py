@@ -3,18 +3,24 @@
 from __future__ import annotations
 
 import functools
+import os
 import random
+import tempfile
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+from dman_runtime.errors import UsageError
 from dman_runtime.model.bundle import Bundle
+from dman_runtime.options import Parser
 from tools.bench.servers import Running, connect, dman_server
 from tools.loadgen import add_events
 
 K = 10
 CLIENTS = 8  # threads where throughput is measured
+BUSY_LOAD = 0.5  # processes, on average of a minute, before the run
 
 
 @dataclass(frozen=True)
@@ -45,6 +51,48 @@ QUICK = Sizes(
     memory_requests=200,
     memory_repeats=1,
 )
+
+
+def bench_parser(module: str, description: str, out: Path) -> Parser:
+    """The options that every bench command has."""
+    p = Parser(prog=f"python -m {module}", description=description)
+    p.flag("--bundle", type=Path, default=Path("bundle"), help="bundle directory")
+    p.add_argument("--out", type=Path, default=out, help="the report")
+    p.add_argument("--quick", action="store_true", help="few and short: does everything work? Not for quoting")
+    p.add_argument("--provider", choices=["auto", "cuda", "cpu"], default="auto", help="where servers run the graphs")
+    p.add_argument(
+        "--scratch", type=Path, default=Path(), help="where temporary state goes; updates are as durable as its disk"
+    )
+    p.add_argument("--json", action="store_true", help="print the result as JSON on the last line")
+    return p
+
+
+@contextmanager
+def scratch_directory(where: Path) -> Iterator[Path]:
+    """A temporary directory in `where`. Raises UsageError."""
+    try:
+        scratch = tempfile.TemporaryDirectory(prefix=".bench-", dir=where)
+    except OSError as error:
+        raise UsageError(
+            f"cannot write to {where}: {error.strerror}", "choose another directory", parameter="scratch"
+        ) from None
+    with scratch as directory:
+        yield Path(directory).resolve()
+
+
+class Clock:
+    """How long a bench run took, and whether the machine was quiet before."""
+
+    def __init__(self) -> None:
+        self._began, self._load_before = time.monotonic(), os.getloadavg()[0]
+
+    def facts(self, *, quick: bool) -> dict[str, str]:
+        quiet = "" if self._load_before < BUSY_LOAD else "; the machine was busy: do not quote"
+        seconds = f"{time.monotonic() - self._began:.0f} s"
+        return {
+            "load average, before and after": f"{self._load_before:.2f}, {os.getloadavg()[0]:.2f}{quiet}",
+            "duration": f"{seconds} (--quick: too short to quote)" if quick else seconds,
+        }
 
 
 @dataclass(frozen=True)

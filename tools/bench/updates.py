@@ -37,7 +37,7 @@ def durable_updates(bench: Bench) -> Section:
         bare = _bare_commit(opened_here, bench.scratch / "bare", record_bytes)
         own = _store_commit(opened_here, bench, record_bytes)
 
-        def opened(stack: ExitStack, place: int, names: Sequence[str]) -> list[Operation]:
+        def opened(stack: ExitStack, thread: int, names: Sequence[str]) -> list[Operation]:
             chooser = random.Random(0)
             echo, target = (stack.enter_context(connect(address)) for address in (bench.echo, server.address))
             choose_user = functools.partial(chooser.choice, users)
@@ -93,12 +93,12 @@ def _bare_commit(stack: ExitStack, path: Path, record_bytes: Sequence[int]) -> O
     env = stack.enter_context(lmdb.open(str(path), lib_version=0, map_size=1 << 30, readahead=False))
     chooser = random.Random(1)
     with env.begin(write=True) as txn:
-        for place, size in enumerate(record_bytes):
-            txn.put(b"%d" % place, bytes(size))
+        for user, size in enumerate(record_bytes):
+            txn.put(b"%d" % user, bytes(size))
 
     def prepare() -> tuple[bytes, bytes]:
-        place = chooser.randrange(len(record_bytes))
-        return b"%d" % place, chooser.randbytes(record_bytes[place])
+        user = chooser.randrange(len(record_bytes))
+        return b"%d" % user, chooser.randbytes(record_bytes[user])
 
     def commit(request: tuple[bytes, bytes]) -> bool:
         with env.begin(write=True) as txn:
@@ -113,14 +113,14 @@ def _store_commit(stack: ExitStack, bench: Bench, record_bytes: Sequence[int]) -
     store.add_items(bundle.items.item_ids)
     generation = store.add_generation(bundle.bundle_id)
 
-    def write(place: int, events: int) -> Write:
-        (user,) = store.get_many([str(place)], generation)
+    def write(user: int, events: int) -> Write:
+        (stored,) = store.get_many([str(user)], generation)
         items = np.array([chooser.randrange(bundle.manifest.vocabulary) for _ in range(events)], np.int64)
-        record = chooser.randbytes(record_bytes[place])
-        version = user.head.version if user else 0
-        return Write(str(place), version, {generation: record}, items, np.ones(events, np.int64))
+        record = chooser.randbytes(record_bytes[user])
+        version = stored.head.version if stored else 0
+        return Write(str(user), version, {generation: record}, items, np.ones(events, np.int64))
 
-    store.commit([write(place, bench.sizes.events) for place in range(len(record_bytes))])
+    store.commit([write(user, bench.sizes.events) for user in range(len(record_bytes))])
     return Operation(
         "the store's own commit",
         lambda: write(chooser.randrange(len(record_bytes)), 1),

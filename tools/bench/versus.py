@@ -7,44 +7,32 @@ Ratios are this checkout by the other one. A missed target is a line in the repo
 
 from __future__ import annotations
 
-import os
 import signal
 import sys
-import tempfile
-import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 
 from dman_runtime.errors import UsageError
 from dman_runtime.model.bundle import open_bundle
-from dman_runtime.options import Parser, print_json, run_command
+from dman_runtime.options import Parser, run_command
 from dman_runtime.requests import MAX_EVENTS
 from tools.bench.checkouts import Checkout
 from tools.bench.comparison import OTHER, THIS, Comparison, calls, imports, what_ifs
-from tools.bench.report import HOW_TO_READ, Section, claims_table, machine, sizes_of, table, write_page
+from tools.bench.report import HOW_TO_READ, Section, claims_table, machine, show, sizes_of, table, write_page
 from tools.bench.servers import ROOT
-from tools.bench.setting import QUICK, Bench, Sizes
+from tools.bench.setting import QUICK, Bench, Clock, Sizes, bench_parser, scratch_directory
 from tools.bench.stored import stored_sizes
 from tools.bench.whatif import Effort
 
 MEASUREMENTS: tuple[Callable[[Comparison], list[Section]], ...] = (calls, imports, what_ifs, stored_sizes)
 IMPORT_USERS, QUICK_IMPORT_USERS = 6000, 1000  # the import must take longer than the start of the command
-BUSY_LOAD = 0.5  # processes, on average of a minute, before the run
 
 
 def _parser() -> Parser:
-    p = Parser(prog="python -m tools.bench.versus", description="Compare this checkout with another one.")
-    p.add_argument("--other", type=Path, required=True, help="directory of the other checkout")
-    p.flag("--bundle", type=Path, default=Path("bundle"), help="bundle directory; both checkouts serve it")
-    p.add_argument("--out", type=Path, default=Path("reports/foundation.md"), help="the report")
-    p.add_argument("--quick", action="store_true", help="few and short: does everything work? Not for quoting")
+    p = bench_parser("tools.bench.versus", "Compare this checkout with another one.", Path("reports/foundation.md"))
+    p.add_argument("--other", type=Path, required=True, help="directory of the other checkout; both serve the bundle")
     p.add_argument("--what-if-events", type=int, default=MAX_EVENTS, help="events in one what-if")
-    p.add_argument("--provider", choices=["auto", "cuda", "cpu"], default="auto", help="where servers run the graphs")
-    p.add_argument(
-        "--scratch", type=Path, default=Path(), help="where temporary state goes; updates are as durable as its disk"
-    )
-    p.add_argument("--json", action="store_true", help="print the result as JSON on the last line")
     return p
 
 
@@ -57,32 +45,18 @@ def _main(argv: Sequence[str] | None) -> int:
     checkouts = {OTHER: Checkout.at(arguments.other), THIS: Checkout.at(ROOT)}
     bundle, sizes = open_bundle(arguments.bundle.resolve()), QUICK if arguments.quick else Sizes()
     effort = replace(Effort.of(sizes), events=arguments.what_if_events)
-    began, load_before = time.monotonic(), os.getloadavg()[0]
-    try:
-        scratch = tempfile.TemporaryDirectory(prefix=".bench-", dir=arguments.scratch)
-    except OSError as error:
-        raise UsageError(
-            f"cannot write to {arguments.scratch}: {error.strerror}", "choose another directory", parameter="scratch"
-        ) from None
-    sections: list[Section] = []
-    with scratch as directory:
-        bench = Bench(bundle, Path(directory).resolve(), arguments.provider, sizes, echo="")
+    clock, sections = Clock(), list[Section]()
+    with scratch_directory(arguments.scratch) as scratch:
+        bench = Bench(bundle, scratch, arguments.provider, sizes, echo="")
         comparison = Comparison(bench, checkouts, effort, QUICK_IMPORT_USERS if arguments.quick else IMPORT_USERS)
         facts = {f"{side} checkout": checkout.commit() for side, checkout in checkouts.items()}
         facts |= machine(bench.scratch) | sizes_of(bundle) | {"provider": arguments.provider}
         for measure in MEASUREMENTS:
             print(f"{(measure.__doc__ or '').splitlines()[0]} ...", flush=True)
             sections += measure(comparison)
-    quiet = "" if load_before < BUSY_LOAD else "; the machine was busy: do not quote"
-    facts["load average, before and after"] = f"{load_before:.2f}, {os.getloadavg()[0]:.2f}{quiet}"
-    facts["duration"] = f"{time.monotonic() - began:.0f} s{' (--quick: too short to quote)' * arguments.quick}"
+    facts |= clock.facts(quick=arguments.quick)
     _write(arguments.out, facts, sections)
-    claims = [claim for section in sections for claim in section.claims]
-    print(claims_table(claims))
-    print(f"wrote {arguments.out}")
-    if arguments.json:
-        found = {section.title: section.data for section in sections}
-        print_json({"facts": facts, "claims": [asdict(claim) for claim in claims], "sections": found})
+    show(arguments.out, facts, sections, as_json=arguments.json)
     return 0
 
 
