@@ -43,7 +43,8 @@ def run_without(library: str, *arguments: str) -> subprocess.CompletedProcess[st
 def test_missing_library_is_one_line_that_says_what_to_install(library: str, arguments: list[str]) -> None:
     done = run_without(library, *arguments)
     assert (done.returncode, done.stdout) == (2, "")
-    assert done.stderr == f"error: dman-runtime needs {library}; pip install 'dman[runtime]'\n"
+    remedy = "install dman with its extra `runtime`, in a checkout: pip install '.[runtime]'"
+    assert done.stderr == f"error: dman-runtime needs {library}; {remedy}\n"
 
 
 def test_missing_module_of_our_own_is_no_matter_of_installing() -> None:

@@ -36,7 +36,7 @@ def refusal(bundle: Path, state: Path, *options: str) -> str:
     return errors[0]
 
 
-@pytest.mark.parametrize("workers", ["1", "2"])
+@pytest.mark.parametrize("workers", ["1", pytest.param("2", marks=pytest.mark.slow)])
 def test_port_in_use_is_refused_with_the_address_and_the_remedy(
     tiny_bundle: Path, tmp_path: Path, workers: str
 ) -> None:
@@ -47,6 +47,7 @@ def test_port_in_use_is_refused_with_the_address_and_the_remedy(
     assert message.endswith("stop the other server or choose another port (--port)")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("workers", ["1", "2"])
 @pytest.mark.parametrize("other_workers", ["1", "2"])
 def test_port_of_another_dman_server_is_not_shared(
@@ -58,6 +59,7 @@ def test_port_of_another_dman_server_is_not_shared(
     assert f"cannot listen on {address}" in message
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("workers", ["1", "2"])
 def test_port_is_free_again_right_after_a_crash(tiny_bundle: Path, tmp_path: Path, workers: str) -> None:
     """Connections that the dead server closed linger in TIME_WAIT for a minute; they do not hold the port."""
@@ -73,7 +75,7 @@ def test_port_is_free_again_right_after_a_crash(tiny_bundle: Path, tmp_path: Pat
         assert client.user("anna").event_count == 1
 
 
-@pytest.mark.parametrize("workers", ["1", "2"])
+@pytest.mark.parametrize("workers", ["1", pytest.param("2", marks=pytest.mark.slow)])
 def test_unusable_state_directory_is_refused(tiny_bundle: Path, tmp_path: Path, workers: str) -> None:
     (tmp_path / "file").write_text("not a directory")
     for state in (tmp_path / "file", tmp_path / "file" / "state", Path("/proc/dman-state")):
@@ -111,7 +113,7 @@ def test_bundle_with_an_edited_manifest_is_refused(copied_bundle: Path, tmp_path
     assert "damaged or was edited" in refusal(copied_bundle, tmp_path / "state")
 
 
-@pytest.mark.parametrize("workers", ["1", "2"])
+@pytest.mark.parametrize("workers", ["1", pytest.param("2", marks=pytest.mark.slow)])
 def test_bundle_of_another_format_version_is_refused(copied_bundle: Path, tmp_path: Path, workers: str) -> None:
     manifest = json.loads((copied_bundle / MANIFEST).read_text())
     (copied_bundle / MANIFEST).write_text(json.dumps({**manifest, "format_version": 2, "new": 1}))
@@ -149,7 +151,7 @@ def test_impossible_option_is_refused_with_its_range(
     assert message.endswith(f" ({option})")
 
 
-@pytest.mark.parametrize("workers", ["1", "2"])
+@pytest.mark.parametrize("workers", ["1", pytest.param("2", marks=pytest.mark.slow)])
 def test_bundle_whose_golden_replay_does_not_repeat_is_refused(
     copied_bundle: Path, tmp_path: Path, workers: str
 ) -> None:
