@@ -9,13 +9,14 @@ def main() -> int:
     """Runs the command; where a library is missing, one line says what to install."""
     try:
         from dman_runtime.cli import main as run
+
+        return run()  # each command imports what only it needs
     except ModuleNotFoundError as error:
         if (error.name or "").partition(".")[0] in ("dman_runtime", "protos", "sdk"):
             raise
         remedy = "install dman with its extra `runtime`, in a checkout: pip install '.[runtime]'"
         print(f"error: dman-runtime needs {error.name}; {remedy}", file=sys.stderr)
         return 2
-    return run()
 
 
 if __name__ == "__main__":

@@ -27,7 +27,6 @@ from dman_runtime.requests import (
     Update,
     UpdateOutcome,
     UserInfo,
-    check_item_ids,
     check_query,
     check_update,
     check_user_id,
@@ -149,16 +148,12 @@ class Engine:
         if request is not None and request in user.request_ids:
             return UpdateOutcome(user.event_count, user.history_count, 0, unknown, duplicate=True)
         if update.item_ids:
-            numbers = self._numbers_of(update.item_ids) if unknown else self._numbers[indices]
+            numbers = self.store.add_items(update.item_ids) if unknown else self._numbers[indices]
             times = np.array(update.timestamps or [0] * len(numbers), np.int64)
             self.append(user, numbers, times)
             if request is not None:
                 user.request_ids.append(request)
         return UpdateOutcome(user.event_count, user.history_count, len(indices), unknown, duplicate=False)
-
-    def _numbers_of(self, item_ids: Sequence[str]) -> np.ndarray:
-        check_item_ids(item_ids)
-        return self.store.add_items(item_ids)
 
     # -- recommendations -------------------------------------------------------------------------------------------
 

@@ -72,17 +72,13 @@ def check_update(update: Update) -> None:
     check_user_id(update.user_id)
     if len(update.item_ids) > MAX_EVENTS:
         raise RequestError(f"{len(update.item_ids)} events in one update", f"send at most {MAX_EVENTS} at a time")
+    for item_id in update.item_ids:
+        if (problem := id_problem(item_id)) is not None:
+            raise RequestError(f"item id {item_id!r:.80} {problem}", RULE)
     if len(update.timestamps) not in (0, len(update.item_ids)):
         raise RequestError("timestamps do not match the items", "send one per item, or none")
     if len(update.request_id) * 4 > MAX_REQUEST_ID_BYTES < len(update.request_id.encode()):
         raise RequestError(f"request_id is longer than {MAX_REQUEST_ID_BYTES} bytes", "use a UUID")
-
-
-def check_item_ids(item_ids: Sequence[str]) -> None:
-    """Raises RequestError for item ids that cannot be stored."""
-    for item_id in item_ids:
-        if (problem := id_problem(item_id)) is not None:
-            raise RequestError(f"item id {item_id!r:.80} {problem}", RULE)
 
 
 def check_query(query: Query) -> None:

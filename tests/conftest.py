@@ -1,4 +1,4 @@
-"""What the test files share: a tiny model and its bundles, a small log, a trained run, a running server."""
+"""What the test files share: a tiny model, its bundles and generations, stores, a log, a trained run, a server."""
 
 from __future__ import annotations
 
@@ -7,11 +7,13 @@ import os
 import shutil
 import subprocess
 import sys
+import tempfile
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, replace
 from pathlib import Path
+from typing import Any
 
 os.environ["OMP_NUM_THREADS"] = "1"  # several threads collapse when the cores are busy; small matrices need none
 for name in [name for name in os.environ if name.startswith("DMAN_")]:
@@ -22,7 +24,12 @@ import pytest
 import torch
 
 from dman_runtime.data.interactions import ItemInfo
-from dman_runtime.model.bundle import MANIFEST, read_manifest
+from dman_runtime.model.bundle import GOLDEN, ITEMS, MANIFEST, items_jsonl, read_manifest, sha256
+from dman_runtime.model.generation import Generation
+from dman_runtime.serving.config import ServeConfig
+from dman_runtime.store.base import StateStore
+from dman_runtime.store.lmdb import LmdbStore
+from dman_runtime.store.memory import MemoryStore
 from dman_train import train
 from dman_train.config import ModelConfig
 from dman_train.export import export_bundle
@@ -36,6 +43,9 @@ MOVIELENS = ROOT.parent / "shared" / "data" / "ml-1m"
 TINY = ModelConfig(width=32, heads=2, segment_length=5, memory_slots=4, layers=2, dropout=0.1)
 PAPER = replace(TINY, architecture="paper", heads=1, long_term="gated")
 TINY_ITEMS = 60
+LATER = replace(TINY, width=24, segment_length=4, memory_slots=3)
+LATER_FIRST, LATER_ITEMS = 31, 50  # items "31" to "80"
+STORES = ("memory", "lmdb")
 
 
 def random_model(config: ModelConfig, vocabulary: int, *, seed: int = 0) -> DMAN:
@@ -48,17 +58,17 @@ def random_model(config: ModelConfig, vocabulary: int, *, seed: int = 0) -> DMAN
     return model.eval()
 
 
-def vocabulary_of(size: int) -> Vocabulary:
-    """Integer item ids 1..size with titles; item i was trained on i times."""
-    ids = [str(i) for i in range(1, size + 1)]
+def vocabulary_of(size: int, *, first: int = 1) -> Vocabulary:
+    """Integer item ids from `first` on, with titles; the n-th item was trained on n times."""
+    ids = [str(i) for i in range(first, first + size)]
     infos = {i: ItemInfo(f"Title {i}", {"genre": "odd" if int(i) % 2 else "even"}) for i in ids}
     return Vocabulary(ids, True, np.arange(1, size + 1), infos)
 
 
-def export_tiny(model: DMAN, path: Path) -> Path:
+def export_tiny(model: DMAN, path: Path, *, first: int = 1, state_dtype: str = "float16") -> Path:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        export_bundle(model, vocabulary_of(model.vocabulary), path)
+        export_bundle(model, vocabulary_of(model.vocabulary, first=first), path, state_dtype=state_dtype)
     return path
 
 
@@ -80,6 +90,21 @@ def rewrite_manifest(bundle: Path, **changes: object) -> None:
     (bundle / MANIFEST).write_text(json.dumps(asdict(manifest)))
 
 
+def change_golden(bundle: Path, name: str, factor: float) -> None:
+    """Multiplies an array of the golden replay, and makes checksum and bundle id fit again."""
+    with np.load(bundle / GOLDEN) as arrays:
+        changed = {key: arrays[key] for key in arrays.files}
+    changed[name] = changed[name] * np.float32(factor)
+    np.savez(bundle / GOLDEN, **changed)
+    change_file_entry(bundle, GOLDEN)
+
+
+def change_file_entry(bundle: Path, name: str) -> None:
+    """Makes the manifest fit a file that was changed."""
+    entry = {"sha256": sha256(bundle / name), "bytes": (bundle / name).stat().st_size}
+    rewrite_manifest(bundle, files=read_manifest(bundle).files | {name: entry})
+
+
 @pytest.fixture(scope="session")
 def exact_bundle(tiny_bundle: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """`tiny_model` with float32 states, where splits differ by arithmetic only."""
@@ -87,6 +112,69 @@ def exact_bundle(tiny_bundle: Path, tmp_path_factory: pytest.TempPathFactory) ->
     shutil.copytree(tiny_bundle, path)
     rewrite_manifest(path, state=replace(read_manifest(path).state, dtype="float32"))
     return path
+
+
+@pytest.fixture(scope="session")
+def later_bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A newer model of other sizes, with float32 states. It knows half of the items of `exact_bundle`, and others.
+
+    Takes seconds to export: `renamed_bundle` serves where another catalogue is enough.
+    """
+    model = random_model(LATER, LATER_ITEMS, seed=1)
+    return export_tiny(model, tmp_path_factory.mktemp("later") / "bundle", first=LATER_FIRST, state_dtype="float32")
+
+
+@pytest.fixture(scope="session")
+def renamed_bundle(exact_bundle: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """`exact_bundle` for the items "21" to "80"."""
+    path = Path(shutil.copytree(exact_bundle, tmp_path_factory.mktemp("renamed") / "bundle"))
+    entries = [{"item_id": str(n), "events": n} for n in range(21, 21 + TINY_ITEMS)]
+    (path / ITEMS).write_text(items_jsonl(entries))
+    change_file_entry(path, ITEMS)
+    return path
+
+
+@pytest.fixture(scope="session")
+def tiny(tiny_bundle: Path) -> Generation:
+    return Generation.open(tiny_bundle, provider="cpu")
+
+
+@pytest.fixture(scope="session")
+def exact(exact_bundle: Path) -> Generation:
+    return Generation.open(exact_bundle, provider="cpu")
+
+
+@pytest.fixture(scope="session")
+def later(later_bundle: Path) -> Generation:
+    return Generation.open(later_bundle, provider="cpu")
+
+
+@pytest.fixture(scope="session")
+def renamed(renamed_bundle: Path) -> Generation:
+    return Generation.open(renamed_bundle, provider="cpu")
+
+
+@contextmanager
+def new_store(kind: str) -> Iterator[StateStore]:
+    """An empty store of a kind in STORES; nothing of it is left afterwards."""
+    if kind == "memory":
+        with MemoryStore() as store:
+            yield store
+    else:
+        with tempfile.TemporaryDirectory() as path, LmdbStore.open(path, map_size=32 << 20) as store:
+            yield store
+
+
+def ids(items: Iterable[int]) -> list[str]:
+    """External ids of item indices of the tiny bundles."""
+    return [str(int(item) + 1) for item in items]
+
+
+def assert_close(found: Any, expected: Any, tolerance: float) -> None:
+    """Equal up to `tolerance` times the expected values, both in root mean square."""
+    found, expected = np.asarray(found, np.float64), np.asarray(expected, np.float64)
+    assert found.shape == expected.shape
+    assert np.linalg.norm(found - expected) <= tolerance * np.linalg.norm(expected)
 
 
 @pytest.fixture(scope="session")
@@ -103,6 +191,15 @@ def trained_run(small_log: Path, tmp_path_factory: pytest.TempPathFactory) -> Pa
     options = ["--preset", "tiny", "--epochs", "1", "--lanes", "16", "--threads", "1"]
     assert train.main(["--data", str(small_log), "--run", str(path), *options]) == 0
     return path
+
+
+def serve_config(bundle: Path, state: Path, **options: Any) -> ServeConfig:
+    """One worker on a free loopback port."""
+    config = ServeConfig(
+        bundle=bundle, state=state, host="127.0.0.1", port=0, provider="cpu", workers=1, threads=8, encoder_threads=1,
+        max_concurrent=64, map_size_mib=256, grace=5.0,
+    )  # fmt: skip
+    return replace(config, **options)
 
 
 @contextmanager

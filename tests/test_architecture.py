@@ -1,4 +1,4 @@
-"""What keeps the parts apart: imports, what a process loads, generated code."""
+"""What keeps the parts apart: imports, what a process loads, sizes, generated code."""
 
 from __future__ import annotations
 
@@ -12,7 +12,6 @@ import pytest
 from conftest import ROOT
 
 OURS = ("protos", "sdk", "dman_runtime", "dman_train", "tools", "tests")
-SERVING = ("batcher", "cli", "engine", "serving", "api", "store")  # of dman_runtime; training needs none of them
 
 
 def modules(package: str) -> list[Path]:
@@ -21,33 +20,68 @@ def modules(package: str) -> list[Path]:
     return found
 
 
-def imports(file: Path) -> set[str]:
-    """Full dotted names that a file imports anywhere, also inside functions and under TYPE_CHECKING."""
-    found = set()
+def import_groups(file: Path) -> list[list[str]]:
+    """Full dotted names that a file imports anywhere, also inside functions and under TYPE_CHECKING.
+
+    One group for each name it binds: of `from a import b`, "a" and "a.b", as b may be a module or not.
+    """
+    found = []
     for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
         if isinstance(node, ast.Import):
-            found |= {alias.name for alias in node.names}
+            found += [[alias.name] for alias in node.names]
         elif isinstance(node, ast.ImportFrom):
+            base = node.module or ""
             if node.level:  # relative: from the package of the file
                 package = file.relative_to(ROOT).parent.parts
                 base = ".".join(package[: len(package) - node.level + 1] + tuple(filter(None, [node.module])))
-            else:
-                base = node.module or ""
-            found |= {base, *(f"{base}.{alias.name}" for alias in node.names)}
+            found += [[base, f"{base}.{alias.name}"] for alias in node.names]
     return found
+
+
+def imports(file: Path) -> set[str]:
+    return {name for group in import_groups(file) for name in group}
 
 
 def imports_of(package: str) -> dict[Path, set[str]]:
     return {file: imports(file) for file in modules(package)}
 
 
+def dotted(file: Path) -> str:
+    """The name by which a module is imported."""
+    return ".".join(file.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
+
+
+def within(name: str, *packages: str) -> bool:
+    return any(name == package or name.startswith(f"{package}.") for package in packages)
+
+
 def importers(package: str, library: str) -> set[str]:
-    """Modules of a package that import a library or something in it."""
+    """Modules of a package, named from the package on, that import a library or something in it."""
     return {
-        file.stem
+        dotted(file).removeprefix(f"{package}.")
         for file, names in imports_of(package).items()
-        if any(name == library or name.startswith(f"{library}.") for name in names)
+        if any(within(name, library) for name in names)
     }
+
+
+def import_graph(*packages: str) -> dict[str, set[str]]:
+    """Which modules of these packages each of them imports. `from package import module` counts for the module only."""
+    files = {dotted(file): file for package in packages for file in modules(package)}
+    graph = {}
+    for name, file in files.items():
+        longest = [max((one for one in group if one in files), key=len, default=name) for group in import_groups(file)]
+        graph[name] = set(longest) - {name}
+    return graph
+
+
+def reachable(graph: dict[str, set[str]], start: str) -> set[str]:
+    """What `start` imports, directly or through others."""
+    found, todo = set[str](), [start]
+    while todo:
+        for name in graph[todo.pop()] - found:
+            found.add(name)
+            todo.append(name)
+    return found
 
 
 # -- layers ----------------------------------------------------------------------------------------------------------
@@ -66,19 +100,94 @@ def test_package_depends_only_on_those_below_it(package: str) -> None:
     assert used <= ALLOWED[package]
 
 
-def test_training_uses_no_part_of_the_server() -> None:
-    forbidden = {f"dman_runtime.{module}" for module in SERVING}
-    for file, names in imports_of("dman_train").items():
-        assert not {".".join(name.split(".")[:2]) for name in names} & forbidden, file.name
+# Each part of dman_runtime, and the parts that it may import.
+LAYERS = {
+    "errors": set(),
+    "data": {"errors"},
+    "requests": {"data", "errors"},
+    "retrieval": set(),
+    "model": {"data", "errors", "retrieval"},
+    "store": {"data", "errors"},
+    "opened": {"model", "requests", "store"},
+    "engine": {"errors", "model", "opened", "requests", "retrieval", "store"},
+    "batcher": {"engine", "errors", "model", "opened", "requests"},
+    "api": {"batcher", "engine", "errors", "requests"},
+    "options": {"errors"},
+    "jobs": {"data", "engine", "errors", "model", "retrieval", "store"},
+    "serving": {"api", "batcher", "engine", "errors", "model", "options", "store"},
+    "cli": {"data", "engine", "errors", "jobs", "model", "options", "requests", "serving", "store"},
+    "__main__": {"cli"},
+}
+
+
+def test_every_part_of_the_runtime_has_its_layer() -> None:
+    parts = {dotted(file).split(".")[1] for file in modules("dman_runtime") if dotted(file) != "dman_runtime"}
+    assert parts == set(LAYERS)
+
+
+@pytest.mark.parametrize("part", LAYERS)
+def test_part_of_the_runtime_imports_only_the_layers_below_it(part: str) -> None:
+    used = set()
+    for file, names in imports_of("dman_runtime").items():
+        if within(dotted(file), f"dman_runtime.{part}"):
+            used |= {name.split(".")[1] for name in names if name.startswith("dman_runtime.")}
+    assert used - {part} <= LAYERS[part]
+
+
+def test_what_answers_requests_knows_the_interface_of_stores_and_no_store() -> None:
+    """`serving` and commands choose one."""
+    found = {
+        dotted(file): name
+        for file, names in imports_of("dman_runtime").items()
+        if dotted(file).split(".")[-1] in ("engine", "opened", "batcher", "recommender", "importing")
+        for name in names
+        if within(name, "dman_runtime.store") and not within(name, "dman_runtime.store", "dman_runtime.store.base")
+    }
+    assert found == {}
+    assert importers("dman_runtime", "dman_runtime.store.lmdb") == {"cli", "jobs.inspecting", "serving.app"}
+    assert importers("dman_runtime", "dman_runtime.store.memory") == set()  # for tests
+
+
+def test_nothing_but_the_command_imports_the_server() -> None:
+    outside = {name for name in importers("dman_runtime", "dman_runtime.serving") if not within(name, "serving")}
+    assert outside == {"cli"}
+
+
+TRAINING_MAY_IMPORT = ("data", "errors", "jobs.evaluating", "model", "options", "retrieval")
+
+
+def test_training_imports_only_what_it_shares_with_the_runtime() -> None:
+    graph = import_graph("dman_runtime", "dman_train")
+    allowed = [f"dman_runtime.{name}" for name in TRAINING_MAY_IMPORT]
+    found = {
+        f"{module} imports {name}"
+        for module, names in graph.items()
+        for name in names
+        if within(module, "dman_train") and within(name, "dman_runtime") and not within(name, *allowed)
+    }
+    assert found == set()
+
+
+def test_training_reaches_no_part_of_the_server_not_even_through_others() -> None:
+    graph = import_graph("dman_runtime", "dman_train", "protos")
+    reached = set().union(*(reachable(graph, name) for name in graph if within(name, "dman_train")))
+    serving = [f"dman_runtime.{name}" for name in ("engine", "batcher", "api", "serving", "store", "cli")]
+    assert {name for name in reached if within(name, *serving, "protos")} == set()
 
 
 @pytest.mark.parametrize(
     ("library", "only"),
     [
-        ("onnxruntime", {"encoder"}),
-        ("lmdb", {"lmdb"}),
-        ("protos.dman.v1.dman_pb2", {"recommender"}),
-        ("grpc", {"server", "recommender"}),
+        ("onnxruntime", {"model.encoder"}),
+        ("lmdb", {"store.environment", "store.lmdb"}),
+        ("protos.dman.v1.dman_pb2", {"api.recommender"}),
+        ("protos.dman.v1.dman_pb2_grpc", {"api.recommender", "serving.app"}),
+        ("google", set()),
+        ("grpc", {"api.recommender", "serving.app"}),
+        ("grpc_health", {"serving.app"}),
+        ("grpc_reflection", {"serving.app"}),
+        ("multiprocessing", {"serving.supervisor", "serving.worker"}),
+        ("tqdm", {"jobs.evaluating", "jobs.importing", "jobs.scoring"}),
         ("torch", set()),
         ("sdk", set()),
         ("matplotlib", set()),
@@ -88,31 +197,25 @@ def test_library_is_imported_by_its_own_module_only(library: str, only: set[str]
     assert importers("dman_runtime", library) == only
 
 
-def test_engine_knows_neither_grpc_nor_files() -> None:
-    names = imports(ROOT / "dman_runtime" / "engine.py")
+def test_log_files_are_read_by_the_data_part_and_scores_written_by_their_job() -> None:
+    assert {name.split(".")[0] for name in importers("dman_runtime", "pyarrow") - {"jobs.scoring"}} == {"data"}
+
+
+@pytest.mark.parametrize("module", ["engine", "opened", "requests", "batcher"])
+def test_what_answers_requests_knows_neither_grpc_nor_files(module: str) -> None:
+    names = imports(ROOT / "dman_runtime" / f"{module}.py")
     assert not {name.partition(".")[0] for name in names} & {"grpc", "protos", "pathlib", "os", "onnxruntime", "lmdb"}
 
 
 def test_no_module_imports_itself_through_others() -> None:
-    """No import cycle within a package of ours, deferred imports and those of types included."""
-    files = {".".join(f.relative_to(ROOT).with_suffix("").parts): f for p in ALLOWED for f in modules(p)}
-    graph = {name: {n for n in imports(file) if n in files and n != name} for name, file in files.items()}
-    assert [sorted(circle) for circle in circles(graph)] == []
+    """No import cycle within or between packages of ours, deferred imports and those of types included."""
+    graph = import_graph(*ALLOWED)
+    assert sorted(name for name in graph if name in reachable(graph, name)) == []
 
 
-def circles(graph: dict[str, set[str]]) -> list[set[str]]:
-    """Groups of modules of which each can reach each other."""
-
-    def reached(start: str) -> set[str]:
-        found, todo = set[str](), [start]
-        while todo:
-            for name in graph[todo.pop()] - found:
-                found.add(name)
-                todo.append(name)
-        return found
-
-    reach = {name: reached(name) for name in graph}
-    return [{other for other in reach[name] if name in reach[other]} for name in graph if name in reach[name]]
+def test_an_import_cycle_would_be_found() -> None:
+    graph = {"a": {"b"}, "b": {"c"}, "c": {"b"}, "d": {"a"}}
+    assert sorted(name for name in graph if name in reachable(graph, name)) == ["b", "c"]
 
 
 def test_serving_process_loads_no_heavy_library_that_it_does_not_need(tiny_bundle: Path, tmp_path: Path) -> None:
@@ -120,14 +223,15 @@ def test_serving_process_loads_no_heavy_library_that_it_does_not_need(tiny_bundl
 import json, sys
 from pathlib import Path
 from dman_runtime import cli
-from dman_runtime.serving.server import ServeConfig, Server
+from dman_runtime.serving.app import App
+from dman_runtime.serving.config import ServeConfig
 config = ServeConfig(bundle=Path(sys.argv[1]), state=Path(sys.argv[2]), host="127.0.0.1", port=0, provider="cpu",
                      workers=1, threads=2, encoder_threads=1, max_concurrent=8, map_size_mib=64, grace=1.0)
-with Server(config) as server:
+with App(config) as app:
     import grpc
     from protos.dman.v1 import dman_pb2 as pb
     from protos.dman.v1.dman_pb2_grpc import RecommenderStub
-    with grpc.insecure_channel(f"127.0.0.1:{server.port}") as channel:
+    with grpc.insecure_channel(f"127.0.0.1:{app.port}") as channel:
         stub = RecommenderStub(channel)
         stub.Update(pb.UpdateRequest(user_id="u", events=[pb.Event(item_id="1")]), timeout=30)
         stub.Recommend(pb.RecommendRequest(user_id="u"), timeout=30)
@@ -149,6 +253,30 @@ def test_supervisor_and_help_load_no_serving_library() -> None:
         [sys.executable, "-c", script], capture_output=True, text=True, timeout=60, cwd=ROOT, check=True
     )
     assert done.stdout.strip() == "[]"
+
+
+# -- sizes -----------------------------------------------------------------------------------------------------------
+
+LINES_OF_A_MODULE, LINES_OF_A_FUNCTION = 350, 50
+BOUNDED = ("dman_runtime", "dman_train", "sdk")
+
+
+@pytest.mark.parametrize("package", BOUNDED)
+def test_no_module_is_too_long(package: str) -> None:
+    lines = {dotted(file): len(file.read_text(encoding="utf-8").splitlines()) for file in modules(package)}
+    assert {name: count for name, count in lines.items() if count > LINES_OF_A_MODULE} == {}
+
+
+@pytest.mark.parametrize("package", BOUNDED)
+def test_no_function_is_too_long(package: str) -> None:
+    found = {}
+    for file in modules(package):
+        for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+                lines = (node.end_lineno or node.lineno) - node.lineno + 1
+                if lines > LINES_OF_A_FUNCTION:
+                    found[f"{dotted(file)}.{node.name}"] = lines
+    assert found == {}
 
 
 # -- generated code --------------------------------------------------------------------------------------------------

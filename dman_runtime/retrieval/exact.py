@@ -14,7 +14,7 @@ SCORES_PER_BLOCK = 4 << 20  # scores held at a time: 16 MB
 
 
 def top_k(scores: np.ndarray, k: int, *, exclude: np.ndarray = NO_ITEMS) -> Hits:
-    """The k best of (N) scores, best first, ties by position. `scores` is overwritten where excluded.
+    """The k best of (N) scores, best first, ties by position. `scores` is overwritten where excluded or not finite.
 
     Excluded and non-finite ones never appear.
     """
@@ -23,6 +23,9 @@ def top_k(scores: np.ndarray, k: int, *, exclude: np.ndarray = NO_ITEMS) -> Hits
     chosen = np.flatnonzero(scores >= _lower_bound(scores, k)) if rest else np.arange(len(scores))
     best = scores[chosen]
     order = np.argsort(-best, kind="stable")[:k]  # equal scores stay in order of position
+    if rest and (len(best) < k or best[order[0]] == np.inf):  # NaN or infinity takes the place of others
+        scores[~np.isfinite(scores)] = -np.inf
+        return top_k(scores, k)
     if rest == 0 or best[order[-1]] == -np.inf:
         order = order[np.isfinite(best[order])]
     return Hits(chosen[order], best[order])

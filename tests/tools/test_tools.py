@@ -126,6 +126,7 @@ def test_summary_percentiles_and_ratios_are_those_of_the_samples() -> None:
 # -- load generator --------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("processes", [1, 2])
 def test_loadgen_has_no_errors_and_every_counted_update_is_stored(
     address: str, processes: int, tiny_bundle: Path, capsys: pytest.CaptureFixture[str]
@@ -146,6 +147,7 @@ def test_loadgen_has_no_errors_and_every_counted_update_is_stored(
     assert sum(stored) == users * events + WARM_UP_CALLS * concurrency + result["update"]["count"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("processes", [1, 2])
 def test_loadgen_without_a_bundle_takes_its_items_from_the_server_and_stops_in_time(
     address: str, processes: int, capsys: pytest.CaptureFixture[str]
@@ -170,6 +172,7 @@ def test_loadgen_reports_errors_by_status_and_fails(
     assert result["recommend"]["errors"] == {"INVALID_ARGUMENT": 20} and result["recommend"]["p50"] is None
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("processes", [1, 2])
 def test_loadgen_with_hardly_any_time_still_ends_in_a_table(
     address: str, processes: int, capsys: pytest.CaptureFixture[str]
@@ -240,6 +243,7 @@ def test_echo_server_ends_with_the_process_that_started_it() -> None:
 # -- benchmark -------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_bench_quick_measures_every_section_and_leaves_nothing_behind(
     tiny_bundle: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -261,6 +265,7 @@ def test_bench_quick_measures_every_section_and_leaves_nothing_behind(
     assert list(scratch.iterdir()) == [] and list(report.parent.iterdir()) == [report]
 
 
+@pytest.mark.slow
 def test_bench_training_compares_dman_with_every_system(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     log, page, threads = tmp_path / "log.parquet", tmp_path / "reports" / "training.md", torch.get_num_threads()
     assert generate.main(["--users", "40", "--output", str(log), "--items", str(tmp_path / "items.csv")]) == 0
@@ -291,6 +296,7 @@ def test_bench_without_a_bundle_says_how_to_make_one(tmp_path: Path, capsys: pyt
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.slow
 def test_durable_updates_makes_no_claim_when_an_update_seems_faster_than_its_commit(
     tiny_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

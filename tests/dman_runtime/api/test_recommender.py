@@ -1,4 +1,4 @@
-"""The gRPC service in a real server: health, reflection, and the status of every request that cannot be served."""
+"""The gRPC service in a real server: replies, and the status of every request that cannot be served."""
 
 from __future__ import annotations
 
@@ -11,33 +11,29 @@ from pathlib import Path
 from typing import Any
 
 import grpc
+import numpy as np
 import pytest
-from grpc_health.v1 import health_pb2, health_pb2_grpc
-from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
+from conftest import serve_config
 
 from dman_runtime.api.recommender import MAX_BATCH, MAX_LISTED_IDS, RecommenderService
 from dman_runtime.batcher import Batcher
-from dman_runtime.engine import MAX_EVENTS, MAX_K, MAX_REQUEST_ID_BYTES, Engine
+from dman_runtime.engine import Engine
 from dman_runtime.errors import StoreUnavailableError
-from dman_runtime.model.bundle import open_bundle
-from dman_runtime.model.encoder import Encoder
-from dman_runtime.serving.server import SERVICE_NAME, ServeConfig, Server
-from dman_runtime.store.lmdb import StateStore
+from dman_runtime.model.generation import Generation
+from dman_runtime.requests import MAX_EVENTS, MAX_K, MAX_REQUEST_ID_BYTES
+from dman_runtime.serving.app import SERVICE_NAME, App
+from dman_runtime.store.base import Write
+from dman_runtime.store.lmdb import LmdbStore
 from protos.dman.v1 import dman_pb2 as pb
 from protos.dman.v1.dman_pb2_grpc import RecommenderStub, add_RecommenderServicer_to_server
 
-
-def config(bundle: Path, state: Path) -> ServeConfig:
-    return ServeConfig(
-        bundle=bundle, state=state, host="127.0.0.1", port=0, provider="cpu", workers=1, threads=8, encoder_threads=1,
-        max_concurrent=64, map_size_mib=256, grace=5.0,
-    )  # fmt: skip
+NOTHING = np.zeros(0, np.int64)
 
 
 @pytest.fixture(scope="module")
 def channel(tiny_bundle: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[grpc.Channel]:
-    server = Server(config(tiny_bundle, tmp_path_factory.mktemp("service") / "state"))
-    with server, grpc.insecure_channel(f"127.0.0.1:{server.port}") as opened:
+    app = App(serve_config(tiny_bundle, tmp_path_factory.mktemp("service") / "state"))
+    with app, grpc.insecure_channel(f"127.0.0.1:{app.port}") as opened:
         yield opened
 
 
@@ -59,34 +55,6 @@ def refused(call: Callable[..., Any], request: Any, code: grpc.StatusCode) -> st
     assert details and "\n" not in details and len(details) < 300
     assert not re.search(r"Traceback|File |\.py\b|/tmp|/work|0x[0-9a-f]{6}|Error\b", details)
     return details
-
-
-# -- health and reflection -------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("service", ["", SERVICE_NAME])
-def test_health_is_serving(channel: grpc.Channel, service: str) -> None:
-    reply = health_pb2_grpc.HealthStub(channel).Check(health_pb2.HealthCheckRequest(service=service), timeout=30)
-    assert reply.status == health_pb2.HealthCheckResponse.SERVING
-
-
-def test_health_is_not_serving_once_the_server_stops(tiny_bundle: Path, tmp_path: Path) -> None:
-    server = Server(config(tiny_bundle, tmp_path / "state"))
-    with server, grpc.insecure_channel(f"127.0.0.1:{server.port}") as opened:
-        watch = health_pb2_grpc.HealthStub(opened).Watch(
-            health_pb2.HealthCheckRequest(service=SERVICE_NAME), timeout=30
-        )
-        assert next(watch).status == health_pb2.HealthCheckResponse.SERVING
-        server._health.enter_graceful_shutdown()
-        assert next(watch).status == health_pb2.HealthCheckResponse.NOT_SERVING
-        watch.cancel()
-
-
-def test_reflection_lists_the_service(channel: grpc.Channel) -> None:
-    request = reflection_pb2.ServerReflectionRequest(list_services="")
-    replies = reflection_pb2_grpc.ServerReflectionStub(channel).ServerReflectionInfo(iter([request]), timeout=30)
-    listed = [service.name for service in next(iter(replies)).list_services_response.service]
-    assert "dman.v1.Recommender" in listed and "grpc.health.v1.Health" in listed
 
 
 # -- requests that cannot be served ----------------------------------------------------------------------------------
@@ -160,7 +128,21 @@ def test_request_over_a_limit_is_an_invalid_argument_that_names_it(
     assert limit in refused(getattr(stub, rpc), request_, INVALID)
 
 
-def test_bad_request_in_a_batch_is_named_by_its_place_and_nothing_is_stored(stub: RecommenderStub) -> None:
+@pytest.mark.parametrize("item_id", ["", "a\nb", "x" * 401], ids=["empty", "control", "too long"])
+def test_bad_item_id_is_an_invalid_argument_that_says_where(stub: RecommenderStub, item_id: str) -> None:
+    bad = update_request("bad item", 1, item_id)
+    assert "1 to 400 bytes" in refused(stub.Update, bad, INVALID)
+    updates = [update_request("other", 1), bad]
+    details = refused(stub.BatchUpdate, pb.BatchUpdateRequest(updates=updates), INVALID)
+    assert details.startswith("updates[1]: item id ")
+    for user in ("bad item", "other"):
+        refused(stub.GetUser, pb.GetUserRequest(user_id=user), grpc.StatusCode.NOT_FOUND)
+    what_if = pb.RecommendRequest(what_if_events=[pb.Event(item_id=item_id)], candidate_item_ids=[item_id, "7"])
+    reply = stub.Recommend(what_if)  # nothing of it is stored: an id like any other that is unknown
+    assert (list(reply.unknown_item_ids), [item.item_id for item in reply.items]) == ([item_id] * 2, ["7"])
+
+
+def test_bad_request_in_a_batch_is_named_by_its_position_and_nothing_is_stored(stub: RecommenderStub) -> None:
     updates = [update_request("batch-a", 1), update_request("batch-b", 1), update_request("", 1)]
     assert refused(stub.BatchUpdate, pb.BatchUpdateRequest(updates=updates), INVALID).startswith("updates[2]: ")
     for user in ("batch-a", "batch-b"):
@@ -187,20 +169,20 @@ def test_bytes_that_are_no_message_are_refused(channel: grpc.Channel) -> None:
 # -- replies ---------------------------------------------------------------------------------------------------------
 
 
-def test_replies_carry_what_the_contract_says(stub: RecommenderStub, tiny_bundle: Path) -> None:
-    bundle_id = open_bundle(tiny_bundle).bundle_id
+def test_replies_carry_what_the_contract_says(stub: RecommenderStub, tiny: Generation) -> None:
+    bundle_id = tiny.bundle_id
     request = update_request("replies", *range(1, 13), "x", request_id="r")
     request.events[0].timestamp = 77
     reply = stub.Update(request)
     assert (reply.bundle_id, reply.event_count, reply.applied, reply.duplicate) == (bundle_id, 12, 12, False)
-    assert list(reply.unknown_item_ids) == ["x"]
+    assert (reply.history_count, list(reply.unknown_item_ids)) == (13, ["x"])
     again = stub.Update(request)
-    assert (again.event_count, again.applied, again.duplicate) == (12, 0, True)
+    assert (again.event_count, again.history_count, again.applied, again.duplicate) == (12, 13, 0, True)
 
     user = stub.GetUser(pb.GetUserRequest(user_id="replies", recent_events=3))
-    assert (user.user_id, user.bundle_id, user.event_count) == ("replies", bundle_id, 12)
+    assert (user.user_id, user.bundle_id, user.event_count, user.history_count) == ("replies", bundle_id, 12, 13)
     assert (user.segment_fill, user.absorbed_segments, user.integer_item_ids) == (2, 1, True)
-    assert [event.item_id for event in user.recent_events] == ["10", "11", "12"]
+    assert [event.item_id for event in user.recent_events] == ["11", "12", "x"]
     assert 0 < user.state_bytes < 24_000
     first = stub.GetUser(pb.GetUserRequest(user_id="replies", recent_events=10_000)).recent_events[0]
     assert (first.item_id, first.timestamp) == ("1", 77)
@@ -212,7 +194,7 @@ def test_replies_carry_what_the_contract_says(stub: RecommenderStub, tiny_bundle
     assert not {item.item_id for item in answer.items} & {str(i) for i in [*range(1, 13), 20]}
 
     deleted = stub.DeleteUser(pb.DeleteUserRequest(user_id="replies"))
-    assert (deleted.existed, deleted.event_count) == (True, 12)
+    assert (deleted.existed, deleted.event_count) == (True, 13)
     assert stub.Recommend(pb.RecommendRequest(user_id="replies")).source == pb.SOURCE_POPULAR
 
 
@@ -249,12 +231,9 @@ def served(engine: Engine) -> Iterator[RecommenderStub]:
 
 
 @pytest.fixture
-def engine(tiny_bundle: Path, tmp_path: Path) -> Iterator[Engine]:
-    bundle = open_bundle(tiny_bundle)
-    with StateStore.open(
-        tmp_path / "state", bundle_id=bundle.bundle_id, item_ids=bundle.items.item_ids, map_size=64 << 20
-    ) as store:
-        yield Engine(bundle, Encoder(tiny_bundle, provider="cpu"), store)
+def engine(tiny: Generation, tmp_path: Path) -> Iterator[Engine]:
+    with LmdbStore.open(tmp_path / "state", map_size=64 << 20) as store:
+        yield Engine(tiny, store)
 
 
 def raising(error: Exception) -> Callable[..., Any]:
@@ -278,7 +257,7 @@ ALL_CALLS: dict[str, Any] = {
 def test_broken_engine_is_internal_with_a_reference_to_the_log_and_nothing_else(
     engine: Engine, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, rpc: str
 ) -> None:
-    for method in ("update", "recommend", "user", "delete"):
+    for method in ("open_updates", "open_queries", "user", "delete"):
         monkeypatch.setattr(engine, method, raising(RuntimeError("secret in /work/secret.py")))
     with served(engine) as stub, caplog.at_level(logging.ERROR):
         details = refused(getattr(stub, rpc), ALL_CALLS[rpc], grpc.StatusCode.INTERNAL)
@@ -299,26 +278,27 @@ def test_broken_store_is_unavailable_without_its_path(engine: Engine, tmp_path: 
 def test_failing_graphs_are_internal_and_leave_nothing(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
     with served(engine) as stub:
         with monkeypatch.context() as patch:
-            patch.setattr(engine._graphs, "encode", raising(RuntimeError("no memory")))
+            patch.setattr(engine.generation.graphs, "encode", raising(RuntimeError("no memory")))
             refused(stub.Update, ALL_CALLS["Update"], grpc.StatusCode.INTERNAL)
             assert stub.Recommend(ALL_CALLS["Recommend"]).source == pb.SOURCE_POPULAR  # needs no graph
         assert stub.Update(ALL_CALLS["Update"]).event_count == 1
 
 
-def test_state_that_is_damaged_is_internal_and_others_go_on(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_record_that_is_damaged_is_made_anew(engine: Engine) -> None:
     with served(engine) as stub:
-        stub.Update(update_request("whole", 1))
-        monkeypatch.setattr("dman_runtime.model.state.StateBatch.to_record", lambda *_: b"damaged")
-        stub.Update(update_request("damaged", 1))
-        monkeypatch.undo()
-        refused(stub.Update, update_request("damaged", 1), grpc.StatusCode.INTERNAL)
-        refused(stub.Recommend, pb.RecommendRequest(user_id="damaged"), grpc.StatusCode.INTERNAL)
-        assert stub.Update(update_request("whole", 2)).event_count == 2
-        assert stub.DeleteUser(pb.DeleteUserRequest(user_id="damaged")).existed  # the way out
+        before = stub.Update(update_request("damaged", 1, 2, 3))
+        answer = stub.Recommend(pb.RecommendRequest(user_id="damaged"))
+        (user,) = engine.store.get_many(["damaged"], engine.number)
+        assert user is not None
+        engine.store.commit([Write("damaged", user.head.version, {engine.number: b"damaged"}, NOTHING, NOTHING)])
+        assert stub.GetUser(pb.GetUserRequest(user_id="damaged")).event_count == before.event_count
+        again = stub.Recommend(pb.RecommendRequest(user_id="damaged"))
+        assert [item.item_id for item in again.items] == [item.item_id for item in answer.items]
+        assert stub.Update(update_request("damaged", 4)).event_count == 4
 
 
 def test_conflicts_without_end_are_aborted(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(engine.store, "commit", lambda writes: False)
+    monkeypatch.setattr(engine.store, "commit", lambda writes: [write.user_id for write in writes])
     with served(engine) as stub:
         assert "try again" in refused(stub.Update, ALL_CALLS["Update"], grpc.StatusCode.ABORTED)
 
@@ -341,7 +321,7 @@ def test_store_errors_of_one_caller_are_told_to_that_caller_only(
 ) -> None:
     commit = engine.store.commit
 
-    def failing(writes: Any) -> bool:
+    def failing(writes: Any) -> list[str]:
         if any(write.user_id == "bad" for write in writes):
             raise StoreUnavailableError("of /tmp/somewhere")
         return commit(writes)
@@ -351,3 +331,21 @@ def test_store_errors_of_one_caller_are_told_to_that_caller_only(
         calls = [pool.submit(stub.Update, update_request(f"good-{n}", 1)) for n in range(20)]
         refused(stub.Update, update_request("bad", 1), grpc.StatusCode.UNAVAILABLE)
         assert [call.result(30).event_count for call in calls] == [1] * 20
+
+
+def test_only_errors_that_a_caller_can_mend_keep_their_words(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By attribute of the error class, so that a new class needs nothing here."""
+
+    class LostError(StoreUnavailableError):
+        status, public = "DATA_LOSS", "what was stored is lost"
+
+    class TakenError(StoreUnavailableError):
+        status, public = "ALREADY_EXISTS", None
+
+    with served(engine) as stub:
+        monkeypatch.setattr(engine, "delete", raising(LostError("/tmp/secret broke", "mend it")))
+        details = refused(stub.DeleteUser, ALL_CALLS["DeleteUser"], grpc.StatusCode.DATA_LOSS)
+        assert details.startswith("what was stored is lost; the server's log has the cause under reference ")
+        monkeypatch.setattr(engine, "delete", raising(TakenError("it is there", "choose another")))
+        details = refused(stub.DeleteUser, ALL_CALLS["DeleteUser"], grpc.StatusCode.ALREADY_EXISTS)
+        assert details == "it is there; choose another"

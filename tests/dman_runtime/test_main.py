@@ -1,0 +1,58 @@
+"""`dman-runtime` where the SDK is installed and its own libraries are not."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+from conftest import ROOT
+
+BLOCKED = """
+import sys
+
+class Blocker:
+    def find_spec(self, name, path=None, target=None):
+        if (name + ".").startswith(LIBRARY + "."):
+            raise ModuleNotFoundError(f"No module named {name!r}", name=name)
+
+sys.meta_path.insert(0, Blocker())
+from dman_runtime.__main__ import main
+sys.exit(main())
+"""
+
+
+def run_without(library: str, *arguments: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-c", f"LIBRARY = {library!r}\n{BLOCKED}", *arguments],
+        capture_output=True, text=True, timeout=60, cwd=ROOT, check=False,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("library", "arguments"),
+    [
+        ("numpy", ["--help"]),
+        ("numpy", ["serve"]),
+        ("lmdb", ["inspect"]),
+        ("onnxruntime", ["score"]),
+        ("tqdm", ["import"]),
+        ("grpc_health", ["serve", "--port", "0"]),
+    ],
+)
+def test_missing_library_is_one_line_that_says_what_to_install(library: str, arguments: list[str]) -> None:
+    done = run_without(library, *arguments)
+    assert (done.returncode, done.stdout) == (2, "")
+    remedy = "install dman with its extra `runtime`, in a checkout: pip install '.[runtime]'"
+    assert done.stderr == f"error: dman-runtime needs {library}; {remedy}\n"
+
+
+def test_missing_module_of_our_own_is_no_matter_of_installing() -> None:
+    done = run_without("dman_runtime.options")
+    assert done.returncode == 1 and "No module named 'dman_runtime.options'" in done.stderr
+    assert "pip install" not in done.stderr
+
+
+def test_with_all_libraries_the_command_runs() -> None:
+    done = run_without("no_such_library", "--help")
+    assert done.returncode == 0 and "serve" in done.stdout
