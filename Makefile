@@ -5,8 +5,8 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 export ORT_DISABLE_TELEMETRY := 1
 
-# A process per core. Tests of one file share a process, and with it what the file's fixtures have made.
-PYTEST := $(BIN)/python -m pytest --numprocesses=auto --dist=loadfile
+# A process per core; one that is idle takes tests from another.
+PYTEST := $(BIN)/python -m pytest --numprocesses=auto --dist=worksteal
 
 .PHONY: demo test check lint proto docs bench report clean
 

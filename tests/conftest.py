@@ -9,7 +9,7 @@ import subprocess
 import sys
 import tempfile
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -22,6 +22,7 @@ for name in [name for name in os.environ if name.startswith("DMAN_")]:
 import numpy as np
 import pytest
 import torch
+from filelock import FileLock
 
 from dman_runtime.data.interactions import ItemInfo
 from dman_runtime.model.bundle import GOLDEN, ITEMS, MANIFEST, items_jsonl, read_manifest, sha256
@@ -43,7 +44,7 @@ MOVIELENS = ROOT.parent / "shared" / "data" / "ml-1m"
 TINY = ModelConfig(width=32, heads=2, segment_length=5, memory_slots=4, layers=2, dropout=0.1)
 PAPER = replace(TINY, architecture="paper", heads=1, long_term="gated")
 TINY_ITEMS = 60
-LATER = replace(TINY, width=24, segment_length=4, memory_slots=3)
+LATER = replace(TINY, width=24, segment_length=4, memory_slots=3, layers=1)
 LATER_FIRST, LATER_ITEMS = 31, 50  # items "31" to "80"
 STORES = ("memory", "lmdb")
 
@@ -78,9 +79,26 @@ def tiny_model() -> DMAN:
 
 
 @pytest.fixture(scope="session")
-def tiny_bundle(tiny_model: DMAN, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def shared(tmp_path_factory: pytest.TempPathFactory, worker_id: str) -> Callable[[str, Callable[[Path], object]], Path]:
+    """`shared(name, make)`: the path that `make` wrote to, made once for all processes of a test run."""
+    base = tmp_path_factory.getbasetemp()
+    directory = base if worker_id == "master" else base.parent
+
+    def made_once(name: str, make: Callable[[Path], object]) -> Path:
+        path, done = directory / f"shared-{name}", directory / f"shared-{name}.done"
+        with FileLock(directory / f"shared-{name}.lock"):
+            if not done.exists():
+                make(path)
+                done.touch()
+        return path
+
+    return made_once
+
+
+@pytest.fixture(scope="session")
+def tiny_bundle(tiny_model: DMAN, shared: Callable[[str, Callable[[Path], object]], Path]) -> Path:
     """`tiny_model` exported with float16 states. Copy it before changing it."""
-    return export_tiny(tiny_model, tmp_path_factory.mktemp("tiny") / "bundle")
+    return shared("tiny-bundle", lambda path: export_tiny(tiny_model, path))
 
 
 def rewrite_manifest(bundle: Path, **changes: object) -> None:
@@ -115,13 +133,13 @@ def exact_bundle(tiny_bundle: Path, tmp_path_factory: pytest.TempPathFactory) ->
 
 
 @pytest.fixture(scope="session")
-def later_bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def later_bundle(shared: Callable[[str, Callable[[Path], object]], Path]) -> Path:
     """A newer model of other sizes, with float32 states. It knows half of the items of `exact_bundle`, and others.
 
     Takes seconds to export: `renamed_bundle` serves where another catalogue is enough.
     """
     model = random_model(LATER, LATER_ITEMS, seed=1)
-    return export_tiny(model, tmp_path_factory.mktemp("later") / "bundle", first=LATER_FIRST, state_dtype="float32")
+    return shared("later-bundle", lambda path: export_tiny(model, path, first=LATER_FIRST, state_dtype="float32"))
 
 
 @pytest.fixture(scope="session")

@@ -125,6 +125,7 @@ def test_every_part_of_the_runtime_has_its_layer() -> None:
     assert parts == set(LAYERS)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("part", LAYERS)
 def test_part_of_the_runtime_imports_only_the_layers_below_it(part: str) -> None:
     used = set()
@@ -156,6 +157,7 @@ def test_nothing_but_the_command_imports_the_server() -> None:
 TRAINING_MAY_IMPORT = ("data", "errors", "jobs.evaluating", "model", "options", "retrieval")
 
 
+@pytest.mark.slow
 def test_training_imports_only_what_it_shares_with_the_runtime() -> None:
     graph = import_graph("dman_runtime", "dman_train")
     allowed = [f"dman_runtime.{name}" for name in TRAINING_MAY_IMPORT]
@@ -175,6 +177,7 @@ def test_training_reaches_no_part_of_the_server_not_even_through_others() -> Non
     assert {name for name in reached if within(name, *serving, "protos")} == set()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("library", "only"),
     [
@@ -218,6 +221,7 @@ def test_an_import_cycle_would_be_found() -> None:
     assert sorted(name for name in graph if name in reachable(graph, name)) == ["b", "c"]
 
 
+@pytest.mark.slow
 def test_serving_process_loads_no_heavy_library_that_it_does_not_need(tiny_bundle: Path, tmp_path: Path) -> None:
     script = """
 import json, sys
@@ -267,6 +271,7 @@ def test_no_module_is_too_long(package: str) -> None:
     assert {name: count for name, count in lines.items() if count > LINES_OF_A_MODULE} == {}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("package", BOUNDED)
 def test_no_function_is_too_long(package: str) -> None:
     found = {}

@@ -131,6 +131,7 @@ def some_indices(random: np.random.Generator, vocabulary: int) -> np.ndarray:
     return random.integers(0, vocabulary, int(random.integers(0, 2 * vocabulary)))
 
 
+@pytest.mark.slow
 @settings(deadline=None, max_examples=150, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     seed=st.integers(0, 2**32),
@@ -163,6 +164,7 @@ def test_search_with_a_smaller_k_is_the_beginning_of_a_longer_list(make: Make) -
         assert search_one(retriever, user, k, exclude=exclude) == (longest[0][:k], longest[1][:k])
 
 
+@pytest.mark.slow
 def test_search_of_many_users_over_many_items_gives_what_each_gets_alone(make: Make) -> None:
     """18 million scores: more than an implementation should hold at a time."""
     random = np.random.default_rng(1)

@@ -518,6 +518,7 @@ def in_threads(work: list[Callable[[], object]]) -> None:
         raise failures[0]
 
 
+@pytest.mark.slow
 def test_readers_see_whole_commits_while_a_thread_writes(store: StateStore) -> None:
     items = items_for(store)
     done = threading.Event()

@@ -272,7 +272,7 @@ def test_store_holds_what_the_model_holds(name: str, examples: int) -> None:
         lambda: StoreMachine(HARNESSES[name]),
         settings=settings(
             max_examples=examples,
-            stateful_step_count=20,
+            stateful_step_count=12,
             deadline=None,
             suppress_health_check=[HealthCheck.too_slow],
         ),

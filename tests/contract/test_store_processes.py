@@ -59,6 +59,7 @@ def commits_found(store: StateStore) -> int:
     return commits
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kept_open", [False, True], ids=["reopened", "kept open"])
 def test_death_at_any_step_of_a_commit_leaves_all_of_it_or_nothing(
     durable: Harness, directory: Path, kept_open: bool
@@ -106,6 +107,7 @@ for step in map(int, sys.stdin):
 """
 
 
+@pytest.mark.slow
 def test_death_while_a_store_is_created_leaves_one_that_can_be_opened(durable: Harness, directory: Path) -> None:
     process = start_with(durable, directory, CREATE)
     for step in count():
@@ -190,6 +192,7 @@ print(conflicts)
 """
 
 
+@pytest.mark.slow
 def test_processes_that_write_one_user_lose_nothing(durable: Harness, directory: Path) -> None:
     processes = [start_with(durable, directory, INCREMENT, worker, 60) for worker in (1, 2)]
     release(processes)
@@ -218,6 +221,7 @@ with harness.open() as store:
 """
 
 
+@pytest.mark.slow
 def test_processes_that_create_a_store_and_add_items_at_once_agree(durable: Harness, directory: Path) -> None:
     processes = [start_with(durable, directory, ADD, seed) for seed in range(4)]
     release(processes)

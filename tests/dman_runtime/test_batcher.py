@@ -446,6 +446,7 @@ def test_batcher_bounds_how_many_long_requests_are_open(
     assert [user_id for user_ids in log.commits[1:] for user_id in user_ids] == [f"user {n}" for n in range(5)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("call", ["recommend", "what-if", "update"])
 def test_record_of_a_long_history_catches_up_in_slices(
     batcher: Batcher,

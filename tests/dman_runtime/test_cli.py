@@ -143,6 +143,7 @@ def test_import_interrupted_ends_with_130_and_keeps_what_was_stored(
     assert run_json(capsys, *command)["users"] == 25
 
 
+@pytest.mark.slow
 def test_import_refuses_to_overwrite_what_a_server_changes_meanwhile(
     exact_bundle: Path, log: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -258,6 +259,7 @@ def test_inspect_shows_bundle_state_and_user(
     assert json.loads(capsys.readouterr().out)["bundle"] == shown  # for people: the same, indented
 
 
+@pytest.mark.slow
 def test_inspect_works_while_a_server_runs_and_shows_what_it_stored(
     exact_bundle: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -438,6 +440,7 @@ def test_every_option_with_a_value_has_its_dman_variable(command: str, monkeypat
         assert str(found) in (value, f"{value}.0"), variable
 
 
+@pytest.mark.slow
 def test_module_and_command_run_the_same_program() -> None:
     for command in ([sys.executable, "-m", "dman_runtime"], [str(Path(sys.executable).parent / "dman-runtime")]):
         done = subprocess.run([*command, "inspect", "--bundle", "/nowhere"], capture_output=True, text=True, cwd=ROOT,

@@ -36,7 +36,7 @@ ONNX_ERROR = {"rtol": 1e-4, "atol": 1e-5}
 GRAPHS = {
     "dman": TINY,
     "gated": replace(TINY, long_term="gated", layers=1),
-    "paper-fifo": replace(PAPER, variant="fifo"),
+    "paper-fifo": replace(PAPER, variant="fifo", layers=1),
     "xl": replace(TINY, variant="xl", layers=3),
     "nran-full": replace(TINY, variant="nran", routing="full", routing_softmax="primaries", layers=1),
 }

@@ -48,6 +48,7 @@ def memory_read(model: DMAN, history: np.ndarray) -> Tensor:
 # Against other computations
 
 
+@pytest.mark.slow
 @every_variant
 @torch.no_grad()
 def test_share_and_attention_are_those_of_the_user_embedding(config: ModelConfig) -> None:
@@ -237,6 +238,7 @@ def written(directory: Path) -> dict[str, Any]:
 PICTURES = {"attention.png", "share.png", "slots.png"}
 
 
+@pytest.mark.slow
 def test_evaluate_writes_the_interpretation_of_all_users(
     trained_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -329,6 +331,7 @@ def test_evaluate_refuses_what_does_not_go_together(
     assert "--interpret" in refusal(capsys, "--bundle", tmp_path, "--user", "u0001")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("path", ["file", "file/below", "plot"])
 def test_evaluate_refuses_a_directory_that_cannot_be_written(
     trained_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], path: str
@@ -340,6 +343,7 @@ def test_evaluate_refuses_a_directory_that_cannot_be_written(
     assert (tmp_path / "file").read_text() == "years of work"
 
 
+@pytest.mark.slow
 def test_evaluate_refuses_to_interpret_xl(small_log: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     options = ["--preset", "tiny", "--epochs", "1", "--lanes", "16", "--threads", "1", "--variant", "xl"]
     assert train.main(["--data", str(small_log), "--run", str(tmp_path / "xl"), *options]) == 0

@@ -58,6 +58,7 @@ def settled_memory(model: DMAN, state: LaneState) -> Tensor:
     return memory
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("config", SETTINGS.values(), ids=SETTINGS.keys())
 @pytest.mark.parametrize("variant", ["dman", "fifo", "xl", "nran"])
 @torch.no_grad()
@@ -174,6 +175,7 @@ def test_abstraction_loss_is_about_the_newest_absorption_and_real_positions(conf
     torch.testing.assert_close(losses.abstraction, expected, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("config", SETTINGS.values(), ids=SETTINGS.keys())
 def test_abstraction_loss_of_every_nth_lane_is_that_of_these_lanes_alone(config: TrainConfig) -> None:
     model, schedule = random_model(TINY, int(OFFSETS[-1])), lanes_of(6, vary_first=False)
@@ -248,6 +250,7 @@ ALTERNATING = TrainConfig(loss="full", memory_training="alternating", abstractio
 JOINT = [replace(ALTERNATING, memory_training="joint", backprop_segments=n) for n in (1, 2, 3, 4)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("config", [ALTERNATING, *JOINT], ids=["alternating", "1", "2", "3", "4"])
 @pytest.mark.parametrize("architecture", [TINY, GATED, PAPER], ids=["merged", "gated", "paper"])
 def test_abstraction_loss_reaches_f_abs_only(architecture: ModelConfig, config: TrainConfig) -> None:

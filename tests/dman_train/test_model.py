@@ -188,6 +188,7 @@ def random_pieces(length: int, segment: int, random: np.random.Generator) -> lis
     return pieces
 
 
+@pytest.mark.slow
 @every_variant
 @torch.no_grad()
 def test_history_fed_in_any_split_equals_one_replay(config: ModelConfig) -> None:
@@ -333,6 +334,7 @@ def differ(a: Sequence[np.ndarray], b: Sequence[np.ndarray]) -> bool:
     return len(a) != len(b) or any(x.shape != y.shape or not np.array_equal(x, y) for x, y in zip(a, b, strict=True))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", [f.name for f in fields(ModelConfig)])
 def test_model_config_field_changes_the_model(name: str) -> None:
     base = replace(TINY, heads=1, long_term="gated") if name == "architecture" else TINY

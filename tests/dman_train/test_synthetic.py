@@ -338,6 +338,7 @@ def test_planted_answers_can_be_learned_from_whole_histories_but_not_from_the_re
         assert abs(counted_hit_rate(config, window) - config.chance()) < 0.05  # four standard errors
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("variant", "reaches"), [("xl", False), ("dman", True)])
 def test_planted_keys_are_out_of_reach_of_default_segments_without_memory(variant: str, reaches: bool) -> None:
     """The segments before feed the ones after, layer by layer; still nothing of what tells the answer gets through."""

@@ -114,6 +114,7 @@ def test_export_records_data_and_metrics_of_the_run(trained_run: Path, trained_b
     assert manifest.data == run.config["data"] | run.config["dataset"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("items", "choice", "warned"), [(3, "exclude", True), (3, "keep", False), (30, "exclude", False)]
 )
@@ -489,6 +490,7 @@ def test_option_wins_over_variable_and_variable_over_preset(monkeypatch: pytest.
     assert configs()["width"] == 32
 
 
+@pytest.mark.slow
 def test_variables_train_a_run(small_log: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     values = {"PRESET": "tiny", "EPOCHS": "2", "LANES": "32", "DATA": str(small_log), "RUN": str(tmp_path / "run")}
     for name, value in values.items():

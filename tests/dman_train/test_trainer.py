@@ -95,6 +95,7 @@ SETTINGS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("config", SETTINGS.values(), ids=SETTINGS.keys())
 def test_trainer_resumed_from_a_checkpoint_gives_bit_identical_weights(config: TrainConfig, tmp_path: Path) -> None:
     data, file = random_data(), tmp_path / "checkpoint.pt"
@@ -116,6 +117,7 @@ def test_trainer_resumed_from_a_checkpoint_gives_bit_identical_weights(config: T
         assert [epoch[name] for epoch in found] == [epoch[name] for epoch in expected], name
 
 
+@pytest.mark.slow
 def test_trainer_with_one_seed_is_deterministic() -> None:
     assert same_bits(weights(trained(TINY, CONFIG, 6)), weights(trained(TINY, CONFIG, 6)))
 
@@ -382,12 +384,14 @@ OTHER: dict[str, tuple[TrainConfig, object]] = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", OTHER)
 def test_train_config_field_changes_the_weights(name: str) -> None:
     base, value = OTHER[name]
     assert not same_bits(weights(trained(TINY, base, 6)), weights(trained(TINY, replace(base, **{name: value}), 6)))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("choice", ["exclude", "exclude-from-ranking", "keep"])
 def test_seen_items_decide_what_the_epoch_is_chosen_by(choice: str) -> None:
     trainer = trained(TINY, replace(CONFIG, seen_items=choice), 3)  # type: ignore[arg-type]

@@ -83,6 +83,7 @@ async def test_retries_may_be_more_than_the_four_of_grpc(
     assert len(recorder.seen) == 9
 
 
+@pytest.mark.slow
 async def test_retries_stop_at_the_deadline(server: SimpleNamespace, connect: Connect, recorder: Recorder) -> None:
     recorder.script.extend([UNAVAILABLE] * 1000)
     started = time.monotonic()
@@ -92,6 +93,7 @@ async def test_retries_stop_at_the_deadline(server: SimpleNamespace, connect: Co
     assert 1 < len(recorder.seen) < 1000
 
 
+@pytest.mark.slow
 async def test_a_retry_has_only_the_time_that_is_left(client: Awaited, recorder: Recorder) -> None:
     def slow_failure() -> grpc.StatusCode:
         time.sleep(0.5)
@@ -103,6 +105,7 @@ async def test_a_retry_has_only_the_time_that_is_left(client: Awaited, recorder:
     assert second.seconds_left < 1.75 < first.seconds_left  # gRPC rounds the deadline that a server sees
 
 
+@pytest.mark.slow
 async def test_a_slow_server_raises_deadline_exceeded_and_is_not_asked_again(
     client: Awaited, recorder: Recorder
 ) -> None:
@@ -125,6 +128,7 @@ async def test_no_server_is_unavailable_or_worth_waiting_for(connect: Connect, n
         await connect(no_server, wait_for_ready=True, timeout=0.2).recommend("anna")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("timeout", [0.1, 0.2])
 async def test_no_server_is_unavailable_also_with_a_short_timeout(
     connect: Connect, no_server: str, timeout: float
@@ -135,6 +139,7 @@ async def test_no_server_is_unavailable_also_with_a_short_timeout(
             await client.recommend("anna")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("settings", [{"retries": 1000}, {"retries": 0, "wait_for_ready": True}])
 async def test_a_server_that_starts_within_the_timeout_is_reached(
     connect: Connect, no_server: str, settings: dict[str, Any]

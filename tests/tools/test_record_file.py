@@ -143,6 +143,7 @@ def test_reader_sees_the_old_file_or_the_new_one(file: Path, monkeypatch: pytest
     assert names == [["a", "b"]] and [found.name for found in read_records(file)] == ["a", "b", "c"]
 
 
+@pytest.mark.slow
 def test_two_changes_at_once_lose_nothing(file: Path) -> None:
     inside, other_done = threading.Event(), threading.Event()
 
@@ -219,6 +220,7 @@ def test_directory_instead_of_a_file_is_one_line(tmp_path: Path, capsys: pytest.
     assert capsys.readouterr().err.count("\n") == 1
 
 
+@pytest.mark.slow
 def test_damaged_byte_is_found_or_changes_nothing(file: Path) -> None:
     whole, expected = file.read_bytes(), read_records(file)
     refused = 0

@@ -136,6 +136,7 @@ def test_report_links_to_the_log_of_experiments(trained_run: Path, tmp_path: Pat
     assert "](../docs/experiments.md)" in text and (root / "docs/experiments.md").exists()
 
 
+@pytest.mark.slow
 def test_committed_report_is_that_of_the_committed_records(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """All but the intervals, which would take half a minute; their means are compared."""
     root = Path(__file__).parents[2]

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 
 import grpc
@@ -99,6 +100,7 @@ def test_run_block_counts_refusals_and_wrong_replies_apart_from_latencies() -> N
         clean({"fake": [block]})
 
 
+@pytest.mark.slow
 def test_interleave_stops_at_its_time_limit() -> None:
     operation = Operation("nap", lambda: 0.01, time.sleep)
     began = time.perf_counter()
@@ -107,6 +109,7 @@ def test_interleave_stops_at_its_time_limit() -> None:
     assert 0 < sum(block.count for block in blocks["nap"]) < 60
 
 
+@pytest.mark.slow
 def test_interleave_measures_even_when_the_warm_up_takes_all_its_time() -> None:
     operation = Operation("nap", lambda: 0.2, time.sleep)  # the warm-up alone would take WARM_UP_CALLS times as long
     blocks = interleave([[("nap", 1)]], [[operation]], seconds=0.5)
@@ -161,6 +164,7 @@ def test_loadgen_without_a_bundle_takes_its_items_from_the_server_and_stops_in_t
     assert 0 < result["update"]["count"] < 1_000_000 and not result["update"]["errors"]
 
 
+@pytest.mark.slow
 def test_loadgen_reports_errors_by_status_and_fails(
     address: str, capsys: pytest.CaptureFixture[str], monkeypatch
 ) -> None:
@@ -217,6 +221,7 @@ def test_loadgen_refuses_bad_options_in_one_line(
     assert message in error and error.count("\n") == 1
 
 
+@pytest.mark.slow
 def test_loadgen_names_the_remedy_when_no_server_answers(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -225,6 +230,7 @@ def test_loadgen_names_the_remedy_when_no_server_answers(
     assert "dman-runtime serve" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_echo_server_ends_with_the_process_that_started_it() -> None:
     code = (
         "import os; from tools.bench.servers import echo_server\n"
@@ -266,10 +272,14 @@ def test_bench_quick_measures_every_section_and_leaves_nothing_behind(
 
 
 @pytest.mark.slow
-def test_bench_training_compares_dman_with_every_system(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_bench_training_compares_dman_with_every_system(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    narrow = {name: replace(config, width=16) for name, config in bench_training.systems().items()}
+    monkeypatch.setattr(bench_training, "systems", lambda: narrow)
     log, page, threads = tmp_path / "log.parquet", tmp_path / "reports" / "training.md", torch.get_num_threads()
     assert generate.main(["--users", "40", "--output", str(log), "--items", str(tmp_path / "items.csv")]) == 0
-    options = ["--data", str(log), "--out", str(page), "--rounds", "2", "--steps", "1", "--threads", str(threads)]
+    options = ["--data", str(log), "--out", str(page), "--rounds", "1", "--steps", "1", "--threads", str(threads)]
     assert bench_training.main([*options, "--json"]) == 0
     result = last_json(capsys)
     names = ["DMAN", "SASRec", "gru4rec", "caser", "shan", "hpmn", "sdm"]
@@ -302,8 +312,9 @@ def test_durable_updates_makes_no_claim_when_an_update_seems_faster_than_its_com
 ) -> None:
     slow = Operation("bare LMDB commit", lambda: 0.05, time.sleep)
     monkeypatch.setattr("tools.bench.updates._bare_commit", lambda *_: slow)
+    sizes = replace(QUICK, rounds=1, calls=10)
     with echo_server() as echo:
-        section = durable_updates(Bench(open_bundle(tiny_bundle), tmp_path, "cpu", QUICK, echo.address))
+        section = durable_updates(Bench(open_bundle(tiny_bundle), tmp_path, "cpu", sizes, echo.address))
     assert section.claims[0].met is None and "measure again" in section.claims[0].measured
 
 

@@ -20,6 +20,7 @@ def run(log: Path, study: Path, *options: str) -> int:
     return tune.main(["--data", str(log), "--study", str(study), *FAST, *options])
 
 
+@pytest.mark.slow
 def test_study_keeps_every_trial_and_goes_on_where_it_was(
     small_log: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -45,6 +46,7 @@ def test_study_keeps_every_trial_and_goes_on_where_it_was(
     assert run(small_log, study, *space, "--trials", "3") == 0 and len(_trials(study)) == 3
 
 
+@pytest.mark.slow
 def test_trial_trains_with_what_was_drawn(small_log: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     seen = []
 
@@ -71,6 +73,7 @@ def test_trial_that_cannot_be_built_is_kept_as_failed(
     assert "| fail |" in (tmp_path / "s.md").read_text()
 
 
+@pytest.mark.slow
 def test_study_of_another_configuration_is_refused(
     small_log: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -136,6 +136,7 @@ def test_training_and_held_out_events_are_disjoint_and_complete(lengths: list[in
         assert items[offsets[user] : offsets[user + 1]].tolist() == history.tolist()
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not MOVIELENS.is_dir(), reason="MovieLens-1M is not here")
 def test_most_popular_on_movielens_equals_known_result() -> None:
     """Popularity is counted in the training events.

@@ -21,6 +21,7 @@ from dman_runtime.errors import InputError
 needs_data = pytest.mark.skipif(not MOVIELENS.is_dir(), reason=f"no data sets in {MOVIELENS.parent}")
 
 
+@pytest.mark.slow
 @settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(rows=logs())
 def test_reading_gives_stably_sorted_histories_in_every_format(tmp_path: Path, rows: list[Row]) -> None:
@@ -31,6 +32,7 @@ def test_reading_gives_stably_sorted_histories_in_every_format(tmp_path: Path, r
     assert len({log.fingerprint() for log in logs_read}) == 1
 
 
+@pytest.mark.slow
 @settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(rows=logs(), max_events=st.integers(1, 12))
 def test_iterating_gives_the_histories_of_reading(tmp_path: Path, rows: list[Row], max_events: int) -> None:
@@ -45,6 +47,7 @@ def test_iterating_gives_the_histories_of_reading(tmp_path: Path, rows: list[Row
         assert {part.integer_user_ids for part in parts} == {whole.integer_user_ids}
 
 
+@pytest.mark.slow
 def test_iterating_over_many_batches_keeps_users_whole_and_ties_in_file_order(tmp_path: Path) -> None:
     rng = np.random.default_rng(0)
     users = rng.zipf(1.5, 200_000) % 3000
@@ -214,6 +217,7 @@ def test_max_events_below_one_is_refused(tmp_path: Path) -> None:
         iter_interactions(tmp_path / "log.csv", max_events=0)
 
 
+@pytest.mark.slow
 @needs_data
 def test_movielens_1m_has_the_published_size_and_order() -> None:
     path = MOVIELENS / "interactions.parquet"

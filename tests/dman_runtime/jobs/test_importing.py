@@ -147,6 +147,7 @@ def test_import_keeps_what_a_server_adds_meanwhile(
     check_records(engine)
 
 
+@pytest.mark.slow
 def test_import_gives_up_where_a_server_never_stops(engine: Engine, log: Path) -> None:
     store = HookedStore(engine.store, lambda commit: None)
     store.commit = lambda writes: [write.user_id for write in writes]  # type: ignore[method-assign]

@@ -96,6 +96,7 @@ def copied_bundle(tiny_bundle: Path, tmp_path: Path) -> Path:
     return Path(shutil.copytree(tiny_bundle, tmp_path / "bundle"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", FILES)
 def test_bundle_with_a_flipped_bit_is_refused(copied_bundle: Path, tmp_path: Path, name: str) -> None:
     content = bytearray((copied_bundle / name).read_bytes())
@@ -106,6 +107,7 @@ def test_bundle_with_a_flipped_bit_is_refused(copied_bundle: Path, tmp_path: Pat
     assert not (tmp_path / "state").exists()
 
 
+@pytest.mark.slow
 def test_bundle_with_an_edited_manifest_is_refused(copied_bundle: Path, tmp_path: Path) -> None:
     manifest = json.loads((copied_bundle / MANIFEST).read_text())
     manifest["state"]["segment_length"] += 1
@@ -121,16 +123,19 @@ def test_bundle_of_another_format_version_is_refused(copied_bundle: Path, tmp_pa
     assert "bundle format 2, this runtime reads format 1" in message and "export it again" in message
 
 
+@pytest.mark.slow
 def test_missing_bundle_is_refused(tmp_path: Path) -> None:
     assert f"{tmp_path / 'nowhere'} is not a bundle" in refusal(tmp_path / "nowhere", tmp_path / "state")
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(encoder_module._has_cuda_device(), reason="there is a CUDA device")
 def test_provider_cuda_without_cuda_is_refused(tiny_bundle: Path, tmp_path: Path) -> None:
     message = refusal(tiny_bundle, tmp_path / "state", "--provider", "cuda")
     assert "CUDA cannot be used: " in message and message.endswith("(--provider)")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("option", "value"),
     [

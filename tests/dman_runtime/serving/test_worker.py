@@ -125,6 +125,7 @@ def test_a_full_store_refuses_updates_and_keeps_serving_what_it_has(tiny_bundle:
         assert client.update(refused, [1]).event_count == 1
 
 
+@pytest.mark.slow
 def test_a_message_over_16_mib_is_refused_and_changes_nothing(tiny_bundle: Path, tmp_path: Path) -> None:
     with running_server(tiny_bundle, tmp_path / "state") as (address, _):
         options = [("grpc.max_send_message_length", 64 << 20)]

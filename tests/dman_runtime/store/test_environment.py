@@ -196,6 +196,7 @@ FORK = """
 """
 
 
+@pytest.mark.slow
 def test_store_refuses_to_work_in_a_forked_child_and_goes_on_in_the_parent(tmp_path: Path) -> None:
     *child, parent = finish(start(FORK, tmp_path / "state")).splitlines()
     assert len(child) == 7 and all("opened before a fork; open it in each process" in line for line in child)
@@ -216,6 +217,7 @@ INSPECT = """
 """
 
 
+@pytest.mark.slow
 def test_readonly_store_reads_while_a_server_has_it_open(tmp_path: Path) -> None:
     with open_with_items(tmp_path / "state", map_size=2 * DEFAULT_MAP_SIZE) as store:
         store.add_generation("bundle")
@@ -233,6 +235,7 @@ GROW = """
 """
 
 
+@pytest.mark.slow
 def test_store_grown_by_another_process_asks_for_one_map_size(tmp_path: Path) -> None:
     with open_with_items(tmp_path / "state", map_size=MIB) as store:
         store.commit([write("a")])
@@ -258,6 +261,7 @@ def test_store_out_of_reader_slots_says_so(tmp_path: Path, monkeypatch: pytest.M
 # -- full ------------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("record_bytes", "events", "group"), [(10, 5, 64), (500, 300, 4), (20_000, 1, 4)])
 def test_full_map_loses_nothing_and_deletions_make_room(
     tmp_path: Path, record_bytes: int, events: int, group: int
@@ -352,6 +356,7 @@ LIMITED = """
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("room", [0, 50_000])  # the write fails at once (EFBIG), or is cut short (EIO to LMDB)
 def test_full_disk_stores_nothing_and_writing_goes_on_when_there_is_room(tmp_path: Path, room: int) -> None:
     *errors, old, new = finish(start(LIMITED, tmp_path / "state", room)).splitlines()
@@ -371,6 +376,7 @@ ENTER = """
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("limit", "size", "answer"),
     [

@@ -68,6 +68,7 @@ def test_layouts_are_the_documented_ones() -> None:
     assert CHUNK_BYTES == 12 * CHUNK_EVENTS
 
 
+@pytest.mark.slow
 @given(heads, st.data())
 def test_head_comes_back_with_its_tail_and_last_request_ids(head: Head, data: st.DataObject) -> None:
     count = head.history_count % CHUNK_EVENTS
@@ -89,6 +90,7 @@ def test_longest_head_has_max_head_bytes() -> None:
     assert len(pack_head(longest, events(CHUNK_EVENTS - 1))) == MAX_HEAD_BYTES
 
 
+@pytest.mark.slow
 @given(st.lists(st.tuples(u32, times), min_size=CHUNK_EVENTS, max_size=CHUNK_EVENTS))
 def test_chunk_comes_back(pairs: list[tuple[int, int]]) -> None:
     value = pack_chunk(events_of(np.array([i for i, _ in pairs], np.uint32), np.array([t for _, t in pairs])))
@@ -165,6 +167,7 @@ def test_damaged_head_still_says_what_it_may_have_counted() -> None:
 # -- seen sets -------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @given(st.lists(st.lists(st.integers(0, 3000), max_size=40), max_size=6))
 def test_seen_set_is_the_union_of_what_was_added(batches: list[list[int]]) -> None:
     value, known = None, set[int]()

@@ -68,6 +68,7 @@ def test_baselines_are_the_systems_of_the_config() -> None:
         assert type(build(replace(LONG, system=name), ITEMS, USERS)) is kind
 
 
+@pytest.mark.slow
 @every_system
 @torch.no_grad()
 def test_baseline_embedding_depends_on_no_later_event_and_no_padding(config: BaselineConfig) -> None:
