@@ -8,7 +8,7 @@ export ORT_DISABLE_TELEMETRY := 1
 # A process per core; one that is idle takes tests from another.
 PYTEST := $(BIN)/python -m pytest --numprocesses=auto --dist=worksteal
 
-.PHONY: demo test check lint proto docs bench report clean
+.PHONY: demo test check fast lint proto docs bench report clean
 
 # torch first and by itself: the pinned version is the CPU build, and nothing later may replace it.
 $(STAMP): pyproject.toml constraints.txt
@@ -23,7 +23,10 @@ demo: $(STAMP)  ## train, export, serve, update, recommend and score on generate
 test: $(STAMP)  ## all tests
 	$(PYTEST)
 
-check: lint  ## lint and the fast tests, in less than a minute
+check: $(STAMP)  ## lint and the fast tests side by side, in less than a minute
+	$(MAKE) --no-print-directory --jobs=2 --output-sync=target lint fast
+
+fast: $(STAMP)
 	$(PYTEST) -m "not slow"
 
 lint: $(STAMP)

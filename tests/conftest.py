@@ -49,6 +49,11 @@ LATER_FIRST, LATER_ITEMS = 31, 50  # items "31" to "80"
 STORES = ("memory", "lmdb")
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Tests that need an exported bundle come last: one process exports it while others run the tests before."""
+    items.sort(key=lambda item: "tiny_bundle" in getattr(item, "fixturenames", ()))
+
+
 def random_model(config: ModelConfig, vocabulary: int, *, seed: int = 0) -> DMAN:
     """A model whose every part matters: random weights, biases and norms, and embeddings of ordinary size."""
     torch.manual_seed(seed)

@@ -94,6 +94,7 @@ ALLOWED = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("package", ALLOWED)
 def test_package_depends_only_on_those_below_it(package: str) -> None:
     used = {name.partition(".")[0] for names in imports_of(package).values() for name in names} & set(OURS)
@@ -135,6 +136,7 @@ def test_part_of_the_runtime_imports_only_the_layers_below_it(part: str) -> None
     assert used - {part} <= LAYERS[part]
 
 
+@pytest.mark.slow
 def test_what_answers_requests_knows_the_interface_of_stores_and_no_store() -> None:
     """`serving` and commands choose one."""
     found = {
@@ -170,6 +172,7 @@ def test_training_imports_only_what_it_shares_with_the_runtime() -> None:
     assert found == set()
 
 
+@pytest.mark.slow
 def test_training_reaches_no_part_of_the_server_not_even_through_others() -> None:
     graph = import_graph("dman_runtime", "dman_train", "protos")
     reached = set().union(*(reachable(graph, name) for name in graph if within(name, "dman_train")))
@@ -200,6 +203,7 @@ def test_library_is_imported_by_its_own_module_only(library: str, only: set[str]
     assert importers("dman_runtime", library) == only
 
 
+@pytest.mark.slow
 def test_log_files_are_read_by_the_data_part_and_scores_written_by_their_job() -> None:
     assert {name.split(".")[0] for name in importers("dman_runtime", "pyarrow") - {"jobs.scoring"}} == {"data"}
 
@@ -251,6 +255,7 @@ with App(config) as app:
     assert not loaded & {"torch", "pyarrow", "matplotlib", "onnx", "pandas", "tqdm", "tensorboard", "dman_train", "sdk"}
 
 
+@pytest.mark.slow
 def test_supervisor_and_help_load_no_serving_library() -> None:
     script = "import sys, dman_runtime.cli; print(sorted(set(sys.modules) & {'grpc', 'onnxruntime', 'torch'}))"
     done = subprocess.run(
@@ -287,6 +292,7 @@ def test_no_function_is_too_long(package: str) -> None:
 # -- generated code --------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_committed_stubs_are_what_the_proto_generates(tmp_path: Path) -> None:
     bin_directory = Path(sys.executable).parent
     outputs = [f"--{kind}_out={tmp_path}" for kind in ("python", "grpc_python", "mypy", "mypy_grpc")]

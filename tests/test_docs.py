@@ -101,6 +101,7 @@ def mentioned(name: str, text: str) -> bool:
     return any(re.search(rf"(?<![\w-]){re.escape(spelling)}(?![\w-])", text) for spelling in spellings)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("what", DOCUMENTED)
 def test_documents_mention_all(what: str) -> None:
     text = "\n".join(read(document) for document in GUIDE)

@@ -457,6 +457,7 @@ def test_delete_leaves_nothing_of_the_user_and_everything_of_the_others(store: S
     assert store.history("a")[0].tolist() == store.seen("a").tolist() == items[:1].tolist()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("partitions", [1, 2, 3, 16])
 def test_scan_partitions_are_disjoint_and_complete(store: StateStore, partitions: int) -> None:
     users = [f"user-{number}" for number in range(2500)] + GOOD_IDS
@@ -678,6 +679,7 @@ def without_versions(store: StateStore) -> tuple[object, ...]:
     return users, store.item_ids(range(store.stats().items)), store.generations()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", WRITES)
 def test_crash_at_any_step_leaves_all_of_a_write_or_nothing(durable: Harness, directory: Path, name: str) -> None:
     with MemoryStore() as reference:

@@ -408,6 +408,7 @@ def test_long_update_of_many_users_is_sliced_and_committed_at_once(batcher: Batc
     assert stored_items(engine, "user 39") == many(39)
 
 
+@pytest.mark.slow
 def test_updates_of_a_user_wait_behind_a_long_one_and_those_of_others_do_not(
     batcher: Batcher, engine: Engine, graphs: GatedGraphs, pool: ThreadPoolExecutor, log: Log
 ) -> None:
@@ -422,6 +423,7 @@ def test_updates_of_a_user_wait_behind_a_long_one_and_those_of_others_do_not(
     assert log.commits == [["v"], ["u"], ["u"], ["u"]]
 
 
+@pytest.mark.slow
 def test_long_requests_take_turns_so_that_the_shorter_is_done_first(
     batcher: Batcher, graphs: GatedGraphs, pool: ThreadPoolExecutor, log: Log
 ) -> None:

@@ -365,6 +365,7 @@ def test_score_of_ids_beyond_64_bits_is_refused(
     assert not (tmp_path / "s.parquet").exists()
 
 
+@pytest.mark.slow
 def test_inspect_refuses_what_is_not_there(
     tiny_bundle: Path, exact_bundle: Path, log: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

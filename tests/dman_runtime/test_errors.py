@@ -117,6 +117,7 @@ def texts(node: ast.AST) -> list[str]:
     return [n.value for n in ast.walk(node) if isinstance(n, ast.Constant) and isinstance(n.value, str)]
 
 
+@pytest.mark.slow
 def test_parameters_that_the_sources_name_are_options_of_a_command() -> None:
     options, named = all_options(), set()
     for path in SOURCES:
@@ -127,6 +128,7 @@ def test_parameters_that_the_sources_name_are_options_of_a_command() -> None:
     assert sorted((name, text) for name, text in named if text not in options) == []
 
 
+@pytest.mark.slow
 def test_messages_of_the_library_name_no_flag() -> None:
     assert {"cli.py", "train.py"} <= {path.name for path in COMMANDS} < {path.name for path in SOURCES}
     found = []
@@ -170,6 +172,7 @@ def test_problems_of_messages_are_found(code: str, expected: list[str]) -> None:
     assert problems(ast.parse(code, mode="eval").body) == expected
 
 
+@pytest.mark.slow
 def test_messages_are_one_line_without_a_full_stop_and_begin_small() -> None:
     found = [
         f"{path.relative_to(ROOT)}:{call.lineno}: {problem}"

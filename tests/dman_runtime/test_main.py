@@ -48,12 +48,14 @@ def test_missing_library_is_one_line_that_says_what_to_install(library: str, arg
     assert done.stderr == f"error: dman-runtime needs {library}; {remedy}\n"
 
 
+@pytest.mark.slow
 def test_missing_module_of_our_own_is_no_matter_of_installing() -> None:
     done = run_without("dman_runtime.options")
     assert done.returncode == 1 and "No module named 'dman_runtime.options'" in done.stderr
     assert "pip install" not in done.stderr
 
 
+@pytest.mark.slow
 def test_with_all_libraries_the_command_runs() -> None:
     done = run_without("no_such_library", "--help")
     assert done.returncode == 0 and "serve" in done.stdout

@@ -108,6 +108,7 @@ def _read(w: Attention, query: Tensor, sources: Tensor, bias: Tensor | None = No
     return w.output(torch.cat([weights[h] @ sources @ w.value[h] for h in range(w.heads)])), weights
 
 
+@pytest.mark.slow
 @every_variant
 @torch.no_grad()
 def test_diversity_is_that_of_the_memory_read(config: ModelConfig) -> None:

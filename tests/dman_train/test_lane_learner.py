@@ -108,6 +108,7 @@ def test_lane_memory_absorbs_a_short_first_segment_by_its_real_rows() -> None:
     torch.testing.assert_close(settled_memory(model, state), expected, rtol=1e-4, atol=2e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("config", SETTINGS.values(), ids=SETTINGS.keys())
 @torch.no_grad()
 def test_lane_restart_forgets_everything(config: TrainConfig) -> None:
@@ -148,6 +149,7 @@ def test_lane_memory_follows_the_initial_slots_until_it_is_settled(config: Train
     assert not state.initial.any()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("config", SETTINGS.values(), ids=SETTINGS.keys())
 @torch.no_grad()
 def test_abstraction_loss_is_about_the_newest_absorption_and_real_positions(config: TrainConfig) -> None:
@@ -265,6 +267,7 @@ def test_likelihood_reaches_everything_but_f_abs_when_alternating(architecture: 
     assert "initial_memory" in names(model, abstraction=False)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("config", JOINT, ids=["1", "2", "3", "4"])
 def test_likelihood_reaches_f_abs_when_joint(config: TrainConfig) -> None:
     model = random_model(TINY, TINY_ITEMS).train()

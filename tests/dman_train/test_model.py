@@ -118,6 +118,7 @@ def test_encode_is_causal(config: ModelConfig) -> None:
     assert not torch.allclose(before.user_embedding[:, 3], after.user_embedding[:, 3])
 
 
+@pytest.mark.slow
 @every_variant
 def test_encode_ignores_padding_and_batch_mates(config: ModelConfig) -> None:
     model = random_model(config, TINY_ITEMS)

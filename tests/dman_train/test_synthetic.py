@@ -50,6 +50,7 @@ def test_synthetic_log_is_the_same_bytes_for_the_same_config(tmp_path: Path, kin
     assert (tmp_path / f"other{kind}").read_bytes() != (tmp_path / f"one{kind}").read_bytes()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", [".csv", ".tsv", ".parquet"])
 def test_synthetic_log_survives_writing_and_reading(tmp_path: Path, log: Interactions, kind: str) -> None:
     write_log(log, tmp_path / f"log{kind}")
@@ -60,6 +61,7 @@ def test_synthetic_log_survives_writing_and_reading(tmp_path: Path, log: Interac
     assert [path.name for path in tmp_path.iterdir()] == [f"log{kind}"]  # nothing unfinished left
 
 
+@pytest.mark.slow
 def test_synthetic_log_is_written_in_order_of_time(tmp_path: Path, log: Interactions) -> None:
     write_log(log, tmp_path / "log.csv")
     lines = (tmp_path / "log.csv").read_text().splitlines()
@@ -109,6 +111,7 @@ def test_returns_after_a_long_absence_continue_the_series(log: Interactions) -> 
     assert continued > 0.9 * returns  # chance is 1 in 10 with the series known, 1 in 500 without
 
 
+@pytest.mark.slow
 def test_what_comes_after_a_return_is_not_in_the_last_two_segments(log: Interactions) -> None:
     """The series that a user returns to has left no trace in the window, so without memory it can only be guessed."""
     guessed = returns = 0
@@ -144,6 +147,7 @@ def test_old_items_come_back_now_and_then(log: Interactions) -> None:
     assert 0.02 < repeats / len(log) < 0.2
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("field", [field.name for field in fields(SyntheticConfig)])
 def test_every_field_of_the_config_changes_the_log(field: str) -> None:
     base = replace(SMALL, mean_events=100, max_length_ratio=2)
@@ -218,6 +222,7 @@ def test_generate_command_writes_both_files_and_says_so(
     assert (printed.out.count("\n"), printed.err) == (1, "")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -358,6 +363,7 @@ def test_planted_log_is_the_same_bytes_for_the_same_config(tmp_path: Path) -> No
     assert one == two != other
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("field", [field.name for field in fields(PlantedConfig)])
 def test_every_field_of_the_planted_config_changes_the_log(field: str) -> None:
     value = getattr(PUZZLE, field)

@@ -466,6 +466,7 @@ OTHER: dict[str, Any] = {
 NEEDS = {"architecture": {"heads": 1, "long_term": "gated"}}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", [f.name for c in (ModelConfig, TrainConfig, DataConfig) for f in fields(c)])
 def test_option_and_variable_reach_the_field(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     value = OTHER.get(name, 8)

@@ -4,6 +4,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 import sdk
 
 
@@ -13,6 +15,7 @@ def test_the_public_names_are_sorted_and_complete() -> None:
     assert public == {name for name in sdk.__all__ if not name.startswith("_")}
 
 
+@pytest.mark.slow
 def test_importing_the_sdk_needs_grpc_and_protobuf_only() -> None:
     script = (
         "import sys, threading, sdk\n"

@@ -30,6 +30,7 @@ async def test_update_keeps_one_generated_request_id_across_retries(client: Awai
     assert len(ids) == 3 and len(set(ids)) == 1 and len(ids[0]) == 32
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("method", "args"),
     [
@@ -65,6 +66,7 @@ async def test_no_other_status_is_retried(client: Awaited, recorder: Recorder, c
     assert len(recorder.seen) == 1
 
 
+@pytest.mark.slow
 async def test_retries_stop_at_their_number(server: SimpleNamespace, connect: Connect, recorder: Recorder) -> None:
     for retries in (0, 2):
         recorder.seen.clear()
@@ -74,6 +76,7 @@ async def test_retries_stop_at_their_number(server: SimpleNamespace, connect: Co
         assert len(recorder.seen) == retries + 1 and not recorder.script
 
 
+@pytest.mark.slow
 async def test_retries_may_be_more_than_the_four_of_grpc(
     server: SimpleNamespace, connect: Connect, recorder: Recorder, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -118,6 +121,7 @@ async def test_a_slow_server_raises_deadline_exceeded_and_is_not_asked_again(
     assert len(recorder.seen) == 1 and recorder.seen[0].seconds_left < 0.6
 
 
+@pytest.mark.slow
 async def test_no_server_is_unavailable_or_worth_waiting_for(connect: Connect, no_server: str) -> None:
     complaint = f"Recommend at {no_server}: .*after 2 attempts.*Check that a server"
     with pytest.raises(UnavailableError, match=complaint) as caught:
@@ -157,6 +161,7 @@ def _serve_later(address: str) -> grpc.Server:
     return server
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("reply_bytes", [0, 20_000], ids=["before the reply", "within the reply"])
 async def test_a_call_whose_connection_breaks_is_retried(
     server: SimpleNamespace, connect: Connect, recorder: Recorder, reply_bytes: int

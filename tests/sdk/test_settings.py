@@ -47,6 +47,7 @@ async def test_metadata_goes_with_every_call_and_is_not_shown(
     assert "s3cret" not in repr(client.client) + repr(client.client._settings)
 
 
+@pytest.mark.slow
 async def test_a_message_over_the_limit_is_resource_exhausted(
     server: SimpleNamespace, connect: Connect, recorder: Recorder
 ) -> None:

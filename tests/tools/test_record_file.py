@@ -79,6 +79,7 @@ def test_same_records_give_the_same_bytes_whatever_the_order_and_the_past(file: 
     assert file.read_bytes() == expected
 
 
+@pytest.mark.slow
 def test_ranks_up_to_500_take_little_more_than_those_up_to_254() -> None:
     sizes = {limit: len(records_bytes([record(str(i), i, limit, 6000) for i in range(8)])) for limit in (254, 500)}
     values = np.concatenate([record(str(i), i, 500, 6000).ranks for i in range(8)])

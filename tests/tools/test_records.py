@@ -163,6 +163,7 @@ def test_record_refuses_what_is_no_finished_run(tmp_path: Path, file: Path, caps
 # The command
 
 
+@pytest.mark.slow
 def test_command_adds_replaces_lists_and_drops(
     trained_run: Path, small_log: Path, file: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

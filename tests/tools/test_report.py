@@ -95,6 +95,7 @@ def test_report_of_nothing_is_one_line(tmp_path: Path, capsys: pytest.CaptureFix
     assert "holds no records" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_report_charts_sizes_that_were_varied(trained_run: Path, tmp_path: Path) -> None:
     first, preset = record_of(Run(trained_run), "first"), report.PRESETS["default"]
     model, train = report.to_dict(preset.model), report.to_dict(preset.train)
@@ -105,6 +106,7 @@ def test_report_charts_sizes_that_were_varied(trained_run: Path, tmp_path: Path)
     assert "DMAN, memory_slots=5" in text
 
 
+@pytest.mark.slow
 def test_report_still_labels_options_that_no_longer_exist(
     trained_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

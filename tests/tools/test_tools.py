@@ -63,6 +63,7 @@ def last_json(capsys: pytest.CaptureFixture[str]) -> dict:
 # -- blocks ----------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @given(st.integers(0, 10**6), st.lists(st.floats(0.01, 10), min_size=1, max_size=20))
 def test_split_parts_are_proportional_and_add_up(total: int, shares: list[float]) -> None:
     parts = split(total, shares)
@@ -328,6 +329,7 @@ def test_recorder_replays_the_very_calls_of_an_import(tiny_bundle: Path, tmp_pat
     assert recorder.replay() > 0
 
 
+@pytest.mark.slow
 def test_cuda_section_compares_both_devices_or_says_why_not(
     tiny_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -358,6 +360,7 @@ def test_report_shows_missed_targets_and_replaces_the_old_page_whole(tmp_path: P
 # -- generator -------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_generate_writes_a_planted_log_that_reads_back_whole(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

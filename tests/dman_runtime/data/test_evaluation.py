@@ -123,6 +123,7 @@ def test_held_out_events_are_the_last_two() -> None:
     assert offsets.tolist() == [0, 2, 4, 5]
 
 
+@pytest.mark.slow
 @given(st.lists(st.integers(0, 9), min_size=1, max_size=8))
 def test_training_and_held_out_events_are_disjoint_and_complete(lengths: list[int]) -> None:
     log = log_of(*lengths)

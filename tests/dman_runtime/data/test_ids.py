@@ -36,6 +36,7 @@ def test_id_problem_names_what_is_wrong(text: str, problem: str | None) -> None:
     assert id_problem(text) == problem
 
 
+@pytest.mark.slow
 @given(st.text(max_size=6) | st.text(st.sampled_from("aé😀"), min_size=95, max_size=410))
 def test_id_is_valid_exactly_when_the_rule_written_out_says_so(text: str) -> None:
     controls = any(unicodedata.category(character) == "Cc" for character in text)

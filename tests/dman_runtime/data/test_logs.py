@@ -68,6 +68,7 @@ def test_movielens_ratings_give_the_same_as_csv(tmp_path: Path) -> None:
     assert log.item_ids == ["9", "10", "661", "1193"]
 
 
+@pytest.mark.slow
 def test_log_reader_loads_pyarrow_only_on_use() -> None:
     code = "import sys, dman_runtime.data.logs, dman_runtime.data.items\n"
     code += "sys.exit(not {'pyarrow', 'torch'}.isdisjoint(sys.modules))"
@@ -228,6 +229,7 @@ def test_movielens_1m_has_the_published_size_and_order() -> None:
     assert [int(log.item_ids[i]) for i in log.history(0)] == by_position
 
 
+@pytest.mark.slow
 @needs_data
 @pytest.mark.parametrize(
     ("name", "users", "items", "events"),

@@ -30,6 +30,7 @@ def by_user(rows: list[tuple[str, int]]) -> dict[str, list[int]]:
     return {user: [n for u, n in rows if u == user] for user, _ in rows}
 
 
+@pytest.mark.slow
 @settings(max_examples=30, deadline=None)
 @given(
     users=st.lists(st.integers(0, 60).map(str), min_size=1, max_size=150),

@@ -131,6 +131,7 @@ def test_bad_row_far_into_a_log_is_reported_by_its_line(tmp_path: Path) -> None:
     assert f"line {lines + 2}: item_id ''" in error_of(path)
 
 
+@pytest.mark.slow
 @settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(text=st.text(st.characters(codec="utf-8"), max_size=4) | st.sampled_from(["x" * 400, "x" * 401, "é" * 201]))
 def test_tables_refuse_exactly_the_ids_that_the_rule_refuses(tmp_path: Path, text: str) -> None:

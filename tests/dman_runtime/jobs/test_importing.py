@@ -123,6 +123,7 @@ def test_import_interrupted_and_repeated_equals_one_import(
     check_records(engine)
 
 
+@pytest.mark.slow
 def test_import_in_small_partitions_stores_the_same(
     engine: Engine, log: Path, mixed_histories: Histories, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -155,6 +156,7 @@ def test_import_gives_up_where_a_server_never_stops(engine: Engine, log: Path) -
         import_histories(log, Engine(engine.generation, store), existing="append")  # type: ignore[arg-type]
 
 
+@pytest.mark.slow
 def test_import_for_another_bundle_adds_to_histories_that_are_there(
     engine: Engine, renamed: Generation, log: Path, mixed_histories: Histories, tmp_path: Path
 ) -> None:

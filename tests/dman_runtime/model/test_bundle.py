@@ -63,6 +63,7 @@ def golden_error(bundle: Path) -> float:
 # --- Damage.
 
 
+@pytest.mark.slow
 @settings(max_examples=40)
 @given(name=st.sampled_from(FILES), where=st.floats(0, 1, exclude_max=True), bit=st.integers(0, 7))
 def test_open_bundle_refuses_any_flipped_bit(

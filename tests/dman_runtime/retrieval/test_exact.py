@@ -41,6 +41,7 @@ def test_scores_of_one_user_and_of_many_are_the_inner_products() -> None:
         assert (retriever.scores(user[None].astype(np.float32)) == table @ user).all()
 
 
+@pytest.mark.slow
 def test_search_holds_no_more_scores_at_a_time_than_a_block(monkeypatch: pytest.MonkeyPatch) -> None:
     table = np.ones((SCORES_PER_BLOCK // 4, 1), np.float32)
     retriever, rows = ExactRetriever(table), []

@@ -41,6 +41,7 @@ def test_reflection_lists_the_service(channel: grpc.Channel) -> None:
     assert "dman.v1.Recommender" in listed and "grpc.health.v1.Health" in listed
 
 
+@pytest.mark.slow
 def test_closing_app_says_not_serving_and_stores_what_it_accepted(tiny_bundle: Path, tmp_path: Path) -> None:
     app = App(serve_config(tiny_bundle, tmp_path / "state", grace=30.0))
     with ThreadPoolExecutor(2) as pool, grpc.insecure_channel(f"127.0.0.1:{app.port}") as opened:

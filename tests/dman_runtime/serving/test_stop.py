@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 
+import pytest
 from conftest import ROOT
 
 from dman_runtime.serving.stop import StopRequest
@@ -26,6 +27,7 @@ time.sleep(0.1)
 """
 
 
+@pytest.mark.slow
 def test_sigterm_is_noticed_though_the_main_thread_sleeps_through_it() -> None:
     """Once in some hundred stops, the signal came as the main thread began to wait, and the server never stopped."""
     done = subprocess.run(

@@ -56,6 +56,7 @@ HEAD, RECORD = b"\0" + bytes(4), b"\0\0\0\0\1"
 CHUNK = HEAD  # the first
 
 
+@pytest.mark.slow
 def test_append_to_a_long_history_changes_users_alone_until_a_chunk_is_full(store: LmdbStore) -> None:
     items = np.arange(100_000) % 90
     store.commit([write("long", items=items), write("other", items=items[:300])])
