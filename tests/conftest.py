@@ -44,7 +44,7 @@ MOVIELENS = ROOT.parent / "shared" / "data" / "ml-1m"
 TINY = ModelConfig(width=32, heads=2, segment_length=5, memory_slots=4, layers=2, dropout=0.1)
 PAPER = replace(TINY, architecture="paper", heads=1, long_term="gated")
 TINY_ITEMS = 60
-LATER = replace(TINY, width=24, segment_length=4, memory_slots=3, layers=1)
+LATER = replace(TINY, width=24, segment_length=4, memory_slots=3)
 LATER_FIRST, LATER_ITEMS = 31, 50  # items "31" to "80"
 STORES = ("memory", "lmdb")
 
