@@ -116,8 +116,8 @@ def _close_segments(states: Sequence[State], *, bundle: Bundle, graphs: Graphs) 
             memory[row] = state.memory
             closed[row, 0] = bundle.item_embeddings[state.recent[:segment]]
             closed[row, 1:] = state.hidden[:, :segment]
-        for state, new_memory in zip(states, graphs.abstract(memory, closed), strict=True):
-            state.memory = new_memory.astype(shape.dtype)
+        for state, new_memory in zip(states, graphs.abstract(memory, closed).astype(shape.dtype), strict=True):
+            state.memory = new_memory
     for state in states:
         state.recent[:segment] = state.recent[segment:]
         state.hidden[:, :segment] = state.hidden[:, segment:]

@@ -142,11 +142,12 @@ def add_seen(value: Bytes | None, items: NDArray[np.uint32]) -> bytes | None:
     return _with_checksum(bytes([_BITMAP]) + bitmap.tobytes())
 
 
-def split_events(tail: NDArray[np.void], new: NDArray[np.void]) -> tuple[list[NDArray[np.void]], NDArray[np.void]]:
-    """The chunks that `tail` and `new` events fill, and the events that are left over."""
-    events = np.concatenate([tail, new]) if len(tail) else new
+def split_events(tail: NDArray[np.void], new: NDArray[np.void]) -> tuple[NDArray[np.void], NDArray[np.void]]:
+    """The `tail` and `new` events: those that fill chunks, and those that are left over."""
+    # NumPy takes far longer to join two arrays of events.
+    events = np.frombuffer(tail.tobytes() + new.tobytes(), EVENT) if len(tail) else new
     full = len(events) // CHUNK_EVENTS * CHUNK_EVENTS
-    return [events[start : start + CHUNK_EVENTS] for start in range(0, full, CHUNK_EVENTS)], events[full:]
+    return events[:full], events[full:]
 
 
 def _with_checksum(body: bytes) -> bytes:

@@ -270,7 +270,7 @@ class LmdbStore:
         """Puts one user's records and new events behind the old ones; returns the bytes put."""
         count, tail = (before.head.history_count, before.tail) if before else (0, events_of(_NO_SEEN, _NO_SEEN))
         chunks, tail = split_events(tail, events_of(write.items, write.timestamps))
-        put = self._put_chunks(txn, key, count // CHUNK_EVENTS, chunks) if chunks else 0
+        put = self._put_chunks(txn, key, count // CHUNK_EVENTS, chunks) if len(chunks) else 0
         generation = max(write.records) if write.records else before.head.generation if before else 0
         head = Head(txn.id(), count + len(write.items), tuple(write.request_ids), generation)
         values = {0: pack_head(head, tail)} | dict(write.records)
@@ -278,11 +278,11 @@ class LmdbStore:
             txn.put(_record_key(key, number), value, db=self._users)
         return put + sum(map(len, values.values()))
 
-    def _put_chunks(self, txn: lmdb.Transaction, key: bytes, first: int, chunks: list[NDArray[np.void]]) -> int:
-        values = [pack_chunk(chunk) for chunk in chunks]
+    def _put_chunks(self, txn: lmdb.Transaction, key: bytes, first: int, events: NDArray[np.void]) -> int:
+        values = [pack_chunk(events[start : start + CHUNK_EVENTS]) for start in range(0, len(events), CHUNK_EVENTS)]
         for number, value in enumerate(values, start=first):
             txn.put(_record_key(key, number), value, db=self._history)
-        seen = add_seen(txn.get(key, db=self._seen), np.concatenate(chunks)["item"])
+        seen = add_seen(txn.get(key, db=self._seen), events["item"])
         if seen is not None:
             txn.put(key, seen, db=self._seen)
         return sum(map(len, values)) + len(seen or b"")

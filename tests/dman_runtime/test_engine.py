@@ -754,6 +754,26 @@ def test_recommend_with_a_smaller_k_is_the_beginning_of_a_longer_list(engine: En
             assert recommended(engine, user_id, k=k) == longest[:k]
 
 
+@pytest.mark.parametrize("count", [1, 4, 9, 24, 60])
+def test_plain_answer_is_the_general_one_by_a_shorter_way(engine: Engine, count: int) -> None:
+    update(engine, "u", [7 * n % ITEMS for n in range(count)])
+    for query in (Query("u"), Query("u", k=ITEMS), Query("u", k=3, include_seen=True)):
+        plain, general = engine.plain_answer(query), engine.answer(engine.open_queries([query]))[0]
+        assert plain is not None
+        assert plain.item_indices.tolist() == general.item_indices.tolist()
+        assert plain.scores.tolist() == general.scores.tolist()
+        assert (plain.popular, plain.event_count, plain.unknown_item_ids) == (False, count, [])
+
+
+def test_plain_answer_leaves_all_other_queries_to_the_general_way(engine: Engine) -> None:
+    update(engine, "u", [1, 2])
+    others = [Query("unknown"), Query(None), Query("u", what_if=["3"]), Query("u", exclude=["3"])]
+    for query in (*others, Query("u", candidates=["3"]), Query("u", candidates=[])):
+        assert engine.plain_answer(query) is None
+    engine.store.drop_records(engine.number)
+    assert engine.plain_answer(Query("u")) is None  # the record has to be made first
+
+
 def test_recommend_refuses_too_many_what_if_events(engine: Engine) -> None:
     with pytest.raises(RequestError, match="what-if"):
         answer(engine, None, what_if=["1"] * (MAX_EVENTS + 1))
