@@ -51,6 +51,34 @@ def _serve_options(p: Parser) -> None:
     )
     _map_option(p)
     p.flag("--grace", type=float, default=10.0, help="seconds that running requests get when stopping")
+    p.flag(
+        "--idle-timeout", type=float, default=300.0, help="seconds after which a connection without a call is closed"
+    )
+    p.flag(
+        "--max-in-flight-mib",
+        type=int,
+        default=192,
+        help="MiB of messages and replies that one worker holds; more get RESOURCE_EXHAUSTED",
+    )
+    p.add_argument("--state-must-exist", action="store_true", help="refuse to start without a state store")
+    _access_options(p)
+    p.flag("--metrics-port", type=int, default=None, help="port for Prometheus metrics; none without it")
+    p.flag("--metrics-host", default="127.0.0.1", help="address for Prometheus metrics")
+    p.flag("--log-format", choices=["text", "json"], default="text", help="json: one object a line, for log collectors")
+
+
+def _access_options(p: Parser) -> None:
+    p.add_argument("--insecure", action="store_true", help="allow plain text beyond loopback: anybody can listen in")
+    p.flag(
+        "--tls-cert", type=Path, default=None, help="certificate chain of the server, PEM; read again when it changes"
+    )
+    p.flag("--tls-key", type=Path, default=None, help="private key of the certificate, PEM")
+    p.flag("--tls-client-ca", type=Path, default=None, help="clients must show a certificate signed by these, PEM")
+    p.flag(
+        "--tokens", type=Path, default=None, help="file of callers, roles and hashed tokens; read again when it changes"
+    )
+    p.flag("--caller-requests", type=float, default=0.0, help="requests per second and caller; 0: no limit")
+    p.flag("--caller-events", type=float, default=0.0, help="events to encode per second and caller; 0: no limit")
 
 
 def _encoder_options(p: Parser) -> None:

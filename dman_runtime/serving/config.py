@@ -5,7 +5,7 @@ from __future__ import annotations
 import socket
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 from dman_runtime.errors import UsageError
 
@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from dman_runtime.model.encoder import Provider
 
 MAX_MESSAGE_BYTES = 16 << 20
+LogFormat = Literal["text", "json"]
 
 
 @dataclass(frozen=True)
@@ -29,11 +30,24 @@ class ServeConfig:
     map_size_mib: int
     grace: float  # seconds that in-flight requests get when stopping
     share_port: bool = False  # set by the supervisor
+    state_must_exist: bool = False  # never create a store
+    insecure: bool = False  # plain text beyond loopback is meant
+    tls_cert: Path | None = None  # PEM
+    tls_key: Path | None = None
+    tls_client_ca: Path | None = None  # clients must show a certificate that it signed
+    tokens: Path | None = None  # who may call, and what
+    caller_requests: float = 0.0  # per second and caller; 0: no limit
+    caller_events: float = 0.0  # events to encode, per second and caller; 0: no limit
+    max_in_flight_mib: int = 192  # messages and replies that one worker holds
+    idle_timeout: float = 300.0  # seconds after which a connection without a call is closed
+    metrics_port: int | None = None  # None: no metrics
+    metrics_host: str = "127.0.0.1"
+    log_format: LogFormat = "text"
 
     def __post_init__(self) -> None:
         if not 0 <= self.port <= 65535:
             raise UsageError(f"port is {self.port}", "choose 0 to 65535", parameter="port")
-        for name in ("workers", "threads", "encoder_threads", "max_concurrent", "map_size_mib"):
+        for name in ("workers", "threads", "encoder_threads", "max_concurrent", "map_size_mib", "max_in_flight_mib"):
             if getattr(self, name) < 1:
                 raise UsageError(f"{name} is {getattr(self, name)}", "choose 1 or more", parameter=name)
         if not 0 <= self.grace <= 3600:  # nor NaN

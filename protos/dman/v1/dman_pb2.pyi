@@ -74,8 +74,8 @@ class UpdateRequest(_message.Message):
     user_id: _builtins.str
     """1 to 400 bytes of UTF-8 without control characters."""
     request_id: _builtins.str
-    """Any text up to 128 bytes that names this update. A repeat with the same id is not applied again while
-    it is among the user's last 16 updates that carried an id, so a retry is safe. Empty: no check.
+    """Any text up to 128 bytes that names this update. An update of the user with the same id is not applied again within
+    24 hours, so a retry is safe, also after the user was deleted. Empty: no check.
     """
     @_builtins.property
     def events(self) -> _containers.RepeatedCompositeFieldContainer[Global___Event]:
@@ -109,6 +109,7 @@ class UpdateReply(_message.Message):
     UNKNOWN_ITEM_IDS_FIELD_NUMBER: _builtins.int
     DUPLICATE_FIELD_NUMBER: _builtins.int
     HISTORY_COUNT_FIELD_NUMBER: _builtins.int
+    UNKNOWN_COUNT_FIELD_NUMBER: _builtins.int
     bundle_id: _builtins.str
     event_count: _builtins.int
     """Events of the user that the bundle knows, this update included."""
@@ -118,9 +119,11 @@ class UpdateReply(_message.Message):
     """True when request_id had been applied before; `applied` is then 0."""
     history_count: _builtins.int
     """Events of the user that are stored, this update included."""
+    unknown_count: _builtins.int
+    """Events of this request that the bundle does not know, also those that unknown_item_ids leaves out."""
     @_builtins.property
     def unknown_item_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
-        """Ids of this request that the bundle does not know."""
+        """Ids of this request that the bundle does not know; where they are many, only the first ones."""
 
     def __init__(
         self,
@@ -131,10 +134,11 @@ class UpdateReply(_message.Message):
         unknown_item_ids: _abc.Iterable[_builtins.str] | None = ...,
         duplicate: _builtins.bool = ...,
         history_count: _builtins.int = ...,
+        unknown_count: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["applied", b"applied", "bundle_id", b"bundle_id", "duplicate", b"duplicate", "event_count", b"event_count", "history_count", b"history_count", "unknown_item_ids", b"unknown_item_ids"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["applied", b"applied", "bundle_id", b"bundle_id", "duplicate", b"duplicate", "event_count", b"event_count", "history_count", b"history_count", "unknown_count", b"unknown_count", "unknown_item_ids", b"unknown_item_ids"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -145,16 +149,22 @@ class BatchUpdateRequest(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
     UPDATES_FIELD_NUMBER: _builtins.int
+    REQUEST_ID_FIELD_NUMBER: _builtins.int
+    request_id: _builtins.str
+    """As in UpdateRequest, for the whole batch: it is applied once, or not at all."""
     @_builtins.property
-    def updates(self) -> _containers.RepeatedCompositeFieldContainer[Global___UpdateRequest]: ...
+    def updates(self) -> _containers.RepeatedCompositeFieldContainer[Global___UpdateRequest]:
+        """Their request_id is only allowed where the batch has none."""
+
     def __init__(
         self,
         *,
         updates: _abc.Iterable[Global___UpdateRequest] | None = ...,
+        request_id: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["updates", b"updates"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["request_id", b"request_id", "updates", b"updates"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -263,19 +273,24 @@ class RecommendReply(_message.Message):
     EVENT_COUNT_FIELD_NUMBER: _builtins.int
     UNKNOWN_ITEM_IDS_FIELD_NUMBER: _builtins.int
     INTEGER_ITEM_IDS_FIELD_NUMBER: _builtins.int
+    UNKNOWN_COUNT_FIELD_NUMBER: _builtins.int
     source: Global___Source.ValueType
     bundle_id: _builtins.str
     event_count: _builtins.int
     """Events that the scores reflect, what_if_events included."""
     integer_item_ids: _builtins.bool
     """The bundle was trained on integer item ids: clients may turn item_id back into a number."""
+    unknown_count: _builtins.int
+    """How many such ids there are, also those that unknown_item_ids leaves out."""
     @_builtins.property
     def items(self) -> _containers.RepeatedCompositeFieldContainer[Global___RecommendedItem]:
         """Best first; fewer than k when fewer items remain."""
 
     @_builtins.property
     def unknown_item_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
-        """Ids of this request (events, exclusions, candidates) that the bundle does not know; they were ignored."""
+        """Ids of this request (events, exclusions, candidates) that the bundle does not know; they were ignored. Where they
+        are many, only the first ones.
+        """
 
     def __init__(
         self,
@@ -286,10 +301,11 @@ class RecommendReply(_message.Message):
         event_count: _builtins.int = ...,
         unknown_item_ids: _abc.Iterable[_builtins.str] | None = ...,
         integer_item_ids: _builtins.bool = ...,
+        unknown_count: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["bundle_id", b"bundle_id", "event_count", b"event_count", "integer_item_ids", b"integer_item_ids", "items", b"items", "source", b"source", "unknown_item_ids", b"unknown_item_ids"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["bundle_id", b"bundle_id", "event_count", b"event_count", "integer_item_ids", b"integer_item_ids", "items", b"items", "source", b"source", "unknown_count", b"unknown_count", "unknown_item_ids", b"unknown_item_ids"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -453,3 +469,103 @@ class DeleteUserReply(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___DeleteUserReply: _TypeAlias = DeleteUserReply  # noqa: Y015
+
+@_typing.final
+class GetStatusRequest(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    def __init__(
+        self,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___GetStatusRequest: _TypeAlias = GetStatusRequest  # noqa: Y015
+
+@_typing.final
+class Problem(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    NAME_FIELD_NUMBER: _builtins.int
+    DETAIL_FIELD_NUMBER: _builtins.int
+    SECONDS_FIELD_NUMBER: _builtins.int
+    BLOCKING_FIELD_NUMBER: _builtins.int
+    name: _builtins.str
+    """One word for programs: disk_full, store_gone, store_damaged, bundle_changed, worker_down, worker_hung, stopping."""
+    detail: _builtins.str
+    """What is wrong and what to do, for people."""
+    seconds: _builtins.float
+    """Seconds since it was found."""
+    blocking: _builtins.bool
+    """The server does not serve while this lasts."""
+    def __init__(
+        self,
+        *,
+        name: _builtins.str = ...,
+        detail: _builtins.str = ...,
+        seconds: _builtins.float = ...,
+        blocking: _builtins.bool = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["blocking", b"blocking", "detail", b"detail", "name", b"name", "seconds", b"seconds"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Problem: _TypeAlias = Problem  # noqa: Y015
+
+@_typing.final
+class GetStatusReply(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    READY_FIELD_NUMBER: _builtins.int
+    PROBLEMS_FIELD_NUMBER: _builtins.int
+    BUNDLE_ID_FIELD_NUMBER: _builtins.int
+    WORKERS_FIELD_NUMBER: _builtins.int
+    WORKERS_READY_FIELD_NUMBER: _builtins.int
+    RESTARTS_FIELD_NUMBER: _builtins.int
+    UPTIME_SECONDS_FIELD_NUMBER: _builtins.int
+    REQUESTS_FIELD_NUMBER: _builtins.int
+    BYTES_IN_FLIGHT_FIELD_NUMBER: _builtins.int
+    VERSION_FIELD_NUMBER: _builtins.int
+    ready: _builtins.bool
+    """What health checks say: the server takes work."""
+    bundle_id: _builtins.str
+    workers: _builtins.int
+    """Worker processes that were asked for, and those that serve."""
+    workers_ready: _builtins.int
+    restarts: _builtins.int
+    """Workers that were started again since the server started."""
+    uptime_seconds: _builtins.float
+    """Since the start of the worker that answers."""
+    requests: _builtins.int
+    """Requests that this worker holds, and the bytes of their messages and replies."""
+    bytes_in_flight: _builtins.int
+    version: _builtins.str
+    """Version of the distribution."""
+    @_builtins.property
+    def problems(self) -> _containers.RepeatedCompositeFieldContainer[Global___Problem]: ...
+    def __init__(
+        self,
+        *,
+        ready: _builtins.bool = ...,
+        problems: _abc.Iterable[Global___Problem] | None = ...,
+        bundle_id: _builtins.str = ...,
+        workers: _builtins.int = ...,
+        workers_ready: _builtins.int = ...,
+        restarts: _builtins.int = ...,
+        uptime_seconds: _builtins.float = ...,
+        requests: _builtins.int = ...,
+        bytes_in_flight: _builtins.int = ...,
+        version: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["bundle_id", b"bundle_id", "bytes_in_flight", b"bytes_in_flight", "problems", b"problems", "ready", b"ready", "requests", b"requests", "restarts", b"restarts", "uptime_seconds", b"uptime_seconds", "version", b"version", "workers", b"workers", "workers_ready", b"workers_ready"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___GetStatusReply: _TypeAlias = GetStatusReply  # noqa: Y015

@@ -30,9 +30,10 @@ class RecommenderStub:
     bundle: it holds every event, also those of items that the bundle does not know.
 
     Errors (google.rpc codes): INVALID_ARGUMENT for a request that can never succeed as sent, NOT_FOUND for
-    GetUser of an unknown user, RESOURCE_EXHAUSTED for a message over the size limit, a full state store or an
-    overloaded server, ABORTED when other workers kept changing the same users, UNAVAILABLE while stopping or when the
-    state store fails, INTERNAL otherwise; the last two name a reference to the server's log.
+    GetUser of an unknown user, RESOURCE_EXHAUSTED for a message over the size limit, a full state store, a caller over
+    its limits or an overloaded server, ABORTED when other workers kept changing the same users, UNAUTHENTICATED without
+    a valid token where the server wants one, PERMISSION_DENIED for a token whose roles do not allow the call, UNAVAILABLE
+    while stopping or when the state store fails, INTERNAL otherwise; the last two name a reference to the server's log.
     """
 
     def __init__(self, channel):
@@ -78,9 +79,10 @@ class RecommenderServicer:
     bundle: it holds every event, also those of items that the bundle does not know.
 
     Errors (google.rpc codes): INVALID_ARGUMENT for a request that can never succeed as sent, NOT_FOUND for
-    GetUser of an unknown user, RESOURCE_EXHAUSTED for a message over the size limit, a full state store or an
-    overloaded server, ABORTED when other workers kept changing the same users, UNAVAILABLE while stopping or when the
-    state store fails, INTERNAL otherwise; the last two name a reference to the server's log.
+    GetUser of an unknown user, RESOURCE_EXHAUSTED for a message over the size limit, a full state store, a caller over
+    its limits or an overloaded server, ABORTED when other workers kept changing the same users, UNAUTHENTICATED without
+    a valid token where the server wants one, PERMISSION_DENIED for a token whose roles do not allow the call, UNAVAILABLE
+    while stopping or when the state store fails, INTERNAL otherwise; the last two name a reference to the server's log.
     """
 
     def Update(self, request, context):
@@ -171,9 +173,10 @@ class Recommender:
     bundle: it holds every event, also those of items that the bundle does not know.
 
     Errors (google.rpc codes): INVALID_ARGUMENT for a request that can never succeed as sent, NOT_FOUND for
-    GetUser of an unknown user, RESOURCE_EXHAUSTED for a message over the size limit, a full state store or an
-    overloaded server, ABORTED when other workers kept changing the same users, UNAVAILABLE while stopping or when the
-    state store fails, INTERNAL otherwise; the last two name a reference to the server's log.
+    GetUser of an unknown user, RESOURCE_EXHAUSTED for a message over the size limit, a full state store, a caller over
+    its limits or an overloaded server, ABORTED when other workers kept changing the same users, UNAUTHENTICATED without
+    a valid token where the server wants one, PERMISSION_DENIED for a token whose roles do not allow the call, UNAVAILABLE
+    while stopping or when the state store fails, INTERNAL otherwise; the last two name a reference to the server's log.
     """
 
     @staticmethod
@@ -328,6 +331,82 @@ class Recommender:
             '/dman.v1.Recommender/DeleteUser',
             protos_dot_dman_dot_v1_dot_dman__pb2.DeleteUserRequest.SerializeToString,
             protos_dot_dman_dot_v1_dot_dman__pb2.DeleteUserReply.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+
+class OperationsStub:
+    """For those who run the server.
+    """
+
+    def __init__(self, channel):
+        """Constructor.
+
+        Args:
+            channel: A grpc.Channel.
+        """
+        self.GetStatus = channel.unary_unary(
+                '/dman.v1.Operations/GetStatus',
+                request_serializer=protos_dot_dman_dot_v1_dot_dman__pb2.GetStatusRequest.SerializeToString,
+                response_deserializer=protos_dot_dman_dot_v1_dot_dman__pb2.GetStatusReply.FromString,
+                _registered_method=True)
+
+
+class OperationsServicer:
+    """For those who run the server.
+    """
+
+    def GetStatus(self, request, context):
+        """Whether the server can do its work, and what is wrong if it cannot.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+
+def add_OperationsServicer_to_server(servicer, server):
+    rpc_method_handlers = {
+            'GetStatus': grpc.unary_unary_rpc_method_handler(
+                    servicer.GetStatus,
+                    request_deserializer=protos_dot_dman_dot_v1_dot_dman__pb2.GetStatusRequest.FromString,
+                    response_serializer=protos_dot_dman_dot_v1_dot_dman__pb2.GetStatusReply.SerializeToString,
+            ),
+    }
+    generic_handler = grpc.method_handlers_generic_handler(
+            'dman.v1.Operations', rpc_method_handlers)
+    server.add_generic_rpc_handlers((generic_handler,))
+    server.add_registered_method_handlers('dman.v1.Operations', rpc_method_handlers)
+
+
+ # This class is part of an EXPERIMENTAL API.
+class Operations:
+    """For those who run the server.
+    """
+
+    @staticmethod
+    def GetStatus(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/dman.v1.Operations/GetStatus',
+            protos_dot_dman_dot_v1_dot_dman__pb2.GetStatusRequest.SerializeToString,
+            protos_dot_dman_dot_v1_dot_dman__pb2.GetStatusReply.FromString,
             options,
             channel_credentials,
             insecure,

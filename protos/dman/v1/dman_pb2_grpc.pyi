@@ -31,9 +31,10 @@ class RecommenderStub:
     bundle: it holds every event, also those of items that the bundle does not know.
 
     Errors (google.rpc codes): INVALID_ARGUMENT for a request that can never succeed as sent, NOT_FOUND for
-    GetUser of an unknown user, RESOURCE_EXHAUSTED for a message over the size limit, a full state store or an
-    overloaded server, ABORTED when other workers kept changing the same users, UNAVAILABLE while stopping or when the
-    state store fails, INTERNAL otherwise; the last two name a reference to the server's log.
+    GetUser of an unknown user, RESOURCE_EXHAUSTED for a message over the size limit, a full state store, a caller over
+    its limits or an overloaded server, ABORTED when other workers kept changing the same users, UNAUTHENTICATED without
+    a valid token where the server wants one, PERMISSION_DENIED for a token whose roles do not allow the call, UNAVAILABLE
+    while stopping or when the state store fails, INTERNAL otherwise; the last two name a reference to the server's log.
     """
 
     @_typing.overload
@@ -59,9 +60,10 @@ class RecommenderAsyncStub(RecommenderStub):
     bundle: it holds every event, also those of items that the bundle does not know.
 
     Errors (google.rpc codes): INVALID_ARGUMENT for a request that can never succeed as sent, NOT_FOUND for
-    GetUser of an unknown user, RESOURCE_EXHAUSTED for a message over the size limit, a full state store or an
-    overloaded server, ABORTED when other workers kept changing the same users, UNAVAILABLE while stopping or when the
-    state store fails, INTERNAL otherwise; the last two name a reference to the server's log.
+    GetUser of an unknown user, RESOURCE_EXHAUSTED for a message over the size limit, a full state store, a caller over
+    its limits or an overloaded server, ABORTED when other workers kept changing the same users, UNAUTHENTICATED without
+    a valid token where the server wants one, PERMISSION_DENIED for a token whose roles do not allow the call, UNAVAILABLE
+    while stopping or when the state store fails, INTERNAL otherwise; the last two name a reference to the server's log.
     """
 
     def __init__(self, channel: _aio.Channel) -> None: ...
@@ -83,9 +85,10 @@ class RecommenderServicer(metaclass=_abc_1.ABCMeta):
     bundle: it holds every event, also those of items that the bundle does not know.
 
     Errors (google.rpc codes): INVALID_ARGUMENT for a request that can never succeed as sent, NOT_FOUND for
-    GetUser of an unknown user, RESOURCE_EXHAUSTED for a message over the size limit, a full state store or an
-    overloaded server, ABORTED when other workers kept changing the same users, UNAVAILABLE while stopping or when the
-    state store fails, INTERNAL otherwise; the last two name a reference to the server's log.
+    GetUser of an unknown user, RESOURCE_EXHAUSTED for a message over the size limit, a full state store, a caller over
+    its limits or an overloaded server, ABORTED when other workers kept changing the same users, UNAUTHENTICATED without
+    a valid token where the server wants one, PERMISSION_DENIED for a token whose roles do not allow the call, UNAVAILABLE
+    while stopping or when the state store fails, INTERNAL otherwise; the last two name a reference to the server's log.
     """
 
     @_abc_1.abstractmethod
@@ -137,3 +140,34 @@ class RecommenderServicer(metaclass=_abc_1.ABCMeta):
         """Forgets a user: history and everything made of it. Deleting an unknown user succeeds with `existed` false."""
 
 def add_RecommenderServicer_to_server(servicer: RecommenderServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...
+
+class OperationsStub:
+    """For those who run the server."""
+
+    @_typing.overload
+    def __new__(cls, channel: _grpc.Channel) -> _Self: ...
+    @_typing.overload
+    def __new__(cls, channel: _aio.Channel) -> OperationsAsyncStub: ...
+    GetStatus: _grpc.UnaryUnaryMultiCallable[_dman_pb2.GetStatusRequest, _dman_pb2.GetStatusReply]
+    """Whether the server can do its work, and what is wrong if it cannot."""
+
+@_typing.type_check_only
+class OperationsAsyncStub(OperationsStub):
+    """For those who run the server."""
+
+    def __init__(self, channel: _aio.Channel) -> None: ...
+    GetStatus: _aio.UnaryUnaryMultiCallable[_dman_pb2.GetStatusRequest, _dman_pb2.GetStatusReply]  # type: ignore[assignment]
+    """Whether the server can do its work, and what is wrong if it cannot."""
+
+class OperationsServicer(metaclass=_abc_1.ABCMeta):
+    """For those who run the server."""
+
+    @_abc_1.abstractmethod
+    def GetStatus(
+        self,
+        request: _dman_pb2.GetStatusRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_dman_pb2.GetStatusReply, _abc.Awaitable[_dman_pb2.GetStatusReply]]:
+        """Whether the server can do its work, and what is wrong if it cannot."""
+
+def add_OperationsServicer_to_server(servicer: OperationsServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...
