@@ -159,7 +159,7 @@ ERROR_OF_STATUS: dict[grpc.StatusCode, type[DmanError]] = {
 _TLS_FAILURE = re.compile(r"tls handshake|SSL_ERROR|hostname verification|security handshaker", re.IGNORECASE)
 _TLS_REMEDY = (
     "TLS failed. Check that ca_certificate= signed the server's certificate, that this names the host of the target, "
-    "and that client_certificate= and client_key= belong together."
+    "and that client_certificate= and client_key= are a pair that the server trusts."
 )
 
 
