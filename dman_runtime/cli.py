@@ -1,4 +1,4 @@
-"""The command `dman-runtime`: serve, import, score, evaluate, inspect."""
+"""The command `dman-runtime`: serve, status, verify, token, import, score, evaluate, inspect."""
 
 from __future__ import annotations
 
@@ -39,13 +39,10 @@ def _command(commands: Any, name: str, help_text: str) -> Parser:
 
 def _serve_options(p: Parser) -> None:
     p.flag("--state", type=Path, default=DEFAULT_STATE, help="state directory; created when absent")
-    p.flag(
-        "--host", default="127.0.0.1", help="address to listen on; there is no authentication, so mind who can reach it"
-    )
+    p.flag("--host", default="127.0.0.1", help="address to listen on; beyond loopback give TLS, or --insecure")
     p.flag("--port", type=int, default=50051, help="port to listen on; 0 takes a free one")
     _encoder_options(p)
     p.flag("--workers", type=int, default=1, help="worker processes sharing the port and the state")
-    p.flag("--threads", type=int, default=16, help="requests that one worker runs at a time; more wait")
     p.flag(
         "--max-concurrent", type=int, default=512, help="requests that one worker holds; more get RESOURCE_EXHAUSTED"
     )

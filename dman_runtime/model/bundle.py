@@ -112,6 +112,9 @@ class Bundle:
     def bundle_id(self) -> str:
         return self.manifest.bundle_id
 
+    def changed(self) -> str:
+        return ""
+
     def golden(self) -> dict[str, np.ndarray]:
         """The recorded replay: `histories` (N, longest) with -1 as padding, `user_embeddings` (N, D), `memories`."""
         with np.load(self.path / GOLDEN, allow_pickle=False) as arrays:
