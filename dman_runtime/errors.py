@@ -7,6 +7,9 @@
     ├── BundleError                 a bundle that cannot be used
     ├── RequestError                a request that can never succeed as sent
     │   └── UserNotFoundError
+    ├── UnauthenticatedError        a call whose caller is not known
+    ├── ForbiddenError              a call that its caller may not make
+    ├── LimitError                  a caller that asks for more than its share
     ├── ConflictError               other writers kept changing the same users
     ├── StoppedError                the server takes no new work
     ├── StoreError                  the store cannot do what was asked
@@ -88,6 +91,24 @@ class UserNotFoundError(RequestError):
     """Nothing is stored about the user."""
 
     status = "NOT_FOUND"
+
+
+class UnauthenticatedError(DmanError):
+    """Nobody known makes this call."""
+
+    status, public = "UNAUTHENTICATED", None
+
+
+class ForbiddenError(DmanError):
+    """The caller is known and may not do this."""
+
+    status, public = "PERMISSION_DENIED", None
+
+
+class LimitError(DmanError):
+    """The caller is over one of its limits; the remedy says when to try again."""
+
+    status, public = "RESOURCE_EXHAUSTED", None
 
 
 class ConflictError(DmanError):
