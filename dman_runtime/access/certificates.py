@@ -18,6 +18,15 @@ _VERDICTS = {  # OpenSSL's X509_V_ERR_*
     10: "has expired",
     26: "is not for servers",
 }
+# How a certificate names its kind of key (DER). gRPC's TLS fails every handshake with other kinds, such as Ed25519.
+_USABLE_KEYS = tuple(
+    bytes.fromhex(kind)
+    for kind in (
+        "300d06092a864886f70d0101010500",  # RSA
+        "301306072a8648ce3d020106082a8648ce3d030107",  # P-256
+        "301006072a8648ce3d020106052b81040022",  # P-384
+    )
+)
 
 
 @dataclass(frozen=True)
@@ -47,7 +56,7 @@ def read_certificates(files: CertificateFiles) -> Certificates:
     """Reads the files and tries them. Never asks for a password. Takes a few milliseconds.
 
     Raises UsageError where a file is missing, is not PEM or is being written, the key is encrypted or another
-    certificate's, or the certificate is out of its time or not for servers.
+    certificate's, or the certificate is out of its time, not for servers or of a kind that gRPC cannot use.
     """
     contents = _contents(files)
     valid_until = _try_out(_server_context(files, contents[0]), files.cert, contents[0])
@@ -128,7 +137,8 @@ def _try_out(server_context: ssl.SSLContext, cert: Path, pem: bytes) -> str:
             for side in (client, server):
                 with contextlib.suppress(ssl.SSLWantReadError):
                     side.do_handshake()
-        return str((client.getpeercert() or {})["notAfter"])
+        shown = client.getpeercert(binary_form=True) or b""
+        valid_until = str((client.getpeercert() or {})["notAfter"])
     except ssl.SSLCertVerificationError as error:
         verdict = _VERDICTS.get(error.verify_code, f"cannot be used: {error.verify_message}")
         raise UsageError(f"the certificate {cert} {verdict}", "get a new one", parameter="tls_cert") from None
@@ -136,3 +146,9 @@ def _try_out(server_context: ssl.SSLContext, cert: Path, pem: bytes) -> str:
         raise UsageError(
             f"the certificate {cert} cannot be used: {error.reason}", "get a new one", parameter="tls_cert"
         ) from None
+    if not any(kind in shown for kind in _USABLE_KEYS):
+        raise UsageError(
+            f"the certificate {cert} has a kind of key that gRPC cannot use",
+            "get one with a key of RSA, P-256 or P-384", parameter="tls_cert",
+        )  # fmt: skip
+    return valid_until

@@ -95,4 +95,5 @@ class Limits:
 
 
 def _over(cause: str, seconds: float) -> LimitError:
-    return LimitError(cause, f"try again in {math.ceil(seconds * 1000 - 5e-7) / 1000:g} seconds")
+    shown = f"{math.ceil(seconds * 1000 - 5e-7) / 1000:.3f}".rstrip("0").rstrip(".")  # never less than it takes
+    return LimitError(cause, f"try again in {shown} seconds")

@@ -68,13 +68,13 @@ def token_digest(token: str) -> bytes:
 def new_token(name: str, roles: Iterable[str]) -> tuple[str, str]:
     """A token of 256 random bits, and the line for the token file, without a line end. The token is kept nowhere.
 
-    Raises UsageError for a name or a role that the file cannot hold (parameters `name` and `roles`).
+    Raises UsageError for a name or a role that the file cannot hold.
     """
     listed = ",".join(roles)
     if not _NAME.fullmatch(name):
-        raise UsageError("the name cannot be used", f"use {_NAME_RULE}", parameter="name")
+        raise UsageError("the name of the caller cannot be used", f"use {_NAME_RULE}")
     if _roles(listed) is None:
-        raise UsageError("the roles cannot be used", f"list {_ROLE_RULE}", parameter="roles")
+        raise UsageError("the roles of the caller cannot be used", f"list {_ROLE_RULE}, each once")
     token = secrets.token_urlsafe(32)
     return token, f"{name}  {listed}  sha256:{token_digest(token).hex()}"
 

@@ -6,13 +6,16 @@ import os
 import ssl
 from collections.abc import Callable
 from dataclasses import replace
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 import pytest
 import trustme
 from access_files import write_certificate
-from cryptography.hazmat.primitives import serialization
+from cryptography import x509
+from cryptography.hazmat.primitives import hashes, serialization
+from cryptography.hazmat.primitives.asymmetric import ec, ed25519, rsa
+from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
 from dman_runtime.access import certificates
 from dman_runtime.access.certificates import CertificateFiles, read_certificates
@@ -96,6 +99,50 @@ def test_certificate_out_of_its_time_is_refused(ca: trustme.CA, files: Certifica
     assert refusal(expired, "tls_cert") == f"the certificate {files.cert} has expired; get a new one"
     early = issued(ca, files, not_before=datetime(2200, 1, 1, tzinfo=UTC))
     assert refusal(early, "tls_cert") == f"the certificate {files.cert} is not valid yet; get a new one"
+
+
+Key = rsa.RSAPrivateKey | ec.EllipticCurvePrivateKey | ed25519.Ed25519PrivateKey
+
+
+def self_signed(files: CertificateFiles, key: Key, usage: x509.ObjectIdentifier) -> None:
+    """Writes a certificate of one day that is its own issuer."""
+    name, now = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, "localhost")]), datetime.now(UTC)
+    builder = x509.CertificateBuilder(name, name, key.public_key(), x509.random_serial_number())
+    builder = builder.not_valid_before(now - timedelta(hours=1)).not_valid_after(now + timedelta(days=1))
+    builder = builder.add_extension(x509.ExtendedKeyUsage([usage]), critical=False)
+    made = builder.sign(key, None if isinstance(key, ed25519.Ed25519PrivateKey) else hashes.SHA256())
+    pem = serialization.Encoding.PEM
+    files.cert.write_bytes(made.public_bytes(pem))
+    form, encryption = serialization.PrivateFormat.PKCS8, serialization.NoEncryption()
+    files.key.write_bytes(key.private_bytes(pem, form, encryption))
+
+
+@pytest.mark.parametrize(
+    "make",
+    [lambda: rsa.generate_private_key(65537, 2048), lambda: ec.generate_private_key(ec.SECP256R1()),
+     lambda: ec.generate_private_key(ec.SECP384R1())],
+    ids=["RSA", "P-256", "P-384"],
+)  # fmt: skip
+def test_usual_kinds_of_keys_are_read(make: Callable[[], Key], files: CertificateFiles) -> None:
+    self_signed(files, make(), ExtendedKeyUsageOID.SERVER_AUTH)
+    assert read_certificates(files).cert == files.cert.read_bytes()
+
+
+@pytest.mark.parametrize(
+    "make",
+    [ed25519.Ed25519PrivateKey.generate, lambda: ec.generate_private_key(ec.SECP521R1())],
+    ids=["Ed25519", "P-521"],
+)
+def test_kinds_of_keys_that_grpc_cannot_use_are_refused(make: Callable[[], Key], files: CertificateFiles) -> None:
+    self_signed(files, make(), ExtendedKeyUsageOID.SERVER_AUTH)
+    assert "a kind of key that gRPC cannot use; get one with a key of RSA" in refusal(files, "tls_cert")
+
+
+def test_weak_key_and_certificate_of_a_client_are_refused(files: CertificateFiles) -> None:
+    self_signed(files, rsa.generate_private_key(65537, 1024), ExtendedKeyUsageOID.SERVER_AUTH)
+    assert "is too weak; make one with a key of 2048 bits or more" in refusal(files, "tls_cert")
+    self_signed(files, ec.generate_private_key(ec.SECP256R1()), ExtendedKeyUsageOID.CLIENT_AUTH)
+    assert "is not for servers" in refusal(files, "tls_cert")
 
 
 def test_file_that_changes_while_it_is_tried_is_refused(
