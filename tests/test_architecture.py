@@ -105,6 +105,7 @@ def test_package_depends_only_on_those_below_it(package: str) -> None:
 LAYERS = {
     "errors": set(),
     "data": {"errors"},
+    "access": {"errors"},
     "requests": {"data", "errors"},
     "retrieval": set(),
     "model": {"data", "errors", "retrieval"},
@@ -189,7 +190,8 @@ def test_training_reaches_no_part_of_the_server_not_even_through_others() -> Non
         ("protos.dman.v1.dman_pb2", {"api.recommender"}),
         ("protos.dman.v1.dman_pb2_grpc", {"api.recommender", "serving.app"}),
         ("google", set()),
-        ("grpc", {"api.recommender", "serving.app"}),
+        ("grpc", {"access.tls", "api.recommender", "serving.app"}),
+        ("ssl", {"access.certificates"}),
         ("grpc_health", {"serving.app"}),
         ("grpc_reflection", {"serving.app"}),
         ("multiprocessing", {"serving.supervisor", "serving.worker"}),
