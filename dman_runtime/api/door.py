@@ -175,7 +175,9 @@ class Door(grpc.GenericRpcHandler):
                 self._metrics.refused(type(error).__name__)
             if error.public is None:
                 return error.status, str(error)
-        status, public = (error.status, error.public) if isinstance(error, DmanError) else ("INTERNAL", "internal error")
+        status, public = (
+            (error.status, error.public) if isinstance(error, DmanError) else ("INTERNAL", "internal error")
+        )
         reference = uuid.uuid4().hex[:12]
         self._limited.error(
             type(error).__name__,

@@ -116,7 +116,9 @@ class RecommenderService:
             parts.append(await self._on(self._bulk, rows > FEW, self._batch_reply, answers, names))
             size += len(parts[-1])
             if size > MAX_REPLY_BYTES:
-                raise RefusedError(f"the reply would be larger than {MAX_REPLY_BYTES >> 20} MiB", "ask for less at a time")
+                raise RefusedError(
+                    f"the reply would be larger than {MAX_REPLY_BYTES >> 20} MiB", "ask for less at a time"
+                )
         return b"".join(parts)  # messages with repeated fields are joined by joining their bytes
 
     async def GetUser(self, request: pb.GetUserRequest, call: Call) -> pb.GetUserReply:

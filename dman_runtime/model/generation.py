@@ -32,7 +32,9 @@ class Generation:
     retriever: Retriever
 
     @classmethod
-    def open(cls, path: Path, *, provider: Provider = "auto", threads: int = 1, expected_bundle_id: str | None = None) -> Generation:
+    def open(
+        cls, path: Path, *, provider: Provider = "auto", threads: int = 1, expected_bundle_id: str | None = None
+    ) -> Generation:
         """Opens and verifies the bundle at `path`, loads its graphs and repeats its golden replay.
 
         `threads` are CPU threads inside one graph run. Raises BundleError, EncoderError.

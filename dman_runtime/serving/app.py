@@ -66,7 +66,11 @@ class App:
         self._store = LmdbStore.open(
             config.state, map_size=config.map_size_mib << 20, must_exist=config.state_must_exist
         )
-        self.problems, self.cluster, self.port = Problems(), ClusterStatus(workers=1, ready=1, restarts=0, problems=()), config.port
+        self.problems, self.cluster, self.port = (
+            Problems(),
+            ClusterStatus(workers=1, ready=1, restarts=0, problems=()),
+            config.port,
+        )
         engine = Engine(self.generation, self._store)
         self._updates = Batcher(engine, metrics=metrics)
         # On CUDA all graph runs belong on one thread.
@@ -92,9 +96,7 @@ class App:
         self._admission = Admission(
             max_requests=config.max_concurrent, max_bytes=config.max_in_flight_mib << 20, metrics=self._metrics
         )
-        status = OperationsService(
-            self.generation.bundle_id, self.problems, self._admission, lambda: self.cluster
-        )
+        status = OperationsService(self.generation.bundle_id, self.problems, self._admission, lambda: self.cluster)
         self._health = Health(("", recommender.SERVICE_NAME))
         self._door = Door(
             [*self._service.methods(), *status.methods(), *self._health.methods()],

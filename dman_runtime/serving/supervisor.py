@@ -10,7 +10,6 @@ from __future__ import annotations
 import logging
 import socket
 import time
-from dataclasses import dataclass
 from pathlib import Path
 
 from dman_runtime.errors import UsageError

@@ -225,9 +225,7 @@ class Served:
 
     async def __aenter__(self) -> int:
         self._bulk = ThreadPoolExecutor(1)
-        self._service = RecommenderService(
-            self._engine, updates=self._batcher, queries=self._batcher, bulk=self._bulk
-        )
+        self._service = RecommenderService(self._engine, updates=self._batcher, queries=self._batcher, bulk=self._bulk)
         door = Door(
             self._service.methods(),
             admission=Admission(max_requests=100, max_bytes=64 << 20),

@@ -6,6 +6,7 @@ import socket
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 from pathlib import Path
 
 import grpc
@@ -14,8 +15,8 @@ from conftest import TINY_ITEMS, running, serve_config
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 
-from dman_runtime.errors import BundleError, UsageError
 from dman_runtime.api.recommender import SERVICE_NAME
+from dman_runtime.errors import BundleError, UsageError
 from dman_runtime.serving.app import App
 from dman_runtime.store.lmdb import LmdbStore
 from protos.dman.v1 import dman_pb2 as pb
@@ -45,8 +46,9 @@ def test_reflection_lists_the_service(channel: grpc.Channel) -> None:
 @pytest.mark.slow
 def test_closing_app_says_not_serving_and_stores_what_it_accepted(tiny_bundle: Path, tmp_path: Path) -> None:
     app = App(serve_config(tiny_bundle, tmp_path / "state", grace=30.0))
-    with ThreadPoolExecutor(2) as pool:
-        with running(app), grpc.insecure_channel(f"127.0.0.1:{app.port}") as opened:
+    with ThreadPoolExecutor(2) as pool, ExitStack() as after:
+        with running(app):
+            opened = after.enter_context(grpc.insecure_channel(f"127.0.0.1:{app.port}"))
             request = health_pb2.HealthCheckRequest(service=SERVICE_NAME)
             watch = health_pb2_grpc.HealthStub(opened).Watch(request, timeout=60)
             assert next(watch).status == health_pb2.HealthCheckResponse.SERVING
