@@ -24,13 +24,15 @@ PATIENCE = 10.0  # seconds that a client gets to send its request, and again to 
 def serve_metrics(source: CollectorRegistry, *, host: str, port: int) -> MetricsServer:
     """Starts to serve; 0 takes a free port. Raises UsageError where it cannot listen."""
     try:
-        return MetricsServer(source, host=host, port=port)
+        server = MetricsServer(source, host=host, port=port)
     except (OSError, OverflowError) as error:
         name = "metrics_host" if isinstance(error, socket.gaierror) else "metrics_port"
         reason = getattr(error, "strerror", None) or str(error)
         raise UsageError(
             f"cannot serve metrics on {host} port {port}: {reason}", "choose another address or port", parameter=name
         ) from None
+    logger.info("metrics at http://%s:%d/metrics", f"[{host}]" if ":" in host else host, server.port)
+    return server
 
 
 class _Handler(MetricsHandler):
