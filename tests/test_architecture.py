@@ -104,6 +104,8 @@ def test_package_depends_only_on_those_below_it(package: str) -> None:
 # Each part of dman_runtime, and the parts that it may import.
 LAYERS = {
     "errors": set(),
+    "log_lines": set(),
+    "metrics": set(),
     "data": {"errors"},
     "access": {"errors"},
     "requests": {"data", "errors"},
@@ -114,9 +116,9 @@ LAYERS = {
     "engine": {"errors", "model", "opened", "requests", "retrieval", "store"},
     "batcher": {"engine", "errors", "model", "opened", "requests"},
     "api": {"batcher", "engine", "errors", "requests"},
-    "options": {"errors"},
+    "options": {"errors", "log_lines"},
     "jobs": {"data", "engine", "errors", "model", "retrieval", "store"},
-    "serving": {"api", "batcher", "engine", "errors", "model", "options", "store"},
+    "serving": {"api", "batcher", "engine", "errors", "metrics", "model", "options", "store"},
     "cli": {"data", "engine", "errors", "jobs", "model", "options", "requests", "serving", "store"},
     "__main__": {"cli"},
 }
@@ -194,7 +196,8 @@ def test_training_reaches_no_part_of_the_server_not_even_through_others() -> Non
         ("ssl", {"access.certificates"}),
         ("grpc_health", {"serving.app"}),
         ("grpc_reflection", {"serving.app"}),
-        ("multiprocessing", {"serving.supervisor", "serving.worker"}),
+        ("multiprocessing", {"serving.cluster", "serving.slot"}),
+        ("prometheus_client", {"serving.metrics_server", "serving.prometheus"}),
         ("tqdm", {"jobs.evaluating", "jobs.importing", "jobs.scoring"}),
         ("torch", set()),
         ("sdk", set()),
@@ -259,7 +262,10 @@ with App(config) as app:
 
 @pytest.mark.slow
 def test_supervisor_and_help_load_no_serving_library() -> None:
-    script = "import sys, dman_runtime.cli; print(sorted(set(sys.modules) & {'grpc', 'onnxruntime', 'torch'}))"
+    modules = "{'grpc', 'onnxruntime', 'prometheus_client', 'torch'}"
+    script = (
+        f"import sys, dman_runtime.cli, dman_runtime.serving.supervisor; print(sorted(set(sys.modules) & {modules}))"
+    )
     done = subprocess.run(
         [sys.executable, "-c", script], capture_output=True, text=True, timeout=60, cwd=ROOT, check=True
     )
