@@ -10,7 +10,7 @@ So nobody waits for more than one slice of somebody else's long request. Updates
 of their arrival: an update waits while an earlier one of the same user is under way. A request that was cancelled, or
 whose deadline has passed, stops at the next slice; it is never started late.
 
-A server has two of them, one for updates and one for queries, so that a commit that waits for the disk delays no answer.
+A server has two of them, one for updates and one for queries: a commit that waits for the disk delays no answer.
 """
 
 from __future__ import annotations

@@ -13,9 +13,19 @@ logger = logging.getLogger(__name__)
 @dataclass(frozen=True)
 class Problem:
     name: str  # one word for programs
-    detail: str  # for people: what is wrong; what to do
-    since: float  # of time.monotonic()
-    blocking: bool  # the worker does not serve while this lasts
+    detail: str  # for those who run the server: what is wrong; what to do. May name paths
+    since: float  # of time.monotonic(), a clock that all processes of a machine share
+    blocking: bool = False  # the worker does not serve while this lasts
+
+
+@dataclass(frozen=True)
+class ClusterStatus:
+    """All workers of a server, as their supervisor sees them."""
+
+    workers: int  # asked for
+    ready: int
+    restarts: int  # workers that were started again
+    problems: tuple[Problem, ...]
 
 
 class Problems:

@@ -13,7 +13,8 @@ import time
 from pathlib import Path
 
 from dman_runtime.errors import UsageError
-from dman_runtime.serving.cluster import ClusterStatus, WorkerPipe
+from dman_runtime.problems import ClusterStatus
+from dman_runtime.serving.cluster import WorkerPipe
 from dman_runtime.serving.config import ServeConfig
 
 

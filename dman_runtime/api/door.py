@@ -28,6 +28,7 @@ from dman_runtime.log_lines import RateLimited
 from dman_runtime.metrics import NO_METRICS, Metrics
 
 logger = logging.getLogger(__name__)
+_REFUSALS = ("RESOURCE_EXHAUSTED", "UNAUTHENTICATED", "PERMISSION_DENIED")
 LARGE_BYTES = 64 << 10  # messages beyond are long requests, and parsed off the event loop
 
 

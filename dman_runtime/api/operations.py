@@ -8,7 +8,7 @@ from collections.abc import Callable
 
 from dman_runtime.api.admission import Admission
 from dman_runtime.api.door import Call, Method
-from dman_runtime.problems import Problems
+from dman_runtime.problems import ClusterStatus, Problems
 from protos.dman.v1 import dman_pb2 as pb
 
 SERVICE_NAME = "dman.v1.Operations"
@@ -31,7 +31,7 @@ class OperationsService:
             pb.Problem(name=one.name, detail=one.detail, seconds=now - one.since, blocking=one.blocking)
             for one in self._problems.now()
         ]
-        problems += [pb.Problem(name=one.name, detail=one.detail) for one in cluster.problems]
+        problems += [pb.Problem(name=one.name, detail=one.detail, seconds=now - one.since) for one in cluster.problems]
         return pb.GetStatusReply(
             ready=not self._problems.blocking,
             problems=problems,

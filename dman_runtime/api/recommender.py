@@ -1,4 +1,4 @@
-"""The gRPC service: protobuf in, requests to engine and batchers, protobuf out; the only module that knows the messages.
+"""The recommender's service: protobuf in, requests to engine and batchers, protobuf out.
 
 What is short is done on the event loop; what needs a graph or a commit goes to a batcher; what is large is converted on
 the `bulk` thread, piece by piece.

@@ -24,8 +24,7 @@ from dman_runtime.batcher import Batcher
 from dman_runtime.engine import Engine
 from dman_runtime.metrics import NO_METRICS, Metrics
 from dman_runtime.model.generation import Generation
-from dman_runtime.problems import Problems
-from dman_runtime.serving.cluster import ClusterStatus
+from dman_runtime.problems import ClusterStatus, Problems
 from dman_runtime.serving.config import MAX_MESSAGE_BYTES, ServeConfig, cannot_listen, free_port
 from dman_runtime.serving.monitor import Monitor
 from dman_runtime.store.lmdb import LmdbStore

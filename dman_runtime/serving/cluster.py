@@ -11,28 +11,10 @@ from pathlib import Path
 from typing import Any
 
 from dman_runtime.errors import BundleError, DmanError
+from dman_runtime.problems import ClusterStatus
 
 MESSAGE_BYTES = 8192  # at most: the kernel takes so much in one piece, and has room for it if it has any
 ERROR_CHARACTERS = 800  # of cause and of remedy; so they fit, whatever the characters
-
-
-@dataclass(frozen=True)
-class Problem:
-    """Something is wrong with the cluster. The fields are those of the message `Problem`."""
-
-    name: str  # one word: worker_down, worker_hung, bundle_changed
-    detail: str  # what is wrong and what happens next or is to do, for those who run the server; may name paths
-    since: float  # time.monotonic(), a clock that all processes of a machine share
-
-
-@dataclass(frozen=True)
-class ClusterStatus:
-    """The cluster as its supervisor sees it."""
-
-    workers: int  # asked for
-    ready: int
-    restarts: int  # workers that were started again
-    problems: tuple[Problem, ...]
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,8 @@ from pathlib import Path
 
 from dman_runtime.errors import BundleError, DmanError, UsageError
 from dman_runtime.options import configure_logging
-from dman_runtime.serving.cluster import Assignment, Beat, ClusterStatus, Problem, Ready, WorkerPipe, drain, offer
+from dman_runtime.problems import ClusterStatus, Problem
+from dman_runtime.serving.cluster import Assignment, Beat, Ready, WorkerPipe, drain, offer
 from dman_runtime.serving.config import ServeConfig
 from dman_runtime.serving.metrics import renew_metrics
 

@@ -12,9 +12,10 @@ import socket
 import time
 from pathlib import Path
 
+from dman_runtime.access.listening import check_listening, check_tls_options
 from dman_runtime.errors import UsageError
 from dman_runtime.metrics import Metrics
-from dman_runtime.serving.cluster import ClusterStatus, Problem
+from dman_runtime.problems import ClusterStatus, Problem
 from dman_runtime.serving.config import ServeConfig, free_port, socket_for
 from dman_runtime.serving.metrics import supervisor_metrics
 from dman_runtime.serving.slot import Run, Slot, State, Timing
@@ -27,7 +28,14 @@ LATE = 1.0  # seconds between two looks at the workers that say that the supervi
 
 
 def serve(config: ServeConfig) -> int:
-    """Serves until SIGTERM or SIGINT. Returns the exit status."""
+    """Serves until SIGTERM or SIGINT. Returns the exit status. Raises DmanError where it cannot start."""
+    check_tls_options(
+        tls_cert=config.tls_cert,
+        tls_key=config.tls_key,
+        tls_client_ca=config.tls_client_ca,
+        insecure=config.insecure,
+    )
+    check_listening(config.host, tls_cert=config.tls_cert, insecure=config.insecure)
     return _serve_several(config) if config.workers > 1 else serve_one(config, None)
 
 

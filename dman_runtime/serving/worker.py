@@ -8,9 +8,7 @@ import signal
 import sys
 from contextlib import suppress
 
-from dman_runtime.access.listening import check_listening, check_tls_options
 from dman_runtime.metrics import Metrics
-from dman_runtime.model.bundle import read_manifest
 from dman_runtime.serving.cluster import WorkerPipe
 from dman_runtime.serving.config import ServeConfig, free_port
 from dman_runtime.serving.metrics import worker_metrics
@@ -22,10 +20,10 @@ SWITCH_SECONDS = 0.0005  # a thread that computes in Python keeps the event loop
 
 def serve_one(config: ServeConfig, pipe: WorkerPipe | None) -> int:
     """Serves until it is asked to stop; says so to its supervisor, or else on stdout. Returns the exit status."""
-    if pipe is None:
-        check_access(config)
     if not config.share_port:
         free_port(config)  # before the bundle is loaded, and in one line where gRPC writes several
+    from dman_runtime.model.bundle import read_manifest  # here, so that a supervisor stays small
+
     if pipe is not None and pipe.assignment.bundle_id is not None:  # likewise: a restart may be in vain many times
         pipe.assignment.check_bundle(config.bundle, read_manifest(config.bundle).bundle_id)
     sys.setswitchinterval(SWITCH_SECONDS)
@@ -33,17 +31,6 @@ def serve_one(config: ServeConfig, pipe: WorkerPipe | None) -> int:
         asyncio.run(_serve(config, pipe, metrics))
     logger.info("stopped")
     return 0
-
-
-def check_access(config: ServeConfig) -> None:
-    """Raises UsageError where the server would be open to more than was said."""
-    check_tls_options(
-        tls_cert=config.tls_cert,
-        tls_key=config.tls_key,
-        tls_client_ca=config.tls_client_ca,
-        insecure=config.insecure,
-    )
-    check_listening(config.host, tls_cert=config.tls_cert, insecure=config.insecure)
 
 
 async def _serve(config: ServeConfig, pipe: WorkerPipe | None, metrics: Metrics) -> None:

@@ -13,7 +13,8 @@ from pathlib import Path
 import pytest
 
 from dman_runtime.errors import BundleError, UsageError
-from dman_runtime.serving.cluster import Assignment, Beat, ClusterStatus, Problem, Ready, WorkerPipe, drain, offer
+from dman_runtime.problems import ClusterStatus, Problem
+from dman_runtime.serving.cluster import Assignment, Beat, Ready, WorkerPipe, drain, offer
 
 STATUS = ClusterStatus(2, 1, 3, (Problem("worker_down", "worker 1: killed by SIGKILL", 12.5),))
 

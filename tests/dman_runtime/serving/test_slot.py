@@ -20,7 +20,7 @@ from fake_workers import give, notes, obedient, stubborn
 
 from dman_runtime.errors import DmanError, UsageError
 from dman_runtime.metrics import Metrics
-from dman_runtime.serving.cluster import ClusterStatus
+from dman_runtime.problems import ClusterStatus
 from dman_runtime.serving.config import ServeConfig
 from dman_runtime.serving.slot import Run, State, Timing
 from dman_runtime.serving.supervisor import Supervisor
