@@ -20,12 +20,14 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, field
 from time import monotonic
+from typing import Any, TypeAlias
 
 import grpc
 
 from dman_runtime.errors import RefusedError
 from dman_runtime.metrics import NO_METRICS, Metrics
 
+Context: TypeAlias = "grpc.aio.ServicerContext[Any, Any]"
 FAST_SECONDS = 0.1
 SLOW_SECONDS = 10.0  # for a message to arrive
 MAX_SLOW = 8  # messages
@@ -58,7 +60,7 @@ class Receiver:
         self._arriving: dict[_Arriving, None] = {}  # oldest first
         self._sweeper: asyncio.TimerHandle | None = None
 
-    async def receive(self, context: grpc.aio.ServicerContext) -> bytes | None:
+    async def receive(self, context: Context) -> bytes | None:
         """The message of a call; None if the client sent none. Raises RefusedError where it takes too long."""
         arriving = _Arriving(context.peer(), asyncio.current_task())
         self._arriving[arriving] = None

@@ -21,7 +21,7 @@ from google.protobuf.message import DecodeError, Message
 
 from dman_runtime.access.callers import Access, role_for
 from dman_runtime.access.limits import Limits
-from dman_runtime.api.admission import Admission, Receiver
+from dman_runtime.api.admission import Admission, Context, Receiver
 from dman_runtime.batcher import NO_DEADLINE, SLICE_EVENTS
 from dman_runtime.errors import DmanError, RequestError
 from dman_runtime.log_lines import RateLimited
@@ -38,7 +38,7 @@ class Call:
 
     caller: str
     deadline: float  # of time.monotonic()
-    context: grpc.aio.ServicerContext
+    context: Context
 
 
 @dataclass(frozen=True)
@@ -72,11 +72,11 @@ class Door(grpc.GenericRpcHandler):
         self._limited = RateLimited(logger)
         self._running: set[asyncio.Task[Any]] = set()
         self._stopping = False
-        self._handlers = {
+        self._handlers: dict[str, grpc.RpcMethodHandler[Any, Any]] = {
             method.path: grpc.stream_unary_rpc_method_handler(self._behaviour(method)) for method in methods
         }
 
-    def service(self, handler_call_details: grpc.HandlerCallDetails) -> grpc.RpcMethodHandler | None:
+    def service(self, handler_call_details: grpc.HandlerCallDetails) -> grpc.RpcMethodHandler[Any, Any] | None:
         return self._handlers.get(handler_call_details.method)
 
     def stop(self) -> None:
@@ -85,7 +85,7 @@ class Door(grpc.GenericRpcHandler):
         for task in self._running:
             task.cancel()
 
-    def caller_of(self, context: grpc.aio.ServicerContext, path: str) -> str:
+    def caller_of(self, context: Context, path: str) -> str:
         """The name of the caller, who may call this method. Raises UnauthenticatedError, ForbiddenError."""
         role, peer = role_for(path), str(context.peer())
         if role is None:
@@ -94,10 +94,10 @@ class Door(grpc.GenericRpcHandler):
         self._access.require(caller, role)
         return caller.name
 
-    def _behaviour(self, method: Method) -> Callable[[Any, grpc.aio.ServicerContext], Awaitable[bytes]]:
+    def _behaviour(self, method: Method) -> Callable[[Any, Context], Awaitable[bytes]]:
         name = method.path.rpartition("/")[2]
 
-        async def behaviour(_: Any, context: grpc.aio.ServicerContext) -> bytes:
+        async def behaviour(_: Any, context: Context) -> bytes:
             began, status, details = time.perf_counter(), "OK", ""
             task = asyncio.current_task()
             assert task is not None
@@ -122,7 +122,7 @@ class Door(grpc.GenericRpcHandler):
 
         return behaviour
 
-    async def _reply(self, method: Method, context: grpc.aio.ServicerContext) -> bytes:
+    async def _reply(self, method: Method, context: Context) -> bytes:
         admission = self._admission
         caller = self.caller_of(context, method.path)
         body = await self.receiver.receive(context)
@@ -141,7 +141,7 @@ class Door(grpc.GenericRpcHandler):
             admission.leave()
         sent = reply if isinstance(reply, bytes) else reply.SerializeToString()
         admission.hold(caller, size := len(sent))
-        context.add_done_callback(lambda _: admission.release(caller, size))
+        context.add_done_callback(lambda _: admission.release(caller, size))  # type: ignore[arg-type]
         return sent
 
     async def _run(self, method: Method, body: bytes, call: Call) -> Message | bytes:

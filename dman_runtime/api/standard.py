@@ -12,6 +12,7 @@ from google.protobuf.message import DecodeError, Message
 from grpc_health.v1 import health, health_pb2
 from grpc_reflection.v1alpha import reflection, reflection_pb2
 
+from dman_runtime.api.admission import Context
 from dman_runtime.api.door import Call, Door, Method
 from dman_runtime.errors import DmanError, RefusedError, RequestError
 
@@ -47,7 +48,7 @@ class Health:
         reply: Message = await self._servicer.Check(request, call.context)
         return reply
 
-    async def watch(self, request: Any, context: grpc.aio.ServicerContext) -> None:
+    async def watch(self, request: Any, context: Context) -> None:
         """Writes each change to the stream until the client leaves."""
         await self._servicer.Watch(request, context)
 
@@ -56,10 +57,12 @@ class Streams(grpc.GenericRpcHandler):
     """The methods that send more than one message: health's Watch, and reflection."""
 
     def __init__(self, door: Door, health_service: Health, service_names: Sequence[str]) -> None:
+        """`service_names` of the product's own services."""
         self._door, self._health = door, health_service
-        self._reflection = reflection.aio.ReflectionServicer(service_names)
+        names = (*service_names, health.SERVICE_NAME, reflection.SERVICE_NAME)
+        self._reflection = reflection.aio.ReflectionServicer(names)
         self._open = {"watch": 0, "reflection": 0}
-        self._handlers = {
+        self._handlers: dict[str, grpc.RpcMethodHandler[Any, Any]] = {
             "/grpc.health.v1.Health/Watch": grpc.stream_stream_rpc_method_handler(
                 self._watch, response_serializer=health_pb2.HealthCheckResponse.SerializeToString
             ),
@@ -68,25 +71,25 @@ class Streams(grpc.GenericRpcHandler):
             ),
         }
 
-    def service(self, handler_call_details: grpc.HandlerCallDetails) -> grpc.RpcMethodHandler | None:
+    def service(self, handler_call_details: grpc.HandlerCallDetails) -> grpc.RpcMethodHandler[Any, Any] | None:
         return self._handlers.get(handler_call_details.method)
 
-    async def _watch(self, _: Any, context: grpc.aio.ServicerContext) -> None:
+    async def _watch(self, _: Any, context: Context) -> None:
         async with self._stream("watch", MAX_WATCHERS, context):
             request = await self._message(health_pb2.HealthCheckRequest, context)
             await self._health.watch(request or health_pb2.HealthCheckRequest(), context)
 
-    async def _reflect(self, _: Any, context: grpc.aio.ServicerContext) -> None:
+    async def _reflect(self, _: Any, context: Context) -> None:
         async with self._stream("reflection", MAX_REFLECTIONS, context), asyncio.timeout(REFLECTION_SECONDS):
             self._door.caller_of(context, REFLECTION)
             async for reply in self._reflection.ServerReflectionInfo(self._requests(context), context):
                 await context.write(reply)
 
-    async def _requests(self, context: grpc.aio.ServicerContext) -> AsyncIterator[Any]:
+    async def _requests(self, context: Context) -> AsyncIterator[Any]:
         while (request := await self._message(reflection_pb2.ServerReflectionRequest, context)) is not None:
             yield request
 
-    async def _message(self, kind: type[Message], context: grpc.aio.ServicerContext) -> Any:
+    async def _message(self, kind: type[Message], context: Context) -> Any:
         body = await self._door.receiver.receive(context)
         try:
             return None if body is None else kind.FromString(body)
@@ -94,7 +97,7 @@ class Streams(grpc.GenericRpcHandler):
             raise RequestError(f"the message is not a {kind.DESCRIPTOR.full_name}", "send one") from None
 
     @asynccontextmanager
-    async def _stream(self, kind: str, most: int, context: grpc.aio.ServicerContext) -> AsyncIterator[None]:
+    async def _stream(self, kind: str, most: int, context: Context) -> AsyncIterator[None]:
         """Counts a stream while it is open, and ends it with a status where that fails."""
         self._open[kind] += 1
         try:

@@ -48,14 +48,15 @@ def _token(file: Path | None) -> str | None:
 
 def format_status(status: dict[str, Any]) -> str:
     """For people: one line, and one for each problem."""
-    lines = [
-        f"{'ready' if status['ready'] else 'NOT READY'}: bundle {status['bundle_id']}, {status['workers_ready']} of "
-        f"{status['workers']} workers, {status['restarts']} restarts, {status['requests']} requests, "
-        f"{status['bytes_in_flight']} bytes in flight, up {status['uptime_seconds']:.0f} s, version {status['version']}"
-    ]
-    lines += [
-        f"{problem['name']} for {problem['seconds']:.0f} s{', blocking' if problem['blocking'] else ''}: "
-        f"{problem['detail']}"
-        for problem in status["problems"]
-    ]
-    return "\n".join(lines)
+    state = "ready" if status["ready"] else "NOT READY"
+    first = (
+        f"{state}: bundle {status['bundle_id']}, {status['workers_ready']} of {status['workers']} workers, "
+        f"{status['restarts']} restarts, {status['requests']} requests, {status['bytes_in_flight']} bytes in flight, "
+        f"up {status['uptime_seconds']:.0f} s, version {status['version']}"
+    )
+    return "\n".join([first, *map(_problem, status["problems"])])
+
+
+def _problem(problem: dict[str, Any]) -> str:
+    blocking = ", blocking" if problem["blocking"] else ""
+    return f"{problem['name']} for {problem['seconds']:.0f} s{blocking}: {problem['detail']}"

@@ -8,8 +8,6 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 
 import grpc
-from grpc_health.v1 import health
-from grpc_reflection.v1alpha import reflection
 
 from dman_runtime.access.callers import Access
 from dman_runtime.access.limits import Limits
@@ -106,7 +104,7 @@ class App:
             saw=self._monitor.saw,
             metrics=self._metrics,
         )
-        names = (recommender.SERVICE_NAME, operations.SERVICE_NAME, health.SERVICE_NAME, reflection.SERVICE_NAME)
+        names = (recommender.SERVICE_NAME, operations.SERVICE_NAME)
         self._server = grpc.aio.server(options=_server_options(config))
         self._server.add_generic_rpc_handlers((self._door, Streams(self._door, self._health, names)))
         self.port = self._bind()

@@ -166,7 +166,9 @@ class Slot:
         self._renew_metrics()
         fields = {"event": "worker_down", "worker": self.number, "failures": self.failures}
         what = "is gone" if self._hangs or self._ready_at is not None else "did not start"
-        logger.error("worker %d %s: %s; next start in %.1f s", self.number, what, reason, pause, extra=fields)
+        # Where no worker can start at all, the supervisor says why, in one line.
+        level = logging.INFO if self.starts == 1 and what == "did not start" else logging.ERROR
+        logger.log(level, "worker %d %s: %s; next start in %.1f s", self.number, what, reason, pause, extra=fields)
 
     def _exit(self) -> str:
         """How the process ended, in words."""

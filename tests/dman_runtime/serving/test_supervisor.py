@@ -357,7 +357,7 @@ if __name__ == "__main__":
     configure_logging(json=True)
     sys.exit(serve(ServeConfig(
         bundle=Path(sys.argv[1]), state=Path(sys.argv[2]), host="127.0.0.1", port=0, provider="cpu", workers=2,
-        threads=4, encoder_threads=1, max_concurrent=64, map_size_mib=64, grace=5.0, log_format="json")))
+        encoder_threads=1, max_concurrent=64, map_size_mib=64, grace=5.0, log_format="json")))
 """
 
 
