@@ -47,9 +47,7 @@ def root() -> Path:
 
 
 @pytest.fixture(scope="session")
-def bundle(
-    root: Path, request: pytest.FixtureRequest, shared: Callable[[str, Callable[[Path], object]], Path]
-) -> Path:
+def bundle(root: Path, request: pytest.FixtureRequest, shared: Callable[[str, Callable[[Path], object]], Path]) -> Path:
     """The tiny bundle, as the checkout under test exports it. Copy it before changing it."""
     if "FAULTS_BUNDLE" in os.environ:  # made before, by that checkout
         return Path(os.environ["FAULTS_BUNDLE"])

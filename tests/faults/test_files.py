@@ -45,11 +45,13 @@ def answers(server: FaultServer) -> list[tuple[str, list[tuple[str, float]]]]:
 def test_a_bundle_overwritten_in_place_changes_no_answer(start: Start, own_bundle: Path) -> None:
     server = start(bundle=own_bundle)
     before = answers(server)
+    embeddings = np.load(own_bundle / EMBEDDINGS)
     for file in own_bundle.iterdir():
-        size = file.stat().st_size
-        with file.open("r+b") as opened:
-            opened.seek(min(256, size // 2))
-            opened.write(np.random.default_rng(0).bytes(size - opened.tell()))
+        with file.open("r+b") as opened:  # the same file, not another one of its name
+            if file.name == EMBEDDINGS:
+                np.save(opened, embeddings[::-1])
+            else:
+                opened.write(np.random.default_rng(0).bytes(file.stat().st_size))
     assert answers(server) == before
 
 

@@ -178,7 +178,7 @@ def _with_flipped_bits(content: bytes, count: int, chooser: random.Random) -> by
 
 
 def _wrong_answer(stub: RecommenderStub, user: str, events: list[tuple[str, int]]) -> str | None:
-    """What is wrong with what the server says of a user; None where it is right or an error."""
+    """What is wrong with what the server says of a user, and after one more event; None for a right answer or error."""
     try:
         reply = stub.GetUser(pb.GetUserRequest(user_id=user, recent_events=10_000), timeout=5)
     except grpc.RpcError as error:
@@ -187,7 +187,13 @@ def _wrong_answer(stub: RecommenderStub, user: str, events: list[tuple[str, int]
         return f"{user} is missing"
     if [(event.item_id, event.timestamp) for event in reply.recent_events] != events:
         return f"{user} has another history"
-    return None if reply.event_count == len(events) else f"{user} has {reply.event_count} events"
+    if reply.event_count != len(events):
+        return f"{user} has {reply.event_count} events"
+    try:
+        after = stub.Update(update(user, ["1"], first_time=len(events)), timeout=5).event_count
+    except grpc.RpcError:
+        return None
+    return None if after == len(events) + 1 else f"{user} has {after} events after an update"
 
 
 # -- one moment ------------------------------------------------------------------------------------------------------
@@ -211,5 +217,5 @@ def test_what_is_said_of_a_user_is_of_one_moment(start: Start) -> None:
         assert wait_until(lambda: bool(stored_events(server.address, "busy")), seconds=5)
         readers = stack.enter_context(Calls(server.address, look, what="GetUser calls", threads=8))
         wait_until(lambda: bool(mixed), seconds=8)
-    assert read > 500 and readers.statuses.keys() == {"OK"}
     assert mixed == []
+    assert read > 500 and readers.statuses.keys() == {"OK"}

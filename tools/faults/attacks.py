@@ -268,7 +268,9 @@ def malformed_messages(address: str, *, calls: int, threads: int = 8) -> Calls:
     methods = ("Update", "Recommend", "GetUser", "BatchUpdate")
     return Calls(
         address,
-        lambda caller, number: _send_bytes(caller, methods[number % len(methods)], b"\x0a\xff\x01" + b"x" * 20, seconds=10),
+        lambda caller, number: _send_bytes(
+            caller, methods[number % len(methods)], b"\x0a\xff\x01" + b"x" * 20, seconds=10
+        ),
         what="malformed messages",
         threads=threads,
         most=calls,
@@ -279,7 +281,9 @@ def busy_user(address: str, user: str, items: Sequence[str]) -> Calls:
     """Updates of one user without a pause."""
     return Calls(
         address,
-        lambda caller, number: caller.stub.Update(update(user, [items[number % len(items)]], f"busy {number}"), timeout=10),
+        lambda caller, number: caller.stub.Update(
+            update(user, [items[number % len(items)]], f"busy {number}"), timeout=10
+        ),
         what=f"updates of the user {user!r}",
         threads=1,
     )
@@ -315,9 +319,7 @@ def _lmdb_process(data_file: Path, *, write: bool, seconds: float) -> subprocess
         "    print('open', flush=True)\n"
         f"    time.sleep({seconds})\n"
     )
-    process = subprocess.Popen(
-        [sys.executable, "-c", code, str(data_file.parent)], stdout=subprocess.PIPE, text=True
-    )
+    process = subprocess.Popen([sys.executable, "-c", code, str(data_file.parent)], stdout=subprocess.PIPE, text=True)
     assert process.stdout is not None
     if process.stdout.readline() != "open\n":
         process.communicate()
