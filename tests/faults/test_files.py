@@ -121,17 +121,18 @@ def test_a_pipe_in_a_bundle_does_not_hang_the_start(root: Path, own_bundle: Path
 def test_a_small_file_that_unpacks_to_gigabytes_takes_little_memory(
     root: Path, own_bundle: Path, tmp_path: Path
 ) -> None:
-    """2 MiB of `golden.npz` that hold 2 GiB of zeros."""
+    """Some MiB of `golden.npz` that hold 1 GiB of zeros."""
     with np.load(own_bundle / GOLDEN) as arrays:
         kept = {name: arrays[name] for name in arrays.files if name != "memories"}
     np.savez_compressed(own_bundle / GOLDEN, **kept)
-    with zipfile.ZipFile(own_bundle / GOLDEN, "a", zipfile.ZIP_DEFLATED) as archive:
-        with archive.open("memories.npy", "w", force_zip64=True) as member:
-            header = {"descr": "<f4", "fortran_order": False, "shape": (GIB // 2,)}
-            np.lib.format.write_array_header_1_0(member, header)
-            for _ in range(2 * GIB >> 24):
-                member.write(bytes(1 << 24))
-    assert (own_bundle / GOLDEN).stat().st_size < 3 << 20
+    with (
+        zipfile.ZipFile(own_bundle / GOLDEN, "a", zipfile.ZIP_DEFLATED, compresslevel=1) as archive,
+        archive.open("memories.npy", "w", force_zip64=True) as member,
+    ):
+        np.lib.format.write_array_header_1_0(member, {"descr": "<f4", "fortran_order": False, "shape": (GIB // 4,)})
+        for _ in range(GIB >> 24):
+            member.write(bytes(1 << 24))
+    assert (own_bundle / GOLDEN).stat().st_size < 8 << 20
     refit(own_bundle, GOLDEN)
     refusal = serve(root, own_bundle, tmp_path / "state")
     assert refusal.peak < 600e6

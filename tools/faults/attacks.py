@@ -1,7 +1,7 @@
 """What hostile, careless or unlucky programs do to a server. The tests of `tests/faults` and `tools.soak` share them.
 
-Each attack is a context manager: it begins at `with` and is over at the end of the block. All are bounded in time and in
-count. `did()` says in words what was done.
+Each attack is a context manager: it begins at `with` and is over at the end of the block. All are bounded in time and
+in count. `did()` says in words what was done.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import subprocess
 import sys
 import threading
 import time
+import uuid
 from collections import Counter
 from collections.abc import Callable, Sequence
 from contextlib import suppress
@@ -220,7 +221,7 @@ class Calls:
                     self._send(caller, number)
                     status = "OK"
                 except grpc.RpcError as error:
-                    status = error.code().name  # type: ignore[attr-defined]
+                    status = error.code().name
                 with self._lock:
                     self.statuses[status] += 1
 
@@ -278,11 +279,12 @@ def malformed_messages(address: str, *, calls: int, threads: int = 8) -> Calls:
 
 
 def busy_user(address: str, user: str, items: Sequence[str]) -> Calls:
-    """Updates of one user without a pause."""
+    """Updates of one user without a pause, each with a request id."""
+    run = uuid.uuid4().hex
     return Calls(
         address,
         lambda caller, number: caller.stub.Update(
-            update(user, [items[number % len(items)]], f"busy {number}"), timeout=10
+            update(user, [items[number % len(items)]], f"{run} {number}"), timeout=10
         ),
         what=f"updates of the user {user!r}",
         threads=1,
@@ -307,7 +309,8 @@ def large_reply_request(item_count: int, *, reply_bytes: int = 13 << 20) -> byte
 
 
 def _send_bytes(caller: Caller, method: str, message: bytes, *, seconds: float) -> None:
-    caller.channel.unary_unary(f"/dman.v1.Recommender/{method}")(message, timeout=seconds)
+    call: grpc.UnaryUnaryMultiCallable[bytes, bytes] = caller.channel.unary_unary(f"/dman.v1.Recommender/{method}")
+    call(message, timeout=seconds)
 
 
 def _lmdb_process(data_file: Path, *, write: bool, seconds: float) -> subprocess.Popen[str]:

@@ -46,7 +46,7 @@ def failures(address: str, *calls: CallOnce, rounds: int = 20, seconds: float = 
                 try:
                     call(channel, seconds)
                 except grpc.RpcError as error:
-                    found.append(f"{call.__name__}: {error.code().name}")  # type: ignore[attr-defined]
+                    found.append(f"{call.__name__}: {error.code().name}")
                 except ValueError as error:
                     found.append(f"{call.__name__}: {error}")
                 if len(found) == 3:
@@ -60,7 +60,7 @@ def status_of(address: str, call: CallOnce, *, seconds: float = 2.0) -> str:
         try:
             call(channel, seconds)
         except grpc.RpcError as error:
-            return str(error.code().name)  # type: ignore[attr-defined]
+            return str(error.code().name)
         except ValueError:
             return "NOT_SERVING"
     return "OK"
@@ -73,7 +73,7 @@ def stored_events(address: str, user: str, *, seconds: float = 10.0) -> list[tup
         try:
             reply = RecommenderStub(channel).GetUser(request, timeout=seconds)
         except grpc.RpcError as error:
-            if error.code() is grpc.StatusCode.NOT_FOUND:  # type: ignore[attr-defined]
+            if error.code() is grpc.StatusCode.NOT_FOUND:
                 return []
             raise
     return [(event.item_id, event.timestamp) for event in reply.recent_events]

@@ -73,7 +73,7 @@ class LossyProxy:
         # The client's next attempt comes over a new connection.
 
     def _is_lost(self, chances: int) -> bool:
-        lost = any([self._lose() for _ in range(chances)])
+        lost = any(self._lose() for _ in range(chances))
         self.lost += lost
         return lost
 

@@ -32,8 +32,8 @@ def python_environment(root: Path) -> dict[str, str]:
 def known_options(root: Path) -> frozenset[str]:
     """The options of `dman-runtime serve` in a checkout."""
     command = [sys.executable, "-m", "dman_runtime", "serve", "--help"]
-    shown = subprocess.run(command, cwd=root, env=python_environment(root), capture_output=True, text=True, timeout=60)
-    return frozenset(re.findall(r"--[a-z-]+", shown.stdout))
+    shown = subprocess.check_output(command, cwd=root, env=python_environment(root), text=True, timeout=60)
+    return frozenset(re.findall(r"--[a-z-]+", shown))
 
 
 class FaultServer:
