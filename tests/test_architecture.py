@@ -89,7 +89,7 @@ def reachable(graph: dict[str, set[str]], start: str) -> set[str]:
 ALLOWED = {
     "protos": {"protos"},
     "sdk": {"sdk", "protos"},
-    "dman_runtime": {"dman_runtime", "protos"},
+    "dman_runtime": {"dman_runtime", "protos", "sdk"},  # sdk: for `dman-runtime status`, and nowhere else
     "dman_train": {"dman_train", "dman_runtime"},
 }
 
