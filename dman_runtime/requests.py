@@ -102,20 +102,20 @@ def check_updates(updates: Sequence[Update], batch_id: str = "") -> None:
 
 def check_queries(queries: Sequence[Query]) -> None:
     """`check_query` for a batch. Raises RequestError, which names the query."""
-    check_size(len(queries), sum(len(query.what_if) for query in queries))
     listed = sum(len(query.exclude) + len(query.candidates or ()) for query in queries)
-    if listed > MAX_REQUEST_IDS:
-        raise RequestError(f"{listed} exclusions and candidates in one request", f"send at most {MAX_REQUEST_IDS}")
+    check_size(len(queries), sum(len(query.what_if) for query in queries), listed)
     for position, query in enumerate(queries):
         named(f"requests[{position}]", check_query, query)
 
 
-def check_size(parts: int, events: int) -> None:
-    """Raises RequestError where a batch is more than one request may ask for."""
+def check_size(parts: int, events: int, listed: int = 0) -> None:
+    """Raises RequestError where a batch is more than one request may ask for; `listed` are exclusions and candidates."""
     if parts > MAX_BATCH:
         raise RequestError(f"{parts} requests in one batch", f"send at most {MAX_BATCH} at a time")
     if events > MAX_REQUEST_EVENTS:
         raise RequestError(f"{events} events in one request", f"send at most {MAX_REQUEST_EVENTS} at a time")
+    if listed > MAX_REQUEST_IDS:
+        raise RequestError(f"{listed} exclusions and candidates in one request", f"send at most {MAX_REQUEST_IDS}")
 
 
 def named(which: str, check: Callable[[Checked], object], value: Checked) -> None:

@@ -133,8 +133,10 @@ class Door(grpc.GenericRpcHandler):
         admission.enter()
         try:
             admission.hold(caller, size := len(body))
+            message = [body]
+            del body  # a large message is not kept beside what it is parsed to
             try:
-                reply = await self._run(method, body, call)
+                reply = await self._run(method, message, call)
             finally:
                 admission.release(caller, size)
         finally:
@@ -144,29 +146,36 @@ class Door(grpc.GenericRpcHandler):
         context.add_done_callback(lambda _: admission.release(caller, size))  # type: ignore[arg-type]
         return sent
 
-    async def _run(self, method: Method, body: bytes, call: Call) -> Message | bytes:
-        if len(body) > LARGE_BYTES:
+    async def _run(self, method: Method, message: list[bytes], call: Call) -> Message | bytes:
+        """The reply to a message, which is taken out of its list."""
+        if len(message[0]) > LARGE_BYTES:
             async with self._admission.long(call.caller):
-                request = await asyncio.get_running_loop().run_in_executor(self._bulk, self._parse, method, body)
-                self._limits.admit(call.caller, method.weigh(request))
+                loop = asyncio.get_running_loop()
+                request, weight = await loop.run_in_executor(self._bulk, self._read, method, message)
+                self._limits.admit(call.caller, weight)
                 return await method.run(request, call)
-        request = self._parse(method, body)
-        weight = method.weigh(request)
+        request, weight = self._read(method, message)
         self._limits.admit(call.caller, weight)
         if weight <= SLICE_EVENTS:
             return await method.run(request, call)
         async with self._admission.long(call.caller):
             return await method.run(request, call)
 
-    def _parse(self, method: Method, body: bytes) -> Message:
+    def _read(self, method: Method, message: list[bytes]) -> tuple[Any, int]:
+        """The parsed message, and its weight. Raises RequestError."""
+        kind = method.request.DESCRIPTOR.full_name
         try:
-            return method.request.FromString(body)
+            request = method.request.FromString(message.pop())
         except DecodeError:
             self._metrics.unparsable(1)
             self._limited.warning("unparsable", "a message to %s does not parse", method.path)
-            raise RequestError(
-                f"the message is not a {method.request.DESCRIPTOR.full_name}", "send what the proto file describes"
-            ) from None
+            raise RequestError(f"the message is not a {kind}", "send what the proto file describes") from None
+        try:
+            return request, method.weigh(request)
+        except RequestError as error:
+            refusal = error.with_traceback(None)
+        del request  # an error keeps what its frames hold, and this may be large
+        raise refusal
 
     def _failure(self, error: Exception) -> tuple[str, str]:
         """Status and details of an error. What a caller cannot mend is logged here and named by a reference only."""

@@ -64,10 +64,10 @@ class RecommenderService:
             return Method(f"/{SERVICE_NAME}/{name}", request, getattr(self, name), weigh)
 
         return [
-            method("Update", pb.UpdateRequest, lambda request: len(request.events)),
-            method("BatchUpdate", pb.BatchUpdateRequest, _weight_of_updates),
-            method("Recommend", pb.RecommendRequest, lambda request: 1 + len(request.what_if_events)),
-            method("BatchRecommend", pb.BatchRecommendRequest, _weight_of_queries),
+            method("Update", pb.UpdateRequest, lambda request: _weight_of_updates([request])),
+            method("BatchUpdate", pb.BatchUpdateRequest, lambda request: _weight_of_updates(request.updates)),
+            method("Recommend", pb.RecommendRequest, lambda request: _weight_of_queries([request])),
+            method("BatchRecommend", pb.BatchRecommendRequest, lambda request: _weight_of_queries(request.requests)),
             method("GetUser", pb.GetUserRequest, lambda request: max(0, request.recent_events) // 100),
             method("DeleteUser", pb.DeleteUserRequest, lambda _: 1),
         ]
@@ -239,17 +239,19 @@ def _query(request: pb.RecommendRequest) -> Query:
     )
 
 
-def _weight_of_updates(request: pb.BatchUpdateRequest) -> int:
-    events = sum(len(update.events) for update in request.updates)
-    check_size(len(request.updates), events)  # before it is converted
+def _weight_of_updates(updates: Sequence[pb.UpdateRequest]) -> int:
+    """Events to encode. Raises RequestError where they are too many to be converted."""
+    events = sum(len(update.events) for update in updates)
+    check_size(len(updates), events)
     return events
 
 
-def _weight_of_queries(request: pb.BatchRecommendRequest) -> int:
-    """Events to encode, and one for each query: ranking takes about as long."""
-    events = sum(len(query.what_if_events) for query in request.requests)
-    check_size(len(request.requests), events)
-    return len(request.requests) + events
+def _weight_of_queries(queries: Sequence[pb.RecommendRequest]) -> int:
+    """Events to encode, and one for each query: ranking takes about as long. Raises RequestError as above."""
+    events = sum(len(query.what_if_events) for query in queries)
+    listed = sum(len(query.exclude_item_ids) + len(query.candidate_item_ids) for query in queries)
+    check_size(len(queries), events, listed)
+    return len(queries) + events
 
 
 def _chunks(queries: Sequence[Query]) -> list[list[Query]]:
