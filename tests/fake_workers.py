@@ -79,6 +79,8 @@ def _before_ready(what: str) -> None:
         logging.getLogger("fake").warning("a line", extra={"event": "faked"})
     if what == "exit":
         os._exit(3)
+    if what.isdigit():
+        os.kill(os.getpid(), int(what))
 
 
 def stubborn(config: ServeConfig, pipe: WorkerPipe) -> int:

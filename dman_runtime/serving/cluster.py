@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import pickle
 import select
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
@@ -109,6 +108,6 @@ def drain(connection: Connection) -> tuple[list[Any], bool]:
     try:
         while connection.poll():
             messages.append(connection.recv())
-    except (EOFError, OSError, pickle.UnpicklingError):
+    except Exception:  # it ended, or within a message, or wrote what is none
         return messages, True
     return messages, False

@@ -53,7 +53,8 @@ class Slot:
     def __init__(self, number: int, run: Run, config: ServeConfig, *, timing: Timing, metrics: Path | None) -> None:
         self.number, self.state = number, State.WAITING
         self.ready: Ready | None = None  # what the worker said when it was ready last
-        self.error: DmanError | None = None  # why the last start failed
+        self.error: DmanError | None = None  # what the last worker ended with
+        self.reason = ""  # why the last worker ended
         self.problem: Problem | None = None  # until a worker is ready again
         self.starts = 0
         self.failures = 0  # in a row
@@ -75,7 +76,7 @@ class Slot:
         self._read(now, bundle_id)
         if not self._process.is_alive():
             self._read(now, bundle_id)  # its last words
-            self._ended(now)
+            self._ended(now, bundle_id)
         elif self.state is State.STARTING and now - self._since > self._timing.start:
             self._kill(now, f"is not ready after {self._timing.start:g} s")
         elif self.state is State.READY and now - self._heard > self._timing.heartbeat:
@@ -119,7 +120,7 @@ class Slot:
             self._process = process
         except OSError as error:  # no process or descriptor is left
             self.error = UsageError(f"cannot start a process: {error.strerror}", "raise the limits of this system")
-            self._ended(now)
+            self._ended(now, bundle_id)
 
     def _read(self, now: float, bundle_id: str | None) -> None:
         assert self._pipe is not None
@@ -151,12 +152,12 @@ class Slot:
         fields = {"event": "worker_hung", "worker": self.number}
         logger.error("worker %d hangs: it %s; it is killed", self.number, reason, extra=fields)
 
-    def _ended(self, now: float) -> None:
-        reason = self._hangs or (str(self.error) if self.error else self._exit())
+    def _ended(self, now: float, bundle_id: str | None) -> None:
+        self.reason = self._hangs or (str(self.error) if self.error else self._exit())
         settled = self._ready_at is not None and now - self._ready_at >= self._timing.settled
         self.failures = 1 if settled else self.failures + 1
         pause = self._timing.pause(self.failures)
-        self._name_problem(now, reason)
+        self._name_problem(now, self.reason)
         self._next_start, self.state = now + pause, State.WAITING
         if self._pipe is not None:
             self._pipe.close()
@@ -164,18 +165,18 @@ class Slot:
             self._process.close()
         self._pipe = self._process = None
         self._renew_metrics()
-        fields = {"event": "worker_down", "worker": self.number, "failures": self.failures}
-        what = "is gone" if self._hangs or self._ready_at is not None else "did not start"
-        # Where no worker can start at all, the supervisor says why, in one line.
-        level = logging.INFO if self.starts == 1 and what == "did not start" else logging.ERROR
-        logger.log(level, "worker %d %s: %s; next start in %.1f s", self.number, what, reason, pause, extra=fields)
+        if bundle_id is not None:  # else it is not yet sure whether any worker can be started
+            fields = {"event": "worker_down", "worker": self.number, "failures": self.failures}
+            what = "did not start" if self._ready_at is None and not self._hangs else "is gone"
+            logger.error("worker %d %s: %s; next start in %.1f s", self.number, what, self.reason, pause, extra=fields)
 
     def _exit(self) -> str:
         """How the process ended, in words."""
         status = self._process.exitcode if self._process is not None else None
-        if status is not None and status < 0:
-            return f"killed by {signal.Signals(-status).name}"
-        return f"exit status {status}; see the messages above"
+        if status is None or status >= 0:
+            return f"exit status {status}"
+        names = {number.value: number.name for number in signal.Signals}  # not every number has one
+        return f"killed by {names.get(-status, f'signal {-status}')}"
 
     def _name_problem(self, now: float, reason: str) -> None:
         """A restart that finds an unusable bundle means that it is no longer what the others serve."""

@@ -141,9 +141,14 @@ class Supervisor:
         first = next((slot.ready for slot in self.slots if slot.ready), None)
         if first is None:
             errors = [slot.error for slot in self.slots if slot.error is not None]
-            raise errors[0] if errors else UsageError("no worker could be started", "see the messages above")
+            reason = f"no worker could be started: {self.slots[0].reason}"
+            raise errors[0] if errors else UsageError(reason, "see the messages above")
         announce(first.bundle_id, first.provider, self.config, self.config.port)
         self._announced = True
+        for slot in self.slots:
+            if slot.problem is not None:  # while none was ready, nothing was logged
+                fields = {"event": slot.problem.name, "worker": slot.number}
+                logger.error("worker %d did not start: %s", slot.number, slot.reason, extra=fields)
 
     def stop_workers(self) -> None:
         """Lets requests under way finish, and kills whoever takes longer than that."""

@@ -96,8 +96,9 @@ def test_half_a_message_of_a_killed_worker_is_its_end(ends: tuple[Connection, Co
 
 
 def test_bytes_that_are_no_message_are_the_end(ends: tuple[Connection, Connection]) -> None:
-    ends[1].send_bytes(b"\xffnot a pickle")
-    assert drain(ends[0]) == ([], True)
+    for data in (b"\xffnot a pickle", b"cno.such.module\nname\n.", b""):
+        ends[1].send_bytes(data)
+        assert drain(ends[0]) == ([], True)
 
 
 def test_status_and_assignment_survive_the_way_to_another_process() -> None:

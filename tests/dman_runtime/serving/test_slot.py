@@ -114,28 +114,34 @@ def test_all_workers_start_at_once_and_are_announced_in_one_line(
     assert capsys.readouterr().out == "serving bundle one on 127.0.0.1:1 (fake, 3 workers)\n"
 
 
-def test_the_supervisor_ends_with_the_reason_when_no_worker_can_be_started(tmp_path: Path) -> None:
+def test_the_supervisor_ends_with_the_reason_when_no_worker_can_be_started(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     config = config_in(tmp_path)
     for slot in range(2):
         give(config, slot, "refuse")
     with supervised(config) as supervisor, pytest.raises(UsageError) as caught:
         until(supervisor, lambda: False)
     assert (caught.value.cause, caught.value.parameter) == ("the fake has no wish to start", "state")
+    assert [record for record in caplog.records if record.levelname == "ERROR"] == []  # the command says it
 
 
-@pytest.mark.parametrize("how", ["exit", "raise"])
-def test_workers_that_die_without_a_word_at_the_start_end_in_one_line(tmp_path: Path, how: str) -> None:
+@pytest.mark.parametrize(
+    ("how", "reason"),
+    [("exit", "exit status 3"), ("raise", "exit status 1"), ("9", "killed by SIGKILL"), ("40", "killed by signal 40")],
+)
+def test_workers_that_die_without_a_word_at_the_start_end_in_one_line(tmp_path: Path, how: str, reason: str) -> None:
     config = config_in(tmp_path)
     for slot in range(2):
         give(config, slot, how)
     with supervised(config) as supervisor, pytest.raises(DmanError) as caught:
         until(supervisor, lambda: False)
-    assert str(caught.value) == "no worker could be started; see the messages above"
+    assert str(caught.value) == f"no worker could be started: {reason}; see the messages above"
 
 
 @pytest.mark.slow
 def test_one_worker_that_cannot_start_does_not_keep_the_other_from_serving(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
 ) -> None:
     config = config_in(tmp_path)
     give(config, 1, "refuse")
@@ -143,6 +149,8 @@ def test_one_worker_that_cannot_start_does_not_keep_the_other_from_serving(
         until(supervisor, lambda: supervisor.status.ready == 1 and len(notes(config, "starts-1")) >= 3)
         assert names_of(supervisor) == ["worker_down"]
         assert "the fake has no wish to start" in supervisor.status.problems[0].detail
+        line = "worker 1 did not start: the fake has no wish to start; ask it kindly"
+        assert any(record.getMessage().startswith(line) for record in caplog.records)
         give(config, 1, "serve")
         until(supervisor, lambda: supervisor.status.ready == 2)
         assert supervisor.status.problems == ()
@@ -295,10 +303,11 @@ def test_a_supervisor_that_was_stopped_itself_kills_nobody(tmp_path: Path) -> No
         pids = [pid_of(supervisor, slot) for slot in range(2)]
         for pid in pids:
             os.kill(pid, signal.SIGSTOP)  # as when a whole container is frozen
+        supervisor.step(time.monotonic())  # nothing that they said before is left
         time.sleep(2.7)
+        supervisor.step(time.monotonic())
         for pid in pids:
             os.kill(pid, signal.SIGCONT)
-        supervisor.step(time.monotonic())  # before any of them can have beaten again, perhaps
         for_seconds(supervisor, 1.7)
         assert [pid_of(supervisor, slot) for slot in range(2)] == pids and supervisor.status.restarts == 0
 
