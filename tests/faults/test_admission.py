@@ -110,7 +110,7 @@ def test_large_messages_take_little_memory(start: Start) -> None:
 
 def test_callers_who_do_not_read_take_little_memory(start: Start, large_bundle: Path) -> None:
     server = start(bundle=large_bundle, if_known=("--max-in-flight-mib 32",))
-    message = large_reply_request(600)
+    message = large_reply_request(server.address)
     with PeakMemory(server) as memory, SlowReaders(server.address, message, readers=16):
         wait_until(lambda: memory.growth > 150e6, seconds=8)
         found = failures(server.address, recommend, health, rounds=3)

@@ -183,7 +183,7 @@ class Calls:
         most: int = 1_000_000,
     ) -> None:
         """`send` gets the thread's connection and the number of the call, counted over all threads."""
-        self._address, self._send, self._what, self._most = address, send, what, most
+        self._address, self._send, self._what, self.most = address, send, what, most
         self._over, self._lock = threading.Event(), threading.Lock()
         self._sent = 0
         self.statuses: Counter[str] = Counter()  # by name of the gRPC status
@@ -203,12 +203,16 @@ class Calls:
         for thread in self._threads:
             thread.join(_JOIN_SECONDS)
 
+    def finished(self) -> bool:
+        """Whether `most` calls were sent and answered."""
+        return not any(thread.is_alive() for thread in self._threads)
+
     def did(self) -> str:
         return f"{self._sent} {self._what} by {len(self._threads)} callers"
 
     def _next(self) -> int | None:
         with self._lock:
-            if self._over.is_set() or self._sent >= self._most:
+            if self._over.is_set() or self._sent >= self.most:
                 return None
             self._sent += 1
             return self._sent - 1
@@ -301,11 +305,12 @@ def many_events(items: Sequence[str], count: int) -> list[pb.Event]:
     return [pb.Event(item_id=items[n % len(items)]) for n in range(count)]
 
 
-def large_reply_request(item_count: int, *, reply_bytes: int = 13 << 20) -> bytes:
-    """A BatchRecommend whose reply has about so many bytes, for items whose id and title take 20 bytes together."""
-    k = min(item_count, 1000)
-    one = pb.RecommendRequest(k=k, include_seen=True)
-    return pb.BatchRecommendRequest(requests=[one] * min(1000, reply_bytes // (k * 20))).SerializeToString()
+def large_reply_request(address: str, *, reply_bytes: int = 13 << 20) -> bytes:
+    """A BatchRecommend whose reply has about so many bytes; fewer where the bundle has under 600 items."""
+    one = pb.RecommendRequest(k=1000, include_seen=True)
+    with connect(address) as channel:
+        size = RecommenderStub(channel).Recommend(one, timeout=10).ByteSize()
+    return pb.BatchRecommendRequest(requests=[one] * min(1000, reply_bytes // size)).SerializeToString()
 
 
 def _send_bytes(caller: Caller, method: str, message: bytes, *, seconds: float) -> None:

@@ -38,11 +38,12 @@ def refit(bundle: Path, *names: str, **changes: Any) -> None:
 
 
 def enlarge(bundle: Path, items: int) -> None:
-    """Adds random items with integer ids and long titles until there are `items` of them."""
+    """Adds random items, whose ids are integers from a million on, until there are `items` of them."""
     embeddings = np.load(bundle / EMBEDDINGS)
     more = np.random.default_rng(0).normal(size=(items - len(embeddings), embeddings.shape[1]))
     np.save(bundle / EMBEDDINGS, np.concatenate([embeddings, more.astype(np.float32)]))
     with (bundle / ITEMS).open("a", encoding="utf-8") as file:
-        for number in range(len(embeddings) + 1, items + 1):
-            file.write(json.dumps({"item_id": str(number), "events": 1, "title": f"Title {number}"}) + "\n")
+        for number in range(len(more)):
+            entry = {"item_id": str(1_000_000 + number), "events": 1, "title": f"Added {number}"}
+            file.write(json.dumps(entry) + "\n")
     refit(bundle, EMBEDDINGS, ITEMS, vocabulary=items)

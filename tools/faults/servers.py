@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import shlex
 import signal
 import subprocess
 import sys
@@ -81,7 +82,7 @@ class FaultServer:
 
     def command(self) -> list[str]:
         arguments = ["--bundle", str(self.bundle), "--state", str(self.state), "--port", str(self.port)]
-        words = [word for option in self._options for word in option.split()]
+        words = [word for option in self._options for word in shlex.split(option)]
         command = [sys.executable, "-m", "dman_runtime", "serve", "--provider", "cpu", *arguments, *words]
         if self._open_files is None:
             return command

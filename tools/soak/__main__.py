@@ -1,0 +1,102 @@
+"""Repeats all attacks for a while, counts what honest callers see, and writes a report: `make soak`.
+
+    python -m tools.soak                  everything
+    python -m tools.soak exactly-once     one part; so do rows, malformed, memory and overhead
+
+The exit status is 1 where a bound is broken.
+"""
+
+from __future__ import annotations
+
+import shlex
+import signal
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+from dman_runtime.errors import UsageError
+from dman_runtime.options import Parser, run_command
+from tools.bench.checkouts import Checkout
+from tools.bench.report import Section, claims_table, machine, show, table, write_page
+from tools.bench.setting import Clock, scratch_directory
+from tools.faults.bundles import read_manifest
+from tools.faults.servers import ROOT
+from tools.soak.exactly_once import exactly_once
+from tools.soak.limits import malformed, memory
+from tools.soak.overhead import overhead
+from tools.soak.rows import rotation
+from tools.soak.setting import QUICK, Effort, Soak, demo_bundle
+
+PARTS: dict[str, Callable[[Soak], list[Section]]] = {
+    "rows": rotation,
+    "exactly-once": lambda soak: [exactly_once(soak)],
+    "malformed": lambda soak: [malformed(soak)],
+    "memory": lambda soak: [memory(soak)],
+    "overhead": lambda soak: [overhead(soak)],
+}
+
+
+def _parser() -> Parser:
+    p = Parser(prog="python -m tools.soak", description="Attack servers on this machine; write a report.")
+    p.add_argument("part", nargs="?", choices=["all", *PARTS], default="all", help="what to run")
+    p.add_argument("--minutes", type=float, default=None, help="how long the attacks rotate (default: 30)")
+    p.add_argument("--bundle", type=Path, default=None, help="bundle to serve; without it one is trained on made data")
+    p.add_argument("--out", type=Path, default=Path("reports/faults.md"), help="the report")
+    p.add_argument("--quick", action="store_true", help="few and short: does everything work? Not for quoting")
+    p.add_argument("--scratch", type=Path, default=Path(), help="where temporary state goes")
+    p.add_argument("--json", action="store_true", help="print the result as JSON on the last line")
+    return p
+
+
+def _main(argv: Sequence[str] | None) -> int:
+    arguments = _parser().parse_args(argv)
+    effort: Effort = QUICK if arguments.quick else Effort()
+    if arguments.minutes is not None:
+        if not 0 < arguments.minutes <= 24 * 60:
+            raise UsageError(f"minutes is {arguments.minutes}", "choose more than 0, at most 1440", parameter="minutes")
+        effort = replace(effort, minutes=arguments.minutes)
+    clock = Clock()
+    with scratch_directory(arguments.scratch) as scratch:
+        bundle = arguments.bundle.resolve() if arguments.bundle else demo_bundle(scratch)
+        soak = Soak(bundle, scratch, effort)
+        manifest = read_manifest(bundle)
+        facts = {"commit": Checkout.at(ROOT).commit(), **machine(scratch)}
+        facts["bundle"] = f"`{manifest['bundle_id']}`, {manifest['vocabulary']} items"
+        sections: list[Section] = []
+        for name in PARTS if arguments.part == "all" else [arguments.part]:
+            print(f"{name} ...", flush=True)
+            sections += PARTS[name](soak)
+    facts |= clock.facts(quick=arguments.quick)
+    command = shlex.join(["python", "-m", "tools.soak", *(sys.argv[1:] if argv is None else argv)])
+    _write(arguments.out, facts, command, sections)
+    show(arguments.out, facts, sections, as_json=arguments.json)
+    return 1 if broken(sections) else 0
+
+
+def broken(sections: Sequence[Section]) -> list[str]:
+    """The claims whose bound was not kept."""
+    return [claim.claim for section in sections for claim in section.claims if claim.met is False]
+
+
+def _write(path: Path, facts: dict[str, str], command: str, sections: Sequence[Section]) -> None:
+    count = len(broken(sections))
+    verdict = "Every bound was kept." if not count else f"{count} bounds were broken."
+    parts = [
+        "# Faults, attacks and what others see of them",
+        f"Written by `{command}`. {verdict}",
+        table(("", ""), list(facts.items())),
+        claims_table([claim for section in sections for claim in section.claims]),
+        *(section.markdown() for section in sections),
+    ]
+    write_page(path, parts)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Returns the exit status: 1 where a bound is broken, 2 for what cannot be done."""
+    return run_command(_main, argv)
+
+
+if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that servers and scratch files go with it
+    sys.exit(main())
