@@ -135,7 +135,7 @@ def parse_json_line(content: bytes) -> Any:
     try:
         return _DECODER.decode(content.decode())
     except json.JSONDecodeError as error:
-        raise ValueError(str(error)) from None
+        raise ValueError(f"{error.msg} at character {error.pos + 1}") from None
     except UnicodeDecodeError:
         raise ValueError("it is not text in UTF-8") from None
     except RecursionError:

@@ -85,18 +85,13 @@ class Generation:
         """
         exact = replace(self.bundle.manifest.state, dtype="float32")
         bundle = replace(self.bundle, manifest=replace(self.bundle.manifest, state=exact))
-        golden = bundle.golden()
         try:
-            states = replace(self, bundle=bundle).replay([row[row >= 0] for row in golden["histories"]])
+            error = replace(self, bundle=bundle)._golden_error()
         except Exception as failure:  # of ONNX Runtime, or of numpy over results of a wrong shape
             raise BundleError(
                 f"{bundle.path}: the golden replay fails on this machine ({type(failure).__name__})",
                 "export the bundle again",
             ) from failure
-        error = max(
-            _relative_error(np.stack([state.user_embedding for state in states]), golden["user_embeddings"]),
-            _relative_error(np.stack([state.memory for state in states]), golden["memories"]),
-        )
         if not error <= GOLDEN_TOLERANCE:
             raise BundleError(
                 f"{bundle.path}: the golden replay is off by {error:.1e} on this machine",
@@ -105,8 +100,18 @@ class Generation:
             )
         return error
 
+    def _golden_error(self) -> float:
+        golden = self.bundle.golden()
+        states = self.replay([row[row >= 0] for row in golden["histories"]])
+        return max(
+            _relative_error(np.stack([state.user_embedding for state in states]), golden["user_embeddings"]),
+            _relative_error(np.stack([state.memory for state in states]), golden["memories"]),
+        )
+
 
 def _relative_error(found: np.ndarray, expected: np.ndarray) -> float:
+    if found.shape != expected.shape:  # numpy would repeat one value for many
+        raise ValueError(f"{found.shape} instead of {expected.shape}")
     if not expected.size:
         return 0.0
     with np.errstate(invalid="ignore", over="ignore"):  # what is not finite is reported as an error, not as a warning
