@@ -26,7 +26,8 @@ from dman_train.config import to_dict
 from dman_train.graphs import OPSET, export_graphs, graph_errors, state_shape
 from dman_train.model import DMAN
 from dman_train.replay import replay
-from dman_train.run import RunError, Vocabulary, open_run
+from dman_train.run import RunError, open_run
+from dman_train.vocabulary import Vocabulary
 
 logger = logging.getLogger(__name__)
 DEFAULT_RUN, DEFAULT_OUT = Path("runs/latest"), Path("bundle")

@@ -50,6 +50,7 @@ def opened_file(file: Path, *, limit: int, directory: int | None = None) -> Iter
         directory: Descriptor of the directory that the file is in, whatever has its name now.
 
     Raises:
+        FileNotFoundError
         InputError: it is no regular file, is larger, or cannot be read. Its text names the file.
     """
     try:
@@ -60,6 +61,8 @@ def opened_file(file: Path, *, limit: int, directory: int | None = None) -> Iter
             if identity.size > limit:
                 raise InputError(f"{file} has {identity.size} bytes, more than {limit}")
             yield stream, identity
+    except FileNotFoundError:
+        raise
     except OSError as error:
         raise InputError(f"{file} cannot be read: {system_reason(error)}") from None
     except MemoryError:
@@ -117,7 +120,8 @@ def _no_constant(name: str) -> Any:
     raise ValueError(f"{name} is not a JSON value")
 
 
-_DECODER = json.JSONDecoder(object_pairs_hook=_object, parse_constant=_no_constant)
+_STRICT = json.JSONDecoder(object_pairs_hook=_object, parse_constant=_no_constant)
+_PLAIN = json.JSONDecoder()
 
 
 def parse_json(content: bytes) -> Any:
@@ -125,15 +129,22 @@ def parse_json(content: bytes) -> Any:
 
     Raises ValueError, whose text is one line, also for text that is nested deeper than MAX_DEPTH.
     """
-    value = parse_json_line(content)
+    value = _decoded(content, _STRICT)
     _check_json(value)
     return value
 
 
 def parse_json_line(content: bytes) -> Any:
-    """As `parse_json`, without the checks of depth, Unicode and range: for values that are checked one by one."""
+    """A JSON value as Python reads it, of which the last of equal names counts: for many values, checked one by one.
+
+    Raises ValueError, whose text is one line.
+    """
+    return _decoded(content, _PLAIN)
+
+
+def _decoded(content: bytes, decoder: json.JSONDecoder) -> Any:
     try:
-        return _DECODER.decode(content.decode())
+        return decoder.decode(content.decode())
     except json.JSONDecodeError as error:
         raise ValueError(f"{error.msg} at character {error.pos + 1}") from None
     except UnicodeDecodeError:

@@ -7,7 +7,6 @@ checked is what is used. Changes on disk cannot reach an opened bundle; `Bundle.
 
 from __future__ import annotations
 
-import errno
 import hashlib
 import json
 import math
@@ -174,9 +173,9 @@ def _read_manifest(path: Path, directory: int) -> tuple[Manifest, FileIdentity]:
     try:
         with opened_file(file, limit=MAX_MANIFEST_BYTES, directory=directory) as (stream, identity):
             content = read_stream(file, stream, identity.size)
+    except FileNotFoundError:
+        raise _no_bundle(path) from None
     except InputError as error:
-        if error.cause.endswith(os.strerror(errno.ENOENT)):
-            raise _no_bundle(path) from None
         raise BundleError(error.cause, _EXPORT_AGAIN) from None
     return parse_manifest(content, file), identity
 
@@ -207,6 +206,8 @@ class _Files:
                     problem = f"has {identity.size} bytes instead of {entry['bytes']}, so it"
                     raise _damaged(file, problem)
                 content = read(file, stream, identity.size)
+        except FileNotFoundError as error:
+            raise BundleError(f"{file} cannot be read: {system_reason(error)}", "restore the bundle") from None
         except InputError as error:
             raise BundleError(error.cause, "restore the bundle") from None
         if sha256_of(content) != entry["sha256"]:
@@ -309,7 +310,7 @@ def _may_be_replaced(path: Path) -> bool:
     try:
         manifest = parse_json(read_file(path / MANIFEST, limit=MAX_MANIFEST_BYTES))
         return isinstance(manifest, dict) and {"format_version", "bundle_id"} <= set(manifest)
-    except ValueError:  # InputError is one
+    except (OSError, ValueError):  # InputError is a ValueError
         return not any(path.iterdir())
 
 

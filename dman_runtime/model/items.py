@@ -85,11 +85,14 @@ def _check_entry(entry: object, *, integer_item_ids: bool) -> None:
         raise ValueError("events is not a number of events")
     if not is_text(entry.get("title", "")):
         raise ValueError("title is not a text")
-    attributes = entry.get("attributes", {})
+    attributes = entry.get("attributes")
+    if attributes is None and "attributes" not in entry:
+        return
     if not isinstance(attributes, dict):
         raise ValueError("attributes is not an object")
-    if not all(is_text(name) and is_text(value) for name, value in attributes.items()):
-        raise ValueError("attributes holds something else than texts")
+    for name, value in attributes.items():
+        if not is_text(name) or not is_text(value):
+            raise ValueError("attributes holds something else than texts")
 
 
 def items_jsonl(entries: Iterable[dict[str, Any]]) -> str:
