@@ -109,7 +109,7 @@ def check_queries(queries: Sequence[Query]) -> None:
 
 
 def check_size(parts: int, events: int, listed: int = 0) -> None:
-    """Raises RequestError where a batch is more than one request may ask for; `listed` are exclusions and candidates."""
+    """Raises RequestError where a request is too much. `listed` are its exclusions and candidates."""
     if parts > MAX_BATCH:
         raise RequestError(f"{parts} requests in one batch", f"send at most {MAX_BATCH} at a time")
     if events > MAX_REQUEST_EVENTS:
