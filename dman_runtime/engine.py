@@ -34,7 +34,7 @@ from dman_runtime.requests import (
 )
 from dman_runtime.retrieval.base import NO_ITEMS, Hits
 from dman_runtime.retrieval.exact import search_scores
-from dman_runtime.store.base import Head, StateStore, Write
+from dman_runtime.store.base import Snapshot, StateStore, StoredUser, Write
 
 logger = logging.getLogger(__name__)
 COMMIT_ATTEMPTS = 50
@@ -66,12 +66,12 @@ class Engine:
 
     def open_users(self, user_ids: Sequence[str]) -> list[OpenUser]:
         """Reads users, new ones included. What their records do not cover yet is left to be advanced."""
-        return [
-            self._open(user_id, stored.head, stored.record) if stored else self._open(user_id, NEW_USER, None)
-            for user_id, stored in zip(user_ids, self.store.get_many(user_ids, self.number), strict=True)
-        ]
+        with self.store.snapshot() as snapshot:
+            stored = snapshot.get_many(user_ids, self.number)
+            return [self._open(snapshot, user_id, found) for user_id, found in zip(user_ids, stored, strict=True)]
 
-    def _open(self, user_id: str, head: Head, record: bytes | None) -> OpenUser:
+    def _open(self, snapshot: Snapshot, user_id: str, stored: StoredUser | None) -> OpenUser:
+        head, record = stored or (NEW_USER, None)
         try:
             state = self.generation.unpack(record)
             lags = state.history_count != head.history_count
@@ -81,8 +81,8 @@ class Engine:
             logger.warning("%s; making the record of user %r anew from the history", error.cause, user_id)
             state, lags = self.generation.unpack(None), True
         left = NO_ITEMS
-        if lags:  # a deletion in between gives fewer events, and then the commit a conflict
-            items, _ = self.store.history(user_id, state.history_count, head.history_count)
+        if lags:
+            items, _ = snapshot.history(user_id, state.history_count, head.history_count)
             left = self.known_indices(items)
         return OpenUser(user_id, head, state, left, lags, request_ids=list(head.request_ids))
 
@@ -276,19 +276,21 @@ class Engine:
         check_user_id(user_id)
         if not 0 <= recent_events <= MAX_EVENTS:
             raise RequestError(f"recent_events is {recent_events}", f"choose 0 to {MAX_EVENTS}")
-        (stored,) = self.store.get_many([user_id], self.number)
-        if stored is None:
-            return None
-        user, shape = self._open(user_id, stored.head, stored.record), self.bundle.manifest.state
-        count = stored.head.history_count
-        items, timestamps = self.store.history(user_id, max(0, count - recent_events), count)
+        with self.store.snapshot() as snapshot:
+            (stored,) = snapshot.get_many([user_id], self.number)
+            if stored is None:
+                return None
+            user, shape = self._open(snapshot, user_id, stored), self.bundle.manifest.state
+            count = stored.head.history_count
+            items, timestamps = snapshot.history(user_id, max(0, count - recent_events), count)
+            recent_item_ids = snapshot.item_ids(items)
         return UserInfo(
             event_count=user.event_count,
             history_count=count,
             segment_fill=user.event_count % shape.segment_length,
             absorbed_segments=absorbed_segments(user.event_count, shape),
             state_bytes=len(stored.record or b""),
-            recent_item_ids=self.store.item_ids(items),
+            recent_item_ids=recent_item_ids,
             recent_timestamps=timestamps.tolist(),
         )
 

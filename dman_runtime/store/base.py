@@ -19,6 +19,7 @@ durable at all. User ids and item ids follow the rule of `data.ids`; another id 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol, Self
 
@@ -84,14 +85,8 @@ class StoreStats:
     map_size: int = 0
 
 
-class StateStore(Protocol):
-    """See the module. Every method raises a StoreError where the store cannot serve."""
-
-    # -- items and generations -------------------------------------------------------------------------------------
-
-    def add_items(self, item_ids: Sequence[str]) -> NDArray[np.uint32]:
-        """The numbers (N) of items; unknown ones are appended in the order given, and are on disk on return."""
-        ...
+class Snapshot(Protocol):
+    """One moment of a store, to be read by one thread. What it returns may be kept."""
 
     def find_items(self, item_ids: Sequence[str]) -> NDArray[np.int64]:
         """The numbers (N) of items, -1 where unknown."""
@@ -99,6 +94,42 @@ class StateStore(Protocol):
 
     def item_ids(self, numbers: Sequence[int] | NDArray[np.integer]) -> list[str]:
         """The external ids of item numbers. ValueError for a number that was never given."""
+        ...
+
+    def get_many(self, user_ids: Sequence[str], generation: int) -> list[StoredUser | None]:
+        """Heads, and the records of a generation; None for an unknown user."""
+        ...
+
+    def ranking_view(self, user_id: str, generation: int, record_bytes: int) -> RankingView | None:
+        """The first `record_bytes` of the record and the seen items; None for an unknown user."""
+        ...
+
+    def history(self, user_id: str, start: int = 0, stop: int | None = None) -> Events:
+        """The events from position `start` to before `stop`, counted from the oldest; as many of them as there are.
+
+        ValueError for negative positions.
+        """
+        ...
+
+    def seen(self, user_id: str) -> NDArray[np.uint32]:
+        """The distinct item numbers (N) of the history, ascending; empty for an unknown user."""
+        ...
+
+
+class StateStore(Snapshot, Protocol):
+    """See the module. Each reading method of `Snapshot` answers from one moment; two calls may answer from two.
+
+    Every method raises a StoreError where the store cannot serve.
+    """
+
+    def snapshot(self) -> AbstractContextManager[Snapshot]:
+        """One moment for several readings. Keep it short: what it sees is not reused while it lasts."""
+        ...
+
+    # -- items and generations -------------------------------------------------------------------------------------
+
+    def add_items(self, item_ids: Sequence[str]) -> NDArray[np.uint32]:
+        """The numbers (N) of items; unknown ones are appended in the order given, and are on disk on return."""
         ...
 
     def add_generation(self, bundle_id: str) -> int:
@@ -114,25 +145,6 @@ class StateStore(Protocol):
         ...
 
     # -- users -----------------------------------------------------------------------------------------------------
-
-    def get_many(self, user_ids: Sequence[str], generation: int) -> list[StoredUser | None]:
-        """Heads, and the records of a generation, of one moment; None for an unknown user."""
-        ...
-
-    def ranking_view(self, user_id: str, generation: int, record_bytes: int) -> RankingView | None:
-        """The first `record_bytes` of the record and the seen items, of one moment; None for an unknown user."""
-        ...
-
-    def history(self, user_id: str, start: int = 0, stop: int | None = None) -> Events:
-        """The events from position `start` to before `stop`, counted from the oldest; as many of them as there are.
-
-        ValueError for negative positions.
-        """
-        ...
-
-    def seen(self, user_id: str) -> NDArray[np.uint32]:
-        """The distinct item numbers (N) of the history, ascending; empty for an unknown user."""
-        ...
 
     def commit(self, writes: Sequence[Write]) -> list[str]:
         """Stores all writes at once. Returns the users whose version is not the expected one: if there are any,
@@ -169,6 +181,37 @@ class StateStore(Protocol):
     def __enter__(self) -> Self: ...
 
     def __exit__(self, *exc_info: object) -> None: ...
+
+
+class ReadsBySnapshot:
+    """The reading methods of a store, each in a snapshot of its own."""
+
+    def snapshot(self) -> AbstractContextManager[Snapshot]:
+        raise NotImplementedError
+
+    def find_items(self, item_ids: Sequence[str]) -> NDArray[np.int64]:
+        with self.snapshot() as snapshot:
+            return snapshot.find_items(item_ids)
+
+    def item_ids(self, numbers: Sequence[int] | NDArray[np.integer]) -> list[str]:
+        with self.snapshot() as snapshot:
+            return snapshot.item_ids(numbers)
+
+    def get_many(self, user_ids: Sequence[str], generation: int) -> list[StoredUser | None]:
+        with self.snapshot() as snapshot:
+            return snapshot.get_many(user_ids, generation)
+
+    def ranking_view(self, user_id: str, generation: int, record_bytes: int) -> RankingView | None:
+        with self.snapshot() as snapshot:
+            return snapshot.ranking_view(user_id, generation, record_bytes)
+
+    def history(self, user_id: str, start: int = 0, stop: int | None = None) -> Events:
+        with self.snapshot() as snapshot:
+            return snapshot.history(user_id, start, stop)
+
+    def seen(self, user_id: str) -> NDArray[np.uint32]:
+        with self.snapshot() as snapshot:
+            return snapshot.seen(user_id)
 
 
 def checked_id(text: str) -> str:

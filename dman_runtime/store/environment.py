@@ -129,9 +129,12 @@ class Environment:
                 _sync_names(self.path)
                 logger.info("created the state store %s", self.path)
 
-    def read(self) -> Snapshot:
-        """A snapshot as a context manager; see `Snapshot`."""
-        return Snapshot(self._environment(), self.path, self.map_size)
+    def read(self) -> ReadTransaction:
+        """A read transaction as a context manager."""
+        return ReadTransaction(self)
+
+    def begin_reading(self) -> lmdb.Transaction:
+        return self._environment().begin(buffers=True)
 
     @contextmanager
     def write(self) -> Iterator[lmdb.Transaction]:
@@ -180,31 +183,31 @@ class Environment:
         return self._env
 
 
-class Snapshot:
-    """One read transaction. What it returns are views into the file: copy what leaves the block.
+class ReadTransaction:
+    """One moment of the store. What is read are views into the file: copy what leaves the block.
 
     A class, as every recommendation passes here and contextlib's generators cost more than the read itself.
     """
 
-    __slots__ = ("_env", "_map_size", "_path", "_txn")
+    __slots__ = ("_env", "txn")
 
-    def __init__(self, env: lmdb.Environment, path: Path, map_size: int) -> None:
-        self._env, self._path, self._map_size = env, path, map_size
+    def __init__(self, env: Environment) -> None:
+        self._env = env
 
-    def __enter__(self) -> lmdb.Transaction:
+    def __enter__(self) -> Self:
         try:
-            self._txn = self._env.begin(buffers=True)
+            self.txn = self._env.begin_reading()
         except lmdb.Error as error:
             self._fail(error)
-        return self._txn
+        return self
 
     def __exit__(self, kind: object, error: BaseException | None, traceback: object) -> None:
-        self._txn.abort()
+        self.txn.abort()
         if isinstance(error, (lmdb.Error, DamagedError)):
             self._fail(error)
 
     def _fail(self, error: Exception) -> NoReturn:
-        with store_errors(self._path, self._map_size):
+        with store_errors(self._env.path, self._env.map_size):
             raise error
         raise AssertionError  # store_errors raises another error
 

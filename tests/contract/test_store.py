@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from dman_runtime.data.ids import RULE
 from dman_runtime.errors import StoreError
-from dman_runtime.store.base import REQUEST_IDS, Events, Head, StateStore, StoredUser, Write
+from dman_runtime.store.base import REQUEST_IDS, Events, Head, Snapshot, StateStore, StoredUser, Write
 from dman_runtime.store.history import CHUNK_EVENTS
 from dman_runtime.store.memory import MemoryStore
 
@@ -434,6 +434,50 @@ def test_what_was_read_stays_as_it_was(store: StateStore) -> None:
     assert copies == (repr([*read[1], read[2], view.seen, other.seen]), repr(read[0]), repr(view))
 
 
+def readings(reader: Snapshot) -> dict[str, Any]:
+    """All that a snapshot or a store can read of three users and some items."""
+    users, view = ["a", "b", "new"], [reader.ranking_view(user, 1, 3) for user in ("a", "b", "new")]
+    return {
+        "get_many": reader.get_many(users, 1),
+        "ranking_view": [one and (one.history_count, one.record, sorted(one.seen.tolist())) for one in view],
+        "history": [as_lists(reader.history(user)) for user in users],
+        "seen": [reader.seen(user).tolist() for user in users],
+        "find_items": reader.find_items(["item-1", "later"]).tolist(),
+        "item_ids": reader.item_ids([3, 99]),
+    }
+
+
+def test_snapshot_is_one_moment_whatever_is_written_meanwhile(store: StateStore) -> None:
+    items = items_for(store)
+    store.commit([write(user, items=items[:70], records={1: b"old"}) for user in "ab"])
+    before = readings(store)
+    with store.snapshot() as snapshot:
+        assert readings(snapshot) == before
+        for number in range(3):
+            store.commit([write("a", version_of(store, "a"), items[::-1], records={1: b"%d" % number})])
+            store.commit([write(f"other-{number}", items=items, records={1: bytes(9000)})])
+        store.delete("b")
+        store.commit([write("new", items=items[:1])])
+        store.add_items(["later"])
+        store.drop_records(1)
+        assert readings(snapshot) == before
+        with store.snapshot() as inner:  # another moment, in the same thread
+            after = readings(inner)
+        assert readings(snapshot) == before
+        with pytest.raises(ValueError, match="never given a number"):
+            snapshot.item_ids([100])
+    assert after == readings(store)
+    assert all(after[name] != before[name] for name in before if name != "item_ids")
+
+
+def test_snapshot_that_a_failure_ends_lets_the_store_go_on(store: StateStore) -> None:
+    with pytest.raises(ZeroDivisionError), store.snapshot() as snapshot:
+        assert snapshot.get_many(["a"], 1) == [None]
+        raise ZeroDivisionError
+    assert store.commit([write("a")]) == []
+    assert head_of(store, "a").history_count == 0
+
+
 # -- deletion and scans ------------------------------------------------------------------------------------------------
 
 
@@ -611,6 +655,7 @@ def test_threads_that_add_items_and_generations_agree(store: StateStore) -> None
         lambda store: store.ranking_view("a", 1, 1),
         lambda store: store.history("a"),
         lambda store: store.seen("a"),
+        lambda store: store.snapshot().__enter__(),
         lambda store: store.commit([write("a")]),
         lambda store: store.delete("a"),
         lambda store: list(store.scan()),

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
@@ -893,6 +894,50 @@ def test_user_says_what_is_stored(engine: Engine) -> None:
     for recent_events in (-1, MAX_EVENTS + 1):
         with pytest.raises(RequestError, match="recent_events"):
             engine.user("u", recent_events=recent_events)
+
+
+class BusyStore:
+    """The real store; every snapshot that reads heads is followed by a change of the user, before it is read on."""
+
+    def __init__(self, store: StateStore, change: Callable[[], object]) -> None:
+        self._store, self._change = store, change
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._store, name)
+
+    def get_many(self, user_ids: Sequence[str], generation: int) -> list[StoredUser | None]:
+        found = self._store.get_many(user_ids, generation)
+        self._change()
+        return found
+
+    @contextmanager
+    def snapshot(self) -> Iterator[Any]:
+        with self._store.snapshot() as snapshot:
+            yield BusyStore(snapshot, self._change)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("change", ["more events", "deleted", "deleted and back"])
+def test_user_is_of_one_moment(engine: Engine, change: str) -> None:
+    update(engine, "u", [1, 2, 3, 4])
+    before = engine.user("u", recent_events=3)
+
+    def interfere() -> None:
+        if "deleted" in change:
+            engine.delete("u")
+        if change != "deleted":
+            engine.update([Update("u", [*ids(range(20, 40)), "new"])])
+
+    busy = Engine(engine.generation, BusyStore(engine.store, interfere))  # type: ignore[arg-type]
+    assert busy.user("u", recent_events=3) == before
+    assert engine.user("u", recent_events=3) != before
+
+
+def test_lagging_user_is_opened_from_one_moment(engine: Engine, newer: Engine) -> None:
+    newer.update([Update("u", ["31", "32", "33"])])
+    busy = Engine(engine.generation, BusyStore(engine.store, lambda: engine.delete("u")))  # type: ignore[arg-type]
+    (user,) = busy.open_users(["u"])
+    assert user.left.tolist() == [30, 31, 32] and user.record_lags
+    assert stored(engine, "u") is None
 
 
 def test_delete_forgets_everything_about_a_user(engine: Engine) -> None:
