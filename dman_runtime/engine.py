@@ -10,7 +10,7 @@ user is opened; one that is damaged is made anew. Knows neither gRPC nor threads
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 
 import numpy as np
@@ -27,6 +27,7 @@ from dman_runtime.requests import (
     Update,
     UpdateOutcome,
     UserInfo,
+    check_batch_id,
     check_query,
     check_update,
     check_user_id,
@@ -38,6 +39,7 @@ from dman_runtime.store.base import Snapshot, StateStore, StoredUser, Write
 
 logger = logging.getLogger(__name__)
 COMMIT_ATTEMPTS = 50
+NO_REQUEST_IDS: Mapping[str, Sequence[int]] = {}
 
 
 class Engine:
@@ -64,11 +66,22 @@ class Engine:
 
     # -- the path --------------------------------------------------------------------------------------------------
 
-    def open_users(self, user_ids: Sequence[str]) -> list[OpenUser]:
-        """Reads users, new ones included. What their records do not cover yet is left to be advanced."""
+    def open_users(
+        self, user_ids: Sequence[str], request_ids: Mapping[str, Sequence[int]] = NO_REQUEST_IDS
+    ) -> list[OpenUser]:
+        """Reads users, new ones included. What their records do not cover yet is left to be advanced.
+
+        `request_ids`, by user, are looked up in the same snapshot; those found are `applied` of the user.
+        """
         with self.store.snapshot() as snapshot:
-            stored = snapshot.get_many(user_ids, self.number)
-            return [self._open(snapshot, user_id, found) for user_id, found in zip(user_ids, stored, strict=True)]
+            users = [
+                self._open(snapshot, user_id, stored)
+                for user_id, stored in zip(user_ids, snapshot.get_many(user_ids, self.number), strict=True)
+            ]
+            for user_id, user in zip(user_ids, users, strict=True):
+                if user_id in request_ids:
+                    user.applied = snapshot.applied(user_id, request_ids[user_id])
+        return users
 
     def _open(self, snapshot: Snapshot, user_id: str, stored: StoredUser | None) -> OpenUser:
         head, record = stored or (NEW_USER, None)
@@ -84,7 +97,7 @@ class Engine:
         if lags:
             items, _ = snapshot.history(user_id, state.history_count, head.history_count)
             left = self.known_indices(items)
-        return OpenUser(user_id, head, state, left, lags, request_ids=list(head.request_ids))
+        return OpenUser(user_id, head, state, left, lags)
 
     def append(self, user: OpenUser, numbers: np.ndarray, timestamps: np.ndarray) -> int:
         """Appends events (N) to what will be stored; returns how many of them the model knows."""
@@ -120,39 +133,62 @@ class Engine:
 
     # -- updates ---------------------------------------------------------------------------------------------------
 
-    def update(self, updates: Sequence[Update]) -> list[UpdateOutcome]:
+    def update(self, updates: Sequence[Update], batch_id: str = "") -> list[UpdateOutcome]:
         """Applies updates in order and commits them at once: durable and complete when it returns, or not at all.
 
-        Raises RequestError, ConflictError and the errors of the store.
+        Updates with a `batch_id` are applied once as a whole. Raises RequestError, ConflictError and the errors of the
+        store.
         """
         for update in updates:
             check_update(update)
+        check_batch_id(batch_id, updates)
         for _ in range(COMMIT_ATTEMPTS):
-            opened = self.open_updates(updates)
+            opened = self.open_updates(updates, batch_id)
             self.advance(opened.users)
             if not self.commit(opened.users):
                 return opened.outcomes
         raise ConflictError("other workers kept changing the same users", "try again")
 
-    def open_updates(self, updates: Sequence[Update]) -> OpenUpdates:
-        """Opens the users of checked updates and appends the events that are new."""
-        user_ids = list(dict.fromkeys(update.user_id for update in updates))
-        users = self.open_users(user_ids)
-        by_id = dict(zip(user_ids, users, strict=True))
-        return OpenUpdates(updates, users, [self._merge(by_id[update.user_id], update) for update in updates])
+    def open_updates(self, updates: Sequence[Update], batch_id: str = "") -> OpenUpdates:
+        """Opens the users of checked updates and appends the events that are new.
 
-    def _merge(self, user: OpenUser, update: Update) -> UpdateOutcome:
+        If any user knows the `batch_id`, all updates are duplicates; else all are new, and every user remembers it.
+        """
+        user_ids = list(dict.fromkeys(update.user_id for update in updates))
+        asked: dict[str, list[int]] = {}
+        for update in updates:
+            if request_id := batch_id or update.request_id:
+                asked.setdefault(update.user_id, []).append(request_hash(request_id))
+        users = self.open_users(user_ids, asked)
+        by_id = dict(zip(user_ids, users, strict=True))
+        if batch_id:
+            duplicate = any(user.applied for user in users)
+            outcomes = [self._merge(by_id[update.user_id], update, duplicate=duplicate) for update in updates]
+            for user in users:
+                user.request_ids = [request_hash(batch_id)] if user.items else []
+        else:
+            outcomes = [self._merge_once(by_id[update.user_id], update) for update in updates]
+        return OpenUpdates(updates, users, outcomes)
+
+    def _merge_once(self, user: OpenUser, update: Update) -> UpdateOutcome:
         """Appends an update to its user, unless it has been applied already."""
+        if not update.request_id:
+            return self._merge(user, update, duplicate=False)
+        request = request_hash(update.request_id)
+        duplicate = request in user.applied or request in user.request_ids
+        if update.item_ids and not duplicate:
+            user.request_ids.append(request)
+        return self._merge(user, update, duplicate=duplicate)
+
+    def _merge(self, user: OpenUser, update: Update, *, duplicate: bool) -> UpdateOutcome:
+        """Appends the events of an update to its user, or of a duplicate none."""
         indices, unknown = self.bundle.items.indices(update.item_ids)
-        request = request_hash(update.request_id) if update.request_id else None
-        if request is not None and request in user.request_ids:
+        if duplicate:
             return UpdateOutcome(user.event_count, user.history_count, 0, unknown, duplicate=True)
         if update.item_ids:
             numbers = self.store.add_items(update.item_ids) if unknown else self._numbers[indices]
             times = np.array(update.timestamps or [0] * len(numbers), np.int64)
             self.append(user, numbers, times)
-            if request is not None:
-                user.request_ids.append(request)
         return UpdateOutcome(user.event_count, user.history_count, len(indices), unknown, duplicate=False)
 
     # -- recommendations -------------------------------------------------------------------------------------------

@@ -77,7 +77,18 @@ def check_update(update: Update) -> None:
             raise RequestError(f"item id {item_id!r:.80} {problem}", RULE)
     if len(update.timestamps) not in (0, len(update.item_ids)):
         raise RequestError("timestamps do not match the items", "send one per item, or none")
-    if len(update.request_id) * 4 > MAX_REQUEST_ID_BYTES < len(update.request_id.encode()):
+    _check_request_id(update.request_id)
+
+
+def check_batch_id(batch_id: str, updates: Sequence[Update]) -> None:
+    """Raises RequestError where updates that are applied as a whole, or not at all, cannot have this id."""
+    _check_request_id(batch_id)
+    if batch_id and any(update.request_id for update in updates):
+        raise RequestError("the batch has a request_id, and so has an update in it", "give only the batch one")
+
+
+def _check_request_id(request_id: str) -> None:
+    if len(request_id) * 4 > MAX_REQUEST_ID_BYTES < len(request_id.encode()):
         raise RequestError(f"request_id is longer than {MAX_REQUEST_ID_BYTES} bytes", "use a UUID")
 
 

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import threading
+import time
 import zlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Self
@@ -12,9 +13,9 @@ from typing import Self
 import numpy as np
 from numpy.typing import NDArray
 
-from dman_runtime.errors import StoreError
+from dman_runtime.errors import StoreError, TooManyRequestIdsError
 from dman_runtime.store.base import (
-    REQUEST_IDS,
+    REMEMBER_SECONDS,
     Events,
     Head,
     RankingView,
@@ -26,7 +27,9 @@ from dman_runtime.store.base import (
     checked_writes,
 )
 
-_NO_HEAD = Head(0, 0, (), 0)
+MAX_IDS, _PERIOD_SECONDS = 100_000, 6 * 3600  # request ids of one user in a period
+_NO_HEAD = Head(0, 0, 0)
+Ids = Mapping[int, float]  # when each request id was applied
 
 
 @dataclass(frozen=True)
@@ -42,8 +45,8 @@ class _User:
 class MemorySnapshot:
     """A `Snapshot` of dictionaries that nobody changes any more."""
 
-    def __init__(self, numbers: dict[str, int], users: dict[str, _User]) -> None:
-        self._numbers, self._users = numbers, users
+    def __init__(self, numbers: dict[str, int], users: dict[str, _User], ids: dict[str, Ids], now: float) -> None:
+        self._numbers, self._users, self._ids, self._now = numbers, users, ids, now
 
     def find_items(self, item_ids: Sequence[str]) -> NDArray[np.int64]:
         return np.array([self._numbers.get(checked_id(item_id), -1) for item_id in item_ids], np.int64)
@@ -76,22 +79,27 @@ class MemorySnapshot:
     def seen(self, user_id: str) -> NDArray[np.uint32]:
         return np.unique(self.history(user_id)[0])
 
+    def applied(self, user_id: str, request_ids: Collection[int]) -> set[int]:
+        times = self._ids.get(checked_id(user_id), {})
+        return {one for one in request_ids if one in times and times[one] >= self._now - REMEMBER_SECONDS}
+
 
 class MemoryStore(ReadsBySnapshot):
     """A `StateStore` without a disk. One lock guards everything: every call is one moment."""
 
-    def __init__(self) -> None:
-        self._lock = threading.RLock()
+    def __init__(self, *, clock: Callable[[], float] = time.time) -> None:
+        self._lock, self._clock = threading.RLock(), clock
         self._numbers: dict[str, int] = {}
         self._generations: dict[str, int] = {}
         self._users: dict[str, _User] = {}
+        self._ids: dict[str, Ids] = {}  # by user, also of deleted ones
         self._last_version = 0
         self._closed = False
 
     @contextmanager
     def snapshot(self) -> Iterator[MemorySnapshot]:
         with self._open():
-            snapshot = MemorySnapshot(self._numbers.copy(), self._users.copy())
+            snapshot = MemorySnapshot(self._numbers.copy(), self._users.copy(), self._ids.copy(), self._clock())
         yield snapshot
 
     def add_items(self, item_ids: Sequence[str]) -> NDArray[np.uint32]:
@@ -122,20 +130,37 @@ class MemoryStore(ReadsBySnapshot):
         with self._open():
             checked_writes(writes, len(self._numbers))
             versions = [(self._users[w.user_id].head.version if w.user_id in self._users else 0) for w in writes]
-            conflicts = [w.user_id for w, found in zip(writes, versions, strict=True) if found != w.expected_version]
+            conflicts = [
+                write.user_id
+                for write, found in zip(writes, versions, strict=True)
+                if found != write.expected_version or (not found and self.applied(write.user_id, write.request_ids))
+            ]
             if not conflicts and writes:
+                ids = {write.user_id: self._ids_with(write) for write in writes if write.request_ids}
+                self._ids.update(ids)
                 self._last_version += 1
                 for write in writes:
                     self._put(write)
         return conflicts
+
+    def _ids_with(self, write: Write) -> Ids:
+        """The request ids of a user with those of a write. Raises TooManyRequestIdsError."""
+        now = self._clock()
+        ids = {one: when for one, when in self._ids.get(write.user_id, {}).items() if when >= now - REMEMBER_SECONDS}
+        ids |= dict.fromkeys(write.request_ids, now)
+        if sum(when // _PERIOD_SECONDS == now // _PERIOD_SECONDS for when in ids.values()) > MAX_IDS:
+            raise TooManyRequestIdsError(
+                f"user {write.user_id!r:.80} has more than {MAX_IDS} updates with a request id in 6 hours",
+                "send several events in one update, or wait",
+            )
+        return ids
 
     def _put(self, write: Write) -> None:
         user = self._users.get(write.user_id, _User())
         items = user.items + tuple(np.asarray(write.items).tolist())
         timestamps = user.timestamps + tuple(np.asarray(write.timestamps).tolist())
         generation = max(write.records, default=user.head.generation)
-        request_ids = tuple(write.request_ids)[-REQUEST_IDS:]
-        head = Head(self._last_version, len(items), request_ids, generation)
+        head = Head(self._last_version, len(items), generation)
         self._users[write.user_id] = _User(head, items, timestamps, {**user.records, **write.records})
 
     def delete(self, user_id: str) -> int | None:
@@ -153,6 +178,12 @@ class MemoryStore(ReadsBySnapshot):
     def stats(self) -> StoreStats:
         with self._open():
             return StoreStats(len(self._users), len(self._numbers))
+
+    def maintain(self) -> int:
+        with self._open():
+            oldest = self._clock() - REMEMBER_SECONDS
+            self._ids = {user: ids for user, ids in self._ids.items() if max(ids.values()) >= oldest}
+        return 0
 
     def flush(self) -> None:
         with self._open():

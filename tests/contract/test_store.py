@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from dman_runtime.data.ids import RULE
 from dman_runtime.errors import StoreError
-from dman_runtime.store.base import REQUEST_IDS, Events, Head, Snapshot, StateStore, StoredUser, Write
+from dman_runtime.store.base import Events, Head, Snapshot, StateStore, StoredUser, Write
 from dman_runtime.store.history import CHUNK_EVENTS
 from dman_runtime.store.memory import MemoryStore
 
@@ -180,8 +180,8 @@ def test_commit_of_no_events_creates_a_user(store: StateStore) -> None:
     assert store.commit([write("a"), write("b", records={2: b""})]) == []
     a, b = store.get_many(["a", "b"], 2)
     assert a is not None and b is not None
-    assert a.head == Head(a.head.version, 0, (), 0) and a.head.version > 0 and a.record is None
-    assert b.head == Head(b.head.version, 0, (), 2) and b.record == b""  # an empty record is a record
+    assert a.head == Head(a.head.version, 0, 0) and a.head.version > 0 and a.record is None
+    assert b.head == Head(b.head.version, 0, 2) and b.record == b""  # an empty record is a record
     assert as_lists(store.history("a")) == ([], []) and store.seen("a").tolist() == []
     view = store.ranking_view("a", 2, 10)
     assert view is not None and (view.history_count, view.record, view.seen.tolist()) == (0, None, [])
@@ -250,16 +250,6 @@ def test_large_records_come_back_whole(store: StateStore) -> None:
     assert get(store, "a", 1) == StoredUser(head_of(store, "a"), record)
     view = store.ranking_view("a", 1, 5000)
     assert view is not None and view.record == record[:5000]
-
-
-def test_request_ids_are_replaced_and_capped(store: StateStore) -> None:
-    ids = [2**64 - 1, 0, *range(3 * REQUEST_IDS)]
-    store.commit([write("a", request_ids=ids[:2])])
-    assert head_of(store, "a").request_ids == tuple(ids[:2])
-    store.commit([write("a", version_of(store, "a"), request_ids=ids)])
-    assert head_of(store, "a").request_ids == tuple(ids[-REQUEST_IDS:])
-    store.commit([write("a", version_of(store, "a"))])
-    assert head_of(store, "a").request_ids == ()
 
 
 def test_get_many_answers_in_order_with_unknown_and_repeated_users(store: StateStore) -> None:
@@ -497,7 +487,7 @@ def test_delete_leaves_nothing_of_the_user_and_everything_of_the_others(store: S
     stored = [get(store, "a", generation) for generation in (1, 2, 3)]
     assert [user and user.record for user in stored] == [None] * 3
     head = head_of(store, "a")
-    assert head == Head(head.version, 1, (), 0)
+    assert head == Head(head.version, 1, 0)
     assert store.history("a")[0].tolist() == store.seen("a").tolist() == items[:1].tolist()
 
 

@@ -112,9 +112,9 @@ def test_history_reads_only_the_chunks_it_needs(
     read: list[int] = []
     original = LmdbSnapshot._chunk
 
-    def spy(self: LmdbSnapshot, key: bytes, chunk: int) -> Any:
+    def spy(self: LmdbSnapshot, user: bytes, seed: int, chunk: int) -> Any:
         read.append(chunk)
-        return original(self, key, chunk)
+        return original(self, user, seed, chunk)
 
     monkeypatch.setattr(LmdbSnapshot, "_chunk", spy)
     items, _ = store.history("long", start, stop)
