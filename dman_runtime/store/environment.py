@@ -9,49 +9,27 @@ from __future__ import annotations
 import errno
 import logging
 import os
-import tempfile
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, NoReturn, Self
 
 import lmdb
-from lmdb.verify import VerifyError, verify
+from lmdb.verify import verify
 
 from dman_runtime.errors import (
-    StoreDamagedError,
     StoreError,
-    StoreFullError,
     StoreMismatchError,
-    StoreUnavailableError,
 )
 from dman_runtime.store.files import StoreFiles, check_directory, has_data
 from dman_runtime.store.history import DamagedError
+from dman_runtime.store.lmdb_errors import disk_is_full, store_errors
 from dman_runtime.store.lmdb_layout import FORMAT_VERSION, NAMES, OLD_FORMAT, read_info, write_info
 from dman_runtime.store.marker import absent, check_id, read_marker, write_marker
 
 _MAX_READERS = 2048  # concurrent read transactions of all processes
 # Commits leave a sixteenth of the map free, within these bytes: copy-on-write makes even a deletion need pages.
 _MIN_RESERVE, _MAX_RESERVE = 256 << 10, 16 << 20
-_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
-_CORRUPTED = ("is corrupted ({})", "restore a backup; `dman-runtime verify` lists what is damaged", "state")
-_DAMAGED = (lmdb.InvalidError, lmdb.CorruptedError, lmdb.PageNotFoundError, VerifyError, DamagedError)
 _FOREIGN = ("is an LMDB database of another program", "use another directory")
-_UNAVAILABLE: Mapping[type[Exception], tuple[str, str, str]] = {
-    lmdb.ReadersFullError: ("has no free reader slot", "use fewer processes and threads", ""),
-    lmdb.MapResizedError: (
-        "was grown by another process",
-        "restart every process with the same map size",
-        "map_size_mib",
-    ),
-    lmdb.MemoryError: (
-        "does not fit into this process's address space",
-        "lower the map size or raise `ulimit -v`",
-        "map_size_mib",
-    ),
-    **dict.fromkeys(_DAMAGED, _CORRUPTED),
-}
-_OTHER = ("is unavailable ({})", "check the path, its permissions and the disk", "state")
 
 logger = logging.getLogger(__name__)
 
@@ -295,7 +273,7 @@ class WriteTransaction:
 
 
 def _open(path: Path, map_size: int, *, readonly: bool) -> lmdb.Environment:
-    if not (path / "lock.mdb").exists() and _disk_is_full(path):  # or LMDB dies of SIGBUS creating it
+    if not (path / "lock.mdb").exists() and disk_is_full(path):  # or LMDB dies of SIGBUS creating it
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
     # A reader takes the map size from the file. Access is random, hence no readahead.
     return lmdb.open(
@@ -321,38 +299,3 @@ def _check_length(env: lmdb.Environment, path: Path) -> None:
     size = (path / "data.mdb").stat().st_size
     if size < (env.info()["last_pgno"] + 1) * env.stat()["psize"] and (problems := verify(str(path))):  # type: ignore[no-untyped-call]
         raise lmdb.CorruptedError(f"data.mdb is truncated: {problems[0]}")
-
-
-@contextmanager
-def store_errors(path: Path, map_size: int) -> Iterator[None]:
-    """Turns what LMDB, the codec and the system raise into StoreErrors."""
-    try:
-        yield
-    except (lmdb.Error, VerifyError, DamagedError, OSError) as error:
-        code = getattr(error, "errno", getattr(error, "code", 0)) or 0
-        reason = os.strerror(code) if code > 0 else str(error)
-        store = f"the state store {path}"
-        if isinstance(error, lmdb.MapFullError):
-            raise StoreFullError(
-                f"{store} is full (map size {map_size >> 20} MiB)",
-                "restart with a larger map size",
-                parameter="map_size_mib",
-            ) from error
-        if code in _FULL or (code == errno.EIO and _disk_is_full(path)):
-            remedy = "free some or raise the limit, then retry"
-            raise StoreFullError(f"{store} has no disk space left ({reason})", remedy) from error
-        if "already open" in reason:
-            raise StoreUnavailableError(f"{store} is already open in this process", "share it") from error
-        cause, remedy, parameter = _UNAVAILABLE.get(type(error), _OTHER)
-        kind = StoreDamagedError if isinstance(error, _DAMAGED) else StoreUnavailableError
-        raise kind(f"{store} {cause.format(reason)}", remedy, parameter=parameter) from error
-
-
-def _disk_is_full(path: Path) -> bool:
-    """LMDB reports a short write as an I/O error: see whether the file can grow."""
-    data, probe = path / "data.mdb", bytes(1 << 20)
-    try:
-        with tempfile.TemporaryFile(dir=path) as file:
-            return os.pwrite(file.fileno(), probe, data.stat().st_size if data.exists() else 0) < len(probe)
-    except OSError as error:
-        return error.errno in _FULL
