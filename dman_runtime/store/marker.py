@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+from contextlib import suppress
 from pathlib import Path
 
 from dman_runtime.errors import StoreError, StoreMismatchError, StoreUnavailableError
@@ -52,7 +53,8 @@ def write_marker(path: Path, store_id: str) -> None:
             os.fsync(file.fileno())
         partial.replace(marker)
     except OSError as error:
-        partial.unlink(missing_ok=True)
+        with suppress(OSError):
+            partial.unlink()
         logger.warning("cannot write %s (%s): an unmounted state store would look like a new one", marker, error)
 
 

@@ -159,12 +159,11 @@ def test_damage_in_values_of_format_3_is_still_found(old: Path) -> None:
 
 
 def test_crash_while_it_is_upgraded_leaves_format_3(old: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from dman_runtime.store import environment
-
     class Crash(BaseException):
         pass
 
-    def crash(*_: Any, **__: Any) -> None:
+    def write_and_crash(*arguments: Any, **options: Any) -> None:
+        write_info(*arguments, **options)
         raise Crash
 
     before = (old / "data.mdb").read_bytes()
