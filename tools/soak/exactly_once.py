@@ -174,8 +174,8 @@ def _section(
         f"{CLIENTS} clients wrote {updates} updates ({events} events) for {USERS} shared users through a proxy that "
         f"lost {lost} replies, while two workers and their supervisor got {kills} SIGKILLs. Each update was repeated "
         f"with its id until it was acknowledged; {repeats} had been applied before. Then each history was read and "
-        "compared with what was acknowledged. The scores of its items were compared with those of a server that got the "
-        "history in one update.",
+        "compared with what was acknowledged. The scores of its items were compared with those of a server that got "
+        "the history in one update.",
         [
             Claim("acknowledged updates", str(updates), f">= {effort.updates}", updates >= effort.updates),
             Claim("SIGKILLs", str(kills), f">= {effort.kills}", kills >= effort.kills),
