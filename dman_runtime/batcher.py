@@ -1,36 +1,44 @@
 """The engine's only door in a server: gathers concurrent requests into batches and cuts long work into slices.
 
-Requests that need no graph are answered on the caller's own thread. All else runs in *turns*, one at a time:
+All work of a batcher runs on its own thread, in *turns*:
 
 1. what is short (at most SLICE_EVENTS events to encode) and waiting is encoded together, committed together and
    answered. It never waits to fill a batch.
 2. what is long gets one slice of about SLICE_EVENTS events, in which the long requests take turns.
 
 So nobody waits for more than one slice of somebody else's long request. Updates of one user are applied in the order
-of their arrival: an update waits while an earlier one of the same user is under way.
+of their arrival: an update waits while an earlier one of the same user is under way. A request that was cancelled, or
+whose deadline has passed, stops at the next slice; it is never started late.
+
+A server has two of them, one for updates and one for queries: a commit that waits for the disk delays no answer.
 """
 
 from __future__ import annotations
 
 import logging
+import random
 import threading
+import time
 from collections import deque
 from collections.abc import Sequence
-from concurrent.futures import Future
+from concurrent.futures import Future, InvalidStateError
 from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
 
 from dman_runtime.engine import COMMIT_ATTEMPTS, Engine
-from dman_runtime.errors import ConflictError, StoppedError, StoreFullError
+from dman_runtime.errors import ConflictError, ExpiredError, StoppedError
+from dman_runtime.metrics import NO_METRICS, Metrics
 from dman_runtime.model.recurrence import Piece
 from dman_runtime.opened import OpenQuery, OpenUpdates, OpenUser, catch_up_updates
-from dman_runtime.requests import Answer, Query, Update, UpdateOutcome, check_update
+from dman_runtime.requests import Answer, Query, Update, UpdateOutcome, check_query, check_updates
 
 logger = logging.getLogger(__name__)
 SLICE_EVENTS = 128  # a long request holds up others for the time of this many events
 SHORT_EVENTS_PER_TURN = 2048  # short requests beyond it wait for the next turn
 MAX_LONG_USERS = 1024  # open at a time: each holds a state in memory
+_LONGEST_PAUSE = 0.25  # seconds before a conflicting commit is tried again
+NO_DEADLINE = float("inf")
 
 
 @dataclass(slots=True, eq=False)
@@ -38,10 +46,17 @@ class _Job:
     """A request that waits or runs."""
 
     updates: Sequence[Update] = ()
-    queries: Sequence[OpenQuery] = ()  # instead of updates
+    batch_id: str = ""
+    queries: Sequence[Query] = ()  # instead of updates
+    deadline: float = NO_DEADLINE  # of time.monotonic()
     result: Future[Any] = field(default_factory=Future)
     attempts: int = 0
+    not_before: float = 0.0  # of time.monotonic()
+    conflicts: set[str] = field(default_factory=set)  # users to open again, because others have changed them
+    alone: bool = False  # failed together with others: runs by itself now
+    caught_up: bool = False  # the records that its queries need were brought up to date, or cannot be
     opened: OpenUpdates | None = None
+    opened_queries: list[OpenQuery] = field(default_factory=list)
     waiting: deque[OpenUser] = field(default_factory=deque)  # users that have events left
 
     @property
@@ -53,97 +68,134 @@ class _Job:
     def users(self) -> list[OpenUser]:
         if self.opened is not None:
             return self.opened.users
-        return [one.user for one in self.queries if one.user is not None]
+        return [one.user for one in self.opened_queries if one.user is not None]
 
     @property
     def events(self) -> int:
         """Events to encode, as far as it is known before the users are opened."""
-        left = sum(len(one.user.left) for one in self.queries if one.user is not None)
-        return left + sum(len(update.item_ids) for update in self.updates)
+        return sum(len(update.item_ids) for update in self.updates) + sum(len(query.what_if) for query in self.queries)
+
+    def is_dead(self) -> bool:
+        """Whether nobody waits for the result any more."""
+        if time.monotonic() > self.deadline:
+            self.fail(ExpiredError("the deadline passed before the request was done", "allow more time"))
+        return self.result.done()
+
+    def finish(self, result: Any) -> None:
+        with suppress(InvalidStateError):  # cancelled
+            self.result.set_result(result)
+
+    def fail(self, error: BaseException) -> None:
+        with suppress(InvalidStateError):
+            self.result.set_exception(error)
 
 
 class Batcher:
-    """Runs the requests of many threads in turns. Every call blocks until its own request is done."""
+    """Runs requests in turns. Everything may be called from any thread."""
 
-    def __init__(self, engine: Engine, *, one_thread: bool | None = None) -> None:
-        """With `one_thread`, all turns run on one thread, as CUDA wants it; the default asks the graphs.
-
-        Without, a short request that finds nothing running or waiting is run by its own thread, which saves two thread
-        switches.
-        """
-        self._engine = engine
-        self._one_thread = engine.generation.graphs.on_cuda if one_thread is None else one_thread
+    def __init__(self, engine: Engine, *, writer: Batcher | None = None, metrics: Metrics = NO_METRICS) -> None:
+        """`writer` stores the records that queries find out of date; this one does if there is none."""
+        self._engine, self._writer, self._metrics = engine, writer or self, metrics
         self._queue: deque[_Job] = deque()
-        self._running = self._closed = False
+        self._catching_up = 0  # queries that wait for the writer
+        self._closed = False
         self._changed = threading.Condition()  # guards the three above
-        self._long: list[_Job] = []  # opened, with events left; of the thread whose turn it is
-        self._thread = threading.Thread(target=self._run, name="inference", daemon=True)
+        self._long: list[_Job] = []  # opened, with events left; of this class's own thread
+        self._busy_since: float | None = None
+        self._thread = threading.Thread(target=self._run, name="batcher", daemon=True)
         self._thread.start()
 
     # -- what callers ask ------------------------------------------------------------------------------------------
 
-    def update(self, updates: Sequence[Update]) -> list[UpdateOutcome]:
-        """`Engine.update`, sharing batch and commit with others. Raises what it raises, and StoppedError."""
-        for update in updates:
-            check_update(update)
-        return self._submit(_Job(updates=updates)) if updates else []
+    def submit_updates(
+        self, updates: Sequence[Update], *, batch_id: str = "", deadline: float = NO_DEADLINE
+    ) -> Future[list[UpdateOutcome]]:
+        """`Engine.update` for checked updates, sharing graph runs and commit with others. Cancel the future to stop.
+
+        `deadline` is a time of time.monotonic(). Raises StoppedError; the future raises what `Engine.update` raises,
+        and ExpiredError.
+        """
+        return self._submit(_Job(updates=updates, batch_id=batch_id, deadline=deadline))
+
+    def submit_queries(self, queries: Sequence[Query], *, deadline: float = NO_DEADLINE) -> Future[list[Answer]]:
+        """`Engine.recommend` for checked queries, sharing graph runs and one matrix product; as `submit_updates`."""
+        return self._submit(_Job(queries=queries, deadline=deadline))
+
+    def update(self, updates: Sequence[Update], *, batch_id: str = "") -> list[UpdateOutcome]:
+        """Checks the updates, submits them and waits for the result."""
+        check_updates(updates, batch_id)
+        return self.submit_updates(updates, batch_id=batch_id).result()
 
     def recommend(self, queries: Sequence[Query]) -> list[Answer]:
-        """`Engine.recommend`: one matrix product for all queries, graph runs shared with concurrent callers."""
-        if len(queries) == 1 and (plain := self._engine.plain_answer(queries[0])) is not None:
-            return [plain]
-        opened = self._engine.open_queries(queries)
-        if updates := catch_up_updates(opened):
-            with suppress(StoreFullError, ConflictError):  # the answer does not depend on it
-                self._submit(_Job(updates=updates))
-            opened = self._engine.open_queries(queries, catch_up=False)
-        if any(one.user is not None for one in opened):
-            return self._submit(_Job(queries=opened))
-        return self._engine.answer(opened)
+        """Checks the queries, submits them and waits for the result."""
+        for query in queries:
+            check_query(query)
+        return self.submit_queries(queries).result()
+
+    def busy_since(self) -> float | None:
+        """When the turn of now began (time.monotonic()); None between turns."""
+        return self._busy_since
 
     def close(self) -> None:
-        """Finishes what waits and ends the thread."""
+        """Finishes what waits and ends the thread. Close a writer after those that use it."""
         with self._changed:
             self._closed = True
-            self._changed.notify_all()
+            self._changed.notify()
         self._thread.join()
 
-    # -- whose turn it is ------------------------------------------------------------------------------------------
-
-    def _submit(self, job: _Job) -> Any:
-        """Waits for the result of a job. A short one that finds nothing running or waiting gets a turn right here."""
+    def _submit(self, job: _Job) -> Future[Any]:
+        if not job.updates and not job.queries:
+            job.finish([])
+            return job.result
         with self._changed:
             if self._closed:
                 raise StoppedError("the server is stopping", "try another one or again later")
-            busy = self._one_thread or self._running or self._queue or self._long
-            here = not busy and job.events <= SLICE_EVENTS
-            if here:
-                self._running = True
-            else:
-                self._queue.append(job)
-                self._changed.notify_all()
-        if here:
-            self._turn([job])
-            self._end_turn()
-        return job.result.result()
+            self._queue.append(job)
+            self._changed.notify()
+        return job.result
 
-    def _end_turn(self) -> None:
-        with self._changed:
-            self._running = False
-            if self._queue or self._closed or self._long:
-                self._changed.notify_all()
+    # -- whose turn it is ------------------------------------------------------------------------------------------
 
     def _run(self) -> None:
-        while self._begin_turn():
-            self._turn(self._admit())
-            self._end_turn()
+        while (jobs := self._next_jobs()) is not None:
+            self._busy_since = time.monotonic()
+            self._turn(jobs)
+            self._busy_since = None
 
-    def _begin_turn(self) -> bool:
-        """Waits for work; False when closed and all work is done."""
+    def _next_jobs(self) -> list[_Job] | None:
+        """Waits for work: the jobs that may start now; None when closed and all work is done."""
         with self._changed:
-            self._changed.wait_for(lambda: not self._running and (self._queue or self._long or self._closed))
-            self._running = bool(self._queue or self._long)
-            return self._running
+            while True:
+                jobs = self._admit()
+                if jobs or self._long:
+                    return jobs
+                if self._closed and not self._queue and not self._catching_up:
+                    return None
+                delayed = [job.not_before for job in self._queue]
+                self._changed.wait(max(0.0, min(delayed) - time.monotonic()) if delayed else None)
+
+    def _admit(self) -> list[_Job]:
+        """Takes from the queue what may start now; an update waits behind earlier ones of its users."""
+        admitted: list[_Job] = []
+        now = time.monotonic()
+        busy = {user_id for job in self._long for user_id in job.user_ids}
+        events, users = 0, sum(len(job.waiting) for job in self._long)
+        waiting, self._queue = self._queue, deque()
+        self._metrics.queue_depth(len(waiting))
+        for job in waiting:
+            if job.is_dead():
+                continue
+            long = job.events > SLICE_EVENTS
+            room = users < MAX_LONG_USERS if long else events < SHORT_EVENTS_PER_TURN
+            user_ids = job.user_ids
+            if room and job.not_before <= now and busy.isdisjoint(user_ids):
+                admitted.append(job)
+                events += 0 if long else job.events
+                users += len(job.updates) + len(job.queries) if long else 0
+            else:
+                self._queue.append(job)
+            busy |= user_ids  # also of jobs that wait: nobody overtakes
+        return admitted
 
     # -- one turn --------------------------------------------------------------------------------------------------
 
@@ -154,55 +206,68 @@ class Batcher:
             for job in self._open(jobs):
                 left = sum(len(user.left) for user in job.waiting)
                 (short if left <= SLICE_EVENTS else self._long).append(job)
-            self._finish(self._advance(short))
+            self._metrics.turn(len(short), sum(job.events for job in short))
+            together = [job for job in short if not job.alone]
+            for group in [together, *([job] for job in short if job.alone)]:
+                self._finish(self._advance(group))
+            self._long = [job for job in self._long if not job.is_dead()]
             if self._long:
                 self._finish(self._slice())
         except Exception as error:  # a fault of this class: whoever waits must hear of it
             logger.exception("a turn failed")
-            for job in {*jobs, *self._long} - set(self._queue):
-                if not job.result.done():
-                    job.result.set_exception(error)
+            with self._changed:
+                queued = set(self._queue)
+            for job in {*jobs, *self._long} - queued:
+                job.fail(error)
             self._long.clear()
-
-    def _admit(self) -> list[_Job]:
-        """Takes from the queue what may start now; an update waits behind earlier ones of its users."""
-        admitted: list[_Job] = []
-        busy = {user_id for job in self._long for user_id in job.user_ids}
-        events, users = 0, sum(len(job.waiting) for job in self._long)
-        with self._changed:
-            waiting, self._queue = self._queue, deque()
-            for job in waiting:
-                long = job.events > SLICE_EVENTS
-                room = users < MAX_LONG_USERS if long else events < SHORT_EVENTS_PER_TURN
-                if room and busy.isdisjoint(job.user_ids):
-                    admitted.append(job)
-                    events += 0 if long else job.events
-                    users += len(job.updates) + len(job.queries) if long else 0
-                else:
-                    self._queue.append(job)
-                busy |= job.user_ids  # also of jobs that wait: nobody overtakes
-        return admitted
 
     def _open(self, jobs: Sequence[_Job]) -> list[_Job]:
         """Opens the users of jobs. A job that fails is answered, and harms no other."""
         opened = []
         for job in jobs:
             try:
-                if job.updates:
-                    job.opened = self._engine.open_updates(job.updates)
+                if job.opened is not None:
+                    job.opened = self._engine.reopen(job.opened, job.conflicts, batch_id=job.batch_id)
+                elif job.updates:
+                    job.opened = self._engine.open_updates(job.updates, batch_id=job.batch_id)
+                elif not self._open_queries(job):
+                    continue
             except Exception as error:
-                job.result.set_exception(error)
+                job.fail(error)
                 continue
+            job.conflicts = set()
             job.waiting = deque(user for user in job.users if len(user.left))
             opened.append(job)
         return opened
+
+    def _open_queries(self, job: _Job) -> bool:
+        """Opens queries. False where they wait: the writer first brings records up to date."""
+        job.opened_queries = self._engine.open_queries(job.queries, catch_up=not job.caught_up)
+        updates = catch_up_updates(job.opened_queries)
+        if not updates:
+            return True
+        job.caught_up, job.opened_queries = True, []
+        try:
+            stored = self._writer.submit_updates(updates, deadline=job.deadline)
+        except StoppedError:  # the answer does not depend on it
+            return self._open_queries(job)
+        with self._changed:
+            self._catching_up += 1
+        stored.add_done_callback(lambda _: self._requeue(job))
+        return False
+
+    def _requeue(self, job: _Job) -> None:
+        with self._changed:
+            self._catching_up -= 1
+            self._queue.append(job)
+            self._changed.notify()
 
     def _advance(self, jobs: list[_Job]) -> list[_Job]:
         """Advances short jobs wholly, in shared graph runs. Returns those that are still to be finished."""
         try:
             self._engine.advance([user for job in jobs for user in job.waiting])
-        except Exception:
-            self._each_alone(jobs)
+        except Exception as error:
+            self._each_alone(jobs, error)
             return []
         return jobs
 
@@ -210,7 +275,9 @@ class Batcher:
         """One slice of the long jobs, a piece of each in rotation. Returns those that are done."""
         pieces: list[Piece] = []
         served: list[tuple[_Job, OpenUser]] = []
-        turns, budget = deque(self._long), SLICE_EVENTS
+        first = self._long[0]
+        turns = deque([first] if first.alone else [job for job in self._long if not job.alone])
+        budget = SLICE_EVENTS
         while turns and budget > 0:
             job = turns.popleft()
             user = job.waiting.popleft()
@@ -223,8 +290,8 @@ class Batcher:
         self._long = [job for job in self._long if job not in jobs]  # served jobs go behind the others
         try:
             self._engine.generation.advance_pieces(pieces)
-        except Exception:
-            self._each_alone(jobs)
+        except Exception as error:
+            self._each_alone(jobs, error)
             return []
         for job, user in served:
             if len(user.left):
@@ -234,43 +301,58 @@ class Batcher:
 
     def _finish(self, jobs: list[_Job]) -> None:
         """Answers jobs whose users are advanced: queries by one matrix product, updates after one commit."""
-        queries = [job for job in jobs if job.queries]
-        try:
-            answers = iter(self._engine.answer([query for job in queries for query in job.queries]))
-        except Exception:
-            self._each_alone(queries)
-        else:
-            for job in queries:
-                job.result.set_result([next(answers) for _ in job.queries])
-        updates = [job for job in jobs if job.updates]
+        jobs = [job for job in jobs if not job.is_dead()]
+        if queries := [job for job in jobs if job.queries]:
+            try:
+                answers = iter(self._engine.answer([query for job in queries for query in job.opened_queries]))
+            except Exception as error:
+                self._each_alone(queries, error)
+            else:
+                for job in queries:
+                    job.finish([next(answers) for _ in job.queries])
+        if updates := [job for job in jobs if job.updates]:
+            self._commit(updates)
+
+    def _commit(self, updates: list[_Job]) -> None:
+        """Commits jobs together; those whose users somebody else has changed are tried again after a pause."""
+        began = time.perf_counter()
         try:
             while updates and (conflicts := set(self._engine.commit([user for job in updates for user in job.users]))):
-                self._again([job for job in updates if not conflicts.isdisjoint(job.user_ids)])
+                for job in updates:
+                    if not conflicts.isdisjoint(job.user_ids):
+                        self._again(job, conflicts)
                 updates = [job for job in updates if conflicts.isdisjoint(job.user_ids)]
-        except Exception:
-            self._each_alone(updates)
+        except Exception as error:
+            self._each_alone(updates, error)
             return
+        self._metrics.commit(time.perf_counter() - began)
         for job in updates:
-            job.result.set_result(job.opened.outcomes if job.opened else [])
+            assert job.opened is not None
+            for outcome in job.opened.outcomes:
+                self._metrics.applied(outcome.applied, int(outcome.duplicate), outcome.unknown_count)
+            job.finish(job.opened.outcomes)
 
-    def _again(self, jobs: Sequence[_Job]) -> None:
-        """Puts updates whose users somebody else has changed back to the head of the queue."""
-        for job in jobs:
-            job.attempts, job.opened = job.attempts + 1, None
-            if job.attempts >= COMMIT_ATTEMPTS:
-                job.result.set_exception(ConflictError("other workers kept changing the same users", "try again"))
+    def _again(self, job: _Job, conflicts: set[str]) -> None:
+        """Puts a job back to the head of the queue. Only its users in conflict will be computed again."""
+        job.attempts, job.conflicts = job.attempts + 1, conflicts & job.user_ids
+        if job.attempts >= COMMIT_ATTEMPTS:
+            job.fail(ConflictError("other workers kept changing the same users", "try again"))
+            return
+        job.not_before = time.monotonic() + conflict_pause(job.attempts)
         with self._changed:
-            self._queue.extendleft(reversed([job for job in jobs if not job.result.done()]))
+            self._queue.appendleft(job)
 
-    def _each_alone(self, jobs: Sequence[_Job]) -> None:
-        """After a failure of several jobs together: runs each by itself, so that only the one at fault fails."""
-        for job in jobs:
-            try:
-                if job.updates:
-                    result: Any = self._engine.update(job.updates)
-                else:
-                    result = self._engine.recommend([one.query for one in job.queries])
-            except Exception as error:
-                job.result.set_exception(error)
-            else:
-                job.result.set_result(result)
+    def _each_alone(self, jobs: Sequence[_Job], error: Exception) -> None:
+        """After a failure of several jobs together: each is run by itself, so that only the one at fault fails."""
+        for job in reversed(jobs):
+            if job.alone or len(jobs) == 1:
+                job.fail(error)
+                continue
+            job.alone, job.opened, job.opened_queries = True, None, []
+            with self._changed:
+                self._queue.appendleft(job)
+
+
+def conflict_pause(attempts: int) -> float:
+    """Seconds to wait after a number of conflicting commits: longer each time, and never as long as others."""
+    return random.uniform(0, min(_LONGEST_PAUSE, 0.001 * 2.0**attempts))

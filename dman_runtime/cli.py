@@ -1,4 +1,4 @@
-"""The command `dman-runtime`: serve, import, score, evaluate, inspect."""
+"""The command `dman-runtime`: serve, status, verify, token, import, score, evaluate, inspect."""
 
 from __future__ import annotations
 
@@ -24,6 +24,9 @@ def parser() -> Parser:
     p.add_argument("--verbose", action="store_true", help="log more")
     commands = p.add_subparsers(dest="command", required=True, metavar="COMMAND", parser_class=Parser)
     _serve_options(_command(commands, "serve", "answer gRPC requests"))
+    _status_options(_plain_command(commands, "status", "ask a running server whether it can do its work"))
+    _verify_options(_plain_command(commands, "verify", "read everything in a state store and list what is damaged"))
+    _token_options(_plain_command(commands, "token", "make a token for a caller"))
     _import_options(_command(commands, "import", "backfill histories from a log into the state store"))
     _score_options(_command(commands, "score", "write the top K of every user in a log to a Parquet file"))
     _evaluate_options(_command(commands, "evaluate", "leave-one-out metrics of a bundle on a log"))
@@ -31,21 +34,23 @@ def parser() -> Parser:
     return p
 
 
-def _command(commands: Any, name: str, help_text: str) -> Parser:
+def _plain_command(commands: Any, name: str, help_text: str) -> Parser:
     command: Parser = commands.add_parser(name, help=help_text, description=f"{help_text[0].upper()}{help_text[1:]}.")
+    return command
+
+
+def _command(commands: Any, name: str, help_text: str) -> Parser:
+    command = _plain_command(commands, name, help_text)
     command.flag("--bundle", type=Path, default=DEFAULT_BUNDLE, help="bundle directory")
     return command
 
 
 def _serve_options(p: Parser) -> None:
     p.flag("--state", type=Path, default=DEFAULT_STATE, help="state directory; created when absent")
-    p.flag(
-        "--host", default="127.0.0.1", help="address to listen on; there is no authentication, so mind who can reach it"
-    )
+    p.flag("--host", default="127.0.0.1", help="address to listen on; beyond loopback give TLS, or --insecure")
     p.flag("--port", type=int, default=50051, help="port to listen on; 0 takes a free one")
     _encoder_options(p)
     p.flag("--workers", type=int, default=1, help="worker processes sharing the port and the state")
-    p.flag("--threads", type=int, default=16, help="requests that one worker runs at a time; more wait")
     p.flag(
         "--max-concurrent", type=int, default=512, help="requests that one worker holds; more get RESOURCE_EXHAUSTED"
     )
@@ -79,6 +84,26 @@ def _access_options(p: Parser) -> None:
     )
     p.flag("--caller-requests", type=float, default=0.0, help="requests per second and caller; 0: no limit")
     p.flag("--caller-events", type=float, default=0.0, help="events to encode per second and caller; 0: no limit")
+
+
+def _status_options(p: Parser) -> None:
+    p.flag("--target", default="localhost:50051", help="address of the server")
+    p.flag("--token-file", type=Path, default=None, help="file that holds a token with the role admin")
+    p.flag("--ca", type=Path, default=None, help="who signed the server's certificate, PEM; switches TLS on")
+    p.flag("--client-cert", type=Path, default=None, help="certificate for a server that asks for one, PEM")
+    p.flag("--client-key", type=Path, default=None, help="private key of the client's certificate, PEM")
+    p.flag("--timeout", type=float, default=5.0, help="seconds to wait for the answer")
+    p.add_argument("--json", action="store_true", help="print the status as JSON on the last line")
+
+
+def _verify_options(p: Parser) -> None:
+    p.flag("--state", type=Path, default=DEFAULT_STATE, help="state directory to read; a server may be using it")
+    p.add_argument("--json", action="store_true", help="print the report as JSON on the last line")
+
+
+def _token_options(p: Parser) -> None:
+    p.add_argument("name", help="of the caller, for logs and limits")
+    p.flag("--roles", default="read,write", help="what the caller may do: read, write, admin, with commas between")
 
 
 def _encoder_options(p: Parser) -> None:
@@ -150,8 +175,17 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _main(argv: Sequence[str] | None) -> int:
     arguments = parser().parse_args(argv)
-    configure_logging(verbose=arguments.verbose)
-    commands = {"serve": _serve, "import": _import, "score": _score, "evaluate": _evaluate, "inspect": _inspect}
+    configure_logging(verbose=arguments.verbose, json=getattr(arguments, "log_format", "text") == "json")
+    commands = {
+        "serve": _serve,
+        "status": _status,
+        "verify": _verify,
+        "token": _token,
+        "import": _import,
+        "score": _score,
+        "evaluate": _evaluate,
+        "inspect": _inspect,
+    }
     return commands[arguments.command](arguments)
 
 
@@ -160,6 +194,42 @@ def _serve(arguments: argparse.Namespace) -> int:
 
     names = {field.name for field in fields(ServeConfig)}
     return serve(ServeConfig(**{name: value for name, value in vars(arguments).items() if name in names}))
+
+
+def _status(arguments: argparse.Namespace) -> int:
+    from dman_runtime.jobs.asking import ask_status, format_status
+
+    status = ask_status(
+        arguments.target,
+        token_file=arguments.token_file,
+        ca=arguments.ca,
+        client_cert=arguments.client_cert,
+        client_key=arguments.client_key,
+        timeout=arguments.timeout,
+    )
+    print(format_status(status))
+    if arguments.json:
+        print_json(status)
+    return 0 if status["ready"] and not status["problems"] else 1
+
+
+def _verify(arguments: argparse.Namespace) -> int:
+    from dman_runtime.jobs.verifying import format_report, verify_store
+
+    report = verify_store(arguments.state)
+    print(format_report(report))
+    if arguments.json:
+        print_json(vars(report))
+    return 0 if report.sound else 1
+
+
+def _token(arguments: argparse.Namespace) -> int:
+    from dman_runtime.access.tokens import new_token
+
+    token, line = new_token(arguments.name, arguments.roles.split(","))
+    print(f"token, shown this once: {token}")
+    print(f"line for the token file: {line}")
+    return 0
 
 
 def _columns(arguments: argparse.Namespace) -> Columns:

@@ -10,7 +10,7 @@ user is opened; one that is damaged is made anew. Knows neither gRPC nor threads
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from contextlib import suppress
 
 import numpy as np
@@ -134,7 +134,20 @@ class Engine:
                 return opened.outcomes
         raise ConflictError("other workers kept changing the same users", "try again")
 
-    def open_updates(self, updates: Sequence[Update]) -> OpenUpdates:
+    def reopen(self, opened: OpenUpdates, user_ids: Collection[str], *, batch_id: str = "") -> OpenUpdates:
+        """Opens some users of updates again, which others have changed; the rest keeps what was computed."""
+        again = self.open_updates([one for one in opened.updates if one.user_id in user_ids], batch_id=batch_id)
+        users, outcomes = {user.user_id: user for user in again.users}, iter(again.outcomes)
+        return OpenUpdates(
+            opened.updates,
+            [users.get(user.user_id, user) for user in opened.users],
+            [
+                next(outcomes) if update.user_id in user_ids else outcome
+                for update, outcome in zip(opened.updates, opened.outcomes, strict=True)
+            ],
+        )
+
+    def open_updates(self, updates: Sequence[Update], *, batch_id: str = "") -> OpenUpdates:
         """Opens the users of checked updates and appends the events that are new."""
         user_ids = list(dict.fromkeys(update.user_id for update in updates))
         users = self.open_users(user_ids)

@@ -7,8 +7,13 @@
     ├── BundleError                 a bundle that cannot be used
     ├── RequestError                a request that can never succeed as sent
     │   └── UserNotFoundError
+    ├── UnauthenticatedError        a call whose caller is not known
+    ├── ForbiddenError              a call that its caller may not make
+    ├── LimitError                  a caller that asks for more than its share
     ├── ConflictError               other writers kept changing the same users
     ├── StoppedError                the server takes no new work
+    ├── RefusedError                the server holds all that it can
+    ├── ExpiredError                the caller's deadline has passed
     ├── StoreError                  the store cannot do what was asked
     │   ├── StoreFullError
     │   ├── StoreMismatchError
@@ -90,6 +95,24 @@ class UserNotFoundError(RequestError):
     status = "NOT_FOUND"
 
 
+class UnauthenticatedError(DmanError):
+    """Nobody known makes this call."""
+
+    status, public = "UNAUTHENTICATED", None
+
+
+class ForbiddenError(DmanError):
+    """The caller is known and may not do this."""
+
+    status, public = "PERMISSION_DENIED", None
+
+
+class LimitError(DmanError):
+    """The caller is over one of its limits; the remedy says when to try again."""
+
+    status, public = "RESOURCE_EXHAUSTED", None
+
+
 class ConflictError(DmanError):
     """Other writers kept changing the same users."""
 
@@ -100,6 +123,18 @@ class StoppedError(DmanError):
     """The server is stopping and takes no new work."""
 
     status, public = "UNAVAILABLE", None
+
+
+class RefusedError(DmanError):
+    """The server holds as many requests or bytes as it can, or a request took too long to arrive."""
+
+    status, public = "RESOURCE_EXHAUSTED", None
+
+
+class ExpiredError(DmanError):
+    """The caller's deadline passed before the work was done."""
+
+    status, public = "DEADLINE_EXCEEDED", None
 
 
 class StoreError(DmanError):
@@ -124,3 +159,11 @@ class StoreUnavailableError(StoreError):
 
 class StateError(DmanError):
     """A stored record that cannot be used."""
+
+
+class StoreGoneError(StoreUnavailableError):
+    """tmp"""
+
+
+class StoreDamagedError(StoreError):
+    """tmp"""

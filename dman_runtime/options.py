@@ -11,11 +11,14 @@ import json
 import logging
 import os
 import sys
+import threading
 from collections.abc import Callable, Sequence
 from dataclasses import fields, replace
+from types import TracebackType
 from typing import Any, Literal, NoReturn, get_args, get_origin, get_type_hints
 
 from dman_runtime.errors import DmanError, UsageError
+from dman_runtime.log_lines import JsonFormatter, TextFormatter
 
 
 class Parser(argparse.ArgumentParser):
@@ -95,13 +98,22 @@ def print_json(result: dict[str, Any]) -> None:
     print(json.dumps(result, sort_keys=True), flush=True)
 
 
-def configure_logging(*, verbose: bool = False) -> None:
-    logging.basicConfig(
-        level=logging.DEBUG if verbose else logging.INFO,
-        format="%(asctime)s %(levelname)s %(name)s: %(message)s",
-        datefmt="%Y-%m-%dT%H:%M:%S",
-        stream=sys.stderr,
-    )
+def configure_logging(*, verbose: bool = False, json: bool = False) -> None:
+    """Logs to stderr, as text or as one JSON object a line; in JSON also warnings and exceptions that nobody caught."""
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(JsonFormatter() if json else TextFormatter())
+    logging.basicConfig(level=logging.DEBUG if verbose else logging.INFO, handlers=[handler])
+    if json:
+        logging.captureWarnings(True)
+        sys.excepthook = _log_uncaught
+        threading.excepthook = lambda failed: _log_uncaught(
+            failed.exc_type, failed.exc_value or failed.exc_type(), failed.exc_traceback
+        )
+
+
+def _log_uncaught(kind: type[BaseException], error: BaseException, traceback: TracebackType | None) -> None:
+    if not issubclass(kind, KeyboardInterrupt | SystemExit):
+        logging.getLogger("dman_runtime").critical("uncaught %s", kind.__name__, exc_info=(kind, error, traceback))
 
 
 def run_command(command: Callable[[Sequence[str] | None], int], argv: Sequence[str] | None) -> int:

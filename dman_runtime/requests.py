@@ -3,17 +3,23 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
 import numpy as np
 
 from dman_runtime.data.ids import RULE, id_problem
 from dman_runtime.errors import RequestError
 
+Checked = TypeVar("Checked")
 MAX_K = 1000
 MAX_EVENTS = 10_000  # per update, and of what-if events per query
 MAX_REQUEST_ID_BYTES = 128
+MAX_REQUEST_EVENTS = 100_000  # in all updates or what-ifs of one request
+MAX_REQUEST_IDS = 100_000  # exclusions and candidates, in all queries of one request
+MAX_LISTED_IDS = 10_000  # exclusions or candidates of one query
+MAX_BATCH = 1000  # updates or queries in one request
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,6 +39,10 @@ class UpdateOutcome:
     applied: int  # events of this update that the model has seen
     unknown_item_ids: list[str]  # stored, but unknown to the model
     duplicate: bool
+
+    @property
+    def unknown_count(self) -> int:
+        return len(self.unknown_item_ids)
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,8 +87,43 @@ def check_update(update: Update) -> None:
             raise RequestError(f"item id {item_id!r:.80} {problem}", RULE)
     if len(update.timestamps) not in (0, len(update.item_ids)):
         raise RequestError("timestamps do not match the items", "send one per item, or none")
-    if len(update.request_id) * 4 > MAX_REQUEST_ID_BYTES < len(update.request_id.encode()):
-        raise RequestError(f"request_id is longer than {MAX_REQUEST_ID_BYTES} bytes", "use a UUID")
+    _check_request_id(update.request_id)
+
+
+def check_updates(updates: Sequence[Update], batch_id: str = "") -> None:
+    """`check_update` for a batch. Raises RequestError, which names the update."""
+    check_size(len(updates), sum(len(update.item_ids) for update in updates))
+    _check_request_id(batch_id)
+    for position, update in enumerate(updates):
+        named(f"updates[{position}]", check_update, update)
+        if batch_id and update.request_id:
+            raise RequestError(f"updates[{position}] and the batch have a request_id", "give it to the batch only")
+
+
+def check_queries(queries: Sequence[Query]) -> None:
+    """`check_query` for a batch. Raises RequestError, which names the query."""
+    listed = sum(len(query.exclude) + len(query.candidates or ()) for query in queries)
+    check_size(len(queries), sum(len(query.what_if) for query in queries), listed)
+    for position, query in enumerate(queries):
+        named(f"requests[{position}]", check_query, query)
+
+
+def check_size(parts: int, events: int, listed: int = 0) -> None:
+    """Raises RequestError where a request is too much. `listed` are its exclusions and candidates."""
+    if parts > MAX_BATCH:
+        raise RequestError(f"{parts} requests in one batch", f"send at most {MAX_BATCH} at a time")
+    if events > MAX_REQUEST_EVENTS:
+        raise RequestError(f"{events} events in one request", f"send at most {MAX_REQUEST_EVENTS} at a time")
+    if listed > MAX_REQUEST_IDS:
+        raise RequestError(f"{listed} exclusions and candidates in one request", f"send at most {MAX_REQUEST_IDS}")
+
+
+def named(which: str, check: Callable[[Checked], object], value: Checked) -> None:
+    """`check(value)`; an error says which one of a batch it is about."""
+    try:
+        check(value)
+    except RequestError as error:
+        raise RequestError(f"{which}: {error.cause}", error.remedy) from None
 
 
 def check_query(query: Query) -> None:
@@ -89,6 +134,14 @@ def check_query(query: Query) -> None:
         raise RequestError(f"k is {query.k}", f"choose 1 to {MAX_K}")
     if len(query.what_if) > MAX_EVENTS:
         raise RequestError(f"{len(query.what_if)} what-if events", f"send at most {MAX_EVENTS}")
+    for name, listed in (("exclude", query.exclude), ("candidate", query.candidates or ())):
+        if len(listed) > MAX_LISTED_IDS:
+            raise RequestError(f"{len(listed)} {name}_item_ids", f"send at most {MAX_LISTED_IDS}")
+
+
+def _check_request_id(request_id: str) -> None:
+    if len(request_id) * 4 > MAX_REQUEST_ID_BYTES < len(request_id.encode()):
+        raise RequestError(f"request_id is longer than {MAX_REQUEST_ID_BYTES} bytes", "use a UUID")
 
 
 def check_user_id(user_id: str) -> None:

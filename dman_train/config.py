@@ -9,6 +9,8 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
+from dman_runtime.data.tables import quoted
+from dman_runtime.data.untrusted import shown
 from dman_runtime.errors import DmanError
 
 
@@ -183,6 +185,7 @@ class DataConfig:
     min_item_events: int = option(5, "leave out items with fewer events")
 
     def __post_init__(self) -> None:
+        _check_texts(self, "user_column", "item_column", "time_column", "position_column")
         _check_range(self, 0, 1_000_000, "min_user_events", "min_item_events")
 
 
@@ -190,7 +193,7 @@ def _check_choices(config: Any) -> None:
     for name, choices in literal_choices(type(config)).items():
         if getattr(config, name) not in choices:
             raise ConfigError(
-                f"{name} is {getattr(config, name)!r}",
+                f"{name} is {quoted(getattr(config, name))}",
                 f"choose one of {', '.join(map(repr, choices))}",
                 parameter=name,
             )
@@ -211,9 +214,15 @@ def _check_heads(config: ModelConfig | BaselineConfig) -> None:
         )
 
 
+def _check_texts(config: Any, *names: str) -> None:
+    for name in names:
+        if not isinstance(getattr(config, name), str):
+            raise ConfigError(f"{name} is {quoted(getattr(config, name))}", "give a text", parameter=name)
+
+
 def _check_switch(config: Any, name: str) -> None:
     if not isinstance(getattr(config, name), bool):
-        raise ConfigError(f"{name} is {getattr(config, name)!r}", "choose true or false", parameter=name)
+        raise ConfigError(f"{name} is {quoted(getattr(config, name))}", "choose true or false", parameter=name)
 
 
 def _check_range(config: Any, low: float, high: float, *names: str) -> None:
@@ -222,7 +231,9 @@ def _check_range(config: Any, low: float, high: float, *names: str) -> None:
         kind = int if isinstance(low, int) else (int, float)
         if isinstance(value, bool) or not isinstance(value, kind) or not low <= value <= high:
             number = "whole number" if kind is int else "number"
-            raise ConfigError(f"{name} is {value!r}", f"choose a {number} from {low:g} to {high:g}", parameter=name)
+            raise ConfigError(
+                f"{name} is {quoted(value)}", f"choose a {number} from {low:g} to {high:g}", parameter=name
+            )
 
 
 @dataclass(frozen=True)
@@ -273,18 +284,21 @@ def to_dict(config: ModelConfig | BaselineConfig | TrainConfig | DataConfig) -> 
 def from_dict(config_class: type, values: dict[str, Any], *, where: str) -> Any:
     """Builds a config from a mapping that was read from the file `where`.
 
-    Raises ConfigError for unknown fields, and for values that this version no longer has.
+    Raises ConfigError for unknown fields, and for values that this version does not have.
     """
     removed = REMOVED_FIELDS.get(config_class, {})
     for name, remaining in removed.items():
         if values.get(name, remaining) != remaining:
             raise ConfigError(
-                f"{where}: {name} {values[name]!r} is no longer supported, only {remaining!r}",
+                f"{where}: {name} {quoted(values[name])} is no longer supported, only {remaining!r}",
                 "train again without it",
             )
     if unknown := sorted(set(values) - {f.name for f in fields(config_class)} - set(removed)):
         raise ConfigError(
-            f"{where}: unknown {config_class.__name__} field {', '.join(unknown)}",
+            f"{where}: unknown {config_class.__name__} field {shown(', '.join(unknown))}",
             "use the version of dman that wrote it, or train again",
         )
-    return replace(config_class(), **{name: value for name, value in values.items() if name not in removed})
+    try:
+        return replace(config_class(), **{name: value for name, value in values.items() if name not in removed})
+    except ConfigError as error:
+        raise ConfigError(f"{where}: {error.cause}", error.remedy) from None

@@ -20,13 +20,14 @@ import torch
 
 from dman_runtime.errors import BundleError
 from dman_runtime.model import bundle as bundle_format
-from dman_runtime.model.bundle import StateShape, items_jsonl, write_bundle
+from dman_runtime.model.bundle import items_jsonl, write_bundle
 from dman_runtime.options import Parser, configure_logging, print_json, run_command
-from dman_train.config import ModelConfig, to_dict
-from dman_train.graphs import OPSET, export_graphs, graph_errors
+from dman_train.config import to_dict
+from dman_train.graphs import OPSET, export_graphs, graph_errors, state_shape
 from dman_train.model import DMAN
 from dman_train.replay import replay
-from dman_train.run import RunError, Vocabulary, open_run
+from dman_train.run import RunError, open_run
+from dman_train.vocabulary import Vocabulary
 
 logger = logging.getLogger(__name__)
 DEFAULT_RUN, DEFAULT_OUT = Path("runs/latest"), Path("bundle")
@@ -109,7 +110,7 @@ def export_bundle(
         np.savez(directory / bundle_format.GOLDEN, allow_pickle=False, **golden_replay(model))
         return {
             "model": to_dict(config),
-            "state": _state_shape(config, state_dtype),
+            "state": state_shape(config, state_dtype),
             "vocabulary": model.vocabulary,
             "integer_item_ids": vocabulary.integer_item_ids,
             "tensors": tensors,
@@ -130,17 +131,6 @@ def _require_tolerance(error: float, tolerance: float) -> None:
             "accept a larger difference or train again",
             parameter="tolerance",
         )
-
-
-def _state_shape(config: ModelConfig, dtype: str) -> StateShape:
-    return StateShape(
-        segment_length=config.segment_length,
-        memory_slots=config.slots,
-        layers=config.layers,
-        width=config.width,
-        recurrent=config.recurrent,
-        dtype=dtype,
-    )
 
 
 def _write_tables(model: DMAN, vocabulary: Vocabulary, directory: Path) -> None:

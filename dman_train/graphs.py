@@ -15,7 +15,9 @@ import torch
 from torch import Tensor, nn
 
 from dman_runtime.model import bundle as bundle_format
+from dman_runtime.model.bundle import StateShape
 from dman_runtime.model.encoder import Encoder
+from dman_train.config import ModelConfig
 from dman_train.model import DMAN
 
 for chatty in ("torch.onnx", "onnx_ir", "onnxscript"):  # they report each graph rewrite, and that torchvision is absent
@@ -46,6 +48,18 @@ class AbstractionGraph(nn.Module):
 
     def forward(self, memory: Tensor, segment_hidden: Tensor) -> Tensor:
         return self.model.abstract(memory, segment_hidden)
+
+
+def state_shape(config: ModelConfig, dtype: str) -> StateShape:
+    """The sizes of a state of this model; `dtype` is what it is stored as."""
+    return StateShape(
+        segment_length=config.segment_length,
+        memory_slots=config.slots,
+        layers=config.layers,
+        width=config.width,
+        recurrent=config.recurrent,
+        dtype=dtype,
+    )
 
 
 def _example(model: DMAN, *, batch: int, new: int, context: int, seed: int = 0) -> tuple[Tensor, ...]:
@@ -91,7 +105,7 @@ def export_graphs(model: DMAN, directory: Path) -> dict[str, Any]:
         inputs={"memory": {0: batch}, "segment_hidden": {0: batch}},
         outputs=["new_memory"],
     )
-    return {name: _describe_graph(directory / name) for name in (bundle_format.ENCODER, bundle_format.ABSTRACTION)}
+    return {name: _describe_graph(directory / name) for name in bundle_format.GRAPHS}
 
 
 def _export_graph(
@@ -132,7 +146,8 @@ def _describe_graph(file: Path) -> dict[str, list[dict[str, Any]]]:
 @torch.no_grad()
 def graph_errors(model: DMAN, directory: Path) -> dict[str, float]:
     """Largest ONNX-to-PyTorch difference of each graph over many shapes, relative to the largest value."""
-    encoder = Encoder(directory, provider="cpu")
+    graphs = {name: (directory / name).read_bytes() for name in bundle_format.GRAPHS}
+    encoder = Encoder(graphs, state_shape(model.config, "float32"), provider="cpu", where=directory)
     T, errors = model.config.segment_length, {bundle_format.ENCODER: 0.0, bundle_format.ABSTRACTION: 0.0}
     shapes = [(1, 1, 0), (1, 1, 2 * T - 1), (1, T, 0), (4, T, T), (3, 1, 5), (2, max(1, T - 3), 0), (5, 2, T + 1)]
     for seed, (batch, new, context) in enumerate(shapes):

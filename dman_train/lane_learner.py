@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from dman_train import distributed
+from dman_train.checkpoint import like, within
 from dman_train.config import TrainConfig
 from dman_train.data import TrainingData
 from dman_train.lanes import Lanes
@@ -120,7 +121,13 @@ class LaneLearner(Learner):
         return self.state.state_dict()
 
     def load_carried_state(self, state: dict[str, Tensor] | None) -> None:
-        self.state = LaneState(**{name: tensor.to(self.device) for name, tensor in (state or {}).items()})
+        """Raises ValueError for a state of other lanes or another model."""
+        segment, saved = self.model.config.segment_length, state or {}
+        current = self.state.state_dict()  # its precision may differ: in bfloat16, hidden states are in that
+        found = {name: like(saved.get(name), tensor, name, any_float=True) for name, tensor in current.items()}
+        for name in ("context_lengths", "absorbed_lengths"):
+            within(found[name], 0, segment, name)
+        self.state = LaneState(**{name: tensor.to(self.device) for name, tensor in found.items()})
 
     def _absorb(self, state: LaneState) -> _Memories:
         model = self.model

@@ -11,8 +11,10 @@ from dataclasses import dataclass, fields
 from typing import Any
 
 import numpy as np
+import torch
 
 from dman_runtime.errors import InputError
+from dman_train.checkpoint import int64_array, whole_number
 
 
 @dataclass(frozen=True)
@@ -96,18 +98,28 @@ class Lanes:
         return int(self._order[self._next - 1])
 
     def state_dict(self) -> dict[str, Any]:
+        """Tensors and plain values, as a file may hold them."""
         return {
             "random": self._random.bit_generator.state,
-            "order": self._order.copy(),
+            "order": torch.from_numpy(self._order.copy()),
             "next": self._next,
-            "user": self._user.copy(),
-            "position": self._position.copy(),
+            "user": torch.from_numpy(self._user.copy()),
+            "position": torch.from_numpy(self._position.copy()),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continues from what `state_dict` returned for the same data. Raises ValueError for another state."""
+        order = int64_array(state["order"], len(self._users), "order")
+        user, position = (int64_array(state[name], len(self._user), name) for name in ("user", "position"))
+        busy = np.flatnonzero(user >= 0)
+        if not np.array_equal(np.sort(order), self._users) or not np.isin(user[busy], self._users).all():
+            raise ValueError("the lanes are those of other users")
+        inputs = np.diff(self._offsets)[user[busy]] - 1
+        if user.min() < -1 or (position[busy] < 0).any() or (position[busy] >= inputs).any():
+            raise ValueError("a lane is not within the history of its user")
+        self._next = whole_number(state["next"], len(order), "next")
         self._random.bit_generator.state = state["random"]
-        self._order, self._next = state["order"].copy(), state["next"]
-        self._user, self._position = state["user"].copy(), state["position"].copy()
+        self._order, self._user, self._position = order, user, position
 
 
 def trainable_users(offsets: np.ndarray) -> np.ndarray:

@@ -15,7 +15,6 @@ from __future__ import annotations
 import io
 import json
 import os
-import pickle
 import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -25,45 +24,24 @@ from typing import Any
 import numpy as np
 import torch
 
+from dman_runtime.data.arrays import parse_npz
 from dman_runtime.data.evaluation import Ranks, Split
-from dman_runtime.data.interactions import Interactions, ItemInfo
-from dman_runtime.errors import DmanError
-from dman_train.config import BaselineConfig, DataConfig, ModelConfig, TrainConfig, from_dict, to_dict
+from dman_runtime.data.interactions import Interactions
+from dman_runtime.data.untrusted import is_whole_number, parse_json, read_file
+from dman_runtime.errors import DmanError, InputError
+from dman_train.config import BaselineConfig, ConfigError, DataConfig, ModelConfig, TrainConfig, from_dict, to_dict
 from dman_train.families import Family, Model, family_of_fields
+from dman_train.tensor_files import read_tensors
+from dman_train.vocabulary import Vocabulary
 
+MAX_CONFIG_BYTES, MAX_EPOCHS_BYTES, MAX_VOCABULARY_BYTES = 4 << 20, 64 << 20, 64 << 30
+MAX_COUNT = 1 << 40  # of users or items
+EPOCH_FIELDS = {"epoch", "loss", "abstraction_loss", "seconds"}  # of a line of metrics.jsonl, at least
 RESTORE = "restore it or train again"
 
 
 class RunError(DmanError):
     """A run directory that cannot be used as asked."""
-
-
-@dataclass(frozen=True)
-class Vocabulary:
-    """The items of a run, in index order."""
-
-    item_ids: list[str]
-    integer_item_ids: bool
-    counts: np.ndarray  # (V) int64 training events
-    items: dict[str, ItemInfo]  # by item id; may lack some
-
-    def to_json(self) -> str:
-        info = {i: {"title": x.title, "attributes": x.attributes} for i, x in self.items.items()}
-        return json.dumps(
-            {
-                "item_ids": self.item_ids,
-                "integer_item_ids": self.integer_item_ids,
-                "counts": self.counts.tolist(),
-                "items": info,
-            },
-            ensure_ascii=False,
-        )
-
-    @classmethod
-    def from_json(cls, text: str) -> Vocabulary:
-        data = json.loads(text)
-        items = {i: ItemInfo(x["title"], x["attributes"]) for i, x in data["items"].items()}
-        return cls(data["item_ids"], data["integer_item_ids"], np.array(data["counts"], np.int64), items)
 
 
 @dataclass(frozen=True)
@@ -74,6 +52,7 @@ class Run:
 
     @property
     def config(self) -> dict[str, Any]:
+        """What `describe` returned. Raises RunError."""
         config, file = self._json("config.json"), self.path / "config.json"
         if not isinstance(config, dict):
             raise RunError(f"{file} holds no object, so this is not a run", "choose another", parameter="run")
@@ -81,12 +60,21 @@ class Run:
             raise RunError(
                 f"{file} lacks {', '.join(sorted(missing))}, so this is not a run", "choose another", parameter="run"
             )
+        if problem := _config_problem(config):
+            raise RunError(f"{file} is damaged ({problem})", RESTORE)
         return config
 
     @property
     def metrics(self) -> dict[str, Any] | None:
-        """Final metrics, or None while the run is unfinished."""
-        return self._json("metrics.json") if (self.path / "metrics.json").exists() else None
+        """Final metrics, or None while the run is unfinished. Raises RunError."""
+        if not (self.path / "metrics.json").exists():
+            return None
+        metrics = self._json("metrics.json")
+        if not isinstance(metrics, dict) or not all(
+            isinstance(metrics.get(split), dict) for split in ("valid", "test")
+        ):
+            raise RunError(f"{self.path / 'metrics.json'} is damaged (it lacks the metrics of a split)", RESTORE)
+        return metrics
 
     @property
     def family(self) -> Family:
@@ -102,56 +90,87 @@ class Run:
         return from_dict(DataConfig, self.config["data"], where=f"{self.path}/config.json")
 
     def vocabulary(self) -> Vocabulary:
+        """Raises RunError if the file is damaged or is that of another run."""
+        file = self.path / "vocabulary.json"
         try:
-            return Vocabulary.from_json(self._read("vocabulary.json"))
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            file = self.path / "vocabulary.json"
-            raise RunError(f"{file} is damaged ({error!r})", RESTORE) from None
+            vocabulary = Vocabulary.from_json(self._read(file.name, limit=MAX_VOCABULARY_BYTES))
+        except ValueError as error:
+            raise RunError(f"{file} is damaged ({error})", RESTORE) from None
+        if len(vocabulary.item_ids) != self.config["dataset"]["items"]:
+            raise RunError(f"{file} does not fit config.json", "restore both or train again")
+        return vocabulary
 
     def epochs(self) -> list[dict[str, float]]:
-        """What was measured after each epoch so far."""
+        """What was measured after each epoch so far. Raises RunError."""
         file = self.path / "metrics.jsonl"
-        return [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
+        if not file.exists():
+            return []
+        try:
+            return [_epoch(line) for line in self._read(file.name, limit=MAX_EPOCHS_BYTES).splitlines()]
+        except ValueError as error:
+            raise RunError(f"{file} is damaged ({error})", RESTORE) from None
 
     def best_model(self) -> Model:
         """The model with the weights of the best epoch, in evaluation mode. Raises RunError, ConfigError."""
         file = self.path / "best.pt"
         if not file.exists():
             raise RunError(f"{self.path} has no trained weights yet", "finish an epoch of training first")
-        weights = self.load_tensors(file)
+        weights, dataset = self.load_tensors(file.name), self.config["dataset"]
         try:
-            vocabulary, users = weights["items"].shape[0], self.config["dataset"]["users"]
-            model = self.family.build(self.model_config(), vocabulary, users)
+            sizes = (self.model_config(), dataset["items"], dataset["users"])
+            with torch.device("meta"):  # takes no memory: sizes that are made up must not take any
+                expected = {name: weight.shape for name, weight in self.family.build(*sizes).state_dict().items()}
+            if {name: weight.shape for name, weight in weights.items()} != expected:
+                raise ValueError("other weights than those of the model")
+            model = self.family.build(*sizes)
             model.load_state_dict(weights)
-        except (RuntimeError, KeyError, TypeError, AttributeError):
+        except ConfigError:
+            raise
+        except (RuntimeError, KeyError, TypeError, AttributeError, ValueError):
             raise RunError(f"{file} does not fit config.json", "restore both or train again") from None
         return model.eval()
 
-    def load_tensors(self, file: Path) -> Any:
-        """Reads a .pt file. Raises RunError if it is damaged."""
+    def load_tensors(self, name: str) -> Any:
+        """Reads a .pt file. Raises RunError if it is damaged, or holds more than values."""
+        file = self.path / name
         try:
-            return torch.load(file, map_location="cpu", weights_only=file.name != "checkpoint.pt")
-        except (RuntimeError, OSError, EOFError, pickle.UnpicklingError) as error:
-            reason = str(error).partition("\n")[0] or "it is empty"
-            raise RunError(f"{file} cannot be read ({reason})", RESTORE) from None
+            return read_tensors(file)
+        except FileNotFoundError:
+            raise RunError(f"{file} is missing", RESTORE) from None
+        except InputError as error:
+            raise RunError(error.cause, error.remedy or RESTORE) from None
 
-    def _json(self, name: str) -> dict[str, Any]:
+    def test_ranks(self) -> tuple[Ranks, np.ndarray]:
+        """What `save_ranks` wrote: ranks of the test targets, and (N) lengths of their inputs. Raises RunError."""
+        names = [f"{split}_seen_{kind}" for split in ("valid", "test") for kind in ("excluded", "kept")]
+        file, users = self.path / "ranks.npz", self.config["dataset"]["users"]
+        content = self._read(file.name, limit=MAX_EPOCHS_BYTES + 50 * users)
         try:
-            return json.loads(self._read(name))
-        except json.JSONDecodeError as error:
+            kinds = dict.fromkeys((*names, "lengths"), ("int64", (None,)))
+            arrays = parse_npz(content, kinds, limit=4096 + 40 * users)
+            if len({len(array) for array in arrays.values()}) > 1:
+                raise ValueError("its arrays have different lengths")
+        except ValueError as error:
+            raise RunError(f"{file} is damaged ({error})", RESTORE) from None
+        return Ranks(arrays["test_seen_excluded"], arrays["test_seen_kept"]), arrays["lengths"]
+
+    def _json(self, name: str) -> Any:
+        try:
+            return parse_json(self._read(name, limit=MAX_CONFIG_BYTES))
+        except ValueError as error:
             raise RunError(f"{self.path / name} is damaged ({error})", RESTORE) from None
 
-    def _read(self, name: str) -> str:
+    def _read(self, name: str, *, limit: int) -> bytes:
         try:
-            return (self.path / name).read_text(encoding="utf-8")
+            return read_file(self.path / name, limit=limit)
         except FileNotFoundError:
             raise RunError(
                 f"{self.path} is not a run ({name} is missing)",
                 "choose another, or train one with python -m dman_train.train",
                 parameter="run",
             ) from None
-        except (OSError, UnicodeDecodeError) as error:
-            raise RunError(f"{self.path / name} cannot be read ({error})", RESTORE) from None
+        except InputError as error:
+            raise RunError(error.cause, RESTORE) from None
 
     def write(self, name: str, content: str | bytes) -> None:
         """Replaces a file at once: readers see the old content or the new."""
@@ -180,6 +199,31 @@ class Run:
 
     def write_epochs(self, epochs: list[dict[str, float]]) -> None:
         self.write("metrics.jsonl", "".join(json.dumps(line) + "\n" for line in epochs))
+
+
+def _config_problem(config: dict[str, Any]) -> str:
+    """What is wrong with the parts of config.json that are not configs; "" for nothing."""
+    for name in ("model", "train", "data", "dataset"):
+        if not isinstance(config[name], dict):
+            return f"{name} is not an object"
+    dataset = config["dataset"]
+    for name in ("path", "fingerprint"):
+        if not isinstance(dataset.get(name), str) or "\0" in dataset[name]:
+            return f"dataset.{name} is not a text"
+    for name in ("users", "items"):
+        if not is_whole_number(dataset.get(name), 1, MAX_COUNT):
+            return f"dataset.{name} is not a whole number"
+    return ""
+
+
+def _epoch(line: bytes) -> dict[str, float]:
+    """One line of metrics.jsonl. Raises ValueError."""
+    epoch = parse_json(line)
+    if not isinstance(epoch, dict) or not epoch.keys() >= EPOCH_FIELDS:
+        raise ValueError("a line is not an object with the measurements of an epoch")
+    if not all(type(value) in (int, float) for value in epoch.values()):
+        raise ValueError("a measurement is not a number")
+    return epoch
 
 
 def open_run(path: Path) -> Run:

@@ -20,17 +20,18 @@ import torch
 from dman_runtime.data.evaluation import Split, format_report, held_out, report
 from dman_runtime.data.interactions import Interactions
 from dman_runtime.data.items import read_items
-from dman_runtime.errors import UsageError
+from dman_runtime.errors import DmanError, UsageError
 from dman_runtime.options import Parser, configure_logging, overridden, print_json, run_command
 from dman_train import distributed
 from dman_train.config import PRESETS, BaselineConfig, DataConfig, ModelConfig, Preset, TrainConfig
 from dman_train.data import load, training_data
 from dman_train.families import family_of
 from dman_train.ranking import all_ranks
-from dman_train.run import Run, RunError, Vocabulary, create_run, describe, open_run
+from dman_train.run import Run, RunError, create_run, describe, open_run
 from dman_train.signals import stop_requests
 from dman_train.synthetic import SyntheticConfig, generate, write_items, write_log
-from dman_train.trainer import SELECTION_METRIC, Trainer
+from dman_train.trainer import MISFITS, SELECTION_METRIC, Trainer
+from dman_train.vocabulary import Vocabulary
 
 logger = logging.getLogger(__name__)
 DEFAULT_RUN, DEFAULT_DATA, DEFAULT_ITEMS = Path("runs/latest"), Path("data/log.csv"), Path("data/items.csv")
@@ -178,10 +179,12 @@ def _resume(trainer: Trainer, run: Run) -> None:
     file = run.path / "checkpoint.pt"
     if not file.exists():
         raise UsageError(f"{run.path} has no checkpoint", "start again in another directory", parameter="run")
-    state = run.load_tensors(file)
+    state = run.load_tensors(file.name)
     try:
         trainer.load_state_dict(state)
-    except (RuntimeError, KeyError, TypeError, AttributeError):
+    except DmanError:
+        raise
+    except MISFITS:
         raise RunError(f"{file} does not fit config.json", "restore both or train again") from None
     if distributed.is_first():
         run.write_epochs(run.epochs()[: trainer.epoch])  # one may have been recorded after the checkpoint

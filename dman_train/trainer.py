@@ -19,7 +19,7 @@ from tqdm import tqdm
 
 from dman_runtime.data.evaluation import HeldOut, Ranks, metrics
 from dman_runtime.errors import DmanError
-from dman_train import distributed
+from dman_train import checkpoint, distributed
 from dman_train.config import BaselineConfig, ConfigError, ModelConfig, TrainConfig
 from dman_train.data import TrainingData
 from dman_train.families import Model, family_of
@@ -29,6 +29,8 @@ from dman_train.ranking import all_ranks
 
 logger = logging.getLogger(__name__)
 Tensors = tuple[Tensor, ...] | list[Tensor]
+# What `Trainer.load_state_dict` raises, itself and through PyTorch and numpy, for a state of another shape or type.
+MISFITS = (RuntimeError, KeyError, TypeError, AttributeError, ValueError, IndexError, OverflowError)
 SELECTION_METRIC = "ndcg@10"  # the validation metric that chooses the epoch
 
 
@@ -183,7 +185,10 @@ class Trainer:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continues from what `state_dict` returned. Raises ConfigError if the number of processes is another one."""
+        """Continues from what `state_dict` returned, or from what a file claims to be that.
+
+        Raises ConfigError if the number of processes is another one, and one of MISFITS for a state of something else.
+        """
         if len(state["ranks"]) != self.world:
             raise ConfigError(
                 f"the checkpoint was written by {len(state['ranks'])} processes and this run has {self.world}",
@@ -193,12 +198,15 @@ class Trainer:
         if self.config.ema_decay:
             self._average.load_state_dict(state["average"])
         for optimiser, saved in zip(self.optimisers, state["optimisers"], strict=True):
-            optimiser.load_state_dict(saved)
+            checkpoint.load_adam(optimiser, saved)
         self.schedule.load_state_dict(state["schedule"])
         self.learner.generator.set_state(state["negatives"])
         mine = state["ranks"][self.rank]
         self.learner.load_carried_state(mine["lanes"])
         torch.set_rng_state(mine["dropout"])
-        self.sums = mine.get("sums", self.sums).clone()  # checkpoints of earlier versions have none
-        for name, value in state["progress"].items():
-            setattr(self, name, value)
+        # Checkpoints of earlier versions have no sums.
+        self.sums = checkpoint.like(mine.get("sums", self.sums), self.sums, "sums").clone()
+        self.step, self.events, self.epoch = (
+            checkpoint.whole_number(state["progress"][name], checkpoint.LARGEST_COUNT, name)
+            for name in ("step", "events", "epoch")
+        )

@@ -15,12 +15,13 @@ from typing import Any, Concatenate, ParamSpec, Self, TypeVar
 
 import grpc
 
-from protos.dman.v1.dman_pb2_grpc import RecommenderStub
+from protos.dman.v1.dman_pb2_grpc import OperationsStub, RecommenderStub
 from sdk import _calls
+from sdk._access import Pem, access
 from sdk._calls import Call, ReplyT, RequestT, ResultT
-from sdk._exceptions import ClientClosedError, EventLoopError, error_from_status
+from sdk._exceptions import ClientClosedError, DmanError, EventLoopError, error_from_status
 from sdk._retry import Attempts
-from sdk._settings import DEFAULT_RETRIES, DEFAULT_TARGET, DEFAULT_TIMEOUT, positive_seconds, settings
+from sdk._settings import ARGUMENTS, DEFAULT_RETRIES, DEFAULT_TARGET, DEFAULT_TIMEOUT, positive_seconds, settings
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -64,6 +65,12 @@ def _copy_signature(method: Any, build: Callable[..., Any], owner: str) -> None:
     )
 
 
+def _methods(channel: Any) -> dict[str, Any]:
+    """What invokes each RPC, by its name."""
+    methods: dict[str, Any] = vars(RecommenderStub(channel)) | vars(OperationsStub(channel))
+    return methods
+
+
 class _ClientBase:
     """What both clients share: settings, the closed flag, and what happens after a failed attempt."""
 
@@ -74,37 +81,40 @@ class _ClientBase:
         timeout: float = DEFAULT_TIMEOUT,
         retries: int = DEFAULT_RETRIES,
         wait_for_ready: bool = False,
+        token: str | None = None,
+        tls: bool | None = None,
+        ca_certificate: Pem | None = None,
+        client_certificate: Pem | None = None,
+        client_key: Pem | None = None,
+        insecure: bool = False,
         channel_credentials: grpc.ChannelCredentials | None = None,
         metadata: Iterable[tuple[str, str | bytes]] = (),
         options: Iterable[tuple[str, Any]] = (),
     ) -> None:
-        """Connects at the first call, not here.
-
-        Args:
-            target: The server's address: `host:port`, or any other gRPC name such as `unix:/run/dman.sock`.
-            timeout: Seconds that a call may take as a whole, retries included. Each method can override it.
-            retries: How often a call that is safe to repeat is tried again while the server is unavailable. 0: never.
-            wait_for_ready: Whether a call waits, within its timeout, for a server that is not up yet,
-                instead of failing at once.
-            channel_credentials: From `grpc.ssl_channel_credentials()` or the like; None for plain text.
-            metadata: Sent with every call, such as `[("authorization", "Bearer ...")]`. Only safe with TLS.
-            options: More gRPC channel options. They override those of this client.
-
-        Raises:
-            InvalidArgumentError: An argument cannot work.
-        """
+        checked_access = access(
+            target,
+            token=token,
+            tls=tls,
+            ca_certificate=ca_certificate,
+            client_certificate=client_certificate,
+            client_key=client_key,
+            insecure=insecure,
+            channel_credentials=channel_credentials,
+            metadata=metadata,
+        )
         self._settings = settings(
             target,
             timeout=timeout,
             retries=retries,
             wait_for_ready=wait_for_ready,
-            credentials=channel_credentials,
-            metadata=metadata,
+            access=checked_access,
             options=options,
         )
-        self._metadata = self._settings.metadata or None
+        self._metadata = checked_access.metadata or None
         self._closed = False
         self._prepare()
+
+    __init__.__doc__ = ARGUMENTS
 
     def _prepare(self) -> None:
         """Sets up what one kind of client needs."""
@@ -119,9 +129,9 @@ class _ClientBase:
         state = " (closed)" if self._closed else ""
         return f"<{type(self).__name__} of {self.target}{state}>"
 
-    def _check_open(self) -> None:
+    def _check_open(self, call: Call[Any, Any, Any] | None = None) -> None:
         if self._closed:
-            raise ClientClosedError
+            raise ClientClosedError(request_id=call.request_id if call else None)
 
     def _attempts(self, call: Call[Any, Any, Any]) -> Attempts:
         timeout = self._settings.timeout if call.timeout is None else positive_seconds(call.timeout, "timeout")
@@ -131,12 +141,10 @@ class _ClientBase:
         """Seconds to wait before the next attempt. Raises a DmanError when there is none."""
         code, details = error.code(), error.details() or ""
         if self._closed and code is grpc.StatusCode.CANCELLED:
-            raise ClientClosedError from error
+            raise ClientClosedError(request_id=call.request_id) from error
         delay = attempts.delay_after(code)
         if delay is None:
-            raise error_from_status(
-                code, method=call.rpc, target=self.target, details=details, attempts=attempts.count
-            ) from error
+            raise self._error(call, code, details, attempts.count) from error
         _log.debug("%s at %s: %s; next attempt in %.3f s", call.rpc, self.target, details, delay)
         return delay
 
@@ -147,9 +155,17 @@ class _ClientBase:
                 raise ValueError("not a message of this type")
             return call.parse(reply)
         except ValueError as error:
-            raise error_from_status(
-                grpc.StatusCode.INTERNAL, method=call.rpc, target=self.target, details=f"unreadable reply: {error}"
-            ) from error
+            raise self._error(call, grpc.StatusCode.INTERNAL, f"unreadable reply: {error}") from error
+
+    def _error(self, call: Call[Any, Any, Any], code: grpc.StatusCode, details: str, attempts: int = 1) -> DmanError:
+        return error_from_status(
+            code,
+            method=call.rpc,
+            target=self.target,
+            details=details,
+            attempts=attempts,
+            request_id=call.request_id,
+        )
 
 
 class Client(_ClientBase):
@@ -167,13 +183,13 @@ class Client(_ClientBase):
     """
 
     def _prepare(self) -> None:
-        options, credentials = self._settings.options, self._settings.credentials
+        options, credentials = self._settings.options, self._settings.access.credentials
         self._channel = (
             grpc.insecure_channel(self.target, options)
             if credentials is None
             else grpc.secure_channel(self.target, credentials, options)
         )
-        self._stub = RecommenderStub(self._channel)
+        self._methods = _methods(self._channel)
 
     update = _blocking(_calls.update)
     update_many = _blocking(_calls.update_many)
@@ -181,6 +197,7 @@ class Client(_ClientBase):
     recommend_many = _blocking(_calls.recommend_many)
     user = _blocking(_calls.user)
     delete_user = _blocking(_calls.delete_user)
+    status = _blocking(_calls.status)
 
     def close(self) -> None:
         """Closes the connection. Running calls end with ClientClosedError. Closing twice is allowed."""
@@ -198,9 +215,9 @@ class Client(_ClientBase):
 
     def _run(self, call: Call[RequestT, ReplyT, ResultT]) -> ResultT:
         attempts = self._attempts(call)
-        invoke: grpc.UnaryUnaryMultiCallable[RequestT, ReplyT] = getattr(self._stub, call.rpc)
+        invoke: grpc.UnaryUnaryMultiCallable[RequestT, ReplyT] = self._methods[call.rpc]
         while True:
-            self._check_open()
+            self._check_open(call)
             try:
                 reply = invoke(
                     call.request,
@@ -213,7 +230,7 @@ class Client(_ClientBase):
             except ValueError as error:  # gRPC raises it when another thread has just closed the channel
                 if not self._closed:
                     raise
-                raise ClientClosedError from error
+                raise ClientClosedError(request_id=call.request_id) from error
             else:
                 return self._result(call, reply)
 
@@ -242,6 +259,7 @@ class AsyncClient(_ClientBase):
     recommend_many = _awaitable(_calls.recommend_many)
     user = _awaitable(_calls.user)
     delete_user = _awaitable(_calls.delete_user)
+    status = _awaitable(_calls.status)
 
     async def close(self) -> None:
         """Closes the connection. Running calls end with ClientClosedError. Closing twice is allowed."""
@@ -262,14 +280,14 @@ class AsyncClient(_ClientBase):
 
     def _open(self) -> None:
         """Makes the channel. gRPC ties it to the running event loop."""
-        options, credentials = self._settings.options, self._settings.credentials
+        options, credentials = self._settings.options, self._settings.access.credentials
         self._loop = asyncio.get_running_loop()
         self._channel = (
             grpc.aio.insecure_channel(self.target, options)
             if credentials is None
             else grpc.aio.secure_channel(self.target, credentials, options)
         )
-        self._stub = RecommenderStub(self._channel)
+        self._methods = _methods(self._channel)
 
     def _check_loop(self) -> None:
         if self._loop is not asyncio.get_running_loop():
@@ -277,13 +295,13 @@ class AsyncClient(_ClientBase):
 
     async def _run(self, call: Call[RequestT, ReplyT, ResultT]) -> ResultT:
         attempts = self._attempts(call)
-        self._check_open()
+        self._check_open(call)
         if self._channel is None:
             self._open()
         self._check_loop()
-        invoke: grpc.aio.UnaryUnaryMultiCallable[RequestT, ReplyT] = getattr(self._stub, call.rpc)
+        invoke: grpc.aio.UnaryUnaryMultiCallable[RequestT, ReplyT] = self._methods[call.rpc]
         while True:
-            self._check_open()
+            self._check_open(call)
             try:
                 reply = await invoke(
                     call.request,
@@ -297,6 +315,8 @@ class AsyncClient(_ClientBase):
                 task = asyncio.current_task()
                 if not self._closed or (task is not None and task.cancelling()):
                     raise
-                raise ClientClosedError from None  # close() cancels running calls, not their tasks
+                raise ClientClosedError(
+                    request_id=call.request_id
+                ) from None  # close() cancels running calls, not their tasks
             else:
                 return self._result(call, reply)

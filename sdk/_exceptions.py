@@ -1,5 +1,7 @@
 """The errors of this package, and which gRPC status becomes which error."""
 
+import re
+
 import grpc
 
 
@@ -13,15 +15,17 @@ class DmanError(Exception):
         └── CallError                                        a call was made and failed
             ├── UserNotFoundError    (also LookupError)      nothing is stored about the user
             ├── DeadlineExceededError  (also TimeoutError)   no answer within the timeout
-            ├── UnavailableError     (also ConnectionError)  no server, or it is stopping
-            ├── ResourceExhaustedError                       message too large, store full, server overloaded
-            ├── UnauthenticatedError                         credentials are missing or not valid
-            ├── PermissionDeniedError  (also PermissionError)  the credentials may not do this
+            ├── UnavailableError     (also ConnectionError)  no server, TLS failed, or the server is stopping
+            ├── ConflictError                                others kept changing the same user
+            ├── ResourceExhaustedError                       message too large, store full, over a limit, overloaded
+            ├── UnauthenticatedError                         the token is missing or not valid
+            ├── PermissionDeniedError  (also PermissionError)  the token may not do this
             ├── UnimplementedError                           the server does not know this method
             └── InternalError                                every other failure of a server
 
     No gRPC exception gets out; it is the `__cause__` of the error. `code`, `method`, `target` and `details` (the
-    server's words) are None when nothing was sent.
+    server's words) are None when nothing was sent. `request_id` is that of a failed `update` or `update_many`, and
+    None for other calls. Send the update again with it: the server applies an id only once.
     """
 
     remedy = ""
@@ -34,12 +38,14 @@ class DmanError(Exception):
         method: str | None = None,
         target: str | None = None,
         details: str | None = None,
+        request_id: str | None = None,
     ) -> None:
         super().__init__(message)
         self.code = code
         self.method = method
         self.target = target
         self.details = details
+        self.request_id = request_id
 
 
 class InvalidArgumentError(DmanError, ValueError):
@@ -49,10 +55,12 @@ class InvalidArgumentError(DmanError, ValueError):
 
 
 class ClientClosedError(DmanError, RuntimeError):
-    """The client was used after `close()`, or was closed during the call."""
+    """The client was used after `close()`, or was closed during the call. An update may then have been applied."""
 
-    def __init__(self, message: str = "The client is closed. Create a new one.") -> None:
-        super().__init__(message)
+    def __init__(
+        self, message: str = "The client is closed. Create a new one.", *, request_id: str | None = None
+    ) -> None:
+        super().__init__(message, request_id=request_id)
 
 
 class EventLoopError(DmanError, RuntimeError):
@@ -81,27 +89,39 @@ class DeadlineExceededError(CallError, TimeoutError):
 
 
 class UnavailableError(CallError, ConnectionError):
-    """No server could be reached, or it is stopping. Safe calls were retried first."""
+    """No server could be reached, TLS failed, or the server is stopping. Safe calls were retried first."""
 
-    remedy = "Check that a server is running at this address and that TLS is on at both ends or at neither."
+    remedy = (
+        "Check that a server is running at this address, that TLS is on at both ends or at neither, "
+        "and that the client has a certificate if the server wants one."
+    )
+
+
+class ConflictError(CallError):
+    """Other writers kept changing the same user. Nothing was stored. The server tried until the deadline."""
+
+    remedy = "Send it again: an update with the request_id of this error."
 
 
 class ResourceExhaustedError(CallError):
-    """The message is over a size limit, the state store is full, or the server is overloaded. Never retried."""
+    """A message over the size limit, a full state store, a caller over its limits, or an overloaded server.
+
+    Never retried.
+    """
 
     remedy = "Split a large batch; otherwise send less at a time, or give the server more room."
 
 
 class UnauthenticatedError(CallError):
-    """The credentials are missing or not valid."""
+    """The server wants a token, and it is missing or not valid."""
 
-    remedy = "Pass valid credentials with metadata= or channel_credentials=."
+    remedy = "Create the client with a valid token=."
 
 
 class PermissionDeniedError(CallError, PermissionError):
-    """The credentials are valid but may not do this."""
+    """The token is valid, but its roles do not allow this."""
 
-    remedy = "Use credentials that may call this method."
+    remedy = "Use a token whose roles allow this method."
 
 
 class UnimplementedError(CallError):
@@ -118,7 +138,7 @@ class InternalError(CallError):
 
 ERROR_OF_STATUS: dict[grpc.StatusCode, type[DmanError]] = {
     grpc.StatusCode.OK: InternalError,  # never an error; here so that the table is complete
-    grpc.StatusCode.CANCELLED: InternalError,
+    grpc.StatusCode.CANCELLED: UnavailableError,  # by a stopping server; a call of a closed client never gets here
     grpc.StatusCode.UNKNOWN: InternalError,
     grpc.StatusCode.INVALID_ARGUMENT: InvalidArgumentError,
     grpc.StatusCode.DEADLINE_EXCEEDED: DeadlineExceededError,
@@ -127,7 +147,7 @@ ERROR_OF_STATUS: dict[grpc.StatusCode, type[DmanError]] = {
     grpc.StatusCode.PERMISSION_DENIED: PermissionDeniedError,
     grpc.StatusCode.RESOURCE_EXHAUSTED: ResourceExhaustedError,
     grpc.StatusCode.FAILED_PRECONDITION: InternalError,
-    grpc.StatusCode.ABORTED: InternalError,
+    grpc.StatusCode.ABORTED: ConflictError,
     grpc.StatusCode.OUT_OF_RANGE: InvalidArgumentError,
     grpc.StatusCode.UNIMPLEMENTED: UnimplementedError,
     grpc.StatusCode.INTERNAL: InternalError,
@@ -136,11 +156,27 @@ ERROR_OF_STATUS: dict[grpc.StatusCode, type[DmanError]] = {
     grpc.StatusCode.UNAUTHENTICATED: UnauthenticatedError,
 }
 
+_TLS_FAILURE = re.compile(r"tls handshake|SSL_ERROR|hostname verification|security handshaker", re.IGNORECASE)
+_TLS_REMEDY = (
+    "TLS failed. Check that ca_certificate= signed the server's certificate, that this names the host of the target, "
+    "and that client_certificate= and client_key= are a pair that the server trusts."
+)
 
-def error_from_status(code: grpc.StatusCode, *, method: str, target: str, details: str, attempts: int = 1) -> DmanError:
-    """The error for a call that ended with `code`. `details` are the server's words."""
+
+def error_from_status(
+    code: grpc.StatusCode,
+    *,
+    method: str,
+    target: str,
+    details: str,
+    attempts: int = 1,
+    request_id: str | None = None,
+) -> DmanError:
+    """The error for a call that ended with `code`. `details` are the server's words, or gRPC's."""
     error_type = ERROR_OF_STATUS.get(code, InternalError)
+    tls_failed = error_type is UnavailableError and _TLS_FAILURE.search(details)
+    remedy = _TLS_REMEDY if tls_failed else error_type.remedy
     tries = f" after {attempts} attempts" if attempts > 1 else ""
     reason = details.strip().rstrip(".") or "no details given"
-    message = f"{method} at {target}: {reason} [{code.name}{tries}]. {error_type.remedy}"
-    return error_type(message, code=code, method=method, target=target, details=details)
+    message = f"{method} at {target}: {reason} [{code.name}{tries}]. {remedy}"
+    return error_type(message, code=code, method=method, target=target, details=details, request_id=request_id)

@@ -19,14 +19,16 @@ import grpc
 
 FIRST_DELAY = 0.1  # seconds; the channel waits as long before it reconnects, so a shorter delay gains nothing
 MAX_DELAY = 1.0  # seconds
+RETRIED = (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.CANCELLED)
 SHORTEST_ATTEMPT = 0.01  # seconds; a shorter one would hide the cause behind DEADLINE_EXCEEDED
 
 
 class Attempts:
     """The attempts of one call, which share one deadline. Delays grow exponentially, with full jitter.
 
-    Only UNAVAILABLE is retried: after DEADLINE_EXCEEDED no time is left, and RESOURCE_EXHAUSTED must not lead to
-    more load.
+    Only UNAVAILABLE and CANCELLED are retried. A stopping server ends calls with either. After DEADLINE_EXCEEDED no
+    time is left, RESOURCE_EXHAUSTED must not lead to more load, and after ABORTED the server has itself tried again
+    for as long as the deadline allowed.
     """
 
     __slots__ = ("_clock", "_deadline", "_jitter", "_longest_delay", "_retries", "count")
@@ -54,7 +56,7 @@ class Attempts:
 
     def delay_after(self, code: grpc.StatusCode) -> float | None:
         """Seconds to wait before the next attempt, or None to give up."""
-        if code is not grpc.StatusCode.UNAVAILABLE or self.count > self._retries:
+        if code not in RETRIED or self.count > self._retries:
             return None
         delay = self._jitter() * self._longest_delay
         self._longest_delay = min(MAX_DELAY, 2 * self._longest_delay)

@@ -1,17 +1,13 @@
 """The settings of a client, checked once and then passed on whole."""
 
 import math
-import re
 from collections.abc import Iterable
-from dataclasses import dataclass, field
-from typing import Any, TypeAlias
+from dataclasses import dataclass
+from typing import Any
 
-import grpc
-
+from sdk._access import Access, is_local, pairs
 from sdk._exceptions import InvalidArgumentError
 from sdk._wire import integer
-
-Metadata: TypeAlias = tuple[tuple[str, str | bytes], ...]
 
 DEFAULT_TARGET = "localhost:50051"
 DEFAULT_TIMEOUT = 1.0  # seconds
@@ -26,7 +22,29 @@ _CHANNEL_OPTIONS: dict[str, Any] = {
     "grpc.initial_reconnect_backoff_ms": 100,
     "grpc.max_reconnect_backoff_ms": 2000,  # gRPC's 2 minutes are far longer than a restart of the server
 }
-_METADATA_KEY = re.compile(r"[0-9a-z_.-]+")
+
+ARGUMENTS = """Connects at the first call, not here.
+
+Args:
+    target: The server's address: `host:port`, or any other gRPC name such as `unix:/run/dman.sock`.
+    timeout: Seconds that a call may take as a whole, retries included. Each method can override it.
+    retries: How often a call that is safe to repeat is tried again while the server is unavailable. 0: never.
+    wait_for_ready: Whether a call waits, within its timeout, for a server that is not up yet, instead of failing at
+        once.
+    token: Says who you are, where the server asks for it. Sent with every call.
+    tls: True for an encrypted connection. By default TLS is on where a certificate is given, and off otherwise.
+    ca_certificate: Who signed the server's certificate; by default the public authorities that gRPC knows. This and
+        the next two are PEM files: a path, or their content as bytes.
+    client_certificate: For a server that asks for one. It needs `client_key`.
+    client_key: The private key of `client_certificate`, without a passphrase.
+    insecure: Allows a token in plain text beyond this machine, where others can read it.
+    channel_credentials: gRPC credentials in place of `tls` and the certificates, for special cases.
+    metadata: More pairs to send with every call. An "authorization" here is treated as a token.
+    options: More gRPC channel options. They override those of this client.
+
+Raises:
+    InvalidArgumentError: An argument cannot work, a file cannot be read, or a token would go out in plain text.
+"""
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,8 +55,7 @@ class Settings:
     timeout: float
     retries: int
     wait_for_ready: bool
-    credentials: grpc.ChannelCredentials | None = field(repr=False)
-    metadata: Metadata = field(repr=False)
+    access: Access
     options: tuple[tuple[str, Any], ...]
 
 
@@ -48,13 +65,10 @@ def settings(
     timeout: float,
     retries: int,
     wait_for_ready: bool,
-    credentials: grpc.ChannelCredentials | None,
-    metadata: Iterable[tuple[str, str | bytes]],
+    access: Access,
     options: Iterable[tuple[str, Any]],
 ) -> Settings:
     """Checks the arguments of a client. `options` override this module's. Raises InvalidArgumentError."""
-    if not isinstance(target, str) or not target:
-        raise InvalidArgumentError(f"target must be an address such as {DEFAULT_TARGET!r}, not {target!r}.")
     if integer(retries, "retries") < 0:
         raise InvalidArgumentError(f"retries must not be negative: {retries}.")
     return Settings(
@@ -62,10 +76,14 @@ def settings(
         timeout=positive_seconds(timeout, "timeout"),
         retries=retries,
         wait_for_ready=wait_for_ready,
-        credentials=credentials,
-        metadata=_checked_metadata(metadata),
-        options=tuple({**_CHANNEL_OPTIONS, **dict(_pairs(options, "options"))}.items()),
+        access=access,
+        options=tuple({**_CHANNEL_OPTIONS, **_proxy_option(target), **dict(pairs(options, "options"))}.items()),
     )
+
+
+def _proxy_option(target: str) -> dict[str, Any]:
+    """gRPC would use the proxy of the environment for this machine too, and send a token there in plain text."""
+    return {"grpc.enable_http_proxy": 0} if is_local(target) else {}
 
 
 def positive_seconds(value: float, name: str) -> float:
@@ -76,24 +94,3 @@ def positive_seconds(value: float, name: str) -> float:
     if not (seconds > 0 and math.isfinite(seconds)):
         raise InvalidArgumentError(f"{name} must be a positive number of seconds: {value}.")
     return seconds
-
-
-def _checked_metadata(metadata: Iterable[tuple[str, str | bytes]]) -> Metadata:
-    """Refuses, with a reason, what gRPC would refuse at every call. Messages show no value: it may be a secret."""
-    pairs = _pairs(metadata, "metadata")
-    for key, value in pairs:
-        if not isinstance(key, str) or not _METADATA_KEY.fullmatch(key):
-            raise InvalidArgumentError(f"metadata keys are lower-case text of a-z, 0-9, '_', '-' and '.': {key!r}.")
-        if key.endswith("-bin"):
-            if not isinstance(value, bytes):
-                raise InvalidArgumentError(f"metadata {key!r} must be bytes, as its name ends in '-bin'.")
-        elif not (isinstance(value, str) and value.isascii() and value.isprintable()):
-            raise InvalidArgumentError(f"metadata {key!r} must be printable ASCII text.")
-    return pairs
-
-
-def _pairs(values: Iterable[tuple[str, Any]], name: str) -> tuple[tuple[str, Any], ...]:
-    try:
-        return tuple((key, value) for key, value in values)
-    except (TypeError, ValueError):
-        raise InvalidArgumentError(f"{name} must be pairs of a key and a value.") from None

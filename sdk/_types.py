@@ -32,14 +32,16 @@ class UpdateResult:
 
     `event_count` counts the events of the user that the model has seen, this update included. `history_count` counts
     all stored events of the user: those of items that the bundle does not know (`unknown_item_ids`) are stored too,
-    so that a later bundle can use them. `applied` is what this update added to `event_count`. `duplicate` is True
-    when the server already had an update with this request id; then nothing was added.
+    so that a later bundle can use them. `unknown_count` counts those events; where they are many, `unknown_item_ids`
+    names only the first ones. `applied` is what this update added to `event_count`. `duplicate` is True when the
+    server already had an update with this request id; then nothing was added.
     """
 
     event_count: int
     history_count: int
     applied: int
     unknown_item_ids: tuple[str, ...]
+    unknown_count: int
     duplicate: bool
     bundle_id: str
 
@@ -58,13 +60,15 @@ class Recommendations(Sequence[Recommendation]):
     """The best items for one user, best first. An immutable sequence that also says how it was made.
 
     `event_count` is the number of events that the scores reflect, `what_if` included. `unknown_item_ids` are the ids
-    of the request that the bundle does not know; they were ignored. A slice keeps these attributes.
+    of the request that the bundle does not know; they were ignored. `unknown_count` counts them; where they are many,
+    `unknown_item_ids` has only the first ones. A slice keeps these attributes.
     """
 
     items: tuple[Recommendation, ...]
     source: Source
     event_count: int
     unknown_item_ids: tuple[str, ...]
+    unknown_count: int
     bundle_id: str
 
     @property
@@ -122,3 +126,38 @@ class DeletedUser:
     existed: bool
     event_count: int
     bundle_id: str
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Problem:
+    """Something that is wrong with a server.
+
+    `name` is one word for programs, such as "disk_full". `detail` says what is wrong and what to do, for people.
+    `seconds` have passed since it was found. While a `blocking` problem lasts, the server does not serve.
+    """
+
+    name: str
+    detail: str
+    seconds: float
+    blocking: bool
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Status:
+    """How a server is. `ready` is what its health checks say: it takes work.
+
+    `workers` processes were asked for, `workers_ready` of them serve, and `restarts` counts those that were started
+    again. The worker that answered has run for `uptime_seconds` and holds `requests` with `bytes_in_flight` bytes of
+    messages and replies. `version` is that of the server's distribution.
+    """
+
+    ready: bool
+    problems: tuple[Problem, ...]
+    bundle_id: str
+    workers: int
+    workers_ready: int
+    restarts: int
+    uptime_seconds: float
+    requests: int
+    bytes_in_flight: int
+    version: str

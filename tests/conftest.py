@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import os
 import shutil
 import subprocess
 import sys
 import tempfile
+import threading
 import warnings
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractAsyncContextManager, contextmanager
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 os.environ["OMP_NUM_THREADS"] = "1"  # several threads collapse when the cores are busy; small matrices need none
 for name in [name for name in os.environ if name.startswith("DMAN_")]:
@@ -47,6 +49,7 @@ TINY_ITEMS = 60
 LATER = replace(TINY, width=24, segment_length=4, memory_slots=3)
 LATER_FIRST, LATER_ITEMS = 31, 50  # items "31" to "80"
 STORES = ("memory", "lmdb")
+Entered = TypeVar("Entered")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -219,10 +222,35 @@ def trained_run(small_log: Path, tmp_path_factory: pytest.TempPathFactory) -> Pa
 def serve_config(bundle: Path, state: Path, **options: Any) -> ServeConfig:
     """One worker on a free loopback port."""
     config = ServeConfig(
-        bundle=bundle, state=state, host="127.0.0.1", port=0, provider="cpu", workers=1, threads=8, encoder_threads=1,
+        bundle=bundle, state=state, host="127.0.0.1", port=0, provider="cpu", workers=1, encoder_threads=1,
         max_concurrent=64, map_size_mib=256, grace=5.0,
     )  # fmt: skip
     return replace(config, **options)
+
+
+@contextmanager
+def running_loop() -> Iterator[asyncio.AbstractEventLoop]:
+    """An event loop on a thread of its own."""
+    loop = asyncio.new_event_loop()
+    thread = threading.Thread(target=loop.run_forever, daemon=True)
+    thread.start()
+    try:
+        yield loop
+    finally:
+        loop.call_soon_threadsafe(loop.stop)
+        thread.join()
+        loop.close()
+
+
+@contextmanager
+def running(entered: AbstractAsyncContextManager[Entered]) -> Iterator[Entered]:
+    """An async context manager, such as an `App`, entered on a loop of its own while the block runs."""
+    with running_loop() as loop:
+        value = asyncio.run_coroutine_threadsafe(entered.__aenter__(), loop).result(60)
+        try:
+            yield value
+        finally:
+            asyncio.run_coroutine_threadsafe(entered.__aexit__(None, None, None), loop).result(60)
 
 
 @contextmanager

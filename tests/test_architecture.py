@@ -89,7 +89,7 @@ def reachable(graph: dict[str, set[str]], start: str) -> set[str]:
 ALLOWED = {
     "protos": {"protos"},
     "sdk": {"sdk", "protos"},
-    "dman_runtime": {"dman_runtime", "protos"},
+    "dman_runtime": {"dman_runtime", "protos", "sdk"},  # sdk: for `dman-runtime status`, and nowhere else
     "dman_train": {"dman_train", "dman_runtime"},
 }
 
@@ -104,19 +104,34 @@ def test_package_depends_only_on_those_below_it(package: str) -> None:
 # Each part of dman_runtime, and the parts that it may import.
 LAYERS = {
     "errors": set(),
+    "log_lines": set(),
+    "metrics": set(),
     "data": {"errors"},
+    "access": {"errors"},
     "requests": {"data", "errors"},
     "retrieval": set(),
     "model": {"data", "errors", "retrieval"},
     "store": {"data", "errors"},
     "opened": {"model", "requests", "store"},
     "engine": {"errors", "model", "opened", "requests", "retrieval", "store"},
-    "batcher": {"engine", "errors", "model", "opened", "requests"},
-    "api": {"batcher", "engine", "errors", "requests"},
-    "options": {"errors"},
+    "batcher": {"engine", "errors", "metrics", "model", "opened", "requests"},
+    "problems": set(),
+    "api": {"access", "batcher", "engine", "errors", "log_lines", "metrics", "problems", "requests"},
+    "options": {"errors", "log_lines"},
     "jobs": {"data", "engine", "errors", "model", "retrieval", "store"},
-    "serving": {"api", "batcher", "engine", "errors", "model", "options", "store"},
-    "cli": {"data", "engine", "errors", "jobs", "model", "options", "requests", "serving", "store"},
+    "serving": {
+        "access",
+        "api",
+        "batcher",
+        "engine",
+        "errors",
+        "metrics",
+        "model",
+        "options",
+        "problems",
+        "store",
+    },
+    "cli": {"access", "data", "engine", "errors", "jobs", "model", "options", "requests", "serving", "store"},
     "__main__": {"cli"},
 }
 
@@ -186,16 +201,18 @@ def test_training_reaches_no_part_of_the_server_not_even_through_others() -> Non
     [
         ("onnxruntime", {"model.encoder"}),
         ("lmdb", {"store.environment", "store.lmdb"}),
-        ("protos.dman.v1.dman_pb2", {"api.recommender"}),
-        ("protos.dman.v1.dman_pb2_grpc", {"api.recommender", "serving.app"}),
-        ("google", set()),
-        ("grpc", {"api.recommender", "serving.app"}),
-        ("grpc_health", {"serving.app"}),
-        ("grpc_reflection", {"serving.app"}),
-        ("multiprocessing", {"serving.supervisor", "serving.worker"}),
+        ("protos.dman.v1.dman_pb2", {"api.operations", "api.recommender"}),
+        ("protos.dman.v1.dman_pb2_grpc", set()),
+        ("google", {"api.door", "api.standard"}),
+        ("grpc", {"access.tls", "api.admission", "api.door", "api.standard", "serving.app"}),
+        ("ssl", {"access.certificates"}),
+        ("grpc_health", {"api.standard"}),
+        ("grpc_reflection", {"api.standard"}),
+        ("multiprocessing", {"serving.cluster", "serving.slot"}),
+        ("prometheus_client", {"serving.metrics_server", "serving.prometheus"}),
         ("tqdm", {"jobs.evaluating", "jobs.importing", "jobs.scoring"}),
         ("torch", set()),
-        ("sdk", set()),
+        ("sdk", {"jobs.asking"}),
         ("matplotlib", set()),
     ],
 )
@@ -234,8 +251,9 @@ from dman_runtime import cli
 from dman_runtime.serving.app import App
 from dman_runtime.serving.config import ServeConfig
 config = ServeConfig(bundle=Path(sys.argv[1]), state=Path(sys.argv[2]), host="127.0.0.1", port=0, provider="cpu",
-                     workers=1, threads=2, encoder_threads=1, max_concurrent=8, map_size_mib=64, grace=1.0)
-with App(config) as app:
+                     workers=1, encoder_threads=1, max_concurrent=8, map_size_mib=64, grace=1.0)
+from conftest import running
+with running(App(config)) as app:
     import grpc
     from protos.dman.v1 import dman_pb2 as pb
     from protos.dman.v1.dman_pb2_grpc import RecommenderStub
@@ -257,7 +275,10 @@ with App(config) as app:
 
 @pytest.mark.slow
 def test_supervisor_and_help_load_no_serving_library() -> None:
-    script = "import sys, dman_runtime.cli; print(sorted(set(sys.modules) & {'grpc', 'onnxruntime', 'torch'}))"
+    modules = "{'grpc', 'onnxruntime', 'prometheus_client', 'torch'}"
+    script = (
+        f"import sys, dman_runtime.cli, dman_runtime.serving.supervisor; print(sorted(set(sys.modules) & {modules}))"
+    )
     done = subprocess.run(
         [sys.executable, "-c", script], capture_output=True, text=True, timeout=60, cwd=ROOT, check=True
     )

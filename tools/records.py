@@ -41,9 +41,7 @@ def record_of(run: Run, name: str) -> Record:
     if run.metrics is None or not (run.path / "ranks.npz").exists():
         raise RunError(f"{run.path} is not finished", "let the training end first", parameter="run")
     config, model = run.config, run.best_model()
-    with np.load(run.path / "ranks.npz") as arrays:
-        ranks = Ranks(arrays["test_seen_excluded"], arrays["test_seen_kept"])
-        lengths = arrays["lengths"]
+    ranks, lengths = run.test_ranks()
     content = {
         "command": _command(config),
         "model": config["model"],

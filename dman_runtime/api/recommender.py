@@ -1,95 +1,130 @@
-"""The gRPC service: protobuf in, requests to the batcher, protobuf out; the only module that knows protobuf."""
+"""The recommender's service: protobuf in, requests to engine and batchers, protobuf out.
+
+What is short is done on the event loop; what needs a graph or a commit goes to a batcher; what is large is converted on
+the `bulk` thread, piece by piece.
+"""
 
 from __future__ import annotations
 
-import functools
-import logging
-import uuid
-from collections.abc import Callable
-from typing import Any, NoReturn, TypeVar
+import asyncio
+from collections.abc import Callable, Sequence
+from concurrent.futures import Executor, Future, ThreadPoolExecutor
+from typing import Any, TypeVar
 
-import grpc
-
+from dman_runtime.api.door import Call, Method
 from dman_runtime.batcher import Batcher
 from dman_runtime.engine import Engine
-from dman_runtime.errors import DmanError, RequestError, UserNotFoundError
-from dman_runtime.requests import Answer, Query, Update, UpdateOutcome, check_query, check_update
+from dman_runtime.errors import RefusedError, UserNotFoundError
+from dman_runtime.metrics import NO_METRICS, Metrics
+from dman_runtime.requests import (
+    Answer,
+    Query,
+    Update,
+    UpdateOutcome,
+    UserInfo,
+    check_queries,
+    check_query,
+    check_size,
+    check_update,
+    check_updates,
+    check_user_id,
+)
 from protos.dman.v1 import dman_pb2 as pb
-from protos.dman.v1.dman_pb2_grpc import RecommenderServicer
 
-logger = logging.getLogger(__name__)
-MAX_BATCH = 1000  # requests in one batch call
-MAX_LISTED_IDS = 10_000  # exclusions or candidates in one request
+SERVICE_NAME = "dman.v1.Recommender"
 DEFAULT_K = 10
-Handler = TypeVar("Handler", bound=Callable[..., Any])
+MAX_REPLY_BYTES = 16 << 20
+MAX_NAMED_BYTES = 1 << 20  # of unknown item ids that one reply names
+FEW = 200  # ids or events that are handled on the event loop
+INLINE_ITEMS = 100_000  # catalogues up to here are searched on the event loop
+_CHUNK_QUERIES, _CHUNK_IDS = 64, 10_000  # of a BatchRecommend that are answered together
+Result = TypeVar("Result")
 
 
-def _guarded(handler: Handler) -> Handler:
-    """Turns exceptions into statuses. What a caller cannot mend is logged here and named by a reference only."""
+class RecommenderService:
+    """`dman.v1.Recommender`."""
 
-    @functools.wraps(handler)
-    def guarded(self: RecommenderService, request: Any, context: grpc.ServicerContext) -> Any:
-        try:
-            return handler(self, request, context)
-        except DmanError as error:
-            status = grpc.StatusCode[error.status]
-            if error.public is None:
-                context.abort(status, str(error))
-            _abort_with_reference(context, status, error.public)
-        except Exception:
-            _abort_with_reference(context, grpc.StatusCode.INTERNAL, "internal error")
-
-    return guarded  # type: ignore[return-value]
-
-
-def _abort_with_reference(context: grpc.ServicerContext, status: grpc.StatusCode, what: str) -> NoReturn:
-    reference = uuid.uuid4().hex[:12]
-    logger.exception("%s, reference %s", what, reference)
-    context.abort(status, f"{what}; the server's log has the cause under reference {reference}")
-    raise AssertionError  # abort raises
-
-
-class RecommenderService(RecommenderServicer):
-    """`dman.v1.Recommender`. The batcher decides what runs where and when."""
-
-    def __init__(self, engine: Engine, batcher: Batcher) -> None:
-        self._engine, self._batcher = engine, batcher
+    def __init__(
+        self, engine: Engine, *, updates: Batcher, queries: Batcher, bulk: Executor, metrics: Metrics = NO_METRICS
+    ) -> None:
+        """`bulk` has one thread; close it after the last call."""
+        self._engine, self._updates, self._queries, self._bulk = engine, updates, queries, bulk
+        self._metrics = metrics
+        self._deletions = ThreadPoolExecutor(1, thread_name_prefix="deletions")  # a commit may wait for the disk
         items = engine.bundle.items
         self._item_ids, self._titles = items.item_ids, items.titles
         self._bundle_id = engine.bundle.bundle_id
         self._integer_item_ids = engine.bundle.manifest.integer_item_ids
+        self._inline = len(items.item_ids) <= INLINE_ITEMS
 
-    @_guarded
-    def Update(self, request: pb.UpdateRequest, context: grpc.ServicerContext) -> pb.UpdateReply:
-        return self._update_reply(self._batcher.update([_update(request)])[0])
+    def methods(self) -> list[Method]:
+        """One for each method of the proto file; a test compares them."""
 
-    @_guarded
-    def BatchUpdate(self, request: pb.BatchUpdateRequest, context: grpc.ServicerContext) -> pb.BatchUpdateReply:
-        _check_batch(len(request.updates))
-        updates = [_update(one) for one in request.updates]
-        for position, update in enumerate(updates):
-            _named(f"updates[{position}]", check_update, update)
-        outcomes = self._batcher.update(updates)
-        return pb.BatchUpdateReply(replies=[self._update_reply(outcome) for outcome in outcomes])
+        def method(name: str, request: type[Any], weigh: Callable[[Any], int]) -> Method:
+            return Method(f"/{SERVICE_NAME}/{name}", request, getattr(self, name), weigh)
 
-    @_guarded
-    def Recommend(self, request: pb.RecommendRequest, context: grpc.ServicerContext) -> pb.RecommendReply:
-        return self._recommend_reply(self._batcher.recommend([_query(request)])[0])
+        return [
+            method("Update", pb.UpdateRequest, lambda request: _weight_of_updates([request])),
+            method("BatchUpdate", pb.BatchUpdateRequest, lambda request: _weight_of_updates(request.updates)),
+            method("Recommend", pb.RecommendRequest, lambda request: _weight_of_queries([request])),
+            method("BatchRecommend", pb.BatchRecommendRequest, lambda request: _weight_of_queries(request.requests)),
+            method("GetUser", pb.GetUserRequest, lambda request: max(0, request.recent_events) // 100),
+            method("DeleteUser", pb.DeleteUserRequest, lambda _: 1),
+        ]
 
-    @_guarded
-    def BatchRecommend(
-        self, request: pb.BatchRecommendRequest, context: grpc.ServicerContext
-    ) -> pb.BatchRecommendReply:
-        _check_batch(len(request.requests))
-        queries = [_named(f"requests[{position}]", _query, one) for position, one in enumerate(request.requests)]
-        for position, query in enumerate(queries):
-            _named(f"requests[{position}]", check_query, query)
-        answers = self._batcher.recommend(queries)
-        return pb.BatchRecommendReply(replies=[self._recommend_reply(answer) for answer in answers])
+    # -- the methods -----------------------------------------------------------------------------------------------
 
-    @_guarded
-    def GetUser(self, request: pb.GetUserRequest, context: grpc.ServicerContext) -> pb.GetUserReply:
-        info = self._engine.user(request.user_id, recent_events=request.recent_events)
+    async def Update(self, request: pb.UpdateRequest, call: Call) -> pb.UpdateReply:
+        update = _update(request)
+        await self._on(self._bulk, len(update.item_ids) > FEW, check_update, update)
+        (outcome,) = await _result(self._updates.submit_updates([update], deadline=call.deadline))
+        return self._update_reply(outcome, _Names())
+
+    async def BatchUpdate(self, request: pb.BatchUpdateRequest, call: Call) -> pb.BatchUpdateReply:
+        def read() -> list[Update]:
+            updates = [_update(one) for one in request.updates]
+            check_updates(updates, request.request_id)
+            return updates
+
+        updates = await self._on(self._bulk, len(request.updates) > FEW, read)
+        submitted = self._updates.submit_updates(updates, batch_id=request.request_id, deadline=call.deadline)
+        outcomes, names = await _result(submitted), _Names()
+        return pb.BatchUpdateReply(replies=[self._update_reply(outcome, names) for outcome in outcomes])
+
+    async def Recommend(self, request: pb.RecommendRequest, call: Call) -> pb.RecommendReply:
+        query = _query(request)
+        check_query(query)
+        listed = len(query.exclude) + len(query.candidates or ()) + len(query.what_if)
+        answer = self._at_once(query) if self._inline and listed <= FEW else None
+        if answer is None:
+            (answer,) = await _result(self._queries.submit_queries([query], deadline=call.deadline))
+        return self._recommend_reply(answer, _Names())
+
+    async def BatchRecommend(self, request: pb.BatchRecommendRequest, call: Call) -> bytes:
+        """Chunk by chunk: no more users are open at a time, and others get their turns in between."""
+
+        def read() -> list[Query]:
+            queries = [_query(one) for one in request.requests]
+            check_queries(queries)
+            return queries
+
+        queries = await self._on(self._bulk, len(request.requests) > FEW, read)
+        parts, size, names = [], 0, _Names()
+        for chunk in _chunks(queries):
+            answers = await _result(self._queries.submit_queries(chunk, deadline=call.deadline))
+            rows = sum(len(answer.item_indices) for answer in answers)
+            parts.append(await self._on(self._bulk, rows > FEW, self._batch_reply, answers, names))
+            size += len(parts[-1])
+            if size > MAX_REPLY_BYTES:
+                raise RefusedError(
+                    f"the reply would be larger than {MAX_REPLY_BYTES >> 20} MiB", "ask for less at a time"
+                )
+        return b"".join(parts)  # messages with repeated fields are joined by joining their bytes
+
+    async def GetUser(self, request: pb.GetUserRequest, call: Call) -> pb.GetUserReply:
+        check_user_id(request.user_id)
+        few = 0 <= request.recent_events <= FEW
+        info = await self._on(self._bulk, not few, self._user, request)
         if info is None:
             raise UserNotFoundError(f"no user {request.user_id!r}", "one exists from its first update on")
         events = zip(info.recent_item_ids, info.recent_timestamps, strict=True)
@@ -105,33 +140,83 @@ class RecommenderService(RecommenderServicer):
             integer_item_ids=self._integer_item_ids,
         )
 
-    @_guarded
-    def DeleteUser(self, request: pb.DeleteUserRequest, context: grpc.ServicerContext) -> pb.DeleteUserReply:
-        deleted = self._engine.delete(request.user_id)
+    async def DeleteUser(self, request: pb.DeleteUserRequest, call: Call) -> pb.DeleteUserReply:
+        deleted = await self._on(self._deletions, True, self._engine.delete, request.user_id)
         return pb.DeleteUserReply(bundle_id=self._bundle_id, existed=deleted is not None, event_count=deleted or 0)
 
-    def _update_reply(self, outcome: UpdateOutcome) -> pb.UpdateReply:
+    def _at_once(self, query: Query) -> Answer | None:
+        """The answer to a query that needs no graph; None for others."""
+        answer = self._engine.plain_answer(query)
+        if answer is None and not query.what_if:
+            opened = self._engine.open_queries([query])
+            if not opened[0].lags:
+                (answer,) = self._engine.answer(opened)
+        return answer
+
+    # -- replies ---------------------------------------------------------------------------------------------------
+
+    def _user(self, request: pb.GetUserRequest) -> UserInfo | None:
+        return self._engine.user(request.user_id, recent_events=request.recent_events)
+
+    def _update_reply(self, outcome: UpdateOutcome, names: _Names) -> pb.UpdateReply:
         return pb.UpdateReply(
             bundle_id=self._bundle_id,
             event_count=outcome.event_count,
             applied=outcome.applied,
-            unknown_item_ids=outcome.unknown_item_ids,
+            unknown_item_ids=names.first(outcome.unknown_item_ids),
+            unknown_count=len(outcome.unknown_item_ids),
             duplicate=outcome.duplicate,
             history_count=outcome.history_count,
         )
 
-    def _recommend_reply(self, answer: Answer) -> pb.RecommendReply:
+    def _batch_reply(self, answers: Sequence[Answer], names: _Names) -> bytes:
+        replies = [self._recommend_reply(answer, names) for answer in answers]
+        return pb.BatchRecommendReply(replies=replies).SerializeToString()
+
+    def _recommend_reply(self, answer: Answer, names: _Names) -> pb.RecommendReply:
         reply = pb.RecommendReply(
             source=pb.SOURCE_POPULAR if answer.popular else pb.SOURCE_PERSONALIZED,
             bundle_id=self._bundle_id,
             event_count=answer.event_count,
-            unknown_item_ids=answer.unknown_item_ids,
+            unknown_item_ids=names.first(answer.unknown_item_ids),
+            unknown_count=len(answer.unknown_item_ids),
             integer_item_ids=self._integer_item_ids,
         )
+        if answer.popular:
+            self._metrics.fallback()
         add, item_ids, titles = reply.items.add, self._item_ids, self._titles  # adding in place copies no message
         for item, score in zip(answer.item_indices.tolist(), answer.scores.tolist(), strict=True):
             add(item_id=item_ids[item], score=score, title=titles[item])
         return reply
+
+    @staticmethod
+    async def _on(executor: Executor, there: bool, work: Callable[..., Result], *values: Any) -> Result:
+        """`work(*values)` on a thread of the executor, or right here."""
+        if not there:
+            return work(*values)
+        return await asyncio.get_running_loop().run_in_executor(executor, work, *values)
+
+    def close(self) -> None:
+        self._deletions.shutdown()
+
+
+class _Names:
+    """Names unknown items in one reply, as far as there is room: a reply must never be too large to be sent."""
+
+    def __init__(self) -> None:
+        self._left = MAX_NAMED_BYTES
+
+    def first(self, item_ids: Sequence[str]) -> Sequence[str]:
+        for count, item_id in enumerate(item_ids):
+            self._left -= 4 * len(item_id) + 4
+            if self._left < 0:
+                return item_ids[:count]
+        return item_ids
+
+
+async def _result(submitted: Future[Result]) -> Result:
+    """The result of a future; cancelling the call cancels the work."""
+    return await asyncio.wrap_future(submitted)
 
 
 def _update(request: pb.UpdateRequest) -> Update:
@@ -144,9 +229,6 @@ def _update(request: pb.UpdateRequest) -> Update:
 
 
 def _query(request: pb.RecommendRequest) -> Query:
-    for name, ids in (("exclude", request.exclude_item_ids), ("candidate", request.candidate_item_ids)):
-        if len(ids) > MAX_LISTED_IDS:
-            raise RequestError(f"{len(ids)} {name}_item_ids", f"send at most {MAX_LISTED_IDS}")
     return Query(
         user_id=request.user_id or None,
         k=request.k if request.HasField("k") else DEFAULT_K,
@@ -157,14 +239,30 @@ def _query(request: pb.RecommendRequest) -> Query:
     )
 
 
-def _check_batch(size: int) -> None:
-    if size > MAX_BATCH:
-        raise RequestError(f"{size} requests in one batch", f"send at most {MAX_BATCH} at a time")
+def _weight_of_updates(updates: Sequence[pb.UpdateRequest]) -> int:
+    """Events to encode. Raises RequestError where they are too many to be converted."""
+    events = sum(len(update.events) for update in updates)
+    check_size(len(updates), events)
+    return events
 
 
-def _named(which: str, check: Callable[[Any], Any], value: Any) -> Any:
-    """`check(value)`; an error says which one of a batch it is about."""
-    try:
-        return check(value)
-    except RequestError as error:
-        raise RequestError(f"{which}: {error.cause}", error.remedy) from None
+def _weight_of_queries(queries: Sequence[pb.RecommendRequest]) -> int:
+    """Events to encode, and one for each query: ranking takes about as long. Raises RequestError as above."""
+    events = sum(len(query.what_if_events) for query in queries)
+    listed = sum(len(query.exclude_item_ids) + len(query.candidate_item_ids) for query in queries)
+    check_size(len(queries), events, listed)
+    return len(queries) + events
+
+
+def _chunks(queries: Sequence[Query]) -> list[list[Query]]:
+    """Few enough queries, with few enough listed ids, to be answered together."""
+    chunks: list[list[Query]] = []
+    ids = 0
+    for query in queries:
+        listed = len(query.exclude) + len(query.candidates or ())
+        if not chunks or len(chunks[-1]) >= _CHUNK_QUERIES or ids + listed > _CHUNK_IDS:
+            chunks.append([])
+            ids = 0
+        chunks[-1].append(query)
+        ids += listed
+    return chunks

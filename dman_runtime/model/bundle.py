@@ -1,205 +1,273 @@
 """The bundle: one self-describing directory that holds all the runtime needs. Format: docs/formats.md.
 
 Written by `dman_train.export`, read by everything else. A bundle is written under a temporary name and renamed, so a
-directory with a manifest is complete; every file's SHA-256 is checked when it is opened.
+directory with a manifest is complete. Opening trusts nothing: each file is read once into private memory, and what was
+checked is what is used. Changes on disk cannot reach an opened bundle; `Bundle.changed` tells of them.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 import shutil
 import uuid
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 
-from dman_runtime.errors import BundleError
+from dman_runtime.data.arrays import MAX_HEADER_BYTES, parse_npy, parse_npz
+from dman_runtime.data.untrusted import (
+    FileIdentity,
+    opened_file,
+    parse_json,
+    read_aligned,
+    read_file,
+    read_stream,
+    sha256_of,
+    system_reason,
+)
+from dman_runtime.errors import BundleError, InputError
+from dman_runtime.model.items import MAX_LINE_BYTES, Items, items_jsonl, parse_items
+from dman_runtime.model.manifest import (
+    ABSTRACTION,
+    EMBEDDINGS,
+    ENCODER,
+    FILES,
+    FORMAT_VERSION,
+    GOLDEN,
+    GRAPHS,
+    INITIAL_MEMORY,
+    ITEMS,
+    MANIFEST,
+    MAX_MANIFEST_BYTES,
+    STATE_DTYPES,
+    Manifest,
+    StateShape,
+    parse_manifest,
+)
 
-FORMAT_VERSION = 1
-MANIFEST = "manifest.json"
-ENCODER, ABSTRACTION = "segment_encoder.onnx", "memory_abstraction.onnx"
-EMBEDDINGS, INITIAL_MEMORY, ITEMS, GOLDEN = "item_embeddings.npy", "initial_memory.npy", "items.jsonl", "golden.npz"
-FILES = (ENCODER, ABSTRACTION, EMBEDDINGS, INITIAL_MEMORY, ITEMS, GOLDEN)
-_NO_ITEMS = np.zeros(0, np.int64)
-STATE_DTYPES = ("float16", "float32")
+__all__ = [
+    "ABSTRACTION",
+    "EMBEDDINGS",
+    "ENCODER",
+    "FILES",
+    "FORMAT_VERSION",
+    "GOLDEN",
+    "GRAPHS",
+    "INITIAL_MEMORY",
+    "ITEMS",
+    "MANIFEST",
+    "STATE_DTYPES",
+    "Bundle",
+    "Items",
+    "Manifest",
+    "StateShape",
+    "items_jsonl",
+    "open_bundle",
+    "read_manifest",
+    "sha256",
+    "write_bundle",
+]
 
-
-@dataclass(frozen=True)
-class StateShape:
-    """The sizes that a user's state depends on."""
-
-    segment_length: int  # T
-    memory_slots: int  # m; 0 when the model has no memory
-    layers: int  # L
-    width: int  # D
-    recurrent: bool  # the context reaches into the previous segment
-    dtype: str  # what hidden states and memory are stored as
-
-    @property
-    def context_limit(self) -> int:
-        """Most positions a context can hold: a closed segment and an open one."""
-        return 2 * self.segment_length
-
-
-@dataclass(frozen=True)
-class Manifest:
-    """The content of manifest.json. `bundle_id` is a hash over everything that can change an answer."""
-
-    format_version: int
-    bundle_id: str  # 16 hex digits
-    model: dict[str, Any]  # ModelConfig of dman_train, for people and for retraining
-    state: StateShape
-    vocabulary: int  # V
-    integer_item_ids: bool
-    tensors: dict[str, dict[str, list[dict[str, Any]]]]  # graph -> inputs/outputs -> name, dtype, shape
-    files: dict[str, dict[str, Any]]  # name -> sha256, bytes
-    data: dict[str, Any] = field(default_factory=dict)  # filters and fingerprint of the training data
-    metrics: dict[str, Any] = field(default_factory=dict)  # offline metrics with their protocol
-    export: dict[str, Any] = field(default_factory=dict)  # torch-to-ONNX error and its tolerance
-    versions: dict[str, str] = field(default_factory=dict)
-
-    def content_hash(self) -> str:
-        """What `bundle_id` must be."""
-        content = {
-            "format_version": self.format_version,
-            "state": asdict(self.state),
-            "integer_item_ids": self.integer_item_ids,
-            "files": {name: entry["sha256"] for name, entry in self.files.items()},
-        }
-        return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
-
-
-@dataclass(frozen=True)
-class Items:
-    """The vocabulary, in index order."""
-
-    item_ids: list[str]
-    popularity: np.ndarray  # (V) float64 share of the training events
-    titles: list[str]  # "" where unknown
-    attributes: list[dict[str, str]]
-    index: dict[str, int]  # item id -> item index
-
-    def indices(self, item_ids: Sequence[str]) -> tuple[np.ndarray, list[str]]:
-        """Item indices (int64) of the known ids in order, and the unknown ids."""
-        if not item_ids:
-            return _NO_ITEMS, []
-        known, unknown = [], []
-        for item_id in item_ids:
-            index = self.index.get(item_id)
-            if index is None:
-                unknown.append(item_id)
-            else:
-                known.append(index)
-        return np.array(known, np.int64), unknown
+MAX_GRAPH_BYTES = (1 << 31) - 1  # a protobuf message has no more
+MAX_GOLDEN_HISTORIES, MAX_GOLDEN_SEGMENTS = 16, 16  # the exporter writes 7 histories of up to 6.1 segments
+_ARCHIVE_BYTES = 4096  # names and headers of an .npz file; beyond its arrays
+_EXPORT_AGAIN = "export the bundle again"
 
 
 @dataclass(frozen=True)
 class Bundle:
-    """An opened, verified bundle."""
+    """An opened, verified bundle, in memory of its own."""
 
     path: Path
     manifest: Manifest
     items: Items
-    item_embeddings: np.ndarray  # (V, D) float32, memory-mapped
-    initial_memory: np.ndarray  # (L, m, D) float32
+    item_embeddings: np.ndarray  # (V, D) float32, read-only
+    initial_memory: np.ndarray  # (L, m, D) float32, read-only
+    graphs: Mapping[str, bytes] = field(default_factory=dict)  # the ONNX files by name
+    recorded: Mapping[str, np.ndarray] = field(default_factory=dict)  # what `golden` gives
+    identities: Mapping[str, FileIdentity] = field(default_factory=dict)  # of the files when they were read
 
     @property
     def bundle_id(self) -> str:
         return self.manifest.bundle_id
 
-    def golden(self) -> dict[str, np.ndarray]:
+    def golden(self) -> Mapping[str, np.ndarray]:
         """The recorded replay: `histories` (N, longest) with -1 as padding, `user_embeddings` (N, D), `memories`."""
-        with np.load(self.path / GOLDEN, allow_pickle=False) as arrays:
-            return {name: arrays[name] for name in arrays.files}
+        return self.recorded
+
+    def changed(self) -> str:
+        """What happened to the files since they were read, for people; "" for nothing. One `stat` a file."""
+        for name, identity in self.identities.items():
+            try:
+                now = FileIdentity.of((self.path / name).stat())
+            except OSError as error:
+                return f"{name} cannot be read: {system_reason(error)}"
+            if now[:2] != identity[:2]:
+                return f"{name} was replaced"
+            if now != identity:
+                return f"{name} was overwritten"
+        return ""
 
 
 def read_manifest(path: Path) -> Manifest:
-    """The manifest alone, checked for form. Raises BundleError."""
+    """The manifest alone, with every value checked. Raises BundleError."""
+    with _opened_directory(path) as directory:
+        return _read_manifest(path, directory)[0]
+
+
+def open_bundle(path: Path, *, expected_bundle_id: str | None = None) -> Bundle:
+    """Opens and verifies a bundle: every size, type, shape and checksum.
+
+    Raises BundleError, also for another bundle than the one expected.
+    """
+    with _opened_directory(path) as directory:
+        manifest, identity = _read_manifest(path, directory)
+        if expected_bundle_id not in (None, manifest.bundle_id):
+            raise BundleError(
+                f"the bundle at {path} is now {manifest.bundle_id}, the server serves {expected_bundle_id}",
+                "restart the server to serve it, or put the old one back",
+            )
+        _require_memory(path, manifest)
+        files = _Files(path, directory, manifest)
+        shape, items = manifest.state, manifest.vocabulary
+        return Bundle(
+            path,
+            manifest,
+            item_embeddings=files.array(EMBEDDINGS, (items, shape.width)),
+            initial_memory=files.array(INITIAL_MEMORY, (shape.layers, shape.memory_slots, shape.width)),
+            items=files.items(),
+            graphs={name: files.read(name, limit=MAX_GRAPH_BYTES) for name in GRAPHS},
+            recorded=files.golden(),
+            identities={MANIFEST: identity, **files.identities},
+        )
+
+
+@contextmanager
+def _opened_directory(path: Path) -> Iterator[int]:
+    """Its descriptor: all files come from one directory, even if another one takes its name meanwhile."""
     try:
-        content = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
+        directory = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     except FileNotFoundError:
-        raise BundleError(
-            f"{path} is not a bundle ({MANIFEST} is missing)", "write one with python -m dman_train.export"
-        ) from None
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise BundleError(f"{path / MANIFEST} cannot be read ({error})", "export the bundle again") from None
-    version = content.get("format_version") if isinstance(content, dict) else None
-    if version != FORMAT_VERSION:
-        raise BundleError(
-            f"{path} has bundle format {version}, this runtime reads format {FORMAT_VERSION}",
-            "export it again with the version of dman that serves it",
-        )
-    try:
-        manifest = Manifest(**{**content, "state": StateShape(**content["state"])})
-        intact = manifest.content_hash() == manifest.bundle_id and set(manifest.files) == set(FILES)
-    except (TypeError, KeyError, AttributeError):
-        intact = False
-    if not intact or manifest.state.dtype not in STATE_DTYPES:
-        raise BundleError(f"{path / MANIFEST} is damaged or was edited", "export the bundle again")
-    return manifest
-
-
-def open_bundle(path: Path) -> Bundle:
-    """Opens and verifies a bundle: every checksum, every shape. Raises BundleError."""
-    manifest = read_manifest(path)
-    for name in FILES:
-        _check_file(path / name, manifest.files[name]["sha256"])
-    shape = manifest.state
-    embeddings = _load_array(path / EMBEDDINGS, (manifest.vocabulary, shape.width), memory_map=True)
-    memory = _load_array(path / INITIAL_MEMORY, (shape.layers, shape.memory_slots, shape.width), memory_map=False)
-    return Bundle(path, manifest, _read_items(path / ITEMS, manifest.vocabulary), embeddings, memory)
-
-
-def _check_file(file: Path, expected: str) -> None:
-    try:
-        found = sha256(file)
+        raise _no_bundle(path) from None
     except OSError as error:
-        raise BundleError(f"{file} cannot be read: {os.strerror(error.errno or 0)}", "restore the bundle") from None
-    if found != expected:
-        raise BundleError(f"{file} does not match its checksum: the bundle is damaged", "copy or export it again")
-
-
-def _load_array(file: Path, shape: tuple[int, ...], *, memory_map: bool) -> np.ndarray:
+        raise BundleError(f"{path / MANIFEST} cannot be read: {system_reason(error)}", _EXPORT_AGAIN) from None
     try:
-        array = np.load(file, mmap_mode="r" if memory_map else None, allow_pickle=False)
-    except (ValueError, OSError) as error:
-        raise BundleError(f"{file} is not an array ({error})", "export the bundle again") from None
-    if array.shape != shape or array.dtype != np.float32:
+        yield directory
+    finally:
+        os.close(directory)
+
+
+def _no_bundle(path: Path) -> BundleError:
+    return BundleError(f"{path} is not a bundle ({MANIFEST} is missing)", "write one with python -m dman_train.export")
+
+
+def _read_manifest(path: Path, directory: int) -> tuple[Manifest, FileIdentity]:
+    file = path / MANIFEST
+    try:
+        with opened_file(file, limit=MAX_MANIFEST_BYTES, directory=directory) as (stream, identity):
+            content = read_stream(file, stream, identity.size)
+    except FileNotFoundError:
+        raise _no_bundle(path) from None
+    except InputError as error:
+        raise BundleError(error.cause, _EXPORT_AGAIN) from None
+    return parse_manifest(content, file), identity
+
+
+def _require_memory(path: Path, manifest: Manifest) -> None:
+    """Refuses what cannot fit: a sparse file can claim any size at no cost."""
+    needed = sum(entry["bytes"] for entry in manifest.files.values())
+    available = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    if needed > available:
         raise BundleError(
-            f"{file} holds {array.dtype}{list(array.shape)}, expected float32{list(shape)}", "export again"
+            f"{path} needs {needed >> 20} MiB of memory, this machine has {available >> 20}", "use a larger machine"
         )
-    return np.asarray(array)  # np.memmap wraps the result of every indexing in Python
 
 
-def _read_items(file: Path, vocabulary: int) -> Items:
-    item_ids, counts, titles, attributes = [], [], [], []
-    try:
-        with file.open(encoding="utf-8") as lines:
-            for line in lines:
-                entry = json.loads(line)
-                item_ids.append(entry["item_id"])
-                counts.append(entry["events"])
-                titles.append(entry.get("title", ""))
-                attributes.append(entry.get("attributes", {}))
-    except (ValueError, KeyError, TypeError) as error:
-        raise BundleError(
-            f"{file} line {len(item_ids) + 1} is malformed ({error})", "export the bundle again"
-        ) from None
-    index = {item_id: i for i, item_id in enumerate(item_ids)}
-    if not len(item_ids) == len(index) == vocabulary:
-        raise BundleError(f"{file} lists {len(index)} distinct items, expected {vocabulary}", "export the bundle again")
-    popularity = np.array(counts, np.float64)
-    return Items(item_ids, popularity / max(popularity.sum(), 1.0), titles, attributes, index)
+class _Files:
+    """The files of a bundle, each of them read once. All methods raise BundleError."""
+
+    def __init__(self, path: Path, directory: int, manifest: Manifest) -> None:
+        self._path, self._directory, self._manifest = path, directory, manifest
+        self.identities: dict[str, FileIdentity] = {}
+
+    def read(self, name: str, *, limit: int, read: Callable[[Path, BinaryIO, int], Any] = read_stream) -> Any:
+        """The content of a file whose size and checksum are those of the manifest."""
+        file, entry = self._path / name, self._manifest.files[name]
+        try:
+            with opened_file(file, limit=limit, directory=self._directory) as (stream, identity):
+                if identity.size != entry["bytes"]:
+                    problem = f"has {identity.size} bytes instead of {entry['bytes']}, so it"
+                    raise _damaged(file, problem)
+                content = read(file, stream, identity.size)
+        except FileNotFoundError as error:
+            raise BundleError(f"{file} cannot be read: {system_reason(error)}", "restore the bundle") from None
+        except InputError as error:
+            raise BundleError(error.cause, "restore the bundle") from None
+        if sha256_of(content) != entry["sha256"]:
+            raise _damaged(file)
+        self.identities[name] = identity
+        return content
+
+    def array(self, name: str, shape: tuple[int, ...]) -> np.ndarray:
+        content = self.read(name, limit=4 * math.prod(shape) + 2 * MAX_HEADER_BYTES, read=read_aligned)
+        with self._understood(name):
+            return parse_npy(content, "float32", shape)
+
+    def items(self) -> Items:
+        count = self._manifest.vocabulary
+        content = self.read(ITEMS, limit=count * MAX_LINE_BYTES)
+        with self._understood(ITEMS):
+            return parse_items(content, count, integer_item_ids=self._manifest.integer_item_ids)
+
+    def golden(self) -> dict[str, np.ndarray]:
+        """The arrays that `Bundle.golden` describes."""
+        shape, rows = self._manifest.state, MAX_GOLDEN_HISTORIES
+        longest = MAX_GOLDEN_SEGMENTS * shape.segment_length
+        limit = rows * (8 * longest + 4 * shape.width * (1 + shape.layers * shape.memory_slots)) + _ARCHIVE_BYTES
+        arrays: dict[str, tuple[str, tuple[int | None, ...]]] = {
+            "histories": ("int64", (None, None)),
+            "user_embeddings": ("float32", (None, shape.width)),
+            "memories": ("float32", (None, shape.layers, shape.memory_slots, shape.width)),
+        }
+        content = self.read(GOLDEN, limit=limit + _ARCHIVE_BYTES)
+        with self._understood(GOLDEN):
+            golden = parse_npz(content, arrays, limit=limit)
+            _check_golden(golden, self._manifest.vocabulary, longest=longest)
+            return golden
+
+    @contextmanager
+    def _understood(self, name: str) -> Iterator[None]:
+        try:
+            yield
+        except ValueError as error:
+            raise BundleError(f"{self._path / name} {error}", _EXPORT_AGAIN) from None
 
 
-def items_jsonl(entries: Iterable[dict[str, Any]]) -> str:
-    """The content of items.jsonl: one object a line with item_id, events and optional title and attributes."""
-    return "".join(json.dumps(entry, ensure_ascii=False) + "\n" for entry in entries)
+def _damaged(file: Path, problem: str = "") -> BundleError:
+    subject = f"{file} {problem}" if problem else str(file)
+    return BundleError(f"{subject} does not match its checksum: the bundle is damaged", "copy or export it again")
+
+
+def _check_golden(golden: Mapping[str, np.ndarray], vocabulary: int, *, longest: int) -> None:
+    """Raises ValueError for arrays that do not fit together, or histories that cannot be replayed."""
+    histories = golden["histories"]
+    count, length = histories.shape
+    if not 1 <= count <= MAX_GOLDEN_HISTORIES or not 1 <= length <= longest:
+        raise ValueError(
+            f"holds {count} histories of up to {length} events, expected 1 to {MAX_GOLDEN_HISTORIES} of up to {longest}"
+        )
+    if any(len(values) != count for values in golden.values()):
+        raise ValueError("holds arrays of different lengths")
+    real = histories >= 0
+    if histories.min() < -1 or histories.max() >= vocabulary or (real[:, 1:] > real[:, :-1]).any():
+        raise ValueError("holds a history that is not one of item indices, padded with -1 on the right")
 
 
 def write_bundle(path: Path, fill: Callable[[Path], dict[str, Any]]) -> Manifest:
@@ -218,7 +286,7 @@ def write_bundle(path: Path, fill: Callable[[Path], dict[str, Any]]) -> Manifest
         }
         manifest = Manifest(format_version=FORMAT_VERSION, bundle_id="", files=files, **details)
         manifest = Manifest(**{**vars(manifest), "bundle_id": manifest.content_hash()})
-        (temporary / MANIFEST).write_text(json.dumps(asdict(manifest), indent=2) + "\n", encoding="utf-8")
+        (temporary / MANIFEST).write_text(_manifest_text(manifest), encoding="utf-8")
         _sync(temporary)
         _replace_directory(temporary, path)
     except OSError as error:
@@ -228,14 +296,21 @@ def write_bundle(path: Path, fill: Callable[[Path], dict[str, Any]]) -> Manifest
     return manifest
 
 
+def _manifest_text(manifest: Manifest) -> str:
+    try:
+        return json.dumps(asdict(manifest), indent=2, allow_nan=False) + "\n"
+    except ValueError:
+        raise BundleError("a value of the manifest is not finite", "check the metrics and the tolerance") from None
+
+
 def _may_be_replaced(path: Path) -> bool:
     """An empty directory or an older bundle, of whatever format; nothing else is ours to delete."""
     if not path.is_dir():
         return False
     try:
-        manifest = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
+        manifest = parse_json(read_file(path / MANIFEST, limit=MAX_MANIFEST_BYTES))
         return isinstance(manifest, dict) and {"format_version", "bundle_id"} <= set(manifest)
-    except (OSError, ValueError):
+    except (OSError, ValueError):  # InputError is a ValueError
         return not any(path.iterdir())
 
 

@@ -32,15 +32,22 @@ class Generation:
     retriever: Retriever
 
     @classmethod
-    def open(cls, path: Path, *, provider: Provider = "auto", threads: int = 1) -> Generation:
+    def open(
+        cls, path: Path, *, provider: Provider = "auto", threads: int = 1, expected_bundle_id: str | None = None
+    ) -> Generation:
         """Opens and verifies the bundle at `path`, loads its graphs and repeats its golden replay.
 
-        `threads` are CPU threads inside one graph run. Raises BundleError, EncoderError.
+        Args:
+            threads: CPU threads inside one graph run.
+            expected_bundle_id: The bundle that is served already, if any: another one is refused.
+
+        Raises:
+            BundleError, EncoderError
         """
         from dman_runtime.model.encoder import Encoder
 
-        bundle = open_bundle(path)
-        generation = cls.of(bundle, Encoder(bundle.path, provider=provider, threads=threads))
+        bundle = open_bundle(path, expected_bundle_id=expected_bundle_id)
+        generation = cls.of(bundle, Encoder.of(bundle, provider=provider, threads=threads))
         generation.check_golden()
         return generation
 
@@ -74,16 +81,17 @@ class Generation:
     def check_golden(self) -> float:
         """Repeats in float32 the replay that PyTorch recorded at export, and returns the relative error.
 
-        Raises BundleError when that is above GOLDEN_TOLERANCE.
+        Raises BundleError when that is above GOLDEN_TOLERANCE, or when the graphs do not run.
         """
         exact = replace(self.bundle.manifest.state, dtype="float32")
         bundle = replace(self.bundle, manifest=replace(self.bundle.manifest, state=exact))
-        golden = bundle.golden()
-        states = replace(self, bundle=bundle).replay([row[row >= 0] for row in golden["histories"]])
-        error = max(
-            _relative_error(np.stack([state.user_embedding for state in states]), golden["user_embeddings"]),
-            _relative_error(np.stack([state.memory for state in states]), golden["memories"]),
-        )
+        try:
+            error = replace(self, bundle=bundle)._golden_error()
+        except Exception as failure:  # of ONNX Runtime, or of numpy over results of a wrong shape
+            raise BundleError(
+                f"{bundle.path}: the golden replay fails on this machine ({type(failure).__name__})",
+                "export the bundle again",
+            ) from failure
         if not error <= GOLDEN_TOLERANCE:
             raise BundleError(
                 f"{bundle.path}: the golden replay is off by {error:.1e} on this machine",
@@ -92,8 +100,19 @@ class Generation:
             )
         return error
 
+    def _golden_error(self) -> float:
+        golden = self.bundle.golden()
+        states = self.replay([row[row >= 0] for row in golden["histories"]])
+        return max(
+            _relative_error(np.stack([state.user_embedding for state in states]), golden["user_embeddings"]),
+            _relative_error(np.stack([state.memory for state in states]), golden["memories"]),
+        )
+
 
 def _relative_error(found: np.ndarray, expected: np.ndarray) -> float:
+    if found.shape != expected.shape:  # numpy would repeat one value for many
+        raise ValueError(f"{found.shape} instead of {expected.shape}")
     if not expected.size:
         return 0.0
-    return float(np.abs(found - expected).max() / max(float(np.abs(expected).max()), 1e-12))
+    with np.errstate(invalid="ignore", over="ignore"):  # what is not finite is reported as an error, not as a warning
+        return float(np.abs(found - expected).max() / max(float(np.abs(expected).max()), 1e-12))

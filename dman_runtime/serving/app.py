@@ -1,69 +1,178 @@
-"""Puts a server together: the one place that knows which parts there are."""
+"""Puts a worker together: the one place that knows which parts there are."""
 
 from __future__ import annotations
 
+import asyncio
+import logging
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 
 import grpc
-from grpc_health.v1 import health, health_pb2, health_pb2_grpc
-from grpc_reflection.v1alpha import reflection
 
+from dman_runtime.access.callers import Access
+from dman_runtime.access.limits import Limits
+from dman_runtime.access.tls import server_credentials
+from dman_runtime.api import operations, recommender
+from dman_runtime.api.admission import Admission
+from dman_runtime.api.door import Door
+from dman_runtime.api.operations import OperationsService
 from dman_runtime.api.recommender import RecommenderService
+from dman_runtime.api.standard import Health, Streams
 from dman_runtime.batcher import Batcher
 from dman_runtime.engine import Engine
+from dman_runtime.metrics import NO_METRICS, Metrics
 from dman_runtime.model.generation import Generation
-from dman_runtime.serving.config import MAX_MESSAGE_BYTES, ServeConfig, cannot_listen
+from dman_runtime.problems import ClusterStatus, Problems
+from dman_runtime.serving.config import MAX_MESSAGE_BYTES, ServeConfig, cannot_listen, free_port
+from dman_runtime.serving.monitor import Monitor
 from dman_runtime.store.lmdb import LmdbStore
-from protos.dman.v1.dman_pb2_grpc import add_RecommenderServicer_to_server
 
-SERVICE_NAME = "dman.v1.Recommender"
+logger = logging.getLogger(__name__)
+LOOK_SECONDS = 1.0
+MAX_STREAMS_PER_CONNECTION = 512
+CONNECTION_AGE_MS = 600_000  # then a client connects anew, which ends what it does not read and spreads the load
+CONNECTION_GRACE_MS = 60_000
+HANDSHAKE_MS = 10_000
 
 
 class App:
-    """One worker, ready to serve. Use as a context manager: it starts serving, and closes in order.
+    """One worker. An async context manager: it serves inside the block, and closes in order.
 
-    `port` is the port it listens on.
+    `port` is the port it listens on, `cluster` what the supervisor last said of all workers.
     """
 
-    def __init__(self, config: ServeConfig) -> None:
-        """Raises BundleError, EncoderError, StoreError, and UsageError where the port cannot be had."""
-        self.generation = Generation.open(config.bundle, provider=config.provider, threads=config.encoder_threads)
-        self._grace = config.grace
-        self._server = _grpc_server(config)
-        try:
-            self.port = self._server.add_insecure_port(config.address)
-        except RuntimeError:
-            raise cannot_listen(config, "the port is in use or not allowed") from None
-        self._store = LmdbStore.open(config.state, map_size=config.map_size_mib << 20)
+    def __init__(
+        self, config: ServeConfig, *, expected_bundle_id: str | None = None, metrics: Metrics = NO_METRICS
+    ) -> None:
+        """Raises BundleError, EncoderError, InputError, StoreError, and UsageError where the port cannot be had."""
+        if not config.share_port:
+            free_port(config)  # before the bundle is loaded, and in one line where gRPC writes several
+        self._config, self._metrics = config, metrics
+        self._access = Access.open(config.tokens)
+        self._credentials = (
+            server_credentials(config.tls_cert, config.tls_key, config.tls_client_ca)
+            if config.tls_cert and config.tls_key
+            else None
+        )
+        self.generation = Generation.open(
+            config.bundle,
+            provider=config.provider,
+            threads=config.encoder_threads,
+            expected_bundle_id=expected_bundle_id,
+        )
+        self._store = LmdbStore.open(
+            config.state, map_size=config.map_size_mib << 20, must_exist=config.state_must_exist
+        )
+        self.problems, self.cluster, self.port = (
+            Problems(),
+            ClusterStatus(workers=1, ready=1, restarts=0, problems=()),
+            config.port,
+        )
         engine = Engine(self.generation, self._store)
-        self._batcher = Batcher(engine)
-        self._health = health.HealthServicer()
-        add_RecommenderServicer_to_server(RecommenderService(engine, self._batcher), self._server)
-        health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
-        reflection.enable_server_reflection((SERVICE_NAME, health.SERVICE_NAME, reflection.SERVICE_NAME), self._server)
+        self._updates = Batcher(engine, metrics=metrics)
+        # On CUDA all graph runs belong on one thread.
+        on_cuda = self.generation.graphs.on_cuda
+        self._queries = self._updates if on_cuda else Batcher(engine, writer=self._updates, metrics=metrics)
+        self._bulk = ThreadPoolExecutor(1, thread_name_prefix="bulk")
+        self._service = RecommenderService(
+            engine, updates=self._updates, queries=self._queries, bulk=self._bulk, metrics=metrics
+        )
+        self._monitor = Monitor(
+            self.problems,
+            state=config.state,
+            check_store=self._store.check,
+            maintain_store=self._store.maintain,
+            bundle_changed=self.generation.bundle.changed,
+            reload_tokens=self._access.reload,
+            busy_since=(self._updates.busy_since, self._queries.busy_since),
+            metrics=metrics,
+        )
 
-    def __enter__(self) -> App:
-        self._server.start()
-        for service in ("", SERVICE_NAME):
-            self._health.set(service, health_pb2.HealthCheckResponse.SERVING)
+    async def __aenter__(self) -> App:
+        config = self._config
+        self._admission = Admission(
+            max_requests=config.max_concurrent, max_bytes=config.max_in_flight_mib << 20, metrics=self._metrics
+        )
+        status = OperationsService(self.generation.bundle_id, self.problems, self._admission, lambda: self.cluster)
+        self._health = Health(("", recommender.SERVICE_NAME))
+        self._door = Door(
+            [*self._service.methods(), *status.methods(), *self._health.methods()],
+            admission=self._admission,
+            access=self._access,
+            limits=Limits(config.caller_requests, config.caller_events),
+            bulk=self._bulk,
+            saw=self._monitor.saw,
+            metrics=self._metrics,
+        )
+        names = (recommender.SERVICE_NAME, operations.SERVICE_NAME)
+        self._server = grpc.aio.server(options=_server_options(config))
+        self._server.add_generic_rpc_handlers((self._door, Streams(self._door, self._health, names)))
+        self.port = self._bind()
+        await self._look()
+        await self._server.start()
+        self._looking = asyncio.create_task(self._look_often())
         return self
 
-    def __exit__(self, *_: object) -> None:
+    @property
+    def requests(self) -> int:
+        """Requests that this worker holds now."""
+        return self._admission.requests
+
+    async def __aexit__(self, *_: object) -> None:
         """Requests under way finish (up to the grace period), what waits is committed, the store is flushed."""
-        self._health.enter_graceful_shutdown()
-        self._server.stop(self._grace).wait()
-        self._batcher.close()
+        self._looking.cancel()
+        with suppress(asyncio.CancelledError):
+            await self._looking
+        await self._health.set(False)
+        stopping = asyncio.create_task(self._server.stop(self._config.grace + 1))
+        await asyncio.wait({stopping}, timeout=self._config.grace)
+        self._door.stop()
+        await stopping
+        await asyncio.to_thread(self._close)
+
+    def _close(self) -> None:
+        self._queries.close()
+        self._updates.close()
+        self._service.close()
+        self._bulk.shutdown()
         self._store.flush()
         self._store.close()
 
+    def _bind(self) -> int:
+        address = self._config.address
+        try:
+            if self._credentials is None:
+                return self._server.add_insecure_port(address)
+            return self._server.add_secure_port(address, self._credentials)
+        except RuntimeError:
+            raise cannot_listen(self._config, "the port is in use or not allowed") from None
 
-def _grpc_server(config: ServeConfig) -> grpc.Server:
-    return grpc.server(
-        ThreadPoolExecutor(config.threads, thread_name_prefix="request"),
-        maximum_concurrent_rpcs=config.max_concurrent,
-        options=[
-            ("grpc.so_reuseport", int(config.share_port)),
-            ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
-            ("grpc.max_send_message_length", MAX_MESSAGE_BYTES),
-        ],
-    )
+    async def _look_often(self) -> None:
+        while True:
+            await asyncio.sleep(LOOK_SECONDS)
+            try:
+                await self._look()
+            except Exception:  # the next look may find out more
+                logger.exception("looking for problems failed")
+
+    async def _look(self) -> None:
+        """Looks for problems, off the event loop, as the disk may hang; then says whether this worker can serve."""
+        self._metrics.bytes_in_flight(self._admission.bytes)
+        self._metrics.requests_in_flight(self._admission.requests)
+        await asyncio.wait({asyncio.ensure_future(asyncio.to_thread(self._monitor.look))}, timeout=LOOK_SECONDS)
+        await self._health.set(not self.problems.blocking)
+
+
+def _server_options(config: ServeConfig) -> list[tuple[str, int]]:
+    return [
+        ("grpc.so_reuseport", int(config.share_port)),
+        ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
+        ("grpc.max_send_message_length", MAX_MESSAGE_BYTES),
+        ("grpc.max_concurrent_streams", MAX_STREAMS_PER_CONNECTION),
+        ("grpc.max_connection_idle_ms", int(config.idle_timeout * 1000)),
+        ("grpc.max_connection_age_ms", CONNECTION_AGE_MS),
+        ("grpc.max_connection_age_grace_ms", CONNECTION_GRACE_MS),
+        ("grpc.server_handshake_timeout_ms", HANDSHAKE_MS),
+        ("grpc.keepalive_time_ms", 60_000),
+        ("grpc.keepalive_timeout_ms", 20_000),
+    ]

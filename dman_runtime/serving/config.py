@@ -24,7 +24,6 @@ class ServeConfig:
     port: int  # 0: any free one
     provider: Provider
     workers: int
-    threads: int  # concurrent requests per worker; more wait
     encoder_threads: int  # CPU threads per graph run
     max_concurrent: int  # requests per worker, running and waiting; beyond it RESOURCE_EXHAUSTED
     map_size_mib: int
@@ -47,11 +46,15 @@ class ServeConfig:
     def __post_init__(self) -> None:
         if not 0 <= self.port <= 65535:
             raise UsageError(f"port is {self.port}", "choose 0 to 65535", parameter="port")
-        for name in ("workers", "threads", "encoder_threads", "max_concurrent", "map_size_mib", "max_in_flight_mib"):
+        for name in ("workers", "encoder_threads", "max_concurrent", "map_size_mib", "max_in_flight_mib"):
             if getattr(self, name) < 1:
                 raise UsageError(f"{name} is {getattr(self, name)}", "choose 1 or more", parameter=name)
         if not 0 <= self.grace <= 3600:  # nor NaN
             raise UsageError(f"grace is {self.grace}", "choose 0 to 3600 seconds", parameter="grace")
+        if not 1 <= self.idle_timeout <= 86_400:
+            raise UsageError(
+                f"idle_timeout is {self.idle_timeout}", "choose 1 to 86400 seconds", parameter="idle_timeout"
+            )
 
     def at_port(self, port: int, *, shared: bool = False) -> ServeConfig:
         """The same on the port that was found for 0; `shared` among several processes."""

@@ -2,45 +2,64 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
-import threading
-from multiprocessing.connection import Connection
+import signal
+import sys
+from contextlib import suppress
 
+from dman_runtime.metrics import Metrics
+from dman_runtime.serving.cluster import WorkerPipe
 from dman_runtime.serving.config import ServeConfig, free_port
-from dman_runtime.serving.stop import StopRequest
+from dman_runtime.serving.metrics import worker_metrics
 
 logger = logging.getLogger(__name__)
+BEAT_SECONDS = 1.0
+SWITCH_SECONDS = 0.0005  # a thread that computes in Python keeps the event loop waiting for no longer
 
 
-def serve_one(config: ServeConfig, ready: Connection | None) -> int:
-    """Serves until it is asked to stop; says so through `ready`, or else on stdout. Returns the exit status."""
+def serve_one(config: ServeConfig, pipe: WorkerPipe | None) -> int:
+    """Serves until it is asked to stop; says so to its supervisor, or else on stdout. Returns the exit status."""
     if not config.share_port:
         free_port(config)  # before the bundle is loaded, and in one line where gRPC writes several
-    from dman_runtime.serving.app import App  # so that a supervisor stays small and free of gRPC
+    from dman_runtime.model.bundle import read_manifest  # here, so that a supervisor stays small
 
-    with StopRequest() as stop, App(config) as app:
-        generation = app.generation
-        provider = generation.graphs.provider
-        if ready is None:
-            announce(generation.bundle_id, provider, config, app.port)
-        else:
-            ready.send((generation.bundle_id, provider))
-            threading.Thread(target=_stop_with_supervisor, args=(ready, stop), daemon=True).start()
-        stop.wait()
-        logger.info("stopping")
+    if pipe is not None and pipe.assignment.bundle_id is not None:  # likewise: a restart may be in vain many times
+        pipe.assignment.check_bundle(config.bundle, read_manifest(config.bundle).bundle_id)
+    sys.setswitchinterval(SWITCH_SECONDS)
+    with worker_metrics(config, pipe) as metrics:
+        asyncio.run(_serve(config, pipe, metrics))
     logger.info("stopped")
     return 0
+
+
+async def _serve(config: ServeConfig, pipe: WorkerPipe | None, metrics: Metrics) -> None:
+    from dman_runtime.serving.app import App  # so that a supervisor stays small and free of gRPC
+
+    stop, loop = asyncio.Event(), asyncio.get_running_loop()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, stop.set)
+    expected = pipe.assignment.bundle_id if pipe is not None else None
+    app = await asyncio.to_thread(App, config, expected_bundle_id=expected, metrics=metrics)
+    async with app:
+        provider = app.generation.graphs.provider
+        if pipe is None:
+            announce(app.generation.bundle_id, provider, config, app.port)
+            await stop.wait()
+        else:
+            pipe.ready(app.generation.bundle_id, provider)
+            while not stop.is_set():
+                try:
+                    app.cluster = pipe.receive() or app.cluster
+                except EOFError:  # the supervisor was killed
+                    break
+                pipe.beat({"requests": app.requests, "problems": [one.name for one in app.problems.now()]})
+                with suppress(TimeoutError):
+                    await asyncio.wait_for(stop.wait(), BEAT_SECONDS)
+        logger.info("stopping")
 
 
 def announce(bundle_id: str, provider: str, config: ServeConfig, port: int) -> None:
     address = config.at_port(port).address
     workers = f"{config.workers} worker{'s' if config.workers > 1 else ''}"
     print(f"serving bundle {bundle_id} on {address} ({provider}, {workers})", flush=True)
-
-
-def _stop_with_supervisor(pipe: Connection, stop: StopRequest) -> None:
-    """A worker whose supervisor was killed stops by itself: the pipe ends."""
-    try:
-        pipe.recv()
-    except (EOFError, OSError):
-        stop.set()

@@ -78,7 +78,12 @@ class LmdbStore:
 
     @classmethod
     def open(
-        cls, path: str | os.PathLike[str], *, map_size: int = DEFAULT_MAP_SIZE, readonly: bool = False
+        cls,
+        path: str | os.PathLike[str],
+        *,
+        map_size: int = DEFAULT_MAP_SIZE,
+        readonly: bool = False,
+        must_exist: bool = False,
     ) -> LmdbStore:
         """Opens the store in the directory `path`, and creates it where there is none (not if `readonly`).
 
@@ -307,6 +312,12 @@ class LmdbStore:
         with self._env.read() as txn:
             items, live = txn.stat(self._items)["entries"], self._env.live_bytes(txn)
         return StoreStats(users, items, live, self._env.file_bytes_on_disk(), self._env.map_size)
+
+    def check(self):
+        pass
+
+    def maintain(self):
+        return 0
 
     def flush(self) -> None:
         self._env.flush()

@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 
+from dman_train.checkpoint import whole_number
 from dman_train.lanes import Batch, trainable_users
 
 
@@ -64,6 +65,7 @@ class Windows:
         return {"random": self._cut_from, "next": self._next}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continues from what `state_dict` returned for the same data. Raises ValueError for another state."""
         self._random.bit_generator.state = state["random"]
         self._cut()
-        self._next = state["next"]
+        self._next = whole_number(state["next"], len(self._turn), "next")

@@ -20,7 +20,7 @@ from conftest import STORES, TINY_ITEMS, assert_close, ids, new_store
 from dman_runtime import batcher as batcher_module
 from dman_runtime.batcher import SLICE_EVENTS, Batcher
 from dman_runtime.engine import COMMIT_ATTEMPTS, Engine
-from dman_runtime.errors import ConflictError, RequestError, StoppedError, StoreFullError
+from dman_runtime.errors import ConflictError, ExpiredError, RequestError, StoppedError, StoreFullError
 from dman_runtime.model.generation import Generation
 from dman_runtime.requests import Query, Update, UpdateOutcome
 from dman_runtime.retrieval.base import Hits
@@ -316,42 +316,91 @@ def test_batcher_runs_one_request_of_many_what_ifs_in_one_run_a_round_and_one_se
     assert graphs.searched == [9]
 
 
-def test_batcher_answers_plain_queries_on_the_callers_thread_while_a_turn_is_held(
-    batcher: Batcher, store: GatedStore, pool: ThreadPoolExecutor
+def test_queries_are_answered_while_a_commit_of_their_writer_is_held(
+    batcher: Batcher, engine: Engine, store: GatedStore, pool: ThreadPoolExecutor
 ) -> None:
     batcher.update([Update("u", ["1", "2"])])
-    first = hold(batcher, store.gate, pool)
-    assert [answer.event_count for answer in batcher.recommend([Query("u"), Query(None)])] == [2, 0]
-    assert not first.done()
-
-
-# -- which thread ------------------------------------------------------------------------------------------------------
-
-
-def test_batcher_runs_a_lone_request_on_the_caller_and_what_arrives_meanwhile_in_the_next_turn(
-    batcher: Batcher, store: GatedStore, pool: ThreadPoolExecutor, log: Log
-) -> None:
-    batcher.update([Update("lone", ["1"])])
-    assert log.runs[0].thread == threading.current_thread().name
-    first = hold(batcher, store.gate, pool)
-    others = [pool.submit(batcher.update, [Update(f"user {n}", ["1"])]) for n in range(4)]
-    queued(batcher, 4)
-    store.gate.open()
-    assert [outcome.event_count for outcome in first_outcomes([first, *others])] == [1] * 5
-    assert [len(user_ids) for user_ids in log.commits] == [1, 1, 4]
-    assert log.runs[1].thread.startswith("caller") and log.runs[2].thread == "inference"
-
-
-def test_batcher_with_one_thread_runs_every_graph_there(engine: Engine, exact: Generation, log: Log) -> None:
-    batcher = Batcher(engine, one_thread=True)
+    queries = Batcher(engine, writer=batcher)
     try:
-        batcher.update([Update("u", ["1"])])
-        batcher.recommend([Query("u", what_if=["2"]), Query(None, what_if=many(300))])
-        engine.store.drop_records(engine.number)
-        batcher.recommend([Query("u")])
+        first = hold(batcher, store.gate, pool)
+        asked = [Query("u"), Query(None), Query("u", what_if=["3"])]
+        answers = pool.submit(queries.recommend, asked).result(WAIT)
+        assert [answer.event_count for answer in answers] == [2, 0, 3]
+        assert not first.done()
+        store.gate.open()
+        first.result(WAIT)
     finally:
-        batcher.close()
-    assert {run.thread for run in log.runs} == {"inference"}
+        queries.close()
+
+
+def test_writer_brings_the_records_up_to_date_that_queries_find_lagging(
+    batcher: Batcher, engine: Engine, log: Log
+) -> None:
+    batcher.update([Update("u", many(300))])
+    engine.store.drop_records(engine.number)
+    log.clear()
+    queries = Batcher(engine, writer=batcher)
+    try:
+        assert [queries.recommend([Query("u")])[0].event_count for _ in range(2)] == [300, 300]
+    finally:
+        queries.close()
+    assert log.commits == [["u"]] and sum(run.events for run in log.runs) == 300
+
+
+def test_every_graph_runs_on_the_thread_of_the_batcher(batcher: Batcher, engine: Engine, log: Log) -> None:
+    batcher.update([Update("u", ["1"])])
+    batcher.recommend([Query("u", what_if=["2"]), Query(None, what_if=many(300))])
+    engine.store.drop_records(engine.number)
+    batcher.recommend([Query("u")])
+    assert {run.thread for run in log.runs} == {"batcher"}
+
+
+# -- requests that nobody waits for any more ---------------------------------------------------------------------------
+
+
+def test_request_that_is_cancelled_or_expired_while_it_waits_is_never_started(
+    batcher: Batcher, engine: Engine, store: GatedStore, pool: ThreadPoolExecutor, log: Log
+) -> None:
+    first = hold(batcher, store.gate, pool)
+    cancelled = batcher.submit_updates([Update("cancelled", ["1"])])
+    expired = batcher.submit_updates([Update("expired", ["1"])], deadline=time.monotonic())
+    in_time = batcher.submit_updates([Update("in time", ["1"])], deadline=time.monotonic() + WAIT)
+    assert cancelled.cancel()
+    store.gate.open()
+    first.result(WAIT)
+    assert in_time.result(WAIT)[0].event_count == 1
+    with pytest.raises(ExpiredError):
+        expired.result(WAIT)
+    assert engine.user("cancelled") is None and engine.user("expired") is None
+    assert log.commits == [["first"], ["in time"]]
+
+
+def test_long_request_that_is_cancelled_stops_at_the_next_slice(
+    batcher: Batcher, engine: Engine, graphs: GatedGraphs, log: Log
+) -> None:
+    graphs.gate.close(3)
+    calls = [
+        batcher.submit_updates([Update("u", many(5000))]),
+        batcher.submit_queries([Query(None, what_if=many(5000))]),
+    ]
+    graphs.gate.wait_until_reached()
+    assert all(call.cancel() for call in calls)
+    graphs.gate.open()
+    assert batcher.update([Update("u", ["1"])])[0].event_count == 1  # and its user is free again
+    assert sum(run.events for run in log.runs) <= 4 * LARGEST_SLICE
+
+
+def test_update_whose_deadline_passes_while_it_is_computed_is_not_committed(
+    batcher: Batcher, engine: Engine, graphs: GatedGraphs
+) -> None:
+    graphs.gate.close(1)
+    late = batcher.submit_updates([Update("u", ["1"])], deadline=time.monotonic() + 0.1)
+    graphs.gate.wait_until_reached()
+    time.sleep(0.15)
+    graphs.gate.open()
+    with pytest.raises(ExpiredError):
+        late.result(WAIT)
+    assert engine.user("u") is None
 
 
 # -- long requests -----------------------------------------------------------------------------------------------------
@@ -479,8 +528,6 @@ def test_record_of_a_long_history_catches_up_in_slices(
     assert lagging.result(WAIT) == total
     assert sum(run.events for run in log.runs) == total + 1
     assert log.commits == [["v"], ["u"]]
-    elsewhere = [run.events for run in log.runs if run.thread != "inference" and run.events > 1]
-    assert sum(elsewhere) <= LARGEST_SLICE  # a caller who finds nothing running does the first slice at most
 
 
 def test_record_that_cannot_catch_up_as_the_store_is_full_is_advanced_for_the_answer_in_slices(
@@ -524,6 +571,46 @@ def test_conflicting_updates_are_repeated_and_the_others_committed(
     assert [sorted(user_ids) for user_ids in log.commits] == [
         ["first"], ["contended", "u", "v"], ["u", "v"], ["contended"], ["contended"],
     ]  # fmt: skip
+
+
+def test_only_the_users_in_conflict_are_computed_again(
+    batcher: Batcher, engine: Engine, store: GatedStore, exact: Generation, log: Log
+) -> None:
+    left = [5]
+
+    def meanwhile(user_ids: list[str]) -> None:
+        if left[0]:
+            left[0] -= 1
+            Engine(exact, store._store).update([Update("busy", ["9"])])
+
+    store.meanwhile = meanwhile
+    updates = [*(Update(f"user {n}", many(30)) for n in range(20)), Update("busy", ["1", "2"]), Update("user 3", ["5"])]
+    outcomes = batcher.update(updates)
+    assert [outcome.event_count for outcome in outcomes] == [30] * 20 + [7, 31]
+    assert stored_items(engine, "busy") == ["9"] * 5 + ["1", "2"] and stored_items(engine, "user 3") == [*many(30), "5"]
+    assert sum(run.events for run in log.runs) == 20 * 30 + 1 + 6 * 2
+    assert len(log.commits) == 6 and all(len(user_ids) == 21 for user_ids in log.commits)
+
+
+def test_conflicting_update_waits_outside_while_others_are_served(
+    batcher: Batcher, store: GatedStore, exact: Generation, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(batcher_module, "conflict_pause", lambda attempts: 0.5)
+    left = [1]
+
+    def meanwhile(user_ids: list[str]) -> None:
+        if user_ids == ["u"] and left[0]:
+            left[0] -= 1
+            Engine(exact, store._store).update([Update("u", ["9"])])
+
+    store.meanwhile = meanwhile
+    waiting = batcher.submit_updates([Update("u", ["1"])])
+    behind = batcher.submit_updates([Update("u", ["2"])])
+    while left[0]:
+        time.sleep(0.002)
+    assert [batcher.update([Update("v", ["1"])])[0].event_count for _ in range(3)] == [1, 2, 3]
+    assert not waiting.done() and not behind.done()
+    assert (waiting.result(WAIT)[0].event_count, behind.result(WAIT)[0].event_count) == (2, 3)
 
 
 def test_long_update_that_meets_a_conflict_is_sliced_again(
@@ -649,7 +736,6 @@ def test_close_finishes_what_waits_and_what_is_long_and_then_refuses(
         batcher.update([Update("late", ["1"])])
     with pytest.raises(StoppedError):
         batcher.recommend([Query(None, what_if=["1"])])
-    assert batcher.recommend([Query(None, k=3)])[0].popular  # needs no graph
     assert not closing.done()
     store.gate.open()
     closing.result(WAIT)

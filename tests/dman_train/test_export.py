@@ -75,7 +75,7 @@ def test_export_graphs_equal_pytorch_for_any_shape(
     exported: tuple[DMAN, Path], batch: int, new: int, context: int
 ) -> None:
     model, path = exported
-    encoder, config = Encoder(path, provider="cpu"), model.config
+    encoder, config = Encoder.of(open_bundle(path), provider="cpu"), model.config
     torch.manual_seed(batch + new)
     inputs = (
         torch.randn(batch, new, config.width),
@@ -99,7 +99,7 @@ def test_export_replay_equals_pytorch_replay(exported: tuple[DMAN, Path]) -> Non
     bundle = open_bundle(path)
     exact = replace(bundle, manifest=replace(bundle.manifest, state=replace(bundle.manifest.state, dtype="float32")))
     histories = [np.random.default_rng(n).integers(0, TINY_ITEMS, n) for n in range(1, 23)]
-    states = Generation.of(exact, Encoder(path, provider="cpu")).replay(histories)
+    states = Generation.of(exact, Encoder.of(exact, provider="cpu")).replay(histories)
     users, memories = torch_replay(model, histories)
     for state, user, memory in zip(states, users, memories, strict=True):
         torch.testing.assert_close(torch.from_numpy(state.user_embedding), user, **ONNX_ERROR)

@@ -28,6 +28,7 @@ from dman_train.data import TrainingData
 from dman_train.model import DMAN
 from dman_train.replay import replay
 from dman_train.run import Run, RunError, open_run
+from dman_train.tensor_files import read_tensors
 from dman_train.trainer import Trainer
 
 CPU = torch.device("cpu")
@@ -110,7 +111,7 @@ def test_trainer_resumed_from_a_checkpoint_gives_bit_identical_weights(config: T
 
     second = Trainer(TINY, replace(config, seed=99), data, CPU)  # nothing of its own start may survive
     second.config = config
-    second.load_state_dict(torch.load(file, weights_only=False))
+    second.load_state_dict(read_tensors(file))
     found = [one_epoch, second.train_epoch(on_step=lambda: None, progress=False)]
     assert same_bits(weights(second), weights(through))
     for name in ("loss", "abstraction_loss", "valid/ndcg@10", "learning_rate"):

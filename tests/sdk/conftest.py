@@ -9,6 +9,7 @@ import pytest
 from sdk import AsyncClient, Client
 
 from .awaited import Awaited, Connect
+from .certificates import Pki, run_tls_server
 from .fake_server import Recorder, serve, serve_recorder
 
 
@@ -18,6 +19,21 @@ def server() -> Iterator[SimpleNamespace]:
     grpc_server, target = serve_recorder(recorder)
     yield SimpleNamespace(recorder=recorder, target=target)
     grpc_server.stop(None).wait()
+
+
+@pytest.fixture(scope="session")
+def pki() -> Pki:
+    return Pki()
+
+
+@pytest.fixture
+def tls_server(pki: Pki) -> Iterator[SimpleNamespace]:
+    yield from run_tls_server(pki, asks_for_certificate=False)
+
+
+@pytest.fixture
+def mtls_server(pki: Pki) -> Iterator[SimpleNamespace]:
+    yield from run_tls_server(pki, asks_for_certificate=True)
 
 
 @pytest.fixture

@@ -21,6 +21,7 @@ ITEMS_REPLY = pb.RecommendReply(
     bundle_id="b1",
     event_count=7,
     unknown_item_ids=["nope"],
+    unknown_count=2,
     integer_item_ids=True,
 )
 USER_REPLY = pb.GetUserReply(
@@ -34,6 +35,18 @@ USER_REPLY = pb.GetUserReply(
     recent_events=[pb.Event(item_id="7", timestamp=100), pb.Event(item_id="8")],
     integer_item_ids=True,
 )
+STATUS_REPLY = pb.GetStatusReply(
+    ready=False,
+    problems=[pb.Problem(name="disk_full", detail="no space; free some", seconds=2.5, blocking=True)],
+    bundle_id="b1",
+    workers=4,
+    workers_ready=3,
+    restarts=2,
+    uptime_seconds=60.5,
+    requests=5,
+    bytes_in_flight=1000,
+    version="0.1.0",
+)
 
 
 @dataclasses.dataclass
@@ -45,7 +58,7 @@ class Seen:
     peer: str
 
 
-class Recorder(pb_grpc.RecommenderServicer):
+class Recorder(pb_grpc.RecommenderServicer, pb_grpc.OperationsServicer):
     """Records what arrives.
 
     Each call takes one step of `script`: a status to fail with, a reply, or a function that may return one of these.
@@ -93,6 +106,9 @@ class Recorder(pb_grpc.RecommenderServicer):
         reply = pb.DeleteUserReply(existed=True, event_count=45, bundle_id="b1")
         return self._answer("DeleteUser", request, context, reply)
 
+    def GetStatus(self, request: pb.GetStatusRequest, context: Any) -> pb.GetStatusReply:
+        return self._answer("GetStatus", request, context, STATUS_REPLY)
+
 
 def _update_reply(request: pb.UpdateRequest) -> pb.UpdateReply:
     count = len(request.events)
@@ -102,21 +118,33 @@ def _update_reply(request: pb.UpdateRequest) -> pb.UpdateReply:
         history_count=50 + count,
         applied=count,
         unknown_item_ids=["x", "9"],
+        unknown_count=3,
     )
 
 
-def serve(register: Callable[[grpc.Server], None], address: str = "127.0.0.1:0") -> tuple[grpc.Server, str]:
+def serve(
+    register: Callable[[grpc.Server], None],
+    address: str = "127.0.0.1:0",
+    credentials: grpc.ServerCredentials | None = None,
+) -> tuple[grpc.Server, str]:
     """A running server and its address, on a free port by default. `register` adds the service."""
     server = grpc.server(ThreadPoolExecutor(8), options=[("grpc.so_reuseport", 0)])
     register(server)
-    port = server.add_insecure_port(address)
+    port = server.add_secure_port(address, credentials) if credentials else server.add_insecure_port(address)
     server.start()
     return server, f"127.0.0.1:{port}"
 
 
-def serve_recorder(recorder: Recorder, address: str = "127.0.0.1:0") -> tuple[grpc.Server, str]:
+def serve_recorder(
+    recorder: Recorder, address: str = "127.0.0.1:0", credentials: grpc.ServerCredentials | None = None
+) -> tuple[grpc.Server, str]:
     """A running server that plays `recorder`, and its address."""
-    return serve(lambda server: pb_grpc.add_RecommenderServicer_to_server(recorder, server), address)
+
+    def register(server: grpc.Server) -> None:
+        pb_grpc.add_RecommenderServicer_to_server(recorder, server)
+        pb_grpc.add_OperationsServicer_to_server(recorder, server)
+
+    return serve(register, address, credentials)
 
 
 def hold(arrived: threading.Event, release: threading.Event) -> None:

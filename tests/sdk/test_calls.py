@@ -6,7 +6,17 @@ import numpy as np
 import pytest
 
 from protos.dman.v1 import dman_pb2 as pb
-from sdk import DeletedUser, Event, InternalError, Recommendation, Recommendations, UpdateResult, User
+from sdk import (
+    DeletedUser,
+    Event,
+    InternalError,
+    Problem,
+    Recommendation,
+    Recommendations,
+    Status,
+    UpdateResult,
+    User,
+)
 
 from .awaited import Awaited
 from .fake_server import Recorder
@@ -16,7 +26,13 @@ pytestmark = pytest.mark.timeout(30)
 
 async def test_update_returns_what_the_server_did(client: Awaited) -> None:
     assert await client.update(42, [1, 2]) == UpdateResult(
-        event_count=42, history_count=52, applied=2, unknown_item_ids=("x", "9"), duplicate=False, bundle_id="b1"
+        event_count=42,
+        history_count=52,
+        applied=2,
+        unknown_item_ids=("x", "9"),
+        unknown_count=3,
+        duplicate=False,
+        bundle_id="b1",
     )
 
 
@@ -38,7 +54,12 @@ async def test_recommend_returns_items_best_first_with_their_origin(client: Awai
     answer = await client.recommend(42, k=2)
     assert list(answer) == [Recommendation(30, 0.75, "Alien"), Recommendation(4, 0.5)]
     assert answer == Recommendations(
-        items=tuple(answer), source="personalized", event_count=7, unknown_item_ids=("nope",), bundle_id="b1"
+        items=tuple(answer),
+        source="personalized",
+        event_count=7,
+        unknown_item_ids=("nope",),
+        unknown_count=2,
+        bundle_id="b1",
     )
     assert not answer.is_popular
 
@@ -116,13 +137,35 @@ async def test_recommend_without_a_user_is_anonymous(client: Awaited, recorder: 
     assert recorder.request == pb.RecommendRequest(k=10, what_if_events=[pb.Event(item_id="alien")])
 
 
-async def test_every_update_gets_its_own_request_id(client: Awaited, recorder: Recorder) -> None:
+async def test_every_update_and_every_batch_gets_its_own_request_id(client: Awaited, recorder: Recorder) -> None:
     await client.update("anna", [1])
     await client.update("anna", [1])
     await client.update_many([("anna", 1), ("anna", 1)])
-    single, again, batch = (seen.request for seen in recorder.seen)
-    ids = [single.request_id, again.request_id, *(one.request_id for one in batch.updates)]
+    await client.update_many([("anna", 1), ("anna", 1)])
+    ids = [seen.request.request_id for seen in recorder.seen]
     assert len(set(ids)) == 4 and all(ids)
+
+
+async def test_a_batch_has_one_request_id_and_its_updates_have_none(client: Awaited, recorder: Recorder) -> None:
+    await client.update_many([("anna", 1), ("bob", 2)], request_id="orders of Monday")
+    assert recorder.request.request_id == "orders of Monday"
+    assert [one.request_id for one in recorder.request.updates] == ["", ""]
+
+
+async def test_status_says_what_is_wrong(client: Awaited, recorder: Recorder) -> None:
+    assert await client.status() == Status(
+        ready=False,
+        problems=(Problem("disk_full", "no space; free some", seconds=2.5, blocking=True),),
+        bundle_id="b1",
+        workers=4,
+        workers_ready=3,
+        restarts=2,
+        uptime_seconds=60.5,
+        requests=5,
+        bytes_in_flight=1000,
+        version="0.1.0",
+    )
+    assert recorder.request == pb.GetStatusRequest()
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,6 @@
 """Deadlines and retries."""
 
+import asyncio
 import itertools
 import threading
 import time
@@ -11,16 +12,16 @@ import grpc
 import pytest
 
 from protos.dman.v1 import dman_pb2 as pb
-from sdk import DeadlineExceededError, UnavailableError, _retry
+from sdk import AsyncClient, Client, ClientClosedError, DeadlineExceededError, UnavailableError, _retry
 from sdk._exceptions import ERROR_OF_STATUS
-from sdk._retry import Attempts
+from sdk._retry import RETRIED, Attempts
 
 from .awaited import Awaited, Connect
 from .breaking_proxy import BreakingProxy
 from .fake_server import Recorder, hold, serve_recorder
 
 pytestmark = pytest.mark.timeout(30)
-UNAVAILABLE = grpc.StatusCode.UNAVAILABLE
+UNAVAILABLE, CANCELLED = grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.CANCELLED
 
 
 async def test_update_keeps_one_generated_request_id_across_retries(client: Awaited, recorder: Recorder) -> None:
@@ -39,25 +40,28 @@ async def test_update_keeps_one_generated_request_id_across_retries(client: Awai
         ("recommend", ("anna",)),
         ("recommend_many", (["anna"],)),
         ("user", ("anna",)),
+        ("status", ()),
     ],
 )
-async def test_an_unavailable_server_is_tried_again(
-    client: Awaited, recorder: Recorder, method: str, args: Any
+@pytest.mark.parametrize("code", [UNAVAILABLE, CANCELLED])
+async def test_an_unavailable_or_stopping_server_is_tried_again(
+    client: Awaited, recorder: Recorder, *, method: str, args: Any, code: grpc.StatusCode
 ) -> None:
-    recorder.script.append(UNAVAILABLE)
+    recorder.script.append(code)
     assert await getattr(client, method)(*args)
     first, second = recorder.seen
     assert first.request == second.request
 
 
-async def test_delete_user_is_never_retried(client: Awaited, recorder: Recorder) -> None:
-    recorder.script.append(UNAVAILABLE)
+@pytest.mark.parametrize("code", [UNAVAILABLE, CANCELLED])
+async def test_delete_user_is_never_retried(client: Awaited, recorder: Recorder, code: grpc.StatusCode) -> None:
+    recorder.script.append(code)
     with pytest.raises(UnavailableError):
         await client.delete_user("anna")
     assert len(recorder.seen) == 1
 
 
-@pytest.mark.parametrize("code", [code for code in grpc.StatusCode if code.name not in ("OK", "UNAVAILABLE")])
+@pytest.mark.parametrize("code", sorted(set(grpc.StatusCode) - {grpc.StatusCode.OK, *RETRIED}, key=str))
 async def test_no_other_status_is_retried(client: Awaited, recorder: Recorder, code: grpc.StatusCode) -> None:
     recorder.script.append(code)
     with pytest.raises(ERROR_OF_STATUS[code]) as caught:
@@ -74,6 +78,75 @@ async def test_retries_stop_at_their_number(server: SimpleNamespace, connect: Co
         with pytest.raises(UnavailableError):
             await connect(server.target, retries=retries).recommend("anna")
         assert len(recorder.seen) == retries + 1 and not recorder.script
+
+
+@pytest.mark.slow
+async def test_calls_that_a_stopping_server_cancels_are_unavailable_after_their_retries(
+    client: Awaited, recorder: Recorder
+) -> None:
+    recorder.script.extend([CANCELLED] * 3)
+    with pytest.raises(UnavailableError, match=r"\[CANCELLED after 3 attempts\]") as caught:
+        await client.update("anna", 1)
+    assert caught.value.code is CANCELLED and caught.value.request_id == recorder.seen[0].request.request_id
+
+
+@pytest.mark.slow
+async def test_a_call_outlives_the_stop_of_its_server(connect: Connect) -> None:
+    """The real thing: the server stops while it works on the call, and the next one takes its place."""
+    arrived, release = threading.Event(), threading.Event()
+    stopping, address = serve_recorder(first := Recorder())
+    first.script.append(lambda: hold(arrived, release))
+
+    def replace_server() -> grpc.Server:
+        assert arrived.wait(10)
+        stopping.stop(0.05).wait()
+        return serve_recorder(second, address)[0]
+
+    second = Recorder()
+    with ThreadPoolExecutor(1) as threads:
+        replacing = threads.submit(replace_server)
+        assert (await connect(address, retries=1000).update("anna", 1)).applied == 1
+        release.set()
+        replacing.result().stop(None).wait()
+    assert first.request == second.request
+
+
+@pytest.mark.slow
+async def test_closing_between_two_attempts_says_the_request_id(
+    server: SimpleNamespace, connect: Connect, recorder: Recorder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    client = connect(server.target, retries=1000)
+    monkeypatch.setattr(Attempts, "delay_after", lambda *_: 0.3)
+    recorder.script.extend([UNAVAILABLE] * 1000)
+    with ThreadPoolExecutor(1) as threads:
+        if isinstance(client.client, Client):
+            running: Any = threads.submit(client.client.update, "anna", 1)
+        else:
+            running = asyncio.ensure_future(client.client.update("anna", 1))
+        while not recorder.seen:
+            await asyncio.sleep(0.01)
+        await asyncio.sleep(0.1)
+        await client.close()
+        with pytest.raises(ClientClosedError) as caught:
+            await asyncio.wrap_future(running) if isinstance(client.client, Client) else await running
+    assert caught.value.request_id == recorder.request.request_id
+
+
+@pytest.mark.slow
+async def test_a_task_that_is_cancelled_between_two_attempts_stays_cancelled(
+    server: SimpleNamespace, recorder: Recorder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Attempts, "delay_after", lambda *_: 30)
+    recorder.script.append(CANCELLED)
+    async with AsyncClient(server.target, timeout=60) as client:
+        calling = asyncio.ensure_future(client.update("anna", 1))
+        while not recorder.seen:
+            await asyncio.sleep(0.01)
+        await asyncio.sleep(0.1)
+        calling.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await calling
+    assert len(recorder.seen) == 1
 
 
 @pytest.mark.slow

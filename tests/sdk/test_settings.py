@@ -1,5 +1,7 @@
 """The settings of a client."""
 
+import inspect
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -45,6 +47,16 @@ async def test_metadata_goes_with_every_call_and_is_not_shown(
     for seen in recorder.seen:
         assert seen.metadata["authorization"] == "Bearer s3cret" and seen.metadata["trace-bin"] == b"\0\1"
     assert "s3cret" not in repr(client.client) + repr(client.client._settings)
+
+
+@pytest.mark.parametrize("kind", [Client, AsyncClient])
+def test_every_setting_is_documented(kind: type) -> None:
+    guide = (Path(__file__).parents[2] / "docs" / "sdk.md").read_text(encoding="utf-8")
+    names = [*inspect.signature(kind).parameters]
+    assert len(names) == 13
+    for name in names:
+        assert f"\n    {name}: " in (kind.__init__.__doc__ or "")  # type: ignore[misc]
+        assert f"`{name}`" in guide
 
 
 @pytest.mark.slow

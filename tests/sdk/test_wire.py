@@ -64,6 +64,7 @@ async def test_update_takes_one_item_or_several(
         ("update", ("anna", [1]), {"request_id": ""}, "request_id must not be empty"),
         ("update", ("anna", [1]), {"timeout": 0}, "timeout must be a positive number"),
         ("update_many", ([("anna", [1]), ("bob", [1, None])],), {}, r"updates\[1\]\.items\[1\] must be"),
+        ("update_many", ({"anna": 1},), {"request_id": ""}, "request_id must not be empty"),
         ("update_many", (["anna"],), {}, r"updates\[0\] must be a pair"),
         ("recommend", ("",), {}, "user_id must not be empty"),
         ("recommend", ("anna", "10"), {}, "k must be an integer, not str"),

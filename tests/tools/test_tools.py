@@ -22,7 +22,7 @@ from hypothesis import strategies as st
 from dman_runtime.data.items import read_items
 from dman_runtime.data.logs import read_interactions
 from dman_runtime.errors import UsageError
-from dman_runtime.model.bundle import open_bundle
+from dman_runtime.model.bundle import Bundle, open_bundle
 from dman_runtime.model.encoder import Encoder
 from dman_train.synthetic import PlantedConfig
 from dman_train.synthetic import generate as generated
@@ -322,7 +322,7 @@ def test_durable_updates_makes_no_claim_when_an_update_seems_faster_than_its_com
 def test_recorder_replays_the_very_calls_of_an_import(tiny_bundle: Path, tmp_path: Path) -> None:
     setting, log = Bench(open_bundle(tiny_bundle), tmp_path, "cpu", QUICK, ""), tmp_path / "log.parquet"
     events = bench_batch.write_log(setting, log)
-    recorder = bench_batch.Recorder(Encoder(tiny_bundle, provider="cpu"))
+    recorder = bench_batch.Recorder(Encoder.of(setting.bundle, provider="cpu"))
     bench_batch._import(setting, log, recorder, events)
     encoded = [arrays for _, arrays in recorder.calls if len(arrays) == 5]
     assert sum(int(new_lengths.sum()) for _, new_lengths, *_ in encoded) == events
@@ -334,15 +334,16 @@ def test_cuda_section_compares_both_devices_or_says_why_not(
     tiny_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     setting = Bench(open_bundle(tiny_bundle), tmp_path, "cpu", QUICK, "")
-    monkeypatch.setattr(bench_batch, "Encoder", lambda path, provider: Encoder(path, provider="cpu"))
+    on_cpu = Encoder.of(setting.bundle, provider="cpu")
+    monkeypatch.setattr(Encoder, "of", lambda bundle, provider: on_cpu)
     monkeypatch.setattr(bench_batch, "CUDA_BATCHES", (1, 3))
     section = bench_batch.cuda(setting)
     assert len(section.rows) == len(section.claims) == 4
 
-    def absent(path: Path, provider: str) -> Encoder:
+    def absent(bundle: Bundle, provider: str) -> Encoder:
         raise bench_batch.EncoderError("no CUDA device found; do this")
 
-    monkeypatch.setattr(bench_batch, "Encoder", absent)
+    monkeypatch.setattr(Encoder, "of", absent)
     assert "no CUDA device found" in bench_batch.cuda(setting).markdown()
 
 

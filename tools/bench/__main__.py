@@ -49,7 +49,7 @@ def _main(argv: Sequence[str] | None) -> int:
         sizes = QUICK if arguments.quick else Sizes()
         bench = Bench(bundle, scratch, arguments.provider, sizes, echo.address)
         facts = machine(bench.scratch) | sizes_of(bundle)
-        facts["provider"] = Encoder(bundle.path, provider=arguments.provider).provider
+        facts["provider"] = Encoder.of(bundle, provider=arguments.provider).provider
         for measure in SECTIONS:
             print(f"{(measure.__doc__ or '').splitlines()[0]} ...", flush=True)
             sections.append(measure(bench))

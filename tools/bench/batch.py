@@ -78,7 +78,7 @@ def import_speed(bench: Bench) -> Section:
     """`import` of a log into a fresh store, against the graph runs of that import alone, in turns."""
     log = bench.scratch / "log.parquet"
     events = write_log(bench, log)
-    encoder = Encoder(bench.bundle.path, provider=bench.provider)  # type: ignore[arg-type]
+    encoder = Encoder.of(bench.bundle, provider=bench.provider)  # type: ignore[arg-type]
     recorder = Recorder(encoder)
     _, stored_bytes = _import(bench, log, recorder, events)
     recorder.replay()  # warm, as the import now is
@@ -133,10 +133,10 @@ def _import(bench: Bench, log: Path, graphs: Graphs, events: int) -> tuple[float
 def cuda(bench: Bench) -> Section:
     """The encoder on CUDA against the CPU; a line saying why not where there is none."""
     try:
-        on_cuda = Encoder(bench.bundle.path, provider="cuda")
+        on_cuda = Encoder.of(bench.bundle, provider="cuda")
     except EncoderError as error:
         return Section("CUDA", f"Not measured: {str(error).partition(';')[0]}.", [])
-    on_cpu, rows = Encoder(bench.bundle.path, provider="cpu"), []
+    on_cpu, rows = Encoder.of(bench.bundle, provider="cpu"), []
     for batch in CUDA_BATCHES:
         for new in (1, bench.bundle.manifest.state.segment_length):
             arrays = _segment(bench, batch, new)

@@ -57,7 +57,8 @@ def rewrite_checksums(bundle: Path) -> None:
 
 def golden_error(bundle: Path) -> float:
     """What opening a generation computes."""
-    return Generation.of(open_bundle(bundle), Encoder(bundle, provider="cpu")).check_golden()
+    opened = open_bundle(bundle)
+    return Generation.of(opened, Encoder.of(opened, provider="cpu")).check_golden()
 
 
 # --- Damage.

@@ -6,16 +6,18 @@ import socket
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 from pathlib import Path
 
 import grpc
 import pytest
-from conftest import TINY_ITEMS, serve_config
+from conftest import TINY_ITEMS, running, serve_config
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 
+from dman_runtime.api.recommender import SERVICE_NAME
 from dman_runtime.errors import BundleError, UsageError
-from dman_runtime.serving.app import SERVICE_NAME, App
+from dman_runtime.serving.app import App
 from dman_runtime.store.lmdb import LmdbStore
 from protos.dman.v1 import dman_pb2 as pb
 from protos.dman.v1.dman_pb2_grpc import RecommenderStub
@@ -23,8 +25,8 @@ from protos.dman.v1.dman_pb2_grpc import RecommenderStub
 
 @pytest.fixture(scope="module")
 def channel(tiny_bundle: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[grpc.Channel]:
-    app = App(serve_config(tiny_bundle, tmp_path_factory.mktemp("app") / "state"))
-    with app, grpc.insecure_channel(f"127.0.0.1:{app.port}") as opened:
+    config = serve_config(tiny_bundle, tmp_path_factory.mktemp("app") / "state")
+    with running(App(config)) as app, grpc.insecure_channel(f"127.0.0.1:{app.port}") as opened:
         yield opened
 
 
@@ -44,15 +46,16 @@ def test_reflection_lists_the_service(channel: grpc.Channel) -> None:
 @pytest.mark.slow
 def test_closing_app_says_not_serving_and_stores_what_it_accepted(tiny_bundle: Path, tmp_path: Path) -> None:
     app = App(serve_config(tiny_bundle, tmp_path / "state", grace=30.0))
-    with ThreadPoolExecutor(2) as pool, grpc.insecure_channel(f"127.0.0.1:{app.port}") as opened:
-        with app:
+    with ThreadPoolExecutor(2) as pool, ExitStack() as after:
+        with running(app):
+            opened = after.enter_context(grpc.insecure_channel(f"127.0.0.1:{app.port}"))
             request = health_pb2.HealthCheckRequest(service=SERVICE_NAME)
             watch = health_pb2_grpc.HealthStub(opened).Watch(request, timeout=60)
             assert next(watch).status == health_pb2.HealthCheckResponse.SERVING
             events = [pb.Event(item_id=str(1 + n % TINY_ITEMS)) for n in range(2000)]
             stub, update = RecommenderStub(opened), pb.UpdateRequest(user_id="anna", events=events)
             reply = pool.submit(stub.Update, update, timeout=60)
-            while not app._batcher._long and not reply.done():
+            while not app._updates._long and not reply.done():
                 time.sleep(0.001)
 
             def next_status() -> int:

@@ -141,7 +141,8 @@ def test_provider_cuda_without_cuda_is_refused(tiny_bundle: Path, tmp_path: Path
     [
         ("--port", "65536"),
         ("--workers", "0"),
-        ("--threads", "0"),
+        ("--max-in-flight-mib", "0"),
+        ("--idle-timeout", "0"),
         ("--max-concurrent", "0"),
         ("--map-size-mib", "0"),
         ("--grace", "nan"),
@@ -168,7 +169,8 @@ def test_bundle_whose_golden_replay_does_not_repeat_is_refused(
 
 @pytest.mark.parametrize(
     ("name", "value"),
-    [("port", -1), ("port", 65536), ("workers", 0), ("threads", 0), ("encoder_threads", 0), ("max_concurrent", 0),
+    [("port", -1), ("port", 65536), ("workers", 0), ("max_in_flight_mib", 0), ("idle_timeout", 0.5),
+     ("encoder_threads", 0), ("max_concurrent", 0),
      ("map_size_mib", 0), ("grace", float("nan")), ("grace", -1.0), ("grace", 3601.0)],
 )  # fmt: skip
 def test_config_with_an_impossible_value_names_the_parameter(tmp_path: Path, name: str, value: float) -> None:

@@ -138,7 +138,7 @@ def test_a_message_over_16_mib_is_refused_and_changes_nothing(tiny_bundle: Path,
 
 @pytest.mark.slow
 def test_overload_beyond_max_concurrent_is_refused_at_once(exact_bundle: Path, tmp_path: Path) -> None:
-    options = ("--max-concurrent", "1", "--threads", "1")
+    options = ("--max-concurrent", "1")
     with (
         running_server(exact_bundle, tmp_path / "state", *options) as (address, _),
         Client(address, timeout=60) as client,

@@ -1,0 +1,174 @@
+"""What one worker holds at a time, bounded by count and by bytes, and shared fairly between callers.
+
+Receiving, running and answering are limited separately:
+
+- A message that arrives within FAST_SECONDS is not limited at all. Those that take longer are few (MAX_SLOW), as gRPC
+  may buffer MAX_MESSAGE_BYTES for each; one more drops the oldest of the connection that has the most of them.
+- Requests that have arrived are counted, and their bytes; beyond either limit they are refused.
+- A reply stays counted until the client has read it. Small ones have a reserve of their own, so that clients that do
+  not read large replies harm nobody's small ones.
+- Long requests wait in a queue per caller, MAX_LONG of which run at a time.
+
+All of it belongs to one event loop.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections import Counter, deque
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager, suppress
+from dataclasses import dataclass, field
+from time import monotonic
+from typing import Any, TypeAlias
+
+import grpc
+
+from dman_runtime.errors import RefusedError
+from dman_runtime.metrics import NO_METRICS, Metrics
+
+Context: TypeAlias = "grpc.aio.ServicerContext[Any, Any]"
+FAST_SECONDS = 0.1
+SLOW_SECONDS = 10.0  # for a message to arrive
+MAX_SLOW = 8  # messages
+MAX_RECEIVING = 4096  # calls whose message has not arrived, the fast ones included
+SMALL_BYTES = 64 << 10
+SMALL_RESERVE = 64 << 20  # bytes that only messages and replies of SMALL_BYTES may use
+MAX_LONG = 2  # long requests of one caller that run at a time
+_SWEEP_SECONDS = 0.05
+
+
+@dataclass(slots=True, eq=False)
+class _Arriving:
+    """A call whose message has not arrived."""
+
+    peer: str
+    task: asyncio.Task[object] | None
+    since: float = field(default_factory=monotonic)
+    dropped: bool = False
+
+    def drop(self) -> None:
+        self.dropped = True
+        if self.task is not None:
+            self.task.cancel()
+
+
+class Receiver:
+    """Receives the one message of each call."""
+
+    def __init__(self) -> None:
+        self._arriving: dict[_Arriving, None] = {}  # oldest first
+        self._sweeper: asyncio.TimerHandle | None = None
+
+    async def receive(self, context: Context) -> bytes | None:
+        """The message of a call; None if the client sent none. Raises RefusedError where it takes too long."""
+        arriving = _Arriving(context.peer(), asyncio.current_task())
+        self._arriving[arriving] = None
+        if self._sweeper is None:
+            self._sweeper = asyncio.get_running_loop().call_later(_SWEEP_SECONDS, self._sweep)
+        try:
+            message = await context.read()
+        except asyncio.CancelledError:
+            if not arriving.dropped:
+                raise
+            raise RefusedError("the message took too long to arrive", "send it at once, or fewer at a time") from None
+        finally:
+            del self._arriving[arriving]
+        return message if isinstance(message, bytes) else None
+
+    def _sweep(self) -> None:
+        """Drops calls whose message takes too long or holds up others; runs as long as any is awaited."""
+        self._sweeper = None
+        if not self._arriving:
+            return
+        self._sweeper = asyncio.get_running_loop().call_later(_SWEEP_SECONDS, self._sweep)
+        now = monotonic()
+        for arriving in list(self._arriving)[: max(0, len(self._arriving) - MAX_RECEIVING)]:
+            arriving.drop()
+        slow = [one for one in self._arriving if now - one.since > FAST_SECONDS and not one.dropped]
+        for arriving in [one for one in slow if now - one.since > SLOW_SECONDS]:
+            slow.remove(arriving)
+            arriving.drop()
+        peers = Counter(one.peer for one in slow)
+        while len(slow) > MAX_SLOW:
+            greediest = max(peers.values())
+            arriving = next(one for one in slow if peers[one.peer] == greediest)
+            peers[arriving.peer] -= 1
+            slow.remove(arriving)
+            arriving.drop()
+
+
+class Admission:
+    """Counts the requests and bytes that a worker holds."""
+
+    def __init__(self, *, max_requests: int, max_bytes: int, metrics: Metrics = NO_METRICS) -> None:
+        self.requests = self.bytes = 0
+        self._max_requests, self._max_bytes, self._metrics = max_requests, max_bytes, metrics
+        self._held: Counter[str] = Counter()  # bytes by caller; none that is 0
+        self._queues: dict[str, deque[asyncio.Future[None]]] = {}  # long requests that wait, by caller
+        self._running: Counter[str] = Counter()  # long requests, by caller
+
+    def enter(self) -> None:
+        """Counts one more request; `leave` ends it. Raises RefusedError."""
+        if self.requests >= self._max_requests:
+            raise RefusedError(f"the server holds {self.requests} requests", "send fewer at a time, or try again later")
+        self.requests += 1
+
+    def leave(self) -> None:
+        self.requests -= 1
+
+    def hold(self, caller: str, size: int) -> None:
+        """Counts the bytes of a message or a reply; `release` ends it. Raises RefusedError.
+
+        No caller gets more than half of all there is, unless for a single message.
+        """
+        limit = self._max_bytes + (SMALL_RESERVE if size <= SMALL_BYTES else 0)
+        if self.bytes + size > limit or self._held[caller] + size > max(limit // 2, size):
+            raise RefusedError(
+                f"the server holds {self.bytes >> 20} MiB of messages and replies",
+                "read replies at once, send less at a time, or try again later",
+            )
+        self.bytes += size
+        self._held[caller] += size
+
+    def release(self, caller: str, size: int) -> None:
+        self.bytes -= size
+        self._held[caller] -= size
+        if not self._held[caller]:
+            del self._held[caller]
+
+    @asynccontextmanager
+    async def long(self, caller: str) -> AsyncIterator[None]:
+        """Waits until fewer than MAX_LONG long requests of the caller run, and is one of them."""
+        if self._running[caller] >= MAX_LONG:
+            turn = asyncio.get_running_loop().create_future()
+            queue = self._queues.setdefault(caller, deque())
+            queue.append(turn)
+            try:
+                await turn
+            except asyncio.CancelledError:
+                if turn.done() and not turn.cancelled():
+                    self._next(caller)  # the turn came together with the cancellation: pass it on
+                else:
+                    with suppress(ValueError):
+                        queue.remove(turn)
+                raise
+        else:
+            self._running[caller] += 1
+        try:
+            yield
+        finally:
+            self._next(caller)
+
+    def _next(self, caller: str) -> None:
+        """Gives the place of a long request that has ended to the next one that waits."""
+        queue = self._queues.get(caller, deque())
+        while queue:
+            turn = queue.popleft()
+            if not turn.done():
+                turn.set_result(None)
+                return
+        self._queues.pop(caller, None)
+        self._running[caller] -= 1
+        if not self._running[caller]:
+            del self._running[caller]

@@ -1,0 +1,200 @@
+"""The way of every call through a worker: who calls, one message, limits, the handler, one reply, one status.
+
+All methods are served as streams of raw bytes, which on the wire is the same as single messages. So nothing is received
+before this module asks for it, and a message that does not parse is an answer like any other: gRPC's own deserialisers
+keep memory and write a traceback for each.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+import uuid
+from collections.abc import Awaitable, Callable, Sequence
+from concurrent.futures import Executor
+from dataclasses import dataclass
+from typing import Any
+
+import grpc
+from google.protobuf.message import DecodeError, Message
+
+from dman_runtime.access.callers import Access, role_for
+from dman_runtime.access.limits import Limits
+from dman_runtime.api.admission import Admission, Context, Receiver
+from dman_runtime.batcher import NO_DEADLINE, SLICE_EVENTS
+from dman_runtime.errors import DmanError, RequestError
+from dman_runtime.log_lines import RateLimited
+from dman_runtime.metrics import NO_METRICS, Metrics
+
+logger = logging.getLogger(__name__)
+_REFUSALS = ("RESOURCE_EXHAUSTED", "UNAUTHENTICATED", "PERMISSION_DENIED")
+LARGE_BYTES = 64 << 10  # messages beyond are long requests, and parsed off the event loop
+
+
+@dataclass(frozen=True, slots=True)
+class Call:
+    """What a handler may know about the call it answers."""
+
+    caller: str
+    deadline: float  # of time.monotonic()
+    context: Context
+
+
+@dataclass(frozen=True)
+class Method:
+    """One method that takes one message and gives one reply."""
+
+    path: str  # "/package.Service/Method"
+    request: type[Message]
+    run: Callable[[Any, Call], Awaitable[Message | bytes]]
+    weigh: Callable[[Any], int] = lambda _: 0  # events to encode, or what takes as long
+
+
+class Door(grpc.GenericRpcHandler):
+    """Serves methods. All of it belongs to one event loop."""
+
+    def __init__(
+        self,
+        methods: Sequence[Method],
+        *,
+        admission: Admission,
+        access: Access,
+        limits: Limits,
+        bulk: Executor,
+        saw: Callable[[Exception], None] = lambda _: None,
+        metrics: Metrics = NO_METRICS,
+    ) -> None:
+        """`bulk` parses large messages; `saw` hears of every error."""
+        self._admission, self._access, self._limits, self._metrics = admission, access, limits, metrics
+        self.receiver = Receiver()
+        self._bulk, self._saw = bulk, saw
+        self._limited = RateLimited(logger)
+        self._running: set[asyncio.Task[Any]] = set()
+        self._stopping = False
+        self._handlers: dict[str, grpc.RpcMethodHandler[Any, Any]] = {
+            method.path: grpc.stream_unary_rpc_method_handler(self._behaviour(method)) for method in methods
+        }
+
+    def service(self, handler_call_details: grpc.HandlerCallDetails) -> grpc.RpcMethodHandler[Any, Any] | None:
+        return self._handlers.get(handler_call_details.method)
+
+    def stop(self) -> None:
+        """Ends the calls that still run, as unavailable."""
+        self._stopping = True
+        for task in self._running:
+            task.cancel()
+
+    def caller_of(self, context: Context, path: str) -> str:
+        """The name of the caller, who may call this method. Raises UnauthenticatedError, ForbiddenError."""
+        role, peer = role_for(path), str(context.peer())
+        if role is None:
+            return peer
+        caller = self._access.identify(context.invocation_metadata() or (), context.auth_context(), peer)
+        self._access.require(caller, role)
+        return caller.name
+
+    def _behaviour(self, method: Method) -> Callable[[Any, Context], Awaitable[bytes]]:
+        name = method.path.rpartition("/")[2]
+
+        async def behaviour(_: Any, context: Context) -> bytes:
+            began, status, details = time.perf_counter(), "OK", ""
+            task = asyncio.current_task()
+            assert task is not None
+            self._running.add(task)
+            try:
+                return await self._reply(method, context)
+            except grpc.aio.AbortError:
+                status = "ABORTED_BY_HANDLER"
+                raise
+            except asyncio.CancelledError:
+                status, details = "CANCELLED", "the server is stopping; try another one or again later"
+                if not self._stopping:
+                    raise
+                status = "UNAVAILABLE"
+            except Exception as error:
+                status, details = self._failure(error)
+            finally:
+                self._running.discard(task)
+                self._metrics.call(name, status, time.perf_counter() - began)
+            await context.abort(grpc.StatusCode[status], details)
+            raise AssertionError  # abort raises
+
+        return behaviour
+
+    async def _reply(self, method: Method, context: Context) -> bytes:
+        admission = self._admission
+        caller = self.caller_of(context, method.path)
+        body = await self.receiver.receive(context)
+        if body is None:
+            raise RequestError("the call has no message", "send one")
+        left = context.time_remaining()
+        call = Call(caller, NO_DEADLINE if left is None else time.monotonic() + left, context)
+        admission.enter()
+        try:
+            admission.hold(caller, size := len(body))
+            message = [body]
+            del body  # a large message is not kept beside what it is parsed to
+            try:
+                reply = await self._run(method, message, call)
+            finally:
+                admission.release(caller, size)
+        finally:
+            admission.leave()
+        sent = reply if isinstance(reply, bytes) else reply.SerializeToString()
+        admission.hold(caller, size := len(sent))
+        context.add_done_callback(lambda _: admission.release(caller, size))  # type: ignore[arg-type]
+        return sent
+
+    async def _run(self, method: Method, message: list[bytes], call: Call) -> Message | bytes:
+        """The reply to a message, which is taken out of its list."""
+        if len(message[0]) > LARGE_BYTES:
+            async with self._admission.long(call.caller):
+                loop = asyncio.get_running_loop()
+                request, weight = await loop.run_in_executor(self._bulk, self._read, method, message)
+                self._limits.admit(call.caller, weight)
+                return await method.run(request, call)
+        request, weight = self._read(method, message)
+        self._limits.admit(call.caller, weight)
+        if weight <= SLICE_EVENTS:
+            return await method.run(request, call)
+        async with self._admission.long(call.caller):
+            return await method.run(request, call)
+
+    def _read(self, method: Method, message: list[bytes]) -> tuple[Any, int]:
+        """The parsed message, and its weight. Raises RequestError."""
+        kind = method.request.DESCRIPTOR.full_name
+        try:
+            request = method.request.FromString(message.pop())
+        except DecodeError:
+            self._metrics.unparsable(1)
+            self._limited.warning("unparsable", "a message to %s does not parse", method.path)
+            raise RequestError(f"the message is not a {kind}", "send what the proto file describes") from None
+        try:
+            return request, method.weigh(request)
+        except RequestError as error:
+            refusal = error.with_traceback(None)
+        del request  # an error keeps what its frames hold, and this may be large
+        raise refusal
+
+    def _failure(self, error: Exception) -> tuple[str, str]:
+        """Status and details of an error. What a caller cannot mend is logged here and named by a reference only."""
+        self._saw(error)
+        if isinstance(error, DmanError):
+            if error.status == "RESOURCE_EXHAUSTED":
+                self._metrics.refused(type(error).__name__)
+            if error.public is None:
+                return error.status, str(error)
+        status, public = (
+            (error.status, error.public) if isinstance(error, DmanError) else ("INTERNAL", "internal error")
+        )
+        reference = uuid.uuid4().hex[:12]
+        self._limited.error(
+            type(error).__name__,
+            "%s, reference %s: %s",
+            public,
+            reference,
+            error,
+            exc_info=None if isinstance(error, DmanError) else error,
+        )
+        return status, f"{public}; the server's log has the cause under reference {reference}"

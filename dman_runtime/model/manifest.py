@@ -1,0 +1,144 @@
+"""manifest.json: what a bundle is. Read with every type and size checked; format: docs/formats.md."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from dataclasses import MISSING, asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+from dman_runtime.data.untrusted import is_whole_number, parse_json, shown
+from dman_runtime.errors import BundleError
+
+FORMAT_VERSION = 1
+MANIFEST = "manifest.json"
+ENCODER, ABSTRACTION = "segment_encoder.onnx", "memory_abstraction.onnx"
+EMBEDDINGS, INITIAL_MEMORY, ITEMS, GOLDEN = "item_embeddings.npy", "initial_memory.npy", "items.jsonl", "golden.npz"
+GRAPHS = (ENCODER, ABSTRACTION)
+FILES = (*GRAPHS, EMBEDDINGS, INITIAL_MEMORY, ITEMS, GOLDEN)
+STATE_DTYPES = ("float16", "float32")
+MAX_MANIFEST_BYTES = 1 << 20
+MAX_VOCABULARY = 100_000_000
+MAX_STATE_BYTES = 64 << 20  # of one user in float32; the default model has 50 kB
+MAX_FILE_BYTES = 1 << 50  # keeps sums of sizes far below 64 bits; each file has its own, lower limit
+# The ranges that training has for the same sizes (`dman_train.config`), and 0 slots for a model without memory.
+SIZE_LIMITS = {"segment_length": (1, 512), "memory_slots": (0, 512), "layers": (1, 16), "width": (1, 4096)}
+
+
+@dataclass(frozen=True)
+class StateShape:
+    """The sizes that a user's state depends on."""
+
+    segment_length: int  # T
+    memory_slots: int  # m; 0 when the model has no memory
+    layers: int  # L
+    width: int  # D
+    recurrent: bool  # the context reaches into the previous segment
+    dtype: str  # what hidden states and memory are stored as
+
+    @property
+    def context_limit(self) -> int:
+        """Most positions a context can hold: a closed segment and an open one."""
+        return 2 * self.segment_length
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """The content of manifest.json. `bundle_id` is a hash over everything that can change an answer."""
+
+    format_version: int
+    bundle_id: str  # 16 hex digits
+    model: dict[str, Any]  # ModelConfig of dman_train, for people and for retraining
+    state: StateShape
+    vocabulary: int  # V
+    integer_item_ids: bool
+    tensors: dict[str, dict[str, list[dict[str, Any]]]]  # graph -> inputs/outputs -> name, dtype, shape
+    files: dict[str, dict[str, Any]]  # name -> sha256, bytes
+    data: dict[str, Any] = field(default_factory=dict)  # filters and fingerprint of the training data
+    metrics: dict[str, Any] = field(default_factory=dict)  # offline metrics with their protocol
+    export: dict[str, Any] = field(default_factory=dict)  # torch-to-ONNX error and its tolerance
+    versions: dict[str, str] = field(default_factory=dict)
+
+    def content_hash(self) -> str:
+        """What `bundle_id` must be."""
+        content = {
+            "format_version": self.format_version,
+            "state": asdict(self.state),
+            "integer_item_ids": self.integer_item_ids,
+            "files": {name: entry["sha256"] for name, entry in self.files.items()},
+        }
+        return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def parse_manifest(content: bytes, file: Path) -> Manifest:
+    """The manifest in the content of `file`, with every value checked. Raises BundleError."""
+    try:
+        values = parse_json(content)
+    except ValueError as error:
+        raise BundleError(f"{file} cannot be read ({error})", "export the bundle again") from None
+    version = values.get("format_version") if isinstance(values, dict) else None
+    if type(version) is not int or version != FORMAT_VERSION:
+        raise BundleError(
+            f"{file.parent} has bundle format {shown(version)}, this runtime reads format {FORMAT_VERSION}",
+            "export it again with the version of dman that serves it",
+        )
+    try:
+        _check(values)
+        manifest = Manifest(**values | {"state": StateShape(**values["state"])})
+        _require(manifest.content_hash() == manifest.bundle_id, "its bundle id does not fit its content")
+    except ValueError as error:
+        raise BundleError(f"{file} is damaged or was edited: {error}", "export the bundle again") from None
+    return manifest
+
+
+def _require(condition: bool, problem: str) -> None:
+    if not condition:
+        raise ValueError(problem)
+
+
+def _check(values: dict[str, Any]) -> None:
+    """Raises ValueError if the content of a manifest is not what the class describes."""
+    required = {f.name for f in fields(Manifest) if f.default_factory is MISSING}
+    if missing := sorted(required - set(values)):
+        raise ValueError(f"it lacks {', '.join(missing)}")
+    if unknown := sorted(set(values) - {f.name for f in fields(Manifest)}):
+        raise ValueError(f"it has an unknown field {shown(unknown[0])}")
+    for name in ("model", "tensors", "data", "metrics", "export", "versions"):
+        _require(isinstance(values.get(name, {}), dict), f"{name} is not an object")
+    _require(isinstance(values.get("metrics", {}).get("test", {}), dict), "metrics.test is not an object")
+    _require(_is_hex(values["bundle_id"], 16), "bundle_id is not 16 hex digits")
+    _require_number("vocabulary", values["vocabulary"], 1, MAX_VOCABULARY)
+    _require(isinstance(values["integer_item_ids"], bool), "integer_item_ids is neither true nor false")
+    _check_state(values["state"])
+    _check_files(values["files"])
+
+
+def _check_state(state: object) -> None:
+    if not isinstance(state, dict) or set(state) != {f.name for f in fields(StateShape)}:
+        raise ValueError("state does not have exactly its fields")
+    for name, (low, high) in SIZE_LIMITS.items():
+        _require_number(f"state.{name}", state[name], low, high)
+    _require(isinstance(state["recurrent"], bool), "state.recurrent is neither true nor false")
+    _require(state["dtype"] in STATE_DTYPES, f"state.dtype is {shown(state['dtype'])}")
+    size = 4 * state["layers"] * state["width"] * (2 * state["segment_length"] + state["memory_slots"])
+    _require(size <= MAX_STATE_BYTES, f"a state would have {size} bytes, more than {MAX_STATE_BYTES}")
+
+
+def _check_files(files: object) -> None:
+    if not isinstance(files, dict) or set(files) != set(FILES):
+        raise ValueError("files does not list exactly the files of a bundle")
+    for name, entry in files.items():
+        if not isinstance(entry, dict) or set(entry) != {"sha256", "bytes"}:
+            raise ValueError(f"the entry of {name} does not have exactly sha256 and bytes")
+        _require(_is_hex(entry["sha256"], 64), f"the sha256 of {name} is not 64 hex digits")
+        _require_number(f"the size of {name}", entry["bytes"], 0, MAX_FILE_BYTES)
+
+
+def _require_number(what: str, value: object, low: int, high: int) -> None:
+    _require(is_whole_number(value, low, high), f"{what} is {shown(value)}, expected {low} to {high}")
+
+
+def _is_hex(value: object, digits: int) -> bool:
+    return isinstance(value, str) and re.fullmatch(f"[0-9a-f]{{{digits}}}", value) is not None

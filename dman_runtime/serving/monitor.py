@@ -1,0 +1,79 @@
+"""What is wrong with a worker: looked for every second, told by health checks, status calls and metrics."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from dman_runtime.errors import DmanError, StoreDamagedError, StoreFullError, StoreGoneError
+from dman_runtime.metrics import NO_METRICS, Metrics
+from dman_runtime.problems import Problems
+
+BLOCKED_SECONDS = 5.0  # a turn that takes longer waits for the disk, or for another process
+FULL_SECONDS = 30.0  # a store that was full is called full for so long, unless a commit succeeds
+MIN_FREE_BYTES = 64 << 20
+
+
+class Monitor:
+    """Looks at what can go wrong under a running worker."""
+
+    def __init__(
+        self,
+        problems: Problems,
+        *,
+        state: Path,
+        check_store: Callable[[], None],
+        maintain_store: Callable[[], int],
+        bundle_changed: Callable[[], str],
+        reload_tokens: Callable[[], DmanError | None],
+        busy_since: Sequence[Callable[[], float | None]],
+        metrics: Metrics = NO_METRICS,
+    ) -> None:
+        """`check_store` raises StoreError; `busy_since` say since when (time.monotonic()) a batcher's turn has run."""
+        self._problems, self._state = problems, state
+        self._check_store, self._maintain_store = check_store, maintain_store
+        self._bundle_changed, self._reload_tokens, self._busy_since = bundle_changed, reload_tokens, busy_since
+        self._metrics = metrics
+        self._full_at = -FULL_SECONDS
+
+    def saw(self, error: Exception) -> None:
+        """A call failed with this error."""
+        if isinstance(error, StoreFullError):
+            self._full_at = time.monotonic()
+            self._problems.set("disk_full", str(error))
+        elif isinstance(error, StoreGoneError):
+            self._problems.set("store_gone", str(error), blocking=True)
+        elif isinstance(error, StoreDamagedError):
+            self._problems.set("store_damaged", str(error))
+
+    def committed(self) -> None:
+        """A commit succeeded: the store has room."""
+        self._full_at = -FULL_SECONDS
+
+    def look(self) -> None:
+        """Everything once; may take as long as the disk does."""
+        self._problems.set("bundle_changed", self._bundle_changed())
+        tokens = self._reload_tokens()
+        self._problems.set("tokens_unusable", str(tokens) if tokens else "")
+        now = time.monotonic()
+        blocked = max((now - since for get in self._busy_since if (since := get()) is not None), default=0.0)
+        detail = "commits wait for the disk or for another process that writes; look at the disk and at other programs"
+        self._problems.set("commits_blocked", detail if blocked > BLOCKED_SECONDS else "")
+        try:
+            self._check_store()
+            self._look_at_disk(now)
+            if not blocked:
+                self._metrics.stale_readers(self._maintain_store())
+        except DmanError as error:
+            self.saw(error)
+        self._metrics.problems([problem.name for problem in self._problems.now()])
+
+    def _look_at_disk(self, now: float) -> None:
+        if now - self._full_at < FULL_SECONDS:
+            return
+        disk = os.statvfs(self._state)
+        free = disk.f_bavail * disk.f_frsize
+        detail = f"the disk of the state store has {free >> 20} MiB left; free some, or move the store"
+        self._problems.set("disk_full", detail if free < MIN_FREE_BYTES else "")
