@@ -35,7 +35,7 @@ def test_a_removed_state_directory_ends_updates_and_health(start: Start) -> None
     assert failures(server.address, add_one_event, health, rounds=3) == []
     shutil.rmtree(server.state)
     assert keeps_failing(server.address, add_one_event, seconds=DETECTION_SECONDS)
-    assert status_of(server.address, health) == "NOT_SERVING"
+    assert wait_until(lambda: status_of(server.address, health) == "NOT_SERVING", seconds=DETECTION_SECONDS)
     assert not list(server.state.rglob("data.mdb"))  # no empty store in its place
 
 
