@@ -145,19 +145,17 @@ def _write_under_fire(soak: Soak, server: FaultServer, writers: list[Writer]) ->
     over = threading.Event()
     with ExitStack() as stack:
         proxy = stack.enter_context(LossyProxy(server.address, share_of(LOST_SHARE, seed=0)))
-        threads = [threading.Thread(target=writer.run, args=(proxy.address, over)) for writer in writers]
+        threads = [threading.Thread(target=writer.run, args=(proxy.address, over), daemon=True) for writer in writers]
         for thread in threads:
             thread.start()
-        try:
-            kills = kill_often(server, soak.effort.kills, random.Random(0))
-            while sum(writer.updates for writer in writers) < soak.effort.updates:
-                if not any(thread.is_alive() for thread in threads):
-                    break
-                time.sleep(0.1)
-        finally:
-            over.set()
-            for thread in threads:
-                thread.join(20 * START_SECONDS)
+        kills = kill_often(server, soak.effort.kills, random.Random(0))
+        while sum(writer.updates for writer in writers) < soak.effort.updates:
+            if not any(thread.is_alive() for thread in threads):
+                break
+            time.sleep(0.1)
+        over.set()
+        for thread in threads:
+            thread.join(20 * START_SECONDS)
         return kills, proxy.lost
 
 
