@@ -54,7 +54,7 @@ def test_blocked_commits_hold_up_neither_reads_nor_health(start: Start) -> None:
 
 def test_large_what_ifs_do_not_hold_up_others(start: Start) -> None:
     server = start()
-    with what_ifs(server.address, ITEMS, callers=24, calls=200, seconds=10):
+    with what_ifs(server.address, ITEMS, callers=24, calls=200, seconds=5):
         time.sleep(0.5)
         assert failures(server.address, recommend, add_one_event, health, rounds=10) == []
 

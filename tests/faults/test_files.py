@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -14,13 +15,14 @@ from typing import Any
 import numpy as np
 import psutil
 import pytest
+from conftest import ROOT
 
 from protos.dman.v1 import dman_pb2 as pb
 from protos.dman.v1.dman_pb2_grpc import RecommenderStub
 from tools.bench.servers import connect
 from tools.faults.bundles import EMBEDDINGS, GOLDEN, ITEMS, MANIFEST, refit
 from tools.faults.honest import failures, recommend
-from tools.faults.servers import FaultServer, python_environment, wait_until
+from tools.faults.servers import FaultServer, python_environment
 
 from .conftest import Start
 
@@ -196,29 +198,36 @@ def test_a_malformed_bundle_gives_one_line(root: Path, own_bundle: Path, tmp_pat
 # -- a hostile checkpoint --------------------------------------------------------------------------------------------
 
 
-def test_a_checkpoint_runs_no_command(root: Path, tmp_path: Path) -> None:
-    log, run, proof = tmp_path / "log.csv", tmp_path / "run", tmp_path / "proof"
-    generate = [sys.executable, "-m", "tools.generate", "--output", str(log), "--items", str(tmp_path / "items.csv")]
-    small = ["--users", "80", "--num-items", "100", "--mean-events", "40"]
-    subprocess.run([*generate, *small], cwd=root, env=python_environment(root), check=True, stdout=subprocess.DEVNULL)
-    train = ["-m", "dman_train.train", "--data", str(log), "--run", str(run), "--threads", "1"]
-    options = ["--preset", "tiny", "--epochs", "1000", "--lanes", "16"]
-    environment = python_environment(root)
-    training = subprocess.Popen(
-        [sys.executable, *train, *options], cwd=root, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE
-    )
-    try:
-        assert wait_until(lambda: (run / "checkpoint.pt").exists() or training.poll() is not None, seconds=60)
-    finally:
-        training.terminate()
-        training.communicate(timeout=60)
-    assert (run / "checkpoint.pt").exists()
+@pytest.fixture
+def unfinished_run(root: Path, tmp_path: Path, request: pytest.FixtureRequest) -> tuple[Path, Path]:
+    """A run directory that can be resumed but for its checkpoint, and its log, by the checkout under test."""
+    if root == ROOT:
+        log, trained = request.getfixturevalue("small_log"), request.getfixturevalue("trained_run")
+    else:
+        log, trained = tmp_path / "log.csv", tmp_path / "trained"
+        small = ["--users", "80", "--num-items", "100", "--mean-events", "40", "--items", str(tmp_path / "items.csv")]
+        options = ["--preset", "tiny", "--epochs", "1", "--lanes", "16", "--threads", "1"]
+        for command in (
+            ["tools.generate", "--output", str(log), *small],
+            ["dman_train.train", "--data", str(log), "--run", str(trained), *options],
+        ):
+            subprocess.run([sys.executable, "-m", *command], cwd=root, env=python_environment(root), check=True)
+    run = Path(shutil.copytree(trained, tmp_path / "run"))
+    (run / "metrics.json").unlink()  # what says that it is finished
+    return run, log
+
+
+def test_a_checkpoint_runs_no_command(root: Path, unfinished_run: tuple[Path, Path], tmp_path: Path) -> None:
+    run, log = unfinished_run
+    proof = tmp_path / "proof"
     make = f"import os, torch\nclass Bomb:\n    def __reduce__(self): return os.mkdir, ({str(proof)!r},)\n"
     save = f"torch.save({{'step': Bomb()}}, {str(run / 'checkpoint.pt')!r})"
     subprocess.run([sys.executable, "-c", make + save], check=True)
-    refusal = Refusal(root, *train[1:], "--resume", seconds=60)
+    arguments = ["--data", str(log), "--run", str(run), "--threads", "1", "--resume"]
+    refusal = Refusal(root, "dman_train.train", *arguments, seconds=60)
     assert not proof.exists()
     refusal.check()
+    assert "checkpoint" in refusal.errors.splitlines()[-1]
 
 
 # -- who may listen in -----------------------------------------------------------------------------------------------

@@ -145,19 +145,17 @@ def _write_under_fire(soak: Soak, server: FaultServer, writers: list[Writer]) ->
     over = threading.Event()
     with ExitStack() as stack:
         proxy = stack.enter_context(LossyProxy(server.address, share_of(LOST_SHARE, seed=0)))
-        threads = [threading.Thread(target=writer.run, args=(proxy.address, over)) for writer in writers]
+        threads = [threading.Thread(target=writer.run, args=(proxy.address, over), daemon=True) for writer in writers]
         for thread in threads:
             thread.start()
-        try:
-            kills = kill_often(server, soak.effort.kills, random.Random(0))
-            while sum(writer.updates for writer in writers) < soak.effort.updates:
-                if not any(thread.is_alive() for thread in threads):
-                    break
-                time.sleep(0.1)
-        finally:
-            over.set()
-            for thread in threads:
-                thread.join(20 * START_SECONDS)
+        kills = kill_often(server, soak.effort.kills, random.Random(0))
+        while sum(writer.updates for writer in writers) < soak.effort.updates:
+            if not any(thread.is_alive() for thread in threads):
+                break
+            time.sleep(0.1)
+        over.set()
+        for thread in threads:
+            thread.join(20 * START_SECONDS)
         return kills, proxy.lost
 
 
@@ -174,8 +172,8 @@ def _section(
         f"{CLIENTS} clients wrote {updates} updates ({events} events) for {USERS} shared users through a proxy that "
         f"lost {lost} replies, while two workers and their supervisor got {kills} SIGKILLs. Each update was repeated "
         f"with its id until it was acknowledged; {repeats} had been applied before. Then each history was read and "
-        "compared with what was acknowledged. The scores of its items were compared with those of a server that got the "
-        "history in one update.",
+        "compared with what was acknowledged. The scores of its items were compared with those of a server that got "
+        "the history in one update.",
         [
             Claim("acknowledged updates", str(updates), f">= {effort.updates}", updates >= effort.updates),
             Claim("SIGKILLs", str(kills), f">= {effort.kills}", kills >= effort.kills),

@@ -75,10 +75,17 @@ class RowResult:
     def claims(self) -> list[Claim]:
         errors = self.errors.total()
         shown = ", ".join(f"{count} {name}" for name, count in sorted(self.errors.items())) or "none"
-        claims = [Claim(f"row {self.row}: errors of honest callers", f"{shown} in {self.calls}", "none", errors == 0)]
+        claims = [
+            Claim(
+                f"row {self.row}, {self.attack}: errors of honest callers",
+                f"{shown} in {self.calls}",
+                "none",
+                errors == 0,
+            )
+        ]
         if self.bounded:
             ratio = self.worst_ratio
-            claim = f"row {self.row}: worst p99 during and after by quiet"
+            claim = f"row {self.row}, {self.attack}: worst p99 during and after by quiet"
             claims.append(Claim(claim, f"{ratio:.2f}", f"< {MAX_RATIO:g}", bool(ratio < MAX_RATIO)))
         return claims
 

@@ -202,8 +202,9 @@ def _attacks_section(results: Sequence[RowResult], turns: int) -> Section:
     return Section(
         "Attacks while honest callers work",
         f"{turns} turns. Each turn starts a server, lets four honest callers recommend, update and check health one "
-        "call after the other, attacks the server, and watches it afterwards. The callers use the SDK with five retries, "
-        "in a process of their own. Times are of calls that succeeded. Rows 5 and 6 have two workers, the others one.",
+        "call after the other, attacks the server, and watches it afterwards. The callers use the SDK with five "
+        "retries, in a process of their own. Times are of calls that succeeded. Rows 5 and 6 have two workers, the "
+        "others one.",
         [claim for result in results for claim in result.claims()],
         HEADS,
         [line for result in results for line in result.rows()],
