@@ -23,7 +23,7 @@ from dman_runtime.errors import StoreGoneError, StoreUnavailableError
 
 _MAGIC, _DATA_FORMAT = struct.pack("=I", 0xBEEFC0DE), struct.pack("=I", 1)  # how LMDB 0.9 marks its file
 _BUSY, _GONE = {errno.EWOULDBLOCK, errno.EAGAIN, errno.EACCES}, {errno.ENOENT, errno.ENOTDIR, errno.ESTALE}
-_CHECKED_BYTES = 256 << 20  # of larger files the structure is not checked when they are opened
+_CHECKED_BYTES = 64 << 20  # of larger files the structure is not checked when they are opened
 _PATIENCE, _PAUSE, _TRIES = 60.0, 0.02, 5  # seconds for another process to open the store; between tries; for lock.mdb
 
 

@@ -17,6 +17,7 @@ from dman_runtime.model.encoder import Encoder
 from dman_runtime.model.generation import Generation
 from dman_runtime.model.recurrence import Graphs
 from dman_runtime.store.lmdb import LmdbStore
+from dman_runtime.store.marker import marker_path
 from tools.bench.blocks import Spread
 from tools.bench.report import Claim, Section
 from tools.bench.setting import Bench
@@ -126,6 +127,7 @@ def _import(bench: Bench, log: Path, graphs: Graphs, events: int) -> tuple[float
         taken = time.perf_counter() - began
         used = store.stats().bytes_used
     shutil.rmtree(state)
+    marker_path(state).unlink(missing_ok=True)
     assert result.events == events, f"{result.events} of {events} events were imported"
     return taken, used
 

@@ -15,6 +15,7 @@ from pathlib import Path
 import grpc
 
 from dman_runtime.errors import UsageError
+from dman_runtime.store.marker import marker_path
 from tools.bench import whatif
 from tools.bench.batch import write_log
 from tools.bench.blocks import Operation, Plan, Spread, clean, p50s, ratios, run_in_processes
@@ -59,6 +60,7 @@ class Comparison:
             log, self.bench.bundle.path, state, provider=self.bench.provider
         )
         shutil.rmtree(state)
+        marker_path(state).unlink(missing_ok=True)
         if result["events"] != events:
             raise UsageError(f"the {side} checkout imported {result['events']} of {events} events")
         return taken

@@ -9,10 +9,11 @@ from typing import Any
 import numpy as np
 import pytest
 
-from dman_runtime.errors import StoreUnavailableError
+from dman_runtime.errors import StoreDamagedError
+from dman_runtime.store import files
 from dman_runtime.store import lmdb as lmdb_module
 from dman_runtime.store.base import Write
-from dman_runtime.store.history import CHUNK_EVENTS
+from dman_runtime.store.history import CHUNK_EVENTS, pack_record, seed_of
 from dman_runtime.store.lmdb import LmdbStore
 from dman_runtime.store.lmdb_reads import LmdbSnapshot
 
@@ -55,6 +56,7 @@ def put(store: LmdbStore, database: str, key: bytes, value: bytes | None) -> Non
 
 HEAD, RECORD = b"\0" + bytes(4), b"\0\0\0\0\1"
 CHUNK = HEAD  # the first
+EVENTS = np.arange(1), np.arange(1)
 
 
 @pytest.mark.slow
@@ -174,6 +176,7 @@ READS: dict[str, Callable[[LmdbStore], object]] = {
     "ranking_view": lambda store: store.ranking_view("a", 1, 10),
     "history": lambda store: store.history("a"),
     "seen": lambda store: store.seen("a"),
+    "applied": lambda store: store.applied("a", [1]),
     "commit": lambda store: store.commit([write("a", version_of(store, "a"), [1] * CHUNK_EVENTS)]),
 }
 
@@ -181,15 +184,17 @@ READS: dict[str, Callable[[LmdbStore], object]] = {
 @pytest.mark.parametrize(
     ("database", "key", "value", "fails"),
     [
-        ("users", b"a" + HEAD, b"", "get_many ranking_view history seen commit"),
-        ("users", b"a" + HEAD, b"short", "get_many ranking_view history seen commit"),
-        ("users", b"a" + HEAD, bytes(28), "get_many ranking_view history seen commit"),
+        ("users", b"a" + HEAD, b"", "get_many ranking_view history seen applied commit"),
+        ("users", b"a" + HEAD, b"short", "get_many ranking_view history seen applied commit"),
+        ("users", b"a" + HEAD, bytes(28), "get_many ranking_view history seen applied commit"),
         ("seen", b"a", b"", "ranking_view seen commit"),
         ("seen", b"a", b"\1\0", "ranking_view seen commit"),
         ("seen", b"a", bytes(9), "ranking_view seen commit"),
         ("history", b"a" + CHUNK, b"short", "history"),
         ("history", b"a" + CHUNK, bytes(12 * CHUNK_EVENTS + 4), "history"),
         ("history", b"a" + CHUNK, None, "history"),
+        ("seen", b"a", None, "ranking_view seen commit"),
+        ("users", b"a" + HEAD, None, "get_many ranking_view history seen commit"),
     ],
 )
 def test_damaged_value_is_reported_as_corruption_and_can_be_deleted(
@@ -201,7 +206,8 @@ def test_damaged_value_is_reported_as_corruption_and_can_be_deleted(
     for name, read in READS.items():
         try:
             read(store)
-        except StoreUnavailableError as error:
+        except StoreDamagedError as error:
+            assert error.status == "DATA_LOSS" and "`dman-runtime verify` lists what is damaged" in error.remedy
             assert "corrupted" in str(error) and "restore a backup" in str(error)
             failing.append(name)
     assert failing == fails.split()
@@ -210,3 +216,117 @@ def test_damaged_value_is_reported_as_corruption_and_can_be_deleted(
     assert store.get_many(["a"], 1) == [None] and list(store.scan()) == ["b"]
     assert store.commit([write("a", items=[3])]) == []
     assert store.history("a")[0].tolist() == store.seen("a").tolist() == [3]
+
+
+@pytest.mark.parametrize(
+    ("database", "key", "value"),
+    [
+        ("users", b"a" + RECORD, pack_record(b"x", seed_of(b"a"), 1)),
+        ("history", b"a" + CHUNK, b"anything"),
+        ("history", b"a\0\0\0\0\7", b"anything"),
+        ("seen", b"a", b"anything"),
+    ],
+)
+def test_anything_of_a_user_without_a_head_is_damage_and_never_a_new_user(
+    store: LmdbStore, database: str, key: bytes, value: bytes
+) -> None:
+    put(store, database, key, value)
+    for user in ("b", "ab", "`"):
+        assert store.get_many([user], 1) == [None] and store.ranking_view(user, 1, 1) is None
+    for read in (
+        lambda: store.get_many(["a"], 1),
+        lambda: store.ranking_view("a", 1, 10),
+        lambda: store.history("a"),
+        lambda: store.seen("a"),
+        lambda: store.commit([write("a", items=[3])]),
+    ):
+        with pytest.raises(StoreDamagedError, match="corrupted"):
+            read()
+    assert store.delete("a") is not None  # the way out
+    assert store.get_many(["a"], 1) == [None]
+    assert store.commit([write("a", items=[3])]) == []
+
+
+@pytest.mark.parametrize("position", [0, 4, 5])
+@pytest.mark.parametrize("bit", range(8))
+def test_user_whose_key_is_damaged_is_not_taken_for_a_new_one(store: LmdbStore, position: int, bit: int) -> None:
+    """The entry of user-5 stays where it was, under a key that is wrong in one bit."""
+    store.commit([Write(f"user-{number}", 0, {}, *EVENTS) for number in range(10)])
+    flip_key(store, b"user-5" + HEAD, position, bit)
+    with reopened(store) as damaged:
+        for read in (damaged.history, damaged.seen, lambda user: damaged.get_many([user], 1), damaged.delete):
+            with pytest.raises(StoreDamagedError):
+                read("user-5")
+
+
+@pytest.mark.parametrize("position", [0, 4, 6])
+@pytest.mark.parametrize("bit", range(7))
+def test_item_whose_key_is_damaged_is_not_taken_for_a_new_one(store: LmdbStore, position: int, bit: int) -> None:
+    flip_key(store, b"item-57", position, bit)
+    with reopened(store) as damaged:
+        for call in (damaged.find_items, damaged.add_items):
+            with pytest.raises(StoreDamagedError):
+                call(["item-57"])
+
+
+def test_item_table_that_has_lost_its_end_gives_no_number_twice(store: LmdbStore) -> None:
+    put(store, "items", b"\0\0\0\x63", None)
+    with store._env.write() as txn:
+        txn.put(b"\0\0\0\xff", b"x", db=store._databases.items)
+    with pytest.raises(StoreDamagedError, match="does not hold the items it counts"):
+        store.add_items(["new"])
+    with pytest.raises(StoreDamagedError, match="missing from the item table"):
+        store.item_ids([99])
+
+
+def test_damaged_record_counts_as_missing_and_is_logged(store: LmdbStore, caplog: pytest.LogCaptureFixture) -> None:
+    records = {1: b"record of a", 2: b"another"}
+    store.commit([write("a", items=[1], records=records), write("b", items=[1], records={1: b"record of b"})])
+    with store._env.read() as reading:
+        of_b = bytes(reading.txn.get(b"b" + RECORD, db=store._databases.users))
+    for damaged in (of_b, b"", b"123", of_b[:-1]):
+        caplog.clear()
+        put(store, "users", b"a" + RECORD, damaged)
+        (found,) = store.get_many(["a"], 1)
+        view = store.ranking_view("a", 1, 10)
+        assert found is not None and found.record is None and view is not None and view.record is None
+        assert [record.getMessage() for record in caplog.records] == [
+            "the record of user 'a' is damaged; it counts as missing"
+        ] * 2
+    (other,) = store.get_many(["a"], 2)
+    assert other is not None and other.record == b"another"
+
+
+@pytest.mark.parametrize("names", [["user-1", "user-2"], ["a"]])
+def test_scan_notices_a_user_without_a_head(store: LmdbStore, names: list[str]) -> None:
+    store.commit([write(name) for name in names])
+    put(store, "users", names[-1].encode() + HEAD, None)
+    with pytest.raises(StoreDamagedError, match="head is missing"):
+        list(store.scan())
+
+
+def test_generations_are_checked(store: LmdbStore) -> None:
+    store.add_generation("bundle")
+    put(store, "meta", b"generations", b'["bundlf"]' + contents(store)["meta"][b"generations"][-5:])
+    for call in (store.generations, lambda: store.add_generation("other")):
+        with pytest.raises(StoreDamagedError, match="list of generations"):
+            call()
+
+
+def flip_key(store: LmdbStore, key: bytes, position: int, bit: int) -> None:
+    """Flips a bit of a key where it lies in the file, in every page that has it; closes the store."""
+    store.close()
+    path = store.path / "data.mdb"
+    data, found = bytearray(path.read_bytes()), 0
+    header = b"\0\0\0\0" + len(key).to_bytes(2, "little")  # how LMDB begins an entry, after the size of the value
+    while (found := data.find(header + key, found + 1)) >= 0:
+        data[found + len(header) + position] ^= 1 << bit
+    assert path.read_bytes() != data
+    path.write_bytes(data)
+
+
+def reopened(store: LmdbStore) -> LmdbStore:
+    """As a large file is opened: its pages are not checked."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(files, "_CHECKED_BYTES", 0)
+        return LmdbStore.open(store.path)
