@@ -8,7 +8,7 @@ export ORT_DISABLE_TELEMETRY := 1
 # A process per core; one that is idle takes tests from another.
 PYTEST := $(BIN)/python -m pytest --numprocesses=auto --dist=worksteal
 
-.PHONY: demo test check fast lint proto docs bench report clean
+.PHONY: demo test check fast lint proto docs bench soak report clean
 
 # torch first and by itself: the pinned version is the CPU build, and nothing later may replace it.
 $(STAMP): pyproject.toml constraints.txt
@@ -44,6 +44,9 @@ docs: $(STAMP)  ## write docs/options.md from the code
 
 bench: $(STAMP)  ## measure the bundle in bundle/ and write reports/serving.md
 	$(BIN)/python -m tools.bench
+
+soak: $(STAMP)  ## attack servers for half an hour and more, and write reports/faults.md
+	$(BIN)/python -m tools.soak
 
 report: $(STAMP)  ## build reports/accuracy.md from reports/records.parquet
 	$(BIN)/python -m tools.report

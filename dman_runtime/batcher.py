@@ -16,7 +16,6 @@ A server has two of them, one for updates and one for queries: a commit that wai
 from __future__ import annotations
 
 import logging
-import random
 import threading
 import time
 from collections import deque
@@ -26,7 +25,7 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
 
-from dman_runtime.engine import COMMIT_ATTEMPTS, Engine
+from dman_runtime.engine import COMMIT_ATTEMPTS, Engine, conflict_pause
 from dman_runtime.errors import ConflictError, ExpiredError, StoppedError
 from dman_runtime.metrics import NO_METRICS, Metrics
 from dman_runtime.model.recurrence import Piece
@@ -37,7 +36,6 @@ logger = logging.getLogger(__name__)
 SLICE_EVENTS = 128  # a long request holds up others for the time of this many events
 SHORT_EVENTS_PER_TURN = 2048  # short requests beyond it wait for the next turn
 MAX_LONG_USERS = 1024  # open at a time: each holds a state in memory
-_LONGEST_PAUSE = 0.25  # seconds before a conflicting commit is tried again
 NO_DEADLINE = float("inf")
 
 
@@ -227,9 +225,9 @@ class Batcher:
         for job in jobs:
             try:
                 if job.opened is not None:
-                    job.opened = self._engine.reopen(job.opened, job.conflicts, batch_id=job.batch_id)
+                    job.opened = self._engine.reopen(job.opened, job.conflicts, job.batch_id)
                 elif job.updates:
-                    job.opened = self._engine.open_updates(job.updates, batch_id=job.batch_id)
+                    job.opened = self._engine.open_updates(job.updates, job.batch_id)
                 elif not self._open_queries(job):
                     continue
             except Exception as error:
@@ -351,8 +349,3 @@ class Batcher:
             job.alone, job.opened, job.opened_queries = True, None, []
             with self._changed:
                 self._queue.appendleft(job)
-
-
-def conflict_pause(attempts: int) -> float:
-    """Seconds to wait after a number of conflicting commits: longer each time, and never as long as others."""
-    return random.uniform(0, min(_LONGEST_PAUSE, 0.001 * 2.0**attempts))

@@ -10,7 +10,9 @@ user is opened; one that is damaged is made anew. Knows neither gRPC nor threads
 from __future__ import annotations
 
 import logging
-from collections.abc import Collection, Sequence
+import random
+import time
+from collections.abc import Collection, Mapping, Sequence
 from contextlib import suppress
 
 import numpy as np
@@ -27,6 +29,7 @@ from dman_runtime.requests import (
     Update,
     UpdateOutcome,
     UserInfo,
+    check_batch_id,
     check_query,
     check_update,
     check_user_id,
@@ -34,10 +37,12 @@ from dman_runtime.requests import (
 )
 from dman_runtime.retrieval.base import NO_ITEMS, Hits
 from dman_runtime.retrieval.exact import search_scores
-from dman_runtime.store.base import Head, StateStore, Write
+from dman_runtime.store.base import Snapshot, StateStore, StoredUser, Write
 
 logger = logging.getLogger(__name__)
 COMMIT_ATTEMPTS = 50
+_LONGEST_PAUSE = 0.25  # seconds before a conflicting commit is tried again
+NO_REQUEST_IDS: Mapping[str, Sequence[int]] = {}
 
 
 class Engine:
@@ -64,14 +69,25 @@ class Engine:
 
     # -- the path --------------------------------------------------------------------------------------------------
 
-    def open_users(self, user_ids: Sequence[str]) -> list[OpenUser]:
-        """Reads users, new ones included. What their records do not cover yet is left to be advanced."""
-        return [
-            self._open(user_id, stored.head, stored.record) if stored else self._open(user_id, NEW_USER, None)
-            for user_id, stored in zip(user_ids, self.store.get_many(user_ids, self.number), strict=True)
-        ]
+    def open_users(
+        self, user_ids: Sequence[str], request_ids: Mapping[str, Sequence[int]] = NO_REQUEST_IDS
+    ) -> list[OpenUser]:
+        """Reads users, new ones included. What their records do not cover yet is left to be advanced.
 
-    def _open(self, user_id: str, head: Head, record: bytes | None) -> OpenUser:
+        `request_ids`, by user, are looked up in the same snapshot; those found are `applied` of the user.
+        """
+        with self.store.snapshot() as snapshot:
+            users = [
+                self._open(snapshot, user_id, stored)
+                for user_id, stored in zip(user_ids, snapshot.get_many(user_ids, self.number), strict=True)
+            ]
+            for user_id, user in zip(user_ids, users, strict=True):
+                if user_id in request_ids:
+                    user.applied = snapshot.applied(user_id, request_ids[user_id])
+        return users
+
+    def _open(self, snapshot: Snapshot, user_id: str, stored: StoredUser | None) -> OpenUser:
+        head, record = stored or (NEW_USER, None)
         try:
             state = self.generation.unpack(record)
             lags = state.history_count != head.history_count
@@ -81,10 +97,10 @@ class Engine:
             logger.warning("%s; making the record of user %r anew from the history", error.cause, user_id)
             state, lags = self.generation.unpack(None), True
         left = NO_ITEMS
-        if lags:  # a deletion in between gives fewer events, and then the commit a conflict
-            items, _ = self.store.history(user_id, state.history_count, head.history_count)
+        if lags:
+            items, _ = snapshot.history(user_id, state.history_count, head.history_count)
             left = self.known_indices(items)
-        return OpenUser(user_id, head, state, left, lags, request_ids=list(head.request_ids))
+        return OpenUser(user_id, head, state, left, lags)
 
     def append(self, user: OpenUser, numbers: np.ndarray, timestamps: np.ndarray) -> int:
         """Appends events (N) to what will be stored; returns how many of them the model knows."""
@@ -120,52 +136,71 @@ class Engine:
 
     # -- updates ---------------------------------------------------------------------------------------------------
 
-    def update(self, updates: Sequence[Update]) -> list[UpdateOutcome]:
+    def update(self, updates: Sequence[Update], batch_id: str = "") -> list[UpdateOutcome]:
         """Applies updates in order and commits them at once: durable and complete when it returns, or not at all.
 
-        Raises RequestError, ConflictError and the errors of the store.
+        Updates with a `batch_id` are applied once as a whole. Raises RequestError, ConflictError and the errors of the
+        store.
         """
         for update in updates:
             check_update(update)
-        for _ in range(COMMIT_ATTEMPTS):
-            opened = self.open_updates(updates)
+        check_batch_id(batch_id, updates)
+        opened = self.open_updates(updates, batch_id)
+        for attempt in range(COMMIT_ATTEMPTS):
             self.advance(opened.users)
-            if not self.commit(opened.users):
+            if not (conflicts := self.commit(opened.users)):
                 return opened.outcomes
+            time.sleep(conflict_pause(attempt))
+            opened = self.reopen(opened, conflicts, batch_id)
         raise ConflictError("other workers kept changing the same users", "try again")
 
-    def reopen(self, opened: OpenUpdates, user_ids: Collection[str], *, batch_id: str = "") -> OpenUpdates:
+    def reopen(self, opened: OpenUpdates, user_ids: Collection[str], batch_id: str = "") -> OpenUpdates:
         """Opens some users of updates again, which others have changed; the rest keeps what was computed."""
-        again = self.open_updates([one for one in opened.updates if one.user_id in user_ids], batch_id=batch_id)
-        users, outcomes = {user.user_id: user for user in again.users}, iter(again.outcomes)
-        return OpenUpdates(
-            opened.updates,
-            [users.get(user.user_id, user) for user in opened.users],
-            [
-                next(outcomes) if update.user_id in user_ids else outcome
-                for update, outcome in zip(opened.updates, opened.outcomes, strict=True)
-            ],
-        )
+        again = self.open_updates([one for one in opened.updates if one.user_id in user_ids], batch_id)
+        if batch_id and any(user.applied for user in again.users):  # another worker has applied this very batch
+            return self.open_updates(opened.updates, batch_id)
+        return opened.renewed(again)
 
-    def open_updates(self, updates: Sequence[Update], *, batch_id: str = "") -> OpenUpdates:
-        """Opens the users of checked updates and appends the events that are new."""
+    def open_updates(self, updates: Sequence[Update], batch_id: str = "") -> OpenUpdates:
+        """Opens the users of checked updates and appends the events that are new.
+
+        If any user knows the `batch_id`, all updates are duplicates; else all are new, and every user remembers it.
+        """
         user_ids = list(dict.fromkeys(update.user_id for update in updates))
-        users = self.open_users(user_ids)
+        asked: dict[str, list[int]] = {}
+        for update in updates:
+            if request_id := batch_id or update.request_id:
+                asked.setdefault(update.user_id, []).append(request_hash(request_id))
+        users = self.open_users(user_ids, asked)
         by_id = dict(zip(user_ids, users, strict=True))
-        return OpenUpdates(updates, users, [self._merge(by_id[update.user_id], update) for update in updates])
+        if batch_id:
+            duplicate = any(user.applied for user in users)
+            outcomes = [self._merge(by_id[update.user_id], update, duplicate=duplicate) for update in updates]
+            for user in users:
+                user.request_ids = [request_hash(batch_id)] if user.items else []
+        else:
+            outcomes = [self._merge_once(by_id[update.user_id], update) for update in updates]
+        return OpenUpdates(updates, users, outcomes)
 
-    def _merge(self, user: OpenUser, update: Update) -> UpdateOutcome:
+    def _merge_once(self, user: OpenUser, update: Update) -> UpdateOutcome:
         """Appends an update to its user, unless it has been applied already."""
+        if not update.request_id:
+            return self._merge(user, update, duplicate=False)
+        request = request_hash(update.request_id)
+        duplicate = request in user.applied or request in user.request_ids
+        if update.item_ids and not duplicate:
+            user.request_ids.append(request)
+        return self._merge(user, update, duplicate=duplicate)
+
+    def _merge(self, user: OpenUser, update: Update, *, duplicate: bool) -> UpdateOutcome:
+        """Appends the events of an update to its user, or of a duplicate none."""
         indices, unknown = self.bundle.items.indices(update.item_ids)
-        request = request_hash(update.request_id) if update.request_id else None
-        if request is not None and request in user.request_ids:
+        if duplicate:
             return UpdateOutcome(user.event_count, user.history_count, 0, unknown, duplicate=True)
         if update.item_ids:
             numbers = self.store.add_items(update.item_ids) if unknown else self._numbers[indices]
             times = np.array(update.timestamps or [0] * len(numbers), np.int64)
             self.append(user, numbers, times)
-            if request is not None:
-                user.request_ids.append(request)
         return UpdateOutcome(user.event_count, user.history_count, len(indices), unknown, duplicate=False)
 
     # -- recommendations -------------------------------------------------------------------------------------------
@@ -289,19 +324,21 @@ class Engine:
         check_user_id(user_id)
         if not 0 <= recent_events <= MAX_EVENTS:
             raise RequestError(f"recent_events is {recent_events}", f"choose 0 to {MAX_EVENTS}")
-        (stored,) = self.store.get_many([user_id], self.number)
-        if stored is None:
-            return None
-        user, shape = self._open(user_id, stored.head, stored.record), self.bundle.manifest.state
-        count = stored.head.history_count
-        items, timestamps = self.store.history(user_id, max(0, count - recent_events), count)
+        with self.store.snapshot() as snapshot:
+            (stored,) = snapshot.get_many([user_id], self.number)
+            if stored is None:
+                return None
+            user, shape = self._open(snapshot, user_id, stored), self.bundle.manifest.state
+            count = stored.head.history_count
+            items, timestamps = snapshot.history(user_id, max(0, count - recent_events), count)
+            recent_item_ids = snapshot.item_ids(items)
         return UserInfo(
             event_count=user.event_count,
             history_count=count,
             segment_fill=user.event_count % shape.segment_length,
             absorbed_segments=absorbed_segments(user.event_count, shape),
             state_bytes=len(stored.record or b""),
-            recent_item_ids=self.store.item_ids(items),
+            recent_item_ids=recent_item_ids,
             recent_timestamps=timestamps.tolist(),
         )
 
@@ -309,6 +346,11 @@ class Engine:
         """Forgets a user: the number of events deleted, or None for an unknown user. Durable when it returns."""
         check_user_id(user_id)
         return self.store.delete(user_id)
+
+
+def conflict_pause(attempts: int) -> float:
+    """Seconds to wait after so many conflicting commits: mostly longer each time, and never as long as others wait."""
+    return random.uniform(0, min(_LONGEST_PAUSE, 0.002 * 2.0**attempts))
 
 
 def _rows(vectors: list[np.ndarray]) -> np.ndarray:

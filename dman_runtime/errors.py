@@ -17,7 +17,10 @@
     ├── StoreError                  the store cannot do what was asked
     │   ├── StoreFullError
     │   ├── StoreMismatchError
-    │   └── StoreUnavailableError
+    │   ├── StoreUnavailableError
+    │   │   ├── StoreDamagedError   stored bytes are not what was written
+    │   │   └── StoreGoneError      the files were removed or replaced
+    │   └── TooManyRequestIdsError
     └── StateError                  a stored record that cannot be used
 
 `dman_train` adds ConfigError and RunError. The library knows no flags: an error names the *parameter* to change, and a
@@ -140,7 +143,8 @@ class ExpiredError(DmanError):
 class StoreError(DmanError):
     """The store cannot do what was asked."""
 
-    status, public = "UNAVAILABLE", "the state store is unavailable"
+    status: ClassVar[str] = "UNAVAILABLE"
+    public: ClassVar[str | None] = "the state store is unavailable"
 
 
 class StoreFullError(StoreError):
@@ -157,13 +161,21 @@ class StoreUnavailableError(StoreError):
     """The store is missing, unwritable, corrupted or out of reader slots, or its disk fails."""
 
 
-class StateError(DmanError):
-    """A stored record that cannot be used."""
+class StoreDamagedError(StoreUnavailableError):
+    """Stored bytes are not what was written, or are missing. Retrying does not help."""
+
+    status, public = "DATA_LOSS", "stored data is damaged"
 
 
 class StoreGoneError(StoreUnavailableError):
-    """tmp"""
+    """The files of the store were removed, replaced or cut while it was open: no write is acknowledged any more."""
 
 
-class StoreDamagedError(StoreError):
-    """tmp"""
+class TooManyRequestIdsError(StoreError):
+    """A user has more request ids than can be remembered for a day: nothing was written."""
+
+    status, public = "RESOURCE_EXHAUSTED", None
+
+
+class StateError(DmanError):
+    """A stored record that cannot be used."""

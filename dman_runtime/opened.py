@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Sequence, Set
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -12,7 +12,7 @@ from dman_runtime.model.state import State
 from dman_runtime.requests import Query, Update, UpdateOutcome
 from dman_runtime.store.base import Head
 
-NEW_USER = Head(version=0, history_count=0, request_ids=(), generation=0)
+NEW_USER = Head(version=0, history_count=0, generation=0)
 
 
 @dataclass(slots=True, eq=False)
@@ -26,7 +26,8 @@ class OpenUser:
     record_lags: bool  # the stored record does not cover the stored history
     items: list[np.ndarray] = field(default_factory=list)  # item numbers of new events, oldest first
     timestamps: list[np.ndarray] = field(default_factory=list)
-    request_ids: list[int] = field(default_factory=list)  # remembered ones, oldest first
+    request_ids: list[int] = field(default_factory=list)  # of the new events, to be remembered
+    applied: Set[int] = frozenset()  # request ids that were asked for, and have been applied before
 
     @property
     def history_count(self) -> int:
@@ -55,6 +56,18 @@ class OpenUpdates:
     updates: Sequence[Update]
     users: list[OpenUser]
     outcomes: list[UpdateOutcome]
+
+    def renewed(self, again: OpenUpdates) -> OpenUpdates:
+        """The same, where some users, with all of their updates, were opened again."""
+        users, outcomes = {user.user_id: user for user in again.users}, iter(again.outcomes)
+        return OpenUpdates(
+            self.updates,
+            [users.get(user.user_id, user) for user in self.users],
+            [
+                next(outcomes) if update.user_id in users else outcome
+                for update, outcome in zip(self.updates, self.outcomes, strict=True)
+            ],
+        )
 
 
 @dataclass(slots=True, eq=False)

@@ -93,11 +93,9 @@ def check_update(update: Update) -> None:
 def check_updates(updates: Sequence[Update], batch_id: str = "") -> None:
     """`check_update` for a batch. Raises RequestError, which names the update."""
     check_size(len(updates), sum(len(update.item_ids) for update in updates))
-    _check_request_id(batch_id)
+    check_batch_id(batch_id, updates)
     for position, update in enumerate(updates):
         named(f"updates[{position}]", check_update, update)
-        if batch_id and update.request_id:
-            raise RequestError(f"updates[{position}] and the batch have a request_id", "give it to the batch only")
 
 
 def check_queries(queries: Sequence[Query]) -> None:
@@ -126,6 +124,18 @@ def named(which: str, check: Callable[[Checked], object], value: Checked) -> Non
         raise RequestError(f"{which}: {error.cause}", error.remedy) from None
 
 
+def check_batch_id(batch_id: str, updates: Sequence[Update]) -> None:
+    """Raises RequestError where updates that are applied as a whole, or not at all, cannot have this id."""
+    _check_request_id(batch_id)
+    if batch_id and any(update.request_id for update in updates):
+        raise RequestError("the batch has a request_id, and so has an update in it", "give only the batch one")
+
+
+def _check_request_id(request_id: str) -> None:
+    if len(request_id) * 4 > MAX_REQUEST_ID_BYTES < len(request_id.encode()):
+        raise RequestError(f"request_id is longer than {MAX_REQUEST_ID_BYTES} bytes", "use a UUID")
+
+
 def check_query(query: Query) -> None:
     """Raises RequestError for a query that can never be answered."""
     if query.user_id is not None:
@@ -137,11 +147,6 @@ def check_query(query: Query) -> None:
     for name, listed in (("exclude", query.exclude), ("candidate", query.candidates or ())):
         if len(listed) > MAX_LISTED_IDS:
             raise RequestError(f"{len(listed)} {name}_item_ids", f"send at most {MAX_LISTED_IDS}")
-
-
-def _check_request_id(request_id: str) -> None:
-    if len(request_id) * 4 > MAX_REQUEST_ID_BYTES < len(request_id.encode()):
-        raise RequestError(f"request_id is longer than {MAX_REQUEST_ID_BYTES} bytes", "use a UUID")
 
 
 def check_user_id(user_id: str) -> None:

@@ -14,12 +14,12 @@ from dman_runtime.data.untrusted import is_whole_number
 LARGEST_COUNT = 1 << 62
 
 
-def like(saved: object, current: Tensor, what: str, *, any_float: bool = False) -> Tensor:
-    """`saved`, which must be a tensor of the shape and type of `current`; with `any_float`, floats of any precision."""
+def like(saved: object, current: Tensor, what: str, *, or_bfloat16: bool = False) -> Tensor:
+    """`saved`, which must be a tensor of the shape and type of `current`, or in bfloat16 where that holds floats."""
     if not isinstance(saved, Tensor) or saved.shape != current.shape:
         raise ValueError(f"{what} is not a tensor {list(current.shape)}")
-    both_float = any_float and saved.is_floating_point() and current.is_floating_point()
-    if saved.dtype != current.dtype and not both_float:
+    rounded = or_bfloat16 and current.is_floating_point() and saved.dtype == torch.bfloat16
+    if saved.dtype != current.dtype and not rounded:
         raise ValueError(f"{what} is not of {current.dtype}")
     return saved
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Sequence
+from dataclasses import fields
 from pathlib import Path
 from typing import Any, cast
 
@@ -66,10 +67,13 @@ def _main(argv: Sequence[str] | None) -> int:
 
 
 def _columns(arguments: argparse.Namespace, trained: dict[str, Any]) -> tuple[Columns, dict[str, int]]:
-    """Column names and filters: the options given, else those of the training."""
-    chosen = {name: getattr(arguments, name, value) for name, value in trained.items()}
-    columns = Columns(**{role: chosen[f"{role}_column"] for role in ("user", "item", "time", "position")})
-    return columns, {name: int(chosen[name]) for name in ("min_user_events", "min_item_events")}
+    """Column names and filters: the options given, else those of the training. Raises ConfigError."""
+    defaults = to_dict(DataConfig()) | trained
+    config = DataConfig(**{f.name: getattr(arguments, f.name, defaults[f.name]) for f in fields(DataConfig)})
+    columns = Columns(
+        user=config.user_column, item=config.item_column, time=config.time_column, position=config.position_column
+    )
+    return columns, {"min_user_events": config.min_user_events, "min_item_events": config.min_item_events}
 
 
 def _evaluate_run(arguments: argparse.Namespace) -> dict[str, object]:
@@ -112,8 +116,8 @@ def _evaluate_bundle(arguments: argparse.Namespace) -> dict[str, object]:
     generation = Generation.open(arguments.bundle, provider=arguments.provider)
     bundle = generation.bundle
     trained = bundle.manifest.data
-    columns, filters = _columns(arguments, to_dict(DataConfig()) | trained)
-    if arguments.data is None and "path" not in trained:
+    columns, filters = _columns(arguments, trained)
+    if arguments.data is None and not isinstance(trained.get("path"), str):
         raise UsageError(f"{bundle.path} does not record its training data", "give the log", parameter="data")
     path = arguments.data or Path(trained["path"])
     return evaluate_bundle(path, generation, split=arguments.split, columns=columns, **filters)

@@ -122,9 +122,9 @@ class LaneLearner(Learner):
 
     def load_carried_state(self, state: dict[str, Tensor] | None) -> None:
         """Raises ValueError for a state of other lanes or another model."""
-        segment, saved = self.model.config.segment_length, state or {}
-        current = self.state.state_dict()  # its precision may differ: in bfloat16, hidden states are in that
-        found = {name: like(saved.get(name), tensor, name, any_float=True) for name, tensor in current.items()}
+        segment, saved, rounded = self.model.config.segment_length, state or {}, self.config.precision == "bfloat16"
+        empty = LaneState.empty(self.model, len(self.state.initial), self.config.backprop_segments).state_dict()
+        found = {name: like(saved.get(name), tensor, name, or_bfloat16=rounded) for name, tensor in empty.items()}
         for name in ("context_lengths", "absorbed_lengths"):
             within(found[name], 0, segment, name)
         self.state = LaneState(**{name: tensor.to(self.device) for name, tensor in found.items()})

@@ -252,16 +252,16 @@ from dman_runtime.serving.app import App
 from dman_runtime.serving.config import ServeConfig
 config = ServeConfig(bundle=Path(sys.argv[1]), state=Path(sys.argv[2]), host="127.0.0.1", port=0, provider="cpu",
                      workers=1, encoder_threads=1, max_concurrent=8, map_size_mib=64, grace=1.0)
-from conftest import running
-with running(App(config)) as app:
-    import grpc
+import asyncio, grpc
+async def call():
     from protos.dman.v1 import dman_pb2 as pb
     from protos.dman.v1.dman_pb2_grpc import RecommenderStub
-    with grpc.insecure_channel(f"127.0.0.1:{app.port}") as channel:
+    async with App(config) as app, grpc.aio.insecure_channel(f"127.0.0.1:{app.port}") as channel:
         stub = RecommenderStub(channel)
-        stub.Update(pb.UpdateRequest(user_id="u", events=[pb.Event(item_id="1")]), timeout=30)
-        stub.Recommend(pb.RecommendRequest(user_id="u"), timeout=30)
+        await stub.Update(pb.UpdateRequest(user_id="u", events=[pb.Event(item_id="1")]), timeout=30)
+        await stub.Recommend(pb.RecommendRequest(user_id="u"), timeout=30)
     print(json.dumps(sorted({name.partition(".")[0] for name in sys.modules})))
+asyncio.run(call())
 """
     done = subprocess.run(
         [sys.executable, "-c", script, str(tiny_bundle), str(tmp_path / "state")],

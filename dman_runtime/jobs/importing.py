@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -11,7 +12,7 @@ from tqdm import tqdm
 
 from dman_runtime.data.interactions import Interactions
 from dman_runtime.data.logs import DEFAULT_COLUMNS, Columns, iter_interactions
-from dman_runtime.engine import COMMIT_ATTEMPTS, Engine
+from dman_runtime.engine import COMMIT_ATTEMPTS, Engine, conflict_pause
 from dman_runtime.errors import ConflictError
 from dman_runtime.jobs.partitions import EVENTS_PER_PARTITION, by_length
 
@@ -53,7 +54,7 @@ def _import_batch(
     result: ImportResult,
 ) -> None:
     user_ids = [partition.user_ids[row] for row in rows]
-    for _ in range(COMMIT_ATTEMPTS):
+    for attempt in range(COMMIT_ATTEMPTS):
         users, events, known = [], 0, 0
         for row, user in zip(rows, engine.open_users(user_ids), strict=True):
             if user.head.version and existing == "skip":
@@ -69,4 +70,5 @@ def _import_batch(
             result.skipped_users += len(user_ids) - len(users)
             result.unknown_events += events - known
             return
+        time.sleep(conflict_pause(attempt))
     raise ConflictError("a server keeps updating users of this file", "stop it, or import when it is quiet")

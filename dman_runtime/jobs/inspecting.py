@@ -12,7 +12,8 @@ from dman_runtime.engine import Engine
 from dman_runtime.errors import StoreMismatchError, UsageError
 from dman_runtime.model.bundle import open_bundle
 from dman_runtime.model.generation import Generation
-from dman_runtime.store.lmdb import FORMAT_VERSION, LmdbStore
+from dman_runtime.store.lmdb import LmdbStore
+from dman_runtime.store.lmdb_layout import FORMAT_VERSION
 
 RECENT_EVENTS = 20
 
@@ -77,7 +78,6 @@ def inspect_user(bundle_path: Path, state: Path, user_id: str) -> dict[str, Any]
         "record_is_current": not user.record_lags,
         "state_bytes": len(generation.pack(user.state)),
         "context_positions": user.state.context_length,
-        "remembered_request_ids": len(user.head.request_ids),
         "user_embedding_norm": float(np.linalg.norm(user.state.user_embedding)),
         "memory_slot_norms": np.linalg.norm(user.state.memory.astype(np.float32), axis=-1).round(3).tolist(),
         "recent_events": [

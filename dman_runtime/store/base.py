@@ -7,10 +7,11 @@ served are its *generations*; each user has at most one record of each.
 | what | key | holds |
 |---|---|---|
 | items | external id | item number: append-only, from 0, never reused |
-| head | user | version, number of events, recent request ids, the generation that wrote a record last |
+| head | user | version, number of events, the generation that wrote a record last |
 | history | user | (item number, time) of every event |
 | seen | user | the item numbers of the history, as a set |
 | record | user, generation | bytes that the store does not read |
+| request ids | user | hashes of the ids of applied updates, for a day, also after the user is deleted |
 
 All methods may be called from many threads. Everything written is durable when a method returns, in stores that are
 durable at all. User ids and item ids follow the rule of `data.ids`; another id is a ValueError.
@@ -18,7 +19,8 @@ durable at all. User ids and item ids follow the rule of `data.ids`; another id 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol, Self
 
@@ -27,7 +29,7 @@ from numpy.typing import NDArray
 
 from dman_runtime.data.ids import RULE, id_problem
 
-REQUEST_IDS = 16  # recent request ids that a head keeps
+REMEMBER_SECONDS = 24 * 3600  # the id of an applied update is remembered at least so long
 Events = tuple[NDArray[np.uint32], NDArray[np.int64]]  # item numbers (N) and timestamps (N), oldest first
 
 
@@ -36,7 +38,6 @@ class Head(NamedTuple):
 
     version: int  # unique in the store: changes with every commit, and never comes again, even for a re-created user
     history_count: int  # events stored
-    request_ids: tuple[int, ...]  # 64-bit hashes of the last updates that carried an id, oldest first
     generation: int  # that last wrote a record of this user
 
 
@@ -61,8 +62,8 @@ class Write:
 
     `items` (N) are item numbers of this store and `timestamps` (N) 64-bit integers: the new events, oldest first; N may
     be 0. `expected_version` is the version that the records were computed from; 0: the user must not exist yet.
-    `request_ids` replaces what the head remembers; only the last REQUEST_IDS are kept. `records` holds new records by
-    generation; those of other generations stay as they are.
+    `request_ids` are 64-bit hashes of the ids of the updates that make up this write, none of which was `applied`
+    before. `records` holds new records by generation; those of other generations stay as they are.
     """
 
     user_id: str
@@ -84,14 +85,8 @@ class StoreStats:
     map_size: int = 0
 
 
-class StateStore(Protocol):
-    """See the module. Every method raises a StoreError where the store cannot serve."""
-
-    # -- items and generations -------------------------------------------------------------------------------------
-
-    def add_items(self, item_ids: Sequence[str]) -> NDArray[np.uint32]:
-        """The numbers (N) of items; unknown ones are appended in the order given, and are on disk on return."""
-        ...
+class Snapshot(Protocol):
+    """One moment of a store, to be read by one thread. What it returns may be kept."""
 
     def find_items(self, item_ids: Sequence[str]) -> NDArray[np.int64]:
         """The numbers (N) of items, -1 where unknown."""
@@ -99,6 +94,50 @@ class StateStore(Protocol):
 
     def item_ids(self, numbers: Sequence[int] | NDArray[np.integer]) -> list[str]:
         """The external ids of item numbers. ValueError for a number that was never given."""
+        ...
+
+    def get_many(self, user_ids: Sequence[str], generation: int) -> list[StoredUser | None]:
+        """Heads, and the records of a generation; None for an unknown user."""
+        ...
+
+    def ranking_view(self, user_id: str, generation: int, record_bytes: int) -> RankingView | None:
+        """The first `record_bytes` of the record and the seen items; None for an unknown user."""
+        ...
+
+    def history(self, user_id: str, start: int = 0, stop: int | None = None) -> Events:
+        """The events from position `start` to before `stop`, counted from the oldest; as many of them as there are.
+
+        ValueError for negative positions.
+        """
+        ...
+
+    def seen(self, user_id: str) -> NDArray[np.uint32]:
+        """The distinct item numbers (N) of the history, ascending; empty for an unknown user."""
+        ...
+
+    def applied(self, user_id: str, request_ids: Collection[int]) -> set[int]:
+        """Those of some request ids that commits of the user have carried: all of the last REMEMBER_SECONDS, and maybe
+        older ones, also where the user was deleted since.
+
+        Whoever commits new ids asks here in the snapshot that gave the version.
+        """
+        ...
+
+
+class StateStore(Snapshot, Protocol):
+    """See the module. Each reading method of `Snapshot` answers from one moment; two calls may answer from two.
+
+    Every method raises a StoreError where the store cannot serve.
+    """
+
+    def snapshot(self) -> AbstractContextManager[Snapshot]:
+        """One moment for several readings. Keep it short: what it sees is not reused while it lasts."""
+        ...
+
+    # -- items and generations -------------------------------------------------------------------------------------
+
+    def add_items(self, item_ids: Sequence[str]) -> NDArray[np.uint32]:
+        """The numbers (N) of items; unknown ones are appended in the order given, and are on disk on return."""
         ...
 
     def add_generation(self, bundle_id: str) -> int:
@@ -115,36 +154,22 @@ class StateStore(Protocol):
 
     # -- users -----------------------------------------------------------------------------------------------------
 
-    def get_many(self, user_ids: Sequence[str], generation: int) -> list[StoredUser | None]:
-        """Heads, and the records of a generation, of one moment; None for an unknown user."""
-        ...
-
-    def ranking_view(self, user_id: str, generation: int, record_bytes: int) -> RankingView | None:
-        """The first `record_bytes` of the record and the seen items, of one moment; None for an unknown user."""
-        ...
-
-    def history(self, user_id: str, start: int = 0, stop: int | None = None) -> Events:
-        """The events from position `start` to before `stop`, counted from the oldest; as many of them as there are.
-
-        ValueError for negative positions.
-        """
-        ...
-
-    def seen(self, user_id: str) -> NDArray[np.uint32]:
-        """The distinct item numbers (N) of the history, ascending; empty for an unknown user."""
-        ...
-
     def commit(self, writes: Sequence[Write]) -> list[str]:
         """Stores all writes at once. Returns the users whose version is not the expected one: if there are any,
-        nothing is stored, and the caller reads those again.
+        nothing is stored, and the caller reads those again. A new user one of whose request ids was applied in an
+        earlier life counts as such.
 
-        ValueError for unusable events or a user named twice, StoreFullError where there is no room; then nothing is
-        stored either.
+        ValueError for unusable events or a user named twice, StoreFullError where there is no room,
+        TooManyRequestIdsError where a user has more request ids than can be remembered (documented by the store, and
+        never below 100,000 in 6 hours); then nothing is stored either.
         """
         ...
 
     def delete(self, user_id: str) -> int | None:
-        """Removes head, history, seen set and all records; the number of events removed, or None if unknown."""
+        """Removes head, history, seen set and all records; the number of events removed, or None if unknown.
+
+        The request ids stay until they expire, so that a retry that comes late does not bring the user back.
+        """
         ...
 
     def scan(self, partition: int = 0, partitions: int = 1) -> Iterator[str]:
@@ -158,6 +183,11 @@ class StateStore(Protocol):
 
     def stats(self) -> StoreStats: ...
 
+    def maintain(self) -> int:
+        """What a server does every few seconds: frees the snapshots of dead processes, whose number it returns, and
+        some of the expired request ids."""
+        ...
+
     def flush(self) -> None:
         """Syncs what is not on disk. Commits are, so nothing depends on it."""
         ...
@@ -169,6 +199,41 @@ class StateStore(Protocol):
     def __enter__(self) -> Self: ...
 
     def __exit__(self, *exc_info: object) -> None: ...
+
+
+class ReadsBySnapshot:
+    """The reading methods of a store, each in a snapshot of its own."""
+
+    def snapshot(self) -> AbstractContextManager[Snapshot]:
+        raise NotImplementedError
+
+    def find_items(self, item_ids: Sequence[str]) -> NDArray[np.int64]:
+        with self.snapshot() as snapshot:
+            return snapshot.find_items(item_ids)
+
+    def item_ids(self, numbers: Sequence[int] | NDArray[np.integer]) -> list[str]:
+        with self.snapshot() as snapshot:
+            return snapshot.item_ids(numbers)
+
+    def get_many(self, user_ids: Sequence[str], generation: int) -> list[StoredUser | None]:
+        with self.snapshot() as snapshot:
+            return snapshot.get_many(user_ids, generation)
+
+    def ranking_view(self, user_id: str, generation: int, record_bytes: int) -> RankingView | None:
+        with self.snapshot() as snapshot:
+            return snapshot.ranking_view(user_id, generation, record_bytes)
+
+    def history(self, user_id: str, start: int = 0, stop: int | None = None) -> Events:
+        with self.snapshot() as snapshot:
+            return snapshot.history(user_id, start, stop)
+
+    def seen(self, user_id: str) -> NDArray[np.uint32]:
+        with self.snapshot() as snapshot:
+            return snapshot.seen(user_id)
+
+    def applied(self, user_id: str, request_ids: Collection[int]) -> set[int]:
+        with self.snapshot() as snapshot:
+            return snapshot.applied(user_id, request_ids)
 
 
 def checked_id(text: str) -> str:
@@ -193,5 +258,5 @@ def checked_writes(writes: Sequence[Write], item_count: int) -> None:
             continue
         if items.dtype.kind not in "iu" or not np.can_cast(timestamps.dtype, np.int64):
             raise ValueError(f"items ({items.dtype}) must be integers and timestamps ({timestamps.dtype}) fit 64 bits")
-        if items.min() < 0 or items.max() >= item_count:
+        if items.max() >= item_count or (items.dtype.kind == "i" and items.min() < 0):
             raise ValueError(f"item numbers must be 0 to {item_count - 1}, not {items.min()} to {items.max()}")

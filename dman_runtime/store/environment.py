@@ -9,43 +9,27 @@ from __future__ import annotations
 import errno
 import logging
 import os
-import struct
-import tempfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
 from pathlib import Path
-from typing import NoReturn, Self
+from typing import Any, NoReturn, Self
 
 import lmdb
-from lmdb.verify import VerifyError, verify
+from lmdb.verify import verify
 
-from dman_runtime.errors import StoreError, StoreFullError, StoreMismatchError, StoreUnavailableError
+from dman_runtime.errors import (
+    StoreError,
+    StoreMismatchError,
+)
+from dman_runtime.store.files import StoreFiles, check_directory, has_data
 from dman_runtime.store.history import DamagedError
+from dman_runtime.store.lmdb_errors import disk_is_full, store_errors
+from dman_runtime.store.lmdb_layout import FORMAT_VERSION, NAMES, OLD_FORMAT, read_info, write_info
+from dman_runtime.store.marker import absent, check_id, read_marker, write_marker
 
 _MAX_READERS = 2048  # concurrent read transactions of all processes
 # Commits leave a sixteenth of the map free, within these bytes: copy-on-write makes even a deletion need pages.
 _MIN_RESERVE, _MAX_RESERVE = 256 << 10, 16 << 20
-_MAGIC, _DATA_FORMAT = struct.pack("=I", 0xBEEFC0DE), struct.pack("=I", 1)  # how LMDB 0.9 marks its file
-_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
-_CORRUPTED = ("is corrupted ({})", "restore a backup, or use another directory", "state")
 _FOREIGN = ("is an LMDB database of another program", "use another directory")
-_UNAVAILABLE: Mapping[type[Exception], tuple[str, str, str]] = {
-    lmdb.ReadersFullError: ("has no free reader slot", "use fewer processes and threads", ""),
-    lmdb.MapResizedError: (
-        "was grown by another process",
-        "restart every process with the same map size",
-        "map_size_mib",
-    ),
-    lmdb.MemoryError: (
-        "does not fit into this process's address space",
-        "lower the map size or raise `ulimit -v`",
-        "map_size_mib",
-    ),
-    **dict.fromkeys(
-        (lmdb.InvalidError, lmdb.CorruptedError, lmdb.PageNotFoundError, VerifyError, DamagedError), _CORRUPTED
-    ),
-}
-_OTHER = ("is unavailable ({})", "check the path, its permissions and the disk", "state")
 
 logger = logging.getLogger(__name__)
 
@@ -53,93 +37,124 @@ logger = logging.getLogger(__name__)
 class Environment:
     """The databases of one directory. Make one with `Environment.open`."""
 
-    def __init__(self, env: lmdb.Environment, path: Path, *, readonly: bool) -> None:
+    def __init__(self, env: lmdb.Environment, path: Path, files: StoreFiles, *, readonly: bool) -> None:
         self.path, self.readonly = path, readonly
         self.databases: dict[str, lmdb._Database] = {}
+        self.legacy = False  # values of format 3 may be there
         self._env: lmdb.Environment | None = env
-        self._pid = os.getpid()
+        self._files, self._pid = files, os.getpid()
         self.map_size, self._page_size = env.info()["map_size"], env.stat()["psize"]
 
     @classmethod
-    def open(
-        cls,
-        path: Path,
-        *,
-        names: Sequence[str],
-        create: Callable[[lmdb.Transaction, Mapping[str, lmdb._Database]], None],
-        check: Callable[[lmdb.Transaction, lmdb._Database], None],
-        map_size: int,
-        readonly: bool,
-    ) -> Self:
-        """Opens the databases `names` in the directory `path`, and creates them where there are none.
-
-        `create` fills new databases in the transaction that makes them. `check` looks at the first database of existing
-        ones before the others are opened. `map_size` in bytes bounds the file, unless the file is larger already; use
-        the same in every process. Raises StoreError; a readonly environment must exist.
-        """
+    def open(cls, path: Path, *, map_size: int, readonly: bool, must_exist: bool) -> Self:
+        """Opens the store in the directory `path`; `LmdbStore.open` says what the options mean. Raises StoreError."""
         with store_errors(path, map_size):
-            _check_files(path, must_exist=readonly)
+            check_directory(path)
+            expected = read_marker(path)  # before the files: another process may be creating both
+            refusal = absent(path, expected=expected, readonly=readonly, must_exist=must_exist)
+            if refusal and not has_data(path):
+                raise refusal
             if not readonly:
                 path.mkdir(mode=0o700, parents=True, exist_ok=True)
-            if not (path / "lock.mdb").exists() and _disk_is_full(path):  # or LMDB dies of SIGBUS creating it
-                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-            # A reader takes the map size from the file. Access is random, hence no readahead.
-            env = lmdb.open(
-                str(path), lib_version=0, map_size=0 if readonly else map_size, max_dbs=len(names),
-                max_readers=_MAX_READERS, readonly=readonly, create=False, mode=0o700, readahead=False,
-                sync=True, metasync=True, writemap=False, map_async=False,
-            )  # fmt: skip
+            files = StoreFiles.claim(path, readonly=readonly)
             try:
-                opened = cls(env, path, readonly=readonly)
-                opened._open_databases(env, names, create, check)
-                if not readonly and (stale := env.reader_check()):
-                    logger.info("freed %d reader slots of dead processes in %s", stale, path)
+                files.check_whole()
+                opened = cls(_open(path, map_size, readonly=readonly), path, files, readonly=readonly)
+                try:
+                    store_id = opened._open_databases(expected, refusal)
+                    files.watch()
+                    opened.free_stale_readers()
+                except BaseException:
+                    opened.close()
+                    raise
             except BaseException:
-                env.close()
+                files.close()
                 raise
+        if expected is None and not readonly:
+            write_marker(path, store_id)
         return opened
 
-    def _open_databases(
-        self,
-        env: lmdb.Environment,
-        names: Sequence[str],
-        create: Callable[[lmdb.Transaction, Mapping[str, lmdb._Database]], None],
-        check: Callable[[lmdb.Transaction, lmdb._Database], None],
-    ) -> None:
-        """Other processes that open the environment wait meanwhile, so that only one creates the databases."""
+    def _open_databases(self, expected: str | None, refusal: StoreError | None) -> str:
+        """Opens the databases, creates or upgrades them if need be, and returns the id of the store.
+
+        Other processes that open the environment wait meanwhile, so that only one creates the databases.
+        """
+        env = self._environment()
         with env.begin(write=not self.readonly) as txn:
             _check_length(env, self.path)
             new = not txn.stat()["entries"]
-            if new and self.readonly:
-                raise missing(self.path)
-            for name in names:
-                # A handle that is opened in a reader's transaction would end with it.
-                own = None if self.readonly else txn
-                try:
-                    self.databases[name] = env.open_db(name.encode(), txn=own, create=new)
-                except (lmdb.NotFoundError, lmdb.IncompatibleError) as error:
-                    cause, remedy = _FOREIGN
-                    raise StoreMismatchError(f"{self.path} {cause}", remedy, parameter="state") from error
-                if not new and name == names[0]:
-                    # A reader knows the handles that were opened before it began.
-                    with nullcontext(txn) if own else env.begin() as checking:
-                        check(checking, self.databases[name])
+            if new and refusal:
+                raise refusal
+            meta = self._open_database("meta", txn, create=new)
             if new:
-                create(txn, self.databases)
-                _sync_names(self.path)
-                logger.info("created the state store %s", self.path)
+                write_info(txn, meta)
+            # A reader knows the handles that were opened before it began.
+            with env.begin() if self.readonly else nullcontext(txn) as reading:
+                info = read_info(reading, meta)
+            upgrading = self._needs_upgrade(info)
+            check_id(self.path, expected=None if new else expected, found=info.get("store_id", ""))
+            if upgrading:
+                write_info(txn, meta, upgraded_from=OLD_FORMAT)
+                info = read_info(txn, meta)
+            for name in NAMES[1:]:
+                self._open_database(name, txn, create=new or (upgrading and name == "requests"))
+        if new:
+            _sync_names(self.path)
+            logger.info("created the state store %s", self.path)
+        if upgrading:
+            logger.info("upgraded the state store %s from format %d to %d", self.path, OLD_FORMAT, FORMAT_VERSION)
+        self.legacy = "upgraded_from" in info
+        return str(info["store_id"])
 
-    def read(self) -> Snapshot:
-        """A snapshot as a context manager; see `Snapshot`."""
-        return Snapshot(self._environment(), self.path, self.map_size)
+    def _open_database(self, name: str, txn: lmdb.Transaction, *, create: bool) -> lmdb._Database:
+        # A handle that is opened in a reader's transaction would end with it.
+        own = None if self.readonly else txn
+        try:
+            self.databases[name] = self._environment().open_db(name.encode(), txn=own, create=create)
+        except (lmdb.NotFoundError, lmdb.IncompatibleError) as error:
+            cause, remedy = _FOREIGN
+            raise StoreMismatchError(f"{self.path} {cause}", remedy, parameter="state") from error
+        return self.databases[name]
 
-    @contextmanager
-    def write(self) -> Iterator[lmdb.Transaction]:
-        """The one write transaction of all processes: on disk when the block ends, undone when it raises."""
+    def _needs_upgrade(self, info: dict[str, Any]) -> bool:
+        """Whether the store has the old format. StoreMismatchError where it cannot be used."""
+        found = info.get("format_version", "unknown")
+        if found == OLD_FORMAT and not self.readonly:
+            return True
+        if found != FORMAT_VERSION:
+            remedy = "import the log again into another directory"
+            if found == OLD_FORMAT:
+                remedy = "open it once for writing, which upgrades it, for example by serving it"
+            raise StoreMismatchError(
+                f"the state store {self.path} has format {found}, this release reads {FORMAT_VERSION}",
+                remedy,
+                parameter="state",
+            )
+        return False
+
+    def read(self) -> ReadTransaction:
+        """A read transaction as a context manager."""
+        return ReadTransaction(self)
+
+    def begin_reading(self) -> lmdb.Transaction:
+        env = self._env
+        if env is None or self._pid != os.getpid():  # `_environment` without the call: every recommendation passes here
+            env = self._environment()
+        return env.begin(buffers=True)
+
+    def write(self) -> WriteTransaction:
+        """The one write transaction of all processes, as a context manager."""
         if self.readonly:
             raise StoreError(f"the state store {self.path} was opened read-only", "open it for writing")
-        with store_errors(self.path, self.map_size), self._environment().begin(write=True) as txn:
-            yield txn
+        return WriteTransaction(self)
+
+    def begin_writing(self) -> lmdb.Transaction:
+        self._files.check_known()
+        return self._environment().begin(write=True, buffers=True)
+
+    def check_written(self) -> None:
+        """Keeps what went nowhere from being acknowledged."""
+        self._files.check_data()
 
     def keep_reserve(self, txn: lmdb.Transaction, new_bytes: int) -> None:
         """MapFullError where a transaction that put `new_bytes` leaves too little for deletions."""
@@ -160,6 +175,19 @@ class Environment:
     def file_bytes_on_disk(self) -> int:
         return (self.path / "data.mdb").stat().st_size
 
+    def check(self) -> None:
+        """StoreGoneError if the files are no longer the ones that were opened."""
+        with store_errors(self.path, self.map_size):
+            self._files.check()
+
+    def free_stale_readers(self) -> int:
+        """Frees the reader slots of dead processes, whose snapshots keep pages from being reused; returns how many."""
+        with store_errors(self.path, self.map_size):
+            stale = self._environment().reader_check()
+        if stale:
+            logger.info("freed %d reader slots of dead processes in %s", stale, self.path)
+        return stale
+
     def flush(self) -> None:
         env = self._environment()
         if not self.readonly:
@@ -171,6 +199,7 @@ class Environment:
         env, self._env = self._env, None
         if env is not None and self._pid == os.getpid():
             env.close()
+            self._files.close()
 
     def _environment(self) -> lmdb.Environment:
         if self._pid != os.getpid():
@@ -180,39 +209,78 @@ class Environment:
         return self._env
 
 
-class Snapshot:
-    """One read transaction. What it returns are views into the file: copy what leaves the block.
+class ReadTransaction:
+    """One moment of the store. What is read are views into the file: copy what leaves the block.
 
     A class, as every recommendation passes here and contextlib's generators cost more than the read itself.
     """
 
-    __slots__ = ("_env", "_map_size", "_path", "_txn")
+    __slots__ = ("_env", "txn")
 
-    def __init__(self, env: lmdb.Environment, path: Path, map_size: int) -> None:
-        self._env, self._path, self._map_size = env, path, map_size
+    def __init__(self, env: Environment) -> None:
+        self._env = env
 
-    def __enter__(self) -> lmdb.Transaction:
+    def __enter__(self) -> Self:
         try:
-            self._txn = self._env.begin(buffers=True)
+            self.txn = self._env.begin_reading()
         except lmdb.Error as error:
             self._fail(error)
-        return self._txn
+        return self
 
     def __exit__(self, kind: object, error: BaseException | None, traceback: object) -> None:
-        self._txn.abort()
+        self.txn.abort()
         if isinstance(error, (lmdb.Error, DamagedError)):
             self._fail(error)
 
     def _fail(self, error: Exception) -> NoReturn:
-        with store_errors(self._path, self._map_size):
+        with store_errors(self._env.path, self._env.map_size):
             raise error
         raise AssertionError  # store_errors raises another error
 
 
-def missing(path: Path) -> StoreUnavailableError:
-    return StoreUnavailableError(
-        f"the state store {path} does not exist", "check the path, or create it by serving a bundle", parameter="state"
-    )
+class WriteTransaction:
+    """On disk when the block ends, undone when it raises. What it reads are views that the next change makes invalid.
+
+    StoreGoneError if the files are no longer the ones that were opened.
+    """
+
+    __slots__ = ("_env", "_txn")
+
+    def __init__(self, env: Environment) -> None:
+        self._env = env
+
+    def __enter__(self) -> lmdb.Transaction:
+        try:
+            self._txn = self._env.begin_writing()
+            return self._txn.__enter__()
+        except (lmdb.Error, OSError) as error:
+            self._fail(error)
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, traceback: Any) -> None:
+        try:
+            self._txn.__exit__(kind, error, traceback)
+            if error is None:
+                self._env.check_written()
+        except (lmdb.Error, OSError) as failed:
+            self._fail(failed)
+        if isinstance(error, (lmdb.Error, OSError, DamagedError)):
+            self._fail(error)
+
+    def _fail(self, error: Exception) -> NoReturn:
+        with store_errors(self._env.path, self._env.map_size):
+            raise error
+        raise AssertionError  # store_errors raises another error
+
+
+def _open(path: Path, map_size: int, *, readonly: bool) -> lmdb.Environment:
+    if not (path / "lock.mdb").exists() and disk_is_full(path):  # or LMDB dies of SIGBUS creating it
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    # A reader takes the map size from the file. Access is random, hence no readahead.
+    return lmdb.open(
+        str(path), lib_version=0, map_size=0 if readonly else map_size, max_dbs=len(NAMES),
+        max_readers=_MAX_READERS, readonly=readonly, create=False, mode=0o700, readahead=False,
+        sync=True, metasync=True, writemap=False, map_async=False,
+    )  # fmt: skip
 
 
 def _sync_names(path: Path) -> None:
@@ -223,26 +291,6 @@ def _sync_names(path: Path) -> None:
         os.close(descriptor)
 
 
-def _check_files(path: Path, *, must_exist: bool) -> None:
-    """Refuse what is no store, before LMDB puts a lock file beside it."""
-    data = path / "data.mdb"
-    if path.exists() and not path.is_dir():
-        raise StoreUnavailableError(
-            f"{path} is a file, not the directory of a state store", "use another path", parameter="state"
-        )
-    if not data.exists() or not data.stat().st_size:
-        if must_exist:
-            raise missing(path)
-        return
-    with data.open("rb") as file:
-        head = file.read(64)
-    magic = head.find(_MAGIC)
-    if magic < 0:
-        raise lmdb.InvalidError("data.mdb is not an LMDB file")
-    if head[magic + 4 : magic + 8] != _DATA_FORMAT:
-        raise StoreUnavailableError(f"{data} is not in the format of LMDB 0.9", "convert it with mdb_dump and mdb_load")
-
-
 def _check_length(env: lmdb.Environment, path: Path) -> None:
     """Refuse a truncated file: a read behind its end would kill the process by SIGBUS.
 
@@ -251,37 +299,3 @@ def _check_length(env: lmdb.Environment, path: Path) -> None:
     size = (path / "data.mdb").stat().st_size
     if size < (env.info()["last_pgno"] + 1) * env.stat()["psize"] and (problems := verify(str(path))):  # type: ignore[no-untyped-call]
         raise lmdb.CorruptedError(f"data.mdb is truncated: {problems[0]}")
-
-
-@contextmanager
-def store_errors(path: Path, map_size: int) -> Iterator[None]:
-    """Turns what LMDB, the codec and the system raise into StoreErrors."""
-    try:
-        yield
-    except (lmdb.Error, VerifyError, DamagedError, OSError) as error:
-        code = getattr(error, "errno", getattr(error, "code", 0)) or 0
-        reason = os.strerror(code) if code > 0 else str(error)
-        store = f"the state store {path}"
-        if isinstance(error, lmdb.MapFullError):
-            raise StoreFullError(
-                f"{store} is full (map size {map_size >> 20} MiB)",
-                "restart with a larger map size",
-                parameter="map_size_mib",
-            ) from error
-        if code in _FULL or (code == errno.EIO and _disk_is_full(path)):
-            remedy = "free some or raise the limit, then retry"
-            raise StoreFullError(f"{store} has no disk space left ({reason})", remedy) from error
-        if "already open" in reason:
-            raise StoreUnavailableError(f"{store} is already open in this process", "share it") from error
-        cause, remedy, parameter = _UNAVAILABLE.get(type(error), _OTHER)
-        raise StoreUnavailableError(f"{store} {cause.format(reason)}", remedy, parameter=parameter) from error
-
-
-def _disk_is_full(path: Path) -> bool:
-    """LMDB reports a short write as an I/O error: see whether the file can grow."""
-    data, probe = path / "data.mdb", bytes(1 << 20)
-    try:
-        with tempfile.TemporaryFile(dir=path) as file:
-            return os.pwrite(file.fileno(), probe, data.stat().st_size if data.exists() else 0) < len(probe)
-    except OSError as error:
-        return error.errno in _FULL

@@ -3,20 +3,23 @@
 from __future__ import annotations
 
 import threading
+import time
 import zlib
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
 from typing import Self
 
 import numpy as np
 from numpy.typing import NDArray
 
-from dman_runtime.errors import StoreError
+from dman_runtime.errors import StoreError, TooManyRequestIdsError
 from dman_runtime.store.base import (
-    REQUEST_IDS,
+    REMEMBER_SECONDS,
     Events,
     Head,
     RankingView,
+    ReadsBySnapshot,
     StoredUser,
     StoreStats,
     Write,
@@ -24,42 +27,86 @@ from dman_runtime.store.base import (
     checked_writes,
 )
 
+MAX_IDS, _PERIOD_SECONDS = 100_000, 6 * 3600  # request ids of one user in a period
+_NO_HEAD = Head(0, 0, 0)
+Ids = Mapping[int, float]  # when each request id was applied
 
-@dataclass
+
+@dataclass(frozen=True)
 class _User:
-    head: Head
-    items: list[int] = field(default_factory=list)
-    timestamps: list[int] = field(default_factory=list)
-    records: dict[int, bytes] = field(default_factory=dict)
+    """Never changed: a write puts another in its place, so that snapshots keep theirs."""
+
+    head: Head = _NO_HEAD
+    items: tuple[int, ...] = ()
+    timestamps: tuple[int, ...] = ()
+    records: Mapping[int, bytes] = field(default_factory=dict)
 
 
-class MemoryStore:
+class MemorySnapshot:
+    """A `Snapshot` of dictionaries that nobody changes any more."""
+
+    def __init__(self, numbers: dict[str, int], users: dict[str, _User], ids: dict[str, Ids], now: float) -> None:
+        self._numbers, self._users, self._ids, self._now = numbers, users, ids, now
+
+    def find_items(self, item_ids: Sequence[str]) -> NDArray[np.int64]:
+        return np.array([self._numbers.get(checked_id(item_id), -1) for item_id in item_ids], np.int64)
+
+    def item_ids(self, numbers: Sequence[int] | NDArray[np.integer]) -> list[str]:
+        by_number = list(self._numbers)  # insertion order is the order of the numbers
+        if len(numbers) and not 0 <= min(numbers) <= max(numbers) < len(by_number):
+            raise ValueError(f"one of the items {list(numbers)[:10]} was never given a number")
+        return [by_number[number] for number in numbers]
+
+    def get_many(self, user_ids: Sequence[str], generation: int) -> list[StoredUser | None]:
+        users = [self._users.get(checked_id(user_id)) for user_id in user_ids]
+        return [None if user is None else StoredUser(user.head, user.records.get(generation)) for user in users]
+
+    def ranking_view(self, user_id: str, generation: int, record_bytes: int) -> RankingView | None:
+        user = self._users.get(checked_id(user_id))
+        if user is None:
+            return None
+        record = user.records.get(generation)
+        seen = np.array(user.items, np.uint32)
+        return RankingView(user.head.history_count, None if record is None else record[:record_bytes], seen)
+
+    def history(self, user_id: str, start: int = 0, stop: int | None = None) -> Events:
+        if start < 0 or (stop is not None and stop < 0):
+            raise ValueError(f"positions must be 0 or more, not {start} to {stop}")
+        user = self._users.get(checked_id(user_id), _User())
+        part = slice(start, stop)
+        return np.array(user.items[part], np.uint32), np.array(user.timestamps[part], np.int64)
+
+    def seen(self, user_id: str) -> NDArray[np.uint32]:
+        return np.unique(self.history(user_id)[0])
+
+    def applied(self, user_id: str, request_ids: Collection[int]) -> set[int]:
+        times = self._ids.get(checked_id(user_id), {})
+        return {one for one in request_ids if one in times and times[one] >= self._now - REMEMBER_SECONDS}
+
+
+class MemoryStore(ReadsBySnapshot):
     """A `StateStore` without a disk. One lock guards everything: every call is one moment."""
 
-    def __init__(self) -> None:
-        self._lock = threading.RLock()
+    def __init__(self, *, clock: Callable[[], float] = time.time) -> None:
+        self._lock, self._clock = threading.RLock(), clock
         self._numbers: dict[str, int] = {}
         self._generations: dict[str, int] = {}
         self._users: dict[str, _User] = {}
+        self._ids: dict[str, Ids] = {}  # by user, also of deleted ones
         self._last_version = 0
         self._closed = False
+
+    @contextmanager
+    def snapshot(self) -> Iterator[MemorySnapshot]:
+        with self._open():
+            snapshot = MemorySnapshot(self._numbers.copy(), self._users.copy(), self._ids.copy(), self._clock())
+        yield snapshot
 
     def add_items(self, item_ids: Sequence[str]) -> NDArray[np.uint32]:
         ids = [checked_id(item_id) for item_id in item_ids]
         with self._open():
             numbers = [self._numbers.setdefault(item_id, len(self._numbers)) for item_id in ids]
         return np.array(numbers, np.uint32)
-
-    def find_items(self, item_ids: Sequence[str]) -> NDArray[np.int64]:
-        with self._open():
-            return np.array([self._numbers.get(checked_id(item_id), -1) for item_id in item_ids], np.int64)
-
-    def item_ids(self, numbers: Sequence[int] | NDArray[np.integer]) -> list[str]:
-        with self._open():
-            by_number = list(self._numbers)  # insertion order is the order of the numbers
-        if len(numbers) and not 0 <= min(numbers) <= max(numbers) < len(by_number):
-            raise ValueError(f"one of the items {list(numbers)[:10]} was never given a number")
-        return [by_number[number] for number in numbers]
 
     def add_generation(self, bundle_id: str) -> int:
         with self._open():
@@ -73,52 +120,48 @@ class MemoryStore:
         if generation < 1:
             raise ValueError(f"generations are numbered from 1, not {generation}")
         with self._open():
-            return sum(user.records.pop(generation, None) is not None for user in self._users.values())
-
-    def get_many(self, user_ids: Sequence[str], generation: int) -> list[StoredUser | None]:
-        with self._open():
-            users = [self._users.get(checked_id(user_id)) for user_id in user_ids]
-            return [None if user is None else StoredUser(user.head, user.records.get(generation)) for user in users]
-
-    def ranking_view(self, user_id: str, generation: int, record_bytes: int) -> RankingView | None:
-        with self._open():
-            user = self._users.get(checked_id(user_id))
-            if user is None:
-                return None
-            record = user.records.get(generation)
-            seen = np.array(user.items, np.uint32)
-            return RankingView(user.head.history_count, None if record is None else record[:record_bytes], seen)
-
-    def history(self, user_id: str, start: int = 0, stop: int | None = None) -> Events:
-        if start < 0 or (stop is not None and stop < 0):
-            raise ValueError(f"positions must be 0 or more, not {start} to {stop}")
-        with self._open():
-            user = self._users.get(checked_id(user_id)) or _User(Head(0, 0, (), 0))
-            part = slice(start, stop)
-            return np.array(user.items[part], np.uint32), np.array(user.timestamps[part], np.int64)
-
-    def seen(self, user_id: str) -> NDArray[np.uint32]:
-        return np.unique(self.history(user_id)[0])
+            holders = [(user_id, user) for user_id, user in self._users.items() if generation in user.records]
+            for user_id, user in holders:
+                records = {number: record for number, record in user.records.items() if number != generation}
+                self._users[user_id] = replace(user, records=records)
+        return len(holders)
 
     def commit(self, writes: Sequence[Write]) -> list[str]:
         with self._open():
             checked_writes(writes, len(self._numbers))
             versions = [(self._users[w.user_id].head.version if w.user_id in self._users else 0) for w in writes]
-            conflicts = [w.user_id for w, found in zip(writes, versions, strict=True) if found != w.expected_version]
+            conflicts = [
+                write.user_id
+                for write, found in zip(writes, versions, strict=True)
+                if found != write.expected_version or (not found and self.applied(write.user_id, write.request_ids))
+            ]
             if not conflicts and writes:
+                ids = {write.user_id: self._ids_with(write) for write in writes if write.request_ids}
+                self._ids.update(ids)
                 self._last_version += 1
                 for write in writes:
                     self._put(write)
         return conflicts
 
+    def _ids_with(self, write: Write) -> Ids:
+        """The request ids of a user with those of a write. Raises TooManyRequestIdsError."""
+        now = self._clock()
+        ids = {one: when for one, when in self._ids.get(write.user_id, {}).items() if when >= now - REMEMBER_SECONDS}
+        ids |= dict.fromkeys(write.request_ids, now)
+        if sum(when // _PERIOD_SECONDS == now // _PERIOD_SECONDS for when in ids.values()) > MAX_IDS:
+            raise TooManyRequestIdsError(
+                f"user {write.user_id!r:.80} has more than {MAX_IDS} updates with a request id in 6 hours",
+                "send several events in one update, or wait",
+            )
+        return ids
+
     def _put(self, write: Write) -> None:
-        user = self._users.setdefault(write.user_id, _User(Head(0, 0, (), 0)))
-        user.items += np.asarray(write.items).tolist()
-        user.timestamps += np.asarray(write.timestamps).tolist()
-        user.records |= write.records
+        user = self._users.get(write.user_id, _User())
+        items = user.items + tuple(np.asarray(write.items).tolist())
+        timestamps = user.timestamps + tuple(np.asarray(write.timestamps).tolist())
         generation = max(write.records, default=user.head.generation)
-        request_ids = tuple(write.request_ids)[-REQUEST_IDS:]
-        user.head = Head(self._last_version, len(user.items), request_ids, generation)
+        head = Head(self._last_version, len(items), generation)
+        self._users[write.user_id] = _User(head, items, timestamps, {**user.records, **write.records})
 
     def delete(self, user_id: str) -> int | None:
         with self._open():
@@ -135,6 +178,12 @@ class MemoryStore:
     def stats(self) -> StoreStats:
         with self._open():
             return StoreStats(len(self._users), len(self._numbers))
+
+    def maintain(self) -> int:
+        with self._open():
+            oldest = self._clock() - REMEMBER_SECONDS
+            self._ids = {user: ids for user, ids in self._ids.items() if max(ids.values()) >= oldest}
+        return 0
 
     def flush(self) -> None:
         with self._open():

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
@@ -17,6 +18,8 @@ from unittest.mock import patch
 import lmdb
 from lmdb.verify import verify
 
+from dman_runtime.store import lmdb as lmdb_store
+from dman_runtime.store import memory as memory_store
 from dman_runtime.store.base import StateStore
 from dman_runtime.store.lmdb import LmdbStore
 from dman_runtime.store.memory import MemoryStore
@@ -32,6 +35,7 @@ class Harness(Protocol):
     """One store for tests. Suites call the methods below `open` for durable stores only."""
 
     durable: ClassVar[bool]  # what was written outlives the process
+    clock: Callable[[], float]  # of the stores that are opened from now on
 
     def __init__(self, directory: Path) -> None:
         """Nothing is opened yet. The same directory means the same store, in every process."""
@@ -64,10 +68,10 @@ class MemoryHarness:
     durable = False
 
     def __init__(self, directory: Path) -> None:
-        pass
+        self.clock: Callable[[], float] = time.time
 
     def open(self) -> MemoryStore:
-        return MemoryStore()
+        return MemoryStore(clock=self.clock)
 
     def problems(self) -> list[str]:
         return []
@@ -78,13 +82,14 @@ class LmdbHarness:
 
     def __init__(self, directory: Path) -> None:
         self.path = directory / "state"
+        self.clock: Callable[[], float] = time.time
         self._action: Callable[[], object] | None = None
         self._steps_left = 0
 
     def open(self) -> LmdbStore:
         opening = lmdb.open
         with patch.object(lmdb, "open", lambda *args, **options: _Environment(opening(*args, **options), self.step)):
-            return LmdbStore.open(self.path)
+            return LmdbStore.open(self.path, clock=self.clock)
 
     @contextmanager
     def at_step(self, step: int, action: Callable[[], object]) -> Iterator[None]:
@@ -172,6 +177,13 @@ class _Stepwise:
 
 HARNESSES: dict[str, type[Harness]] = {"lmdb": LmdbHarness, "memory": MemoryHarness}
 DURABLE = [name for name, harness in HARNESSES.items() if harness.durable]
+
+
+@contextmanager
+def request_id_limit(limit: int) -> Iterator[None]:
+    """In this block, all stores take so many request ids of a user in 6 hours."""
+    with patch.object(lmdb_store, "MAX_IDS", limit), patch.object(memory_store, "MAX_IDS", limit):
+        yield
 
 
 @contextmanager

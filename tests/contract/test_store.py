@@ -11,12 +11,12 @@ from typing import Any
 
 import numpy as np
 import pytest
-from contract.stores import Crash, Harness
+from contract.stores import Crash, Harness, request_id_limit
 from numpy.typing import NDArray
 
 from dman_runtime.data.ids import RULE
-from dman_runtime.errors import StoreError
-from dman_runtime.store.base import REQUEST_IDS, Events, Head, StateStore, StoredUser, Write
+from dman_runtime.errors import StoreError, TooManyRequestIdsError
+from dman_runtime.store.base import REMEMBER_SECONDS, Events, Head, Snapshot, StateStore, StoredUser, Write
 from dman_runtime.store.history import CHUNK_EVENTS
 from dman_runtime.store.memory import MemoryStore
 
@@ -73,6 +73,7 @@ def everything(store: StateStore) -> dict[str, Any]:
             [get(store, user_id, generation) for generation in generations],
             as_lists(store.history(user_id)),
             store.seen(user_id).tolist(),
+            store.applied(user_id, range(1000)),
         )
         for user_id in sorted(store.scan())
     }
@@ -153,10 +154,11 @@ def test_ids_up_to_the_limits_are_kept_apart(store: StateStore) -> None:
         lambda store, bad: store.ranking_view(bad, 1, 10),
         lambda store, bad: store.history(bad),
         lambda store, bad: store.seen(bad),
+        lambda store, bad: store.applied(bad, [1]),
         lambda store, bad: store.commit([write("good"), write(bad)]),
         lambda store, bad: store.delete(bad),
     ],
-    ids=["add_items", "find_items", "get_many", "ranking_view", "history", "seen", "commit", "delete"],
+    ids=["add_items", "find_items", "get_many", "ranking_view", "history", "seen", "applied", "commit", "delete"],
 )
 def test_bad_ids_are_refused(store: StateStore, call: Callable[[StateStore, str], object], bad: str) -> None:
     with pytest.raises(ValueError, match=re.escape(RULE)):
@@ -180,8 +182,8 @@ def test_commit_of_no_events_creates_a_user(store: StateStore) -> None:
     assert store.commit([write("a"), write("b", records={2: b""})]) == []
     a, b = store.get_many(["a", "b"], 2)
     assert a is not None and b is not None
-    assert a.head == Head(a.head.version, 0, (), 0) and a.head.version > 0 and a.record is None
-    assert b.head == Head(b.head.version, 0, (), 2) and b.record == b""  # an empty record is a record
+    assert a.head == Head(a.head.version, 0, 0) and a.head.version > 0 and a.record is None
+    assert b.head == Head(b.head.version, 0, 2) and b.record == b""  # an empty record is a record
     assert as_lists(store.history("a")) == ([], []) and store.seen("a").tolist() == []
     view = store.ranking_view("a", 2, 10)
     assert view is not None and (view.history_count, view.record, view.seen.tolist()) == (0, None, [])
@@ -252,20 +254,118 @@ def test_large_records_come_back_whole(store: StateStore) -> None:
     assert view is not None and view.record == record[:5000]
 
 
-def test_request_ids_are_replaced_and_capped(store: StateStore) -> None:
-    ids = [2**64 - 1, 0, *range(3 * REQUEST_IDS)]
-    store.commit([write("a", request_ids=ids[:2])])
-    assert head_of(store, "a").request_ids == tuple(ids[:2])
-    store.commit([write("a", version_of(store, "a"), request_ids=ids)])
-    assert head_of(store, "a").request_ids == tuple(ids[-REQUEST_IDS:])
-    store.commit([write("a", version_of(store, "a"))])
-    assert head_of(store, "a").request_ids == ()
-
-
 def test_get_many_answers_in_order_with_unknown_and_repeated_users(store: StateStore) -> None:
     store.commit([write("a", records={1: b"a"}), write("b", records={1: b"b"})])
     found = store.get_many(["b", "unknown", "a", "b"], 1)
     assert [user and user.record for user in found] == [b"b", None, b"a", b"b"]
+
+
+# -- request ids -------------------------------------------------------------------------------------------------------
+
+HOUR = 3600
+NOON = 1_800_000_000.0  # a moment
+
+
+def test_request_ids_are_remembered_whatever_comes_after_them(store: StateStore) -> None:
+    ids = [2**64 - 1, 0, *range(7, 107)]
+    for one in ids[:50]:
+        assert store.commit([write("a", version_of(store, "a"), request_ids=[one])]) == []
+    assert store.commit([write("a", version_of(store, "a"), request_ids=ids[50:])]) == []
+    assert store.commit([write("a", version_of(store, "a")), write("b", request_ids=[1000])]) == []
+    assert store.applied("a", [*ids, 1, 2, 3, 1000]) == set(ids)
+    assert store.applied("a", []) == set()
+    assert store.applied("b", [*ids, 1000]) == {1000}  # each user has its own
+
+
+def test_request_ids_are_each_users_own_though_one_name_begins_another(store: StateStore) -> None:
+    users = ["a", "ab", "a b", "z" * 400]
+    for number, user in enumerate(users):
+        for part in range(20):
+            store.commit([write(user, version_of(store, user), request_ids=[100 * number + part])])
+    every = range(400)
+    for number, user in enumerate(users):
+        assert store.applied(user, every) == set(range(100 * number, 100 * number + 20))
+    store.delete("a")
+    assert store.applied("a", every) == set(range(20)) and store.applied("unknown", every) == set()
+
+
+@pytest.mark.parametrize("deleted", [False, True])
+def test_request_ids_are_remembered_for_a_day_from_the_last_moment(harness: Harness, deleted: bool) -> None:
+    for offset in (0, 1, HOUR, 6 * HOUR - 1, 11 * HOUR):
+        now = NOON + offset
+        harness.clock = lambda: now  # noqa: B023 - read in this round only
+        user = f"user-{offset}"
+        with harness.open() as store:
+            for number in range(40):
+                store.commit([write(user, version_of(store, user), request_ids=[number])])
+            if deleted:
+                store.delete(user)
+            applied = now
+            for passed in (0, HOUR, 6 * HOUR, 23 * HOUR, REMEMBER_SECONDS):
+                now = applied + passed
+                store.maintain()
+                store.commit([write("other", version_of(store, "other"), request_ids=range(50))])
+                assert store.applied(user, range(40)) == set(range(40)), (offset, passed)
+
+
+def test_request_ids_of_a_deleted_user_keep_a_retry_from_bringing_the_user_back(store: StateStore) -> None:
+    items = items_for(store)
+    store.commit([write("a", items=items, request_ids=[1, 2])])
+    store.delete("a")
+    assert get(store, "a") is None
+    assert store.applied("a", [1, 2, 3]) == {1, 2}
+    # what was prepared while the user was unknown, and was applied meanwhile
+    assert store.commit([write("a", items=items, request_ids=[2]), write("b")]) == ["a"]
+    assert list(store.scan()) == []
+    assert store.commit([write("a", items=items[:1], request_ids=[3])]) == []  # the user may come back
+    assert store.applied("a", range(9)) == {1, 2, 3}
+    for number in range(100, 120):
+        store.commit([write("a", version_of(store, "a"), request_ids=[number])])
+    store.delete("a")
+    assert store.applied("a", range(200)) == {1, 2, 3, *range(100, 120)}
+
+
+def test_request_ids_are_those_of_the_snapshot(store: StateStore) -> None:
+    store.commit([write("a", request_ids=[1])])
+    with store.snapshot() as snapshot:
+        store.commit([write("a", version_of(store, "a"), request_ids=range(2, 40))])
+        store.commit([write("new", request_ids=[5])])
+        assert snapshot.applied("a", range(40)) == {1} and snapshot.applied("new", [5]) == set()
+    assert store.applied("a", range(40)) == set(range(1, 40)) and store.applied("new", [5]) == {5}
+
+
+def test_too_many_request_ids_are_refused_and_none_is_forgotten(harness: Harness) -> None:
+    now = NOON
+    harness.clock = lambda: now
+    with harness.open() as store, request_id_limit(60):
+        items = items_for(store)
+        taken: list[int] = []
+        with pytest.raises(TooManyRequestIdsError, match=r"user 'a' has more than 60 .*wait") as caught:
+            while True:
+                batch = range(len(taken), len(taken) + 5)
+                store.commit(
+                    [
+                        write("b", version_of(store, "b"), items),
+                        write("a", version_of(store, "a"), items[:1], request_ids=batch),
+                    ]
+                )
+                taken += batch
+        assert caught.value.public is None and caught.value.status == "RESOURCE_EXHAUSTED"
+        assert 60 - 16 <= len(taken) <= 60 + 16
+        before = everything(store)
+        assert (
+            head_of(store, "b").history_count == 100 * head_of(store, "a").history_count
+        )  # all of a commit, or nothing
+        assert store.applied("a", range(1000)) == set(taken)
+        with pytest.raises(TooManyRequestIdsError):
+            store.commit([write("a", version_of(store, "a"), items[:1], request_ids=range(500, 520))])
+        assert everything(store) == before
+        assert store.commit([write("a", version_of(store, "a"), items[:1])]) == []  # without an id
+        assert store.commit([write("b", version_of(store, "b"), request_ids=range(30))]) == []  # another user
+        assert store.delete("a") == head_of(store, "b").history_count // 100 + 1
+        now += 6 * HOUR
+        assert store.commit([write("a", items=items[:1], request_ids=range(500, 520))]) == []
+        assert store.applied("a", range(1000)) == {*taken, *range(500, 520)}
 
 
 # -- commits -----------------------------------------------------------------------------------------------------------
@@ -434,6 +534,50 @@ def test_what_was_read_stays_as_it_was(store: StateStore) -> None:
     assert copies == (repr([*read[1], read[2], view.seen, other.seen]), repr(read[0]), repr(view))
 
 
+def readings(reader: Snapshot) -> dict[str, Any]:
+    """All that a snapshot or a store can read of three users and some items."""
+    users, view = ["a", "b", "new"], [reader.ranking_view(user, 1, 3) for user in ("a", "b", "new")]
+    return {
+        "get_many": reader.get_many(users, 1),
+        "ranking_view": [one and (one.history_count, one.record, sorted(one.seen.tolist())) for one in view],
+        "history": [as_lists(reader.history(user)) for user in users],
+        "seen": [reader.seen(user).tolist() for user in users],
+        "find_items": reader.find_items(["item-1", "later"]).tolist(),
+        "item_ids": reader.item_ids([3, 99]),
+    }
+
+
+def test_snapshot_is_one_moment_whatever_is_written_meanwhile(store: StateStore) -> None:
+    items = items_for(store)
+    store.commit([write(user, items=items[:70], records={1: b"old"}) for user in "ab"])
+    before = readings(store)
+    with store.snapshot() as snapshot:
+        assert readings(snapshot) == before
+        for number in range(3):
+            store.commit([write("a", version_of(store, "a"), items[::-1], records={1: b"%d" % number})])
+            store.commit([write(f"other-{number}", items=items, records={1: bytes(9000)})])
+        store.delete("b")
+        store.commit([write("new", items=items[:1])])
+        store.add_items(["later"])
+        store.drop_records(1)
+        assert readings(snapshot) == before
+        with store.snapshot() as inner:  # another moment, in the same thread
+            after = readings(inner)
+        assert readings(snapshot) == before
+        with pytest.raises(ValueError, match="never given a number"):
+            snapshot.item_ids([100])
+    assert after == readings(store)
+    assert all(after[name] != before[name] for name in before if name != "item_ids")
+
+
+def test_snapshot_that_a_failure_ends_lets_the_store_go_on(store: StateStore) -> None:
+    with pytest.raises(ZeroDivisionError), store.snapshot() as snapshot:
+        assert snapshot.get_many(["a"], 1) == [None]
+        raise ZeroDivisionError
+    assert store.commit([write("a")]) == []
+    assert head_of(store, "a").history_count == 0
+
+
 # -- deletion and scans ------------------------------------------------------------------------------------------------
 
 
@@ -453,7 +597,7 @@ def test_delete_leaves_nothing_of_the_user_and_everything_of_the_others(store: S
     stored = [get(store, "a", generation) for generation in (1, 2, 3)]
     assert [user and user.record for user in stored] == [None] * 3
     head = head_of(store, "a")
-    assert head == Head(head.version, 1, (), 0)
+    assert head == Head(head.version, 1, 0)
     assert store.history("a")[0].tolist() == store.seen("a").tolist() == items[:1].tolist()
 
 
@@ -611,6 +755,9 @@ def test_threads_that_add_items_and_generations_agree(store: StateStore) -> None
         lambda store: store.ranking_view("a", 1, 1),
         lambda store: store.history("a"),
         lambda store: store.seen("a"),
+        lambda store: store.applied("a", [1]),
+        lambda store: store.maintain(),
+        lambda store: store.snapshot().__enter__(),
         lambda store: store.commit([write("a")]),
         lambda store: store.delete("a"),
         lambda store: list(store.scan()),

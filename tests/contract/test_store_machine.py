@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
-from contract.stores import DURABLE, HARNESSES, Crash, Harness, fresh_directory
+from contract.stores import DURABLE, HARNESSES, Crash, Harness, fresh_directory, request_id_limit
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import (
@@ -22,8 +22,9 @@ from hypothesis.stateful import (
     run_state_machine_as_test,
 )
 
-from dman_runtime.store.base import REQUEST_IDS, Head, StateStore, Write
-from dman_runtime.store.history import CHUNK_EVENTS
+from dman_runtime.errors import TooManyRequestIdsError
+from dman_runtime.store.base import REMEMBER_SECONDS, Head, StateStore, Write
+from dman_runtime.store.history import CHUNK_EVENTS, RECENT_IDS
 
 USERS = ("a", "ab", "ü", "z" * 400)
 ITEMS = ("0", "1", "i" * 400, "\U0001f600", *(f"item-{number}" for number in range(2, 40)))
@@ -37,13 +38,12 @@ class Known:
 
     version: int = 0
     events: list[tuple[int, int]] = field(default_factory=list)
-    request_ids: tuple[int, ...] = ()
     generation: int = 0
     records: dict[int, bytes] = field(default_factory=dict)
 
     @property
     def head(self) -> Head:
-        return Head(self.version, len(self.events), self.request_ids, self.generation)
+        return Head(self.version, len(self.events), self.generation)
 
 
 @dataclass
@@ -51,14 +51,15 @@ class Model:
     items: list[str] = field(default_factory=list)
     bundles: list[str] = field(default_factory=list)
     users: dict[str, Known] = field(default_factory=dict)
+    ids: dict[str, dict[int, float]] = field(default_factory=lambda: {user_id: {} for user_id in USERS})  # and when
 
-    def commit(self, writes: list[Write]) -> list[str]:
+    def commit(self, writes: list[Write], now: float) -> list[str]:
         conflicts = [w.user_id for w in writes if w.expected_version != self.version_of(w.user_id)]
         for write in [] if conflicts else writes:
             user = self.users.setdefault(write.user_id, Known())
             user.version = -1  # a new one, that the store chooses
             user.events += zip(np.asarray(write.items).tolist(), np.asarray(write.timestamps).tolist(), strict=True)
-            user.request_ids = tuple(write.request_ids)[-REQUEST_IDS:]
+            self.ids[write.user_id] |= dict.fromkeys(write.request_ids, now)
             user.records |= write.records
             user.generation = max(write.records, default=user.generation)
         return conflicts
@@ -70,7 +71,9 @@ class Model:
 VERSIONS = ["right"] * 10 + ["zero", "stale"]
 EVENT_COUNTS = [0, 1, 2, CHUNK_EVENTS - 1, CHUNK_EVENTS, CHUNK_EVENTS, EVENTS]
 RECORDS = [{}, {1: b"one"}, {2: b"two"}, {1: b"ONE", 300: b""}, {2: b"long" * 1500}]
-REQUEST_ID_COUNTS = [0, 1, REQUEST_IDS + 3]
+REQUEST_ID_COUNTS = [0, 1, RECENT_IDS // 2, RECENT_IDS + 3]
+ID_LIMIT = 60  # request ids of a user in 6 hours
+HOUR = 3600
 
 
 class Change(NamedTuple):
@@ -103,6 +106,9 @@ class StoreMachine(RuleBasedStateMachine):
         super().__init__()
         self.cleanup = ExitStack()
         self.harness = harness(self.cleanup.enter_context(fresh_directory()))
+        self.cleanup.enter_context(request_id_limit(ID_LIMIT))
+        self.now = self.latest = 1_800_000_000.0  # the clock may go back
+        self.harness.clock = lambda: self.now
         self.store: StateStore = self.harness.open()
         self.model = Model()
         self.versions = {0}  # all ever given
@@ -137,8 +143,12 @@ class StoreMachine(RuleBasedStateMachine):
     @rule(batch=batches)
     def commit(self, batch: dict[str, Change]) -> None:
         writes = self.writes(batch)
-        conflicts = self.model.commit(writes)
-        assert sorted(self.store.commit(writes)) == sorted(conflicts)
+        try:
+            conflicts = self.store.commit(writes)
+        except TooManyRequestIdsError:
+            assert self.has_many_ids(writes)
+            return
+        assert sorted(conflicts) == sorted(self.model.commit(writes, self.now))
         self.take_new_versions()
 
     @rule(user_id=st.sampled_from(USERS))
@@ -150,6 +160,15 @@ class StoreMachine(RuleBasedStateMachine):
     def drop_records(self, generation: int) -> None:
         dropped = [user.records.pop(generation, None) for user in self.model.users.values()]
         assert self.store.drop_records(generation) == sum(record is not None for record in dropped)
+
+    @rule(hours=st.sampled_from([-2, 0.1, 1, 5, 7, 25]))
+    def time_passes(self, hours: float) -> None:
+        self.now += hours * HOUR
+        self.latest = max(self.now, self.latest)
+
+    @rule()
+    def maintain(self) -> None:
+        assert self.store.maintain() == 0
 
     @precondition(lambda self: self.harness.durable)
     @rule()
@@ -163,8 +182,14 @@ class StoreMachine(RuleBasedStateMachine):
     @rule(batch=batches, percent=st.integers(0, 99))
     def crash_in_a_commit(self, batch: dict[str, Change], percent: int) -> None:
         writes = self.writes(batch)
-        steps = sum(2 + len(write.records) + len(write.items) // CHUNK_EVENTS for write in writes) + 2
-        self.crash(steps * percent // 100, lambda: self.store.commit(writes), lambda after: after.commit(writes))
+        puts = [len(w.records) + len(w.items) // CHUNK_EVENTS + (len(w.request_ids) > RECENT_IDS) * 3 for w in writes]
+        steps = sum(puts) + 2 * len(puts) + 2
+        self.crash(
+            steps * percent // 100,
+            lambda: self.store.commit(writes),
+            lambda after: after.commit(writes, self.now),
+            may_refuse=self.has_many_ids(writes),
+        )
 
     @precondition(lambda self: self.harness.durable and self.model.users)
     @rule(number=st.integers(0, len(USERS) - 1), percent=st.integers(0, 99))
@@ -173,7 +198,14 @@ class StoreMachine(RuleBasedStateMachine):
         steps = 2 + len(known.records) + len(known.events) // CHUNK_EVENTS + 2
         self.crash(steps * percent // 100, lambda: self.store.delete(user_id), lambda after: after.users.pop(user_id))
 
-    def crash(self, step: int, write: Callable[[], object], in_model: Callable[[Model], object]) -> None:
+    def crash(
+        self,
+        step: int,
+        write: Callable[[], object],
+        in_model: Callable[[Model], object],
+        *,
+        may_refuse: bool = False,
+    ) -> None:
         """After a crash before a step, the store holds all of the write or nothing; after a return, all of it.
 
         The rules above guess how many steps there are, so that about every step comes up.
@@ -187,6 +219,8 @@ class StoreMachine(RuleBasedStateMachine):
         except Crash:
             self.store = self.harness.recover(self.store)
             self.model = self.model if self.unchanged() else after
+        except TooManyRequestIdsError:
+            assert may_refuse
         self.take_new_versions()
 
     def unchanged(self) -> bool:
@@ -222,6 +256,9 @@ class StoreMachine(RuleBasedStateMachine):
             view = store.ranking_view(user_id, 2, 4)
             events = known.events if known else []
             seen = sorted({item for item, _ in events})
+            ids = model.ids[user_id]
+            applied = store.applied(user_id, [*ids, 1, 2, 3])
+            assert {one for one, when in ids.items() if when >= self.latest - REMEMBER_SECONDS} <= applied <= set(ids)
             assert pairs(store.history(user_id)) == events
             assert store.seen(user_id).tolist() == seen
             assert (view is None) == (known is None)
@@ -243,8 +280,19 @@ class StoreMachine(RuleBasedStateMachine):
             items = random.choice(some, change.events).astype(np.uint32)
             times = random.integers(-(2**63), 2**63 - 1, change.events, endpoint=True)
             request_ids = random.integers(0, 2**64 - 1, change.request_ids, np.uint64, endpoint=True).tolist()
-            writes.append(Write(user_id, version, change.records, items, times, request_ids))
+            applied = self.store.applied(user_id, request_ids)  # the same number gives the same ids: a retry
+            new = [one for one in request_ids if one not in applied]
+            writes.append(Write(user_id, version, change.records, items, times, new))
         return writes
+
+    def has_many_ids(self, writes: list[Write]) -> bool:
+        """Whether there may be a user whose request ids in 6 hours are above the limit."""
+        return any(
+            len(write.request_ids)
+            + sum(when > self.latest - 30 * HOUR for when in self.model.ids[write.user_id].values())
+            > ID_LIMIT
+            for write in writes
+        )
 
     def take_new_versions(self) -> None:
         """Versions of what was just written were never given before; the model learns them."""

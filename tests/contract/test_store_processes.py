@@ -55,7 +55,7 @@ def commits_found(store: StateStore) -> int:
                 assert not commits
                 continue
             assert (stored.record, stored.head.history_count) == (record, len(expected))
-            assert stored.head.request_ids == (expected[-1] // 40,)
+            assert store.applied(user, range(commits + 1)) == set((expected // 40).tolist())
     return commits
 
 

@@ -19,7 +19,8 @@ from dman_runtime import cli
 from dman_runtime.data.evaluation import MISS, metrics
 from dman_runtime.model.bundle import open_bundle
 from dman_runtime.requests import MAX_K
-from dman_runtime.store.lmdb import FORMAT_VERSION, LmdbStore
+from dman_runtime.store.lmdb import LmdbStore
+from dman_runtime.store.lmdb_layout import FORMAT_VERSION
 from dman_train import evaluate as train_evaluate
 from dman_train import export
 from sdk import Client, Event, Recommendations

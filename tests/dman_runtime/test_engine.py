@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
@@ -27,7 +28,7 @@ from dman_runtime.model.state import State
 from dman_runtime.opened import catch_up_updates
 from dman_runtime.requests import MAX_EVENTS, MAX_K, Answer, Query, Update, UpdateOutcome, check_update, request_hash
 from dman_runtime.retrieval.base import Hits
-from dman_runtime.store.base import REQUEST_IDS, StateStore, StoredUser, Write
+from dman_runtime.store.base import StateStore, StoredUser, Write
 from dman_train.model import DMAN
 from dman_train.replay import replay as torch_replay
 
@@ -278,19 +279,82 @@ def test_update_request_ids_are_each_users_own(engine: Engine) -> None:
 
 
 @pytest.mark.parametrize("one_call", [True, False])
-def test_update_request_id_is_forgotten_after_16_others(engine: Engine, one_call: bool) -> None:
+def test_update_request_id_is_remembered_whatever_comes_after_it(engine: Engine, one_call: bool) -> None:
     update(engine, "u", [0], "first")
+    updates = [Update("u", ids([3]), request_id=f"other {number}") for number in range(40)]
+    for call in [updates] if one_call else [[one] for one in updates]:
+        engine.update(call)
+    again = update(engine, "u", [0], "first")
+    assert (again.duplicate, again.applied, again.event_count) == (True, 0, 41)
+    assert all(outcome.duplicate for outcome in engine.update(updates))
+    assert stored_items(engine, "u") == [0, *[3] * 40]
 
-    def others(names: Sequence[str]) -> None:
-        updates = [Update("u", ids([3]), request_id=name) for name in names]
-        for call in [updates] if one_call else [[one] for one in updates]:
-            engine.update(call)
 
-    others([f"other {number}" for number in range(REQUEST_IDS - 1)])
-    assert update(engine, "u", [0], "first").duplicate  # a duplicate does not count as another
-    others(["the last"])
-    assert not update(engine, "u", [0], "first").duplicate
-    assert stored_items(engine, "u") == [0, *[3] * REQUEST_IDS, 0]
+def test_update_of_a_deleted_user_that_is_retried_does_not_bring_the_user_back(engine: Engine) -> None:
+    update(engine, "u", list(range(13)), "r")
+    engine.delete("u")
+    again = update(engine, "u", list(range(13)), "r")
+    assert again == UpdateOutcome(0, 0, 0, [], duplicate=True)
+    assert stored(engine, "u") is None
+    assert update(engine, "u", [5], "s") == UpdateOutcome(1, 1, 1, [], duplicate=False)  # the user may come back
+    assert update(engine, "u", list(range(13)), "r") == UpdateOutcome(1, 1, 0, [], duplicate=True)
+
+
+def test_update_whose_copy_was_applied_and_deleted_since_it_was_opened_is_not_applied(engine: Engine) -> None:
+    one = [Update("u", ids([1, 2]), request_id="r")]
+    opened = engine.open_updates(one)
+    engine.advance(opened.users)
+    engine.update(one)
+    engine.delete("u")
+    assert engine.commit(opened.users) == ["u"]  # the same version, none, as when it was opened
+    assert engine.update(one)[0].duplicate
+    assert stored(engine, "u") is None
+
+
+BATCH = [Update("u", ["1", "2"]), Update("v", ["3"]), Update("u", ["4", "nope"])]
+
+
+def test_batch_with_an_id_is_applied_once_as_a_whole(engine: Engine) -> None:
+    outcomes = engine.update(BATCH, "batch")
+    assert [(o.applied, o.event_count, o.duplicate) for o in outcomes] == [(2, 2, False), (1, 1, False), (1, 3, False)]
+    again = engine.update(BATCH, "batch")
+    assert [(o.applied, o.event_count, o.duplicate) for o in again] == [(0, 3, True), (0, 1, True), (0, 3, True)]
+    assert again[2].unknown_item_ids == ["nope"]
+    assert stored_ids(engine, "u") == ["1", "2", "4", "nope"] and stored_ids(engine, "v") == ["3"]
+    assert not any(outcome.duplicate for outcome in engine.update(BATCH, "another"))
+
+
+@pytest.mark.parametrize("changed", ["u deleted", "u and v deleted", "u went on"])
+def test_batch_that_any_of_its_users_knows_is_a_duplicate(engine: Engine, changed: str) -> None:
+    engine.update(BATCH, "batch")
+    for user_id in "uv":
+        if user_id in changed.split() and "deleted" in changed:
+            engine.delete(user_id)
+    if changed == "u went on":
+        for number in range(40):
+            update(engine, "u", [9], str(number))
+    before = {user_id: stored(engine, user_id) for user_id in "uvw"}
+    again = engine.update([Update("w", ["7"]), *BATCH], "batch")
+    assert all(outcome.duplicate and outcome.applied == 0 for outcome in again)
+    assert {user_id: stored(engine, user_id) for user_id in "uvw"} == before
+
+
+def test_batch_id_is_an_id_of_each_of_its_users(engine: Engine) -> None:
+    engine.update(BATCH, "batch")
+    assert update(engine, "v", [1], "batch").duplicate
+    assert not update(engine, "w", [1], "batch").duplicate
+    assert engine.update([Update("new", []), Update("v", [])], "empty")[0].duplicate is False
+    assert stored(engine, "new") is None
+
+
+@pytest.mark.parametrize(
+    ("batch_id", "updates"),
+    [("batch", [Update("u", ["1"]), Update("v", ["1"], request_id="own")]), ("é" * 65, [Update("u", ["1"])])],
+)
+def test_batch_that_cannot_have_its_id_is_refused(engine: Engine, batch_id: str, updates: list[Update]) -> None:
+    with pytest.raises(RequestError, match="request_id"):
+        engine.update(updates, batch_id)
+    assert list(engine.store.scan()) == []
 
 
 def test_update_stores_and_names_events_of_unknown_items_and_does_not_count_them(engine: Engine) -> None:
@@ -895,13 +959,57 @@ def test_user_says_what_is_stored(engine: Engine) -> None:
             engine.user("u", recent_events=recent_events)
 
 
+class BusyStore:
+    """The real store; every snapshot that reads heads is followed by a change of the user, before it is read on."""
+
+    def __init__(self, store: StateStore, change: Callable[[], object]) -> None:
+        self._store, self._change = store, change
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._store, name)
+
+    def get_many(self, user_ids: Sequence[str], generation: int) -> list[StoredUser | None]:
+        found = self._store.get_many(user_ids, generation)
+        self._change()
+        return found
+
+    @contextmanager
+    def snapshot(self) -> Iterator[Any]:
+        with self._store.snapshot() as snapshot:
+            yield BusyStore(snapshot, self._change)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("change", ["more events", "deleted", "deleted and back"])
+def test_user_is_of_one_moment(engine: Engine, change: str) -> None:
+    update(engine, "u", [1, 2, 3, 4])
+    before = engine.user("u", recent_events=3)
+
+    def interfere() -> None:
+        if "deleted" in change:
+            engine.delete("u")
+        if change != "deleted":
+            engine.update([Update("u", [*ids(range(20, 40)), "new"])])
+
+    busy = Engine(engine.generation, BusyStore(engine.store, interfere))  # type: ignore[arg-type]
+    assert busy.user("u", recent_events=3) == before
+    assert engine.user("u", recent_events=3) != before
+
+
+def test_lagging_user_is_opened_from_one_moment(engine: Engine, newer: Engine) -> None:
+    newer.update([Update("u", ["31", "32", "33"])])
+    busy = Engine(engine.generation, BusyStore(engine.store, lambda: engine.delete("u")))  # type: ignore[arg-type]
+    (user,) = busy.open_users(["u"])
+    assert user.left.tolist() == [30, 31, 32] and user.record_lags
+    assert stored(engine, "u") is None
+
+
 def test_delete_forgets_everything_about_a_user(engine: Engine) -> None:
     update(engine, "u", list(range(13)), "r")
     assert engine.delete("u") == 13
     assert engine.delete("u") is None
     assert engine.user("u") is None
     assert answer(engine, "u").popular
-    again = update(engine, "u", [1], "r")
+    again = update(engine, "u", [1], "s")
     assert (again.duplicate, again.event_count) == (False, 1)
     assert 2 in recommended(engine, "u")  # seen items are forgotten as well
 

@@ -16,12 +16,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import TINY
+from conftest import TINY, rewrite_manifest
 from hostile_bundles import VALUES
 
 from dman_runtime.data.evaluation import HeldOut
 from dman_runtime.errors import DmanError, InputError
-from dman_train import export, train
+from dman_train import evaluate, export, train
 from dman_train.config import BASELINE_PRESETS, BaselineConfig, ConfigError, ModelConfig, TrainConfig
 from dman_train.data import TrainingData
 from dman_train.run import Run, RunError
@@ -308,6 +308,24 @@ def test_export_of_a_vocabulary_of_another_run_is_refused(
     assert export.main(["--run", str(run_copy), "--out", str(tmp_path / "bundle")]) == 2
     assert "vocabulary.json does not fit config.json" in capsys.readouterr().err
     assert not (tmp_path / "bundle").exists()
+
+
+@pytest.mark.parametrize(
+    ("values", "words"),
+    [
+        ({"user_column": 3}, "user_column is 3"),
+        ({"min_user_events": "many"}, "min_user_events is 'many'"),
+        ({"path": ["a"]}, "does not record its training data"),
+    ],
+)
+def test_evaluate_of_a_bundle_with_malformed_data_settings_is_refused(
+    tiny_bundle: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], values: dict[str, Any], words: str
+) -> None:
+    bundle = Path(shutil.copytree(tiny_bundle, tmp_path / "bundle"))
+    rewrite_manifest(bundle, data=values)
+    assert evaluate.main(["--bundle", str(bundle), "--provider", "cpu"]) == 2
+    err = capsys.readouterr().err
+    assert words in err and len(err.splitlines()) == 1
 
 
 # --- States of a training that do not fit.

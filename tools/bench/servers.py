@@ -1,24 +1,24 @@
 """The servers that measurements talk to, started here and stopped by their pid.
 
 `python -m tools.bench.servers` is one of them: the empty echo, a method that takes bytes and returns them through the
-same gRPC options and thread pool as `dman-runtime serve`. It is the floor of every round trip on a machine.
+same kind of gRPC server as that of `dman-runtime serve`. It is the floor of every round trip on a machine.
 """
 
 from __future__ import annotations
 
+import asyncio
 import os
 import subprocess
 import sys
 import threading
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import grpc
 
-from dman_runtime.cli import parser
 from dman_runtime.errors import UsageError
 from dman_runtime.serving.config import MAX_MESSAGE_BYTES
 
@@ -104,24 +104,30 @@ def connect(address: str) -> grpc.Channel:
 
 def serve_echo() -> int:
     """Serves the echo until SIGTERM, or until stdin ends because the process that started it is gone."""
-    defaults = parser().parse_args(["serve"])
-    server = grpc.server(
-        ThreadPoolExecutor(defaults.threads),
-        maximum_concurrent_rpcs=defaults.max_concurrent,
+    asyncio.run(_serve_echo())
+    return 0
+
+
+async def _serve_echo() -> None:
+    """On the same kind of gRPC server as the product's."""
+
+    async def echo(request: bytes, _: Any) -> bytes:
+        return request
+
+    server = grpc.aio.server(
         options=[
             ("grpc.so_reuseport", 0),
             ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
             ("grpc.max_send_message_length", MAX_MESSAGE_BYTES),
         ],
     )
-    handler: grpc.RpcMethodHandler[bytes, bytes] = grpc.unary_unary_rpc_method_handler(lambda request, context: request)
+    handler: grpc.RpcMethodHandler[bytes, bytes] = grpc.unary_unary_rpc_method_handler(echo)
     server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(ECHO_SERVICE, {ECHO_METHOD: handler}),))
     port = server.add_insecure_port("127.0.0.1:0")
-    server.start()
+    await server.start()
     print(f"echo on 127.0.0.1:{port}", flush=True)
-    sys.stdin.read()
-    server.stop(0).wait()
-    return 0
+    await asyncio.to_thread(sys.stdin.read)
+    await server.stop(0)
 
 
 if __name__ == "__main__":

@@ -14,7 +14,8 @@ from dman_runtime.errors import StoreMismatchError, StoreUnavailableError, Usage
 from dman_runtime.jobs.importing import import_histories
 from dman_runtime.jobs.inspecting import RECENT_EVENTS, inspect_bundle, inspect_store, inspect_user
 from dman_runtime.model.generation import Generation
-from dman_runtime.store.lmdb import FORMAT_VERSION, LmdbStore
+from dman_runtime.store.lmdb import LmdbStore
+from dman_runtime.store.lmdb_layout import FORMAT_VERSION
 
 
 @pytest.fixture(scope="module")

@@ -18,7 +18,8 @@ from lmdb.verify import verify
 from dman_runtime.errors import StoreError, StoreFullError, StoreMismatchError, StoreUnavailableError
 from dman_runtime.store import environment as environment_module
 from dman_runtime.store.base import Write
-from dman_runtime.store.lmdb import DEFAULT_MAP_SIZE, FORMAT_VERSION, LmdbStore
+from dman_runtime.store.lmdb import DEFAULT_MAP_SIZE, LmdbStore
+from dman_runtime.store.lmdb_layout import FORMAT_VERSION
 
 MIB = 1 << 20
 

@@ -14,6 +14,7 @@ from dman_runtime.store import lmdb as lmdb_module
 from dman_runtime.store.base import Write
 from dman_runtime.store.history import CHUNK_EVENTS
 from dman_runtime.store.lmdb import LmdbStore
+from dman_runtime.store.lmdb_reads import LmdbSnapshot
 
 
 @pytest.fixture
@@ -36,9 +37,9 @@ def version_of(store: LmdbStore, user_id: str) -> int:
 
 def contents(store: LmdbStore) -> dict[str, dict[bytes, bytes]]:
     """Every key and value of every database."""
-    with store._env.read() as txn:
+    with store._env.read() as reading:
         return {
-            name: {bytes(key): bytes(value) for key, value in txn.cursor(db=database)}
+            name: {bytes(key): bytes(value) for key, value in reading.txn.cursor(db=database)}
             for name, database in store._env.databases.items()
         }
 
@@ -109,13 +110,13 @@ def test_history_reads_only_the_chunks_it_needs(
 ) -> None:
     store.commit([write("long", items=np.arange(10 * CHUNK_EVENTS + 2) % 100)])
     read: list[int] = []
-    original = LmdbStore._chunk
+    original = LmdbSnapshot._chunk
 
-    def spy(self: LmdbStore, txn: Any, key: bytes, chunk: int) -> Any:
+    def spy(self: LmdbSnapshot, user: bytes, seed: int, chunk: int) -> Any:
         read.append(chunk)
-        return original(self, txn, key, chunk)
+        return original(self, user, seed, chunk)
 
-    monkeypatch.setattr(LmdbStore, "_chunk", spy)
+    monkeypatch.setattr(LmdbSnapshot, "_chunk", spy)
     items, _ = store.history("long", start, stop)
     assert items.tolist() == (np.arange(10 * CHUNK_EVENTS + 2) % 100)[start:stop].tolist()
     assert read == chunks

@@ -1,0 +1,177 @@
+"""The files of a store: who else uses them, whether they are whole, and whether they are still the same ones.
+
+Every process that has a store open holds a lock on `data.mdb`: an exclusive one while it opens it, then a shared one.
+So creations follow each other, and who opens a store knows whether anybody else uses it. This lock has nothing to do
+with `lock.mdb`, by which LMDB keeps the writers apart: with another `lock.mdb` than the others, a process would write
+into their pages.
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import os
+import struct
+import time
+from pathlib import Path
+from typing import NoReturn
+
+import lmdb
+from lmdb.verify import verify
+
+from dman_runtime.errors import StoreGoneError, StoreUnavailableError
+
+_MAGIC, _DATA_FORMAT = struct.pack("=I", 0xBEEFC0DE), struct.pack("=I", 1)  # how LMDB 0.9 marks its file
+_BUSY, _GONE = {errno.EWOULDBLOCK, errno.EAGAIN, errno.EACCES}, {errno.ENOENT, errno.ENOTDIR, errno.ESTALE}
+_CHECKED_BYTES = 256 << 20  # of larger files the structure is not checked when they are opened
+_PATIENCE, _PAUSE, _TRIES = 60.0, 0.02, 5  # seconds for another process to open the store; between tries; for lock.mdb
+
+
+class StoreFiles:
+    """The claimed files of a store. Make one with `StoreFiles.claim`."""
+
+    def __init__(self, path: Path, descriptor: int, *, alone: bool) -> None:
+        self.alone = alone  # nobody else has the store open, or can open it before `share`
+        self._path, self._descriptor = path, descriptor
+        self._data, self._lock = str(path / "data.mdb"), str(path / "lock.mdb")
+        self._identity: dict[str, tuple[int, int]] = {}  # by path: device and inode
+        self._size = 0
+        self._problem = ""
+
+    @classmethod
+    def claim(cls, path: Path, *, readonly: bool) -> StoreFiles:
+        """Locks `data.mdb`, and creates it empty where there is none (not if `readonly`).
+
+        Raises OSError, and StoreUnavailableError where others use the store with a `lock.mdb` that was removed.
+        """
+        flags = os.O_RDONLY if readonly else os.O_RDWR | os.O_CREAT
+        descriptor = os.open(path / "data.mdb", flags | os.O_CLOEXEC, 0o600)
+        try:
+            return cls(path, descriptor, alone=_lock(path, descriptor))
+        except BaseException:
+            os.close(descriptor)
+            raise
+
+    def check_whole(self) -> None:
+        """lmdb.Error for what LMDB should not be let near, StoreUnavailableError for another format of LMDB.
+
+        The structure is checked where nobody can change it meanwhile, and where that is quick.
+        """
+        data = self._path / "data.mdb"
+        with data.open("rb") as file:
+            head = file.read(64)
+        if not head:
+            return
+        magic = head.find(_MAGIC)
+        if magic < 0:
+            raise lmdb.InvalidError("data.mdb is not an LMDB file")
+        if head[magic + 4 : magic + 8] != _DATA_FORMAT:
+            raise StoreUnavailableError(
+                f"{data} is not in the format of LMDB 0.9", "convert it with mdb_dump and mdb_load"
+            )
+        if self.alone and data.stat().st_size <= _CHECKED_BYTES and (problems := verify(str(self._path))):  # type: ignore[no-untyped-call]
+            raise lmdb.CorruptedError(f"data.mdb: {problems[0]}")
+
+    def watch(self) -> None:
+        """Remembers which files these are. From now on `check` compares, and others may open the store."""
+        own, lock = os.fstat(self._descriptor), Path(self._lock).stat()
+        self._identity = {self._data: (own.st_dev, own.st_ino), self._lock: (lock.st_dev, lock.st_ino)}
+        self.check()
+        if self.alone:
+            fcntl.flock(self._descriptor, fcntl.LOCK_SH)
+            self.alone = False
+
+    def check(self) -> None:
+        """StoreGoneError once the paths have led to other files, or `data.mdb` has become shorter; also ever after."""
+        self._compare(self._lock)
+        self.check_data()
+
+    def check_data(self) -> None:
+        """The part of `check` that every write does before it is acknowledged.
+
+        `lock.mdb` can wait for the next `check`: while this process has the file open, no other opens it without.
+        """
+        known = self._size  # before the file is looked at: another thread may see it grow
+        size = self._compare(self._data)
+        if size < known:
+            self._fail("was cut short")
+        self._size = size
+
+    def check_known(self) -> None:
+        """StoreGoneError if a check has failed before."""
+        if self._problem:
+            self._fail(self._problem)
+
+    def _compare(self, name: str) -> int:
+        """The size of a file that must still be the same."""
+        self.check_known()
+        try:
+            found = os.stat(name)  # noqa: PTH116 - Path.stat takes twice as long, and every commit passes here
+        except OSError as error:
+            if error.errno not in _GONE:
+                raise
+            self._fail("was removed")
+        if (found.st_dev, found.st_ino) != self._identity[name]:
+            self._fail("was replaced")
+        return found.st_size
+
+    def _fail(self, problem: str) -> NoReturn:
+        self._problem = problem  # for good: what others write meanwhile is not ours
+        raise StoreGoneError(
+            f"the state store {self._path} {problem} while it was open",
+            "mount its volume or restore it, then restart every process",
+        )
+
+    def close(self) -> None:
+        """A second call does nothing."""
+        descriptor, self._descriptor = self._descriptor, -1
+        if descriptor >= 0:
+            os.close(descriptor)
+
+
+def has_data(path: Path) -> bool:
+    """Whether there is a store, or was one: `data.mdb` is empty where a creation was interrupted."""
+    data = path / "data.mdb"
+    return data.exists() and data.stat().st_size > 0
+
+
+def check_directory(path: Path) -> None:
+    if path.exists() and not path.is_dir():
+        raise StoreUnavailableError(
+            f"{path} is a file, not the directory of a state store", "use another path", parameter="state"
+        )
+
+
+def _lock(path: Path, descriptor: int) -> bool:
+    """Takes the exclusive lock if nobody has the file open, else a shared one. Returns whether it is exclusive."""
+    lock, end, tries = path / "lock.mdb", time.monotonic() + _PATIENCE, 0
+    try:
+        while time.monotonic() < end:
+            if _locked(descriptor, fcntl.LOCK_EX):
+                return True
+            if _locked(descriptor, fcntl.LOCK_SH):
+                if lock.exists():
+                    return False
+                fcntl.flock(descriptor, fcntl.LOCK_UN)
+                tries += 1  # the process that opened it may just have died
+                if tries == _TRIES:
+                    raise StoreUnavailableError(
+                        f"{lock} was removed while other processes use the state store",
+                        "stop them all, then start again",
+                    )
+            time.sleep(_PAUSE)
+    except OSError:
+        return False  # a file system without such locks: nothing is known of others
+    raise StoreUnavailableError(
+        f"another process has been opening the state store {path} for {_PATIENCE:.0f} s", "see what it does, or stop it"
+    )
+
+
+def _locked(descriptor: int, kind: int) -> bool:
+    try:
+        fcntl.flock(descriptor, kind | fcntl.LOCK_NB)
+    except OSError as error:
+        if error.errno not in _BUSY:
+            raise
+        return False
+    return True

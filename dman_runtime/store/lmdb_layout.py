@@ -1,0 +1,130 @@
+"""The databases of an LMDB store, their keys, and what `meta` says. Values are laid out in `history` and
+`request_ids`; `lmdb` has the table.
+"""
+
+from __future__ import annotations
+
+import json
+import struct
+import zlib
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple, Self
+from uuid import uuid4
+
+import lmdb
+
+from dman_runtime.store.history import DamagedError
+
+FORMAT_VERSION, OLD_FORMAT = 4, 3
+NUMBER = struct.Struct(">I")  # in keys, so that they are in order
+HEAD_SUFFIX = b"\0" + NUMBER.pack(0)
+_CHECK = struct.Struct("<I")
+_MAX_META = 1 << 20  # bytes of a value
+
+
+class Databases(NamedTuple):
+    """The handles of the databases, and whether values of format 3 may be among what they hold."""
+
+    meta: lmdb._Database
+    items: lmdb._Database
+    item_numbers: lmdb._Database
+    users: lmdb._Database
+    seen: lmdb._Database
+    history: lmdb._Database
+    requests: lmdb._Database
+    legacy: bool
+
+    @classmethod
+    def of(cls, handles: Mapping[str, lmdb._Database], *, legacy: bool) -> Self:
+        return cls(**handles, legacy=legacy)
+
+
+NAMES = Databases._fields[:-1]
+
+
+def numbered_key(user: bytes, number: int) -> bytes:
+    """Key of a record (its generation), a head (0) or a chunk; ids hold no `\\0`, so that no user's keys lie among
+    another's.
+    """
+    return user + b"\0" + NUMBER.pack(number)
+
+
+def user_of(key: bytes) -> tuple[bytes, int]:
+    """The user and the number in a key. Raises DamagedError."""
+    if len(key) <= len(HEAD_SUFFIX) or key[-5] != 0:
+        raise DamagedError("a key of a user is damaged")
+    return key[:-5], NUMBER.unpack_from(key, len(key) - 4)[0]
+
+
+def decoded(text: bytes) -> str:
+    """Raises DamagedError."""
+    try:
+        return text.decode()
+    except UnicodeDecodeError as error:
+        raise DamagedError("a stored id is not text") from error
+
+
+# -- texts -------------------------------------------------------------------------------------------------------------
+
+
+def pack_text(text: bytes, seed: int) -> bytes:
+    """A text without byte 0, that byte, and its checksum."""
+    return text + b"\0" + _CHECK.pack(zlib.crc32(text, seed))
+
+
+def unpack_text(value: bytes, seed: int, what: str) -> tuple[bytes, bool]:
+    """A text, and whether format 3 wrote it, without a checksum. Raises DamagedError."""
+    end = value.find(b"\0")
+    if end < 0:
+        return value, True
+    text = value[:end]
+    if len(value) != end + 5 or zlib.crc32(text, seed) != _CHECK.unpack_from(value, end + 1)[0]:
+        raise DamagedError(f"{what} is damaged")
+    return text, False
+
+
+# -- meta --------------------------------------------------------------------------------------------------------------
+
+
+def read_info(txn: lmdb.Transaction, meta: lmdb._Database) -> dict[str, Any]:
+    """What the store says of itself; without a format version if it is not ours. Raises DamagedError."""
+    value = txn.get(b"info", b"", db=meta)
+    try:
+        info = json.loads(bytes(value[:_MAX_META]))
+    except ValueError:
+        return {}
+    if not isinstance(info, dict):
+        return {}
+    checksum = info.pop("checksum", None)
+    if info.get("format_version") == FORMAT_VERSION and checksum != _info_checksum(info):
+        raise DamagedError("the description of the store is damaged")
+    return info if isinstance(info.get("format_version"), int) else {}
+
+
+def write_info(txn: lmdb.Transaction, meta: lmdb._Database, *, upgraded_from: int | None = None) -> None:
+    """Describes a new or an upgraded store, and gives it an id."""
+    info: dict[str, Any] = {"format_version": FORMAT_VERSION, "store_id": str(uuid4())}
+    if upgraded_from is not None:
+        info["upgraded_from"] = upgraded_from
+    txn.put(b"info", json.dumps(info | {"checksum": _info_checksum(info)}).encode(), db=meta)
+
+
+def _info_checksum(info: dict[str, Any]) -> int:
+    return zlib.crc32(json.dumps(info, sort_keys=True).encode())
+
+
+def read_generations(txn: lmdb.Transaction, meta: lmdb._Database, *, legacy: bool) -> list[str]:
+    """The bundle ids; the first is generation 1. Raises DamagedError."""
+    value = txn.get(b"generations", b"[]", db=meta)
+    text, old = unpack_text(bytes(value[:_MAX_META]), 0, "the list of generations")
+    try:
+        bundle_ids = list(json.loads(text))
+    except ValueError:
+        bundle_ids, old = [], True
+    if old and text != b"[]" and not legacy:
+        raise DamagedError("the list of generations is damaged")
+    return bundle_ids
+
+
+def write_generations(txn: lmdb.Transaction, meta: lmdb._Database, bundle_ids: Sequence[str]) -> None:
+    txn.put(b"generations", pack_text(json.dumps(bundle_ids).encode(), 0), db=meta)
