@@ -27,6 +27,7 @@ from dman_runtime.model.bundle import (
     read_manifest,
 )
 from dman_runtime.options import Parser
+from dman_runtime.serving.prometheus import PrometheusMetrics
 from dman_train import evaluate, export, train
 from dman_train.config import BASELINE_PRESETS, BaselineConfig, DataConfig, ModelConfig, TrainConfig
 from protos.dman.v1 import dman_pb2 as pb
@@ -34,7 +35,7 @@ from tools import options_page
 
 OURS = ("sdk", "dman_runtime", "dman_train", "tools")
 GUIDE = (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))  # what a user reads
-DOCUMENTS = (*GUIDE, ROOT / "ARCHITECTURE.md", ROOT / "CHANGELOG.md")
+DOCUMENTS = (*GUIDE, *(ROOT / name for name in ("ARCHITECTURE.md", "CHANGELOG.md", "SECURITY.md")))
 OPTIONS = ROOT / "docs" / "options.md"
 INTERNAL = {"tools.bench.servers"}  # started by tools.bench, not by people
 NAMES = [str(document.relative_to(ROOT)) for document in DOCUMENTS]
@@ -72,6 +73,18 @@ def result_fields() -> set[str]:
     return field_names(*(value for value in vars(sdk).values() if dataclasses.is_dataclass(value)))
 
 
+def metric_names() -> set[str]:
+    """As a scraper sees them, histograms without `_bucket`."""
+    found = PrometheusMetrics().registry.collect()
+    return {f"{one.name}_total" if one.type == "counter" else one.name for one in found}
+
+
+def problem_names() -> set[str]:
+    """What a status can name: all first arguments of `Problems.set`, and the names that a slot gives."""
+    sources = "\n".join(file.read_text(encoding="utf-8") for file in (ROOT / "dman_runtime").rglob("*.py"))
+    return {*re.findall(r'problems\.set\(\s*"(\w+)"', sources), *re.findall(r'"(worker_(?:down|hung))"', sources)}
+
+
 DOCUMENTED: dict[str, Callable[[], set[str]]] = {
     "commands of dman-runtime": lambda: {
         f"dman-runtime {name}"
@@ -88,7 +101,7 @@ DOCUMENTED: dict[str, Callable[[], set[str]]] = {
     "model fields": lambda: field_names(ModelConfig),
     "training fields": lambda: field_names(TrainConfig),
     "data fields": lambda: field_names(DataConfig),
-    "RPCs": lambda: {method.name for method in pb.DESCRIPTOR.services_by_name["Recommender"].methods},
+    "RPCs": lambda: {method.name for service in pb.DESCRIPTOR.services_by_name.values() for method in service.methods},
     "names of the SDK": lambda: {name for name in sdk.__all__ if not name.startswith("__")},
     "methods of Client": client_methods,
     "fields of the results of the SDK": result_fields,
@@ -123,6 +136,7 @@ def commands() -> set[str]:
 def test_documents_mention_every_command_that_can_be_run() -> None:
     text = "\n".join(read(document) for document in GUIDE)
     assert {"python -m dman_train.baselines", "python -m tools.bench", "python -m tools.demo"} <= commands()
+    assert {"python -m tools.soak", "dman-runtime"} <= commands()
     assert sorted(command for command in commands() if not re.search(rf"{re.escape(command)}(?![\w.])", text)) == []
 
 
@@ -131,6 +145,26 @@ def test_documents_mention_every_command_that_can_be_run() -> None:
 
 def test_options_page_is_what_the_code_gives() -> None:
     assert "\n\n".join(options_page.page()) + "\n" == read(OPTIONS), "run `make docs`"
+
+
+def test_options_page_lists_words_that_need_no_option() -> None:
+    page = read(OPTIONS)
+    words = {
+        (parser.prog, action.dest.upper())
+        for parser in options_page.parsers()
+        for action in parser._actions
+        if not action.option_strings and not isinstance(action, argparse._SubParsersAction)
+    }
+    assert ("dman-runtime token", "NAME") in words
+    sections = {section.partition("\n")[0]: section for section in page.split("\n## ")}
+    assert sorted((prog, word) for prog, word in words if f"\n| `{word}` |" not in sections[prog]) == []
+
+
+def test_operations_page_names_every_problem_and_metric() -> None:
+    text, problems, metrics = read("docs/operations.md"), problem_names(), metric_names()
+    assert {"disk_full", "commits_blocked", "worker_hung"} <= problems
+    assert len(metrics) > 15
+    assert sorted(name for name in problems | metrics if f"`{name}`" not in text) == []
 
 
 def test_options_page_ignores_variables_that_are_set(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -33,6 +33,7 @@ from tools import compare, generate, loadgen, records, report, tune
 from tools.bench import __main__ as bench
 from tools.bench import training, versus
 from tools.bench.report import table, write_page
+from tools.soak import __main__ as soak
 
 HEADS = ("option", "default", "choices", "variable", "meaning")
 CONFIGS: dict[type, str] = {
@@ -43,6 +44,17 @@ CONFIGS: dict[type, str] = {
 }
 NOTES = {
     "dman-runtime": "`--verbose` comes before the command: `dman-runtime --verbose serve`.",
+    "dman-runtime status": (
+        "The exit status is 0 for a server that is ready and has no problems, 1 for any other, 2 where none answers. "
+        "[Operations](operations.md#dman-runtime-status) shows the output."
+    ),
+    "dman-runtime verify": (
+        "The exit status is 0 for a sound store, 1 for a damaged one. See [operations](operations.md#check-the-store)."
+    ),
+    "dman-runtime token": (
+        "It prints a new token and the line for the file of `--tokens`. "
+        "See [SECURITY.md](../SECURITY.md#tokens-and-roles)."
+    ),
     "python -m dman_train.evaluate": "The fields of DataConfig have the values of the training by default.",
     "python -m dman_train.baselines": "A run of a baseline can be evaluated, but not exported.",
     "python -m tools.tune": (
@@ -64,6 +76,7 @@ Written by `make docs` from the code. Do not edit.
 - A field of a config with the default `True` or `False` is a pair of options, such as `--random-first-segment` and
   `--no-random-first-segment`. Its variable takes `true` or `false`.
 - An option with the default `off` takes no value and has no variable.
+- A name in capitals, such as `NAME`, stands for a word without an option: `dman-runtime token shop`.
 - With `--json` the last line of the output is one JSON object.
 - A command that fails prints one line, `error: ...`, and exits with status 2.
 - The numbers in the meanings (`eq. 6`) are the equations of the paper, arXiv 2102.09269."""
@@ -82,6 +95,7 @@ def parsers() -> Iterator[argparse.ArgumentParser]:
     yield bench._parser()
     yield training._parser()
     yield versus._parser()
+    yield soak._parser()
     yield records.parser()
     yield report.parser()
     yield tune._parser(ModelConfig)
@@ -143,8 +157,9 @@ def _link(title: str) -> str:
 
 
 def _options(group: argparse._ArgumentGroup) -> list[argparse.Action]:
-    actions = (action for action in group._group_actions if action.option_strings)
-    return [action for action in actions if not isinstance(action, argparse._HelpAction)]
+    """Options, and words that need none; neither help nor subcommands."""
+    left_out = (argparse._HelpAction, argparse._SubParsersAction)
+    return [action for action in group._group_actions if not isinstance(action, left_out)]
 
 
 def _config_of(group: argparse._ArgumentGroup) -> type | None:
@@ -162,7 +177,8 @@ def _config(config: type, purpose: str, found: Sequence[argparse.ArgumentParser]
 
 
 def _row(action: argparse.Action, command: argparse.ArgumentParser) -> Sequence[str]:
-    name, (help_text, default) = action.option_strings[0], _help_and_default(action)
+    name = action.option_strings[0] if action.option_strings else action.dest.upper()
+    help_text, default = _help_and_default(action)
     variable = command.variables.get(name) if isinstance(command, Parser) else None
     cells = [_code(name), _code(default), ", ".join(map(_code, action.choices or ())), _code(variable), help_text]
     return [cell.replace("|", "\\|") for cell in cells]
