@@ -20,72 +20,23 @@ import threading
 import time
 from collections import deque
 from collections.abc import Sequence
-from concurrent.futures import Future, InvalidStateError
-from contextlib import suppress
-from dataclasses import dataclass, field
+from concurrent.futures import Future
 from typing import Any
 
 from dman_runtime.engine import COMMIT_ATTEMPTS, Engine, conflict_pause
-from dman_runtime.errors import ConflictError, ExpiredError, StoppedError
+from dman_runtime.errors import ConflictError, StoppedError
 from dman_runtime.metrics import NO_METRICS, Metrics
 from dman_runtime.model.recurrence import Piece
-from dman_runtime.opened import OpenQuery, OpenUpdates, OpenUser, catch_up_updates
+from dman_runtime.opened import OpenUser, catch_up_updates
 from dman_runtime.requests import Answer, Query, Update, UpdateOutcome, check_query, check_updates
+from dman_runtime.waiting import NO_DEADLINE, Job
 
 logger = logging.getLogger(__name__)
 SLICE_EVENTS = 128  # a long request holds up others for the time of this many events
 SHORT_EVENTS_PER_TURN = 2048  # short requests beyond it wait for the next turn
 MAX_LONG_USERS = 1024  # open at a time: each holds a state in memory
-NO_DEADLINE = float("inf")
-
-
-@dataclass(slots=True, eq=False)
-class _Job:
-    """A request that waits or runs."""
-
-    updates: Sequence[Update] = ()
-    batch_id: str = ""
-    queries: Sequence[Query] = ()  # instead of updates
-    deadline: float = NO_DEADLINE  # of time.monotonic()
-    result: Future[Any] = field(default_factory=Future)
-    attempts: int = 0
-    not_before: float = 0.0  # of time.monotonic()
-    conflicts: set[str] = field(default_factory=set)  # users to open again, because others have changed them
-    alone: bool = False  # failed together with others: runs by itself now
-    caught_up: bool = False  # the records that its queries need were brought up to date, or cannot be
-    opened: OpenUpdates | None = None
-    opened_queries: list[OpenQuery] = field(default_factory=list)
-    waiting: deque[OpenUser] = field(default_factory=deque)  # users that have events left
-
-    @property
-    def user_ids(self) -> set[str]:
-        """The users that this changes."""
-        return {update.user_id for update in self.updates}
-
-    @property
-    def users(self) -> list[OpenUser]:
-        if self.opened is not None:
-            return self.opened.users
-        return [one.user for one in self.opened_queries if one.user is not None]
-
-    @property
-    def events(self) -> int:
-        """Events to encode, as far as it is known before the users are opened."""
-        return sum(len(update.item_ids) for update in self.updates) + sum(len(query.what_if) for query in self.queries)
-
-    def is_dead(self) -> bool:
-        """Whether nobody waits for the result any more."""
-        if time.monotonic() > self.deadline:
-            self.fail(ExpiredError("the deadline passed before the request was done", "allow more time"))
-        return self.result.done()
-
-    def finish(self, result: Any) -> None:
-        with suppress(InvalidStateError):  # cancelled
-            self.result.set_result(result)
-
-    def fail(self, error: BaseException) -> None:
-        with suppress(InvalidStateError):
-            self.result.set_exception(error)
+_SHORTEST_WAIT = 0.001  # seconds until the queue is looked at again
+_MIN_PRUNED = 1000  # requests in the queue, before those that nobody waits for are looked for
 
 
 class Batcher:
@@ -94,11 +45,12 @@ class Batcher:
     def __init__(self, engine: Engine, *, writer: Batcher | None = None, metrics: Metrics = NO_METRICS) -> None:
         """`writer` stores the records that queries find out of date; this one does if there is none."""
         self._engine, self._writer, self._metrics = engine, writer or self, metrics
-        self._queue: deque[_Job] = deque()
+        self._queue: deque[Job] = deque()
+        self._prune_at = _MIN_PRUNED
         self._catching_up = 0  # queries that wait for the writer
         self._closed = False
-        self._changed = threading.Condition()  # guards the three above
-        self._long: list[_Job] = []  # opened, with events left; of this class's own thread
+        self._changed = threading.Condition()  # guards the four above
+        self._long: list[Job] = []  # opened, with events left; of this class's own thread
         self._busy_since: float | None = None
         self._thread = threading.Thread(target=self._run, name="batcher", daemon=True)
         self._thread.start()
@@ -113,11 +65,11 @@ class Batcher:
         `deadline` is a time of time.monotonic(). Raises StoppedError; the future raises what `Engine.update` raises,
         and ExpiredError.
         """
-        return self._submit(_Job(updates=updates, batch_id=batch_id, deadline=deadline))
+        return self._submit(Job(updates=updates, batch_id=batch_id, deadline=deadline))
 
     def submit_queries(self, queries: Sequence[Query], *, deadline: float = NO_DEADLINE) -> Future[list[Answer]]:
         """`Engine.recommend` for checked queries, sharing graph runs and one matrix product; as `submit_updates`."""
-        return self._submit(_Job(queries=queries, deadline=deadline))
+        return self._submit(Job(queries=queries, deadline=deadline))
 
     def update(self, updates: Sequence[Update], *, batch_id: str = "") -> list[UpdateOutcome]:
         """Checks the updates, submits them and waits for the result."""
@@ -130,6 +82,11 @@ class Batcher:
             check_query(query)
         return self.submit_queries(queries).result()
 
+    @property
+    def queue_depth(self) -> int:
+        """Requests that wait for their turn."""
+        return len(self._queue)
+
     def busy_since(self) -> float | None:
         """When the turn of now began (time.monotonic()); None between turns."""
         return self._busy_since
@@ -141,7 +98,7 @@ class Batcher:
             self._changed.notify()
         self._thread.join()
 
-    def _submit(self, job: _Job) -> Future[Any]:
+    def _submit(self, job: Job) -> Future[Any]:
         if not job.updates and not job.queries:
             job.finish([])
             return job.result
@@ -149,6 +106,10 @@ class Batcher:
             if self._closed:
                 raise StoppedError("the server is stopping", "try another one or again later")
             self._queue.append(job)
+            if len(self._queue) > self._prune_at:  # a commit may take minutes, and callers leave and come back
+                waiting, self._queue = self._queue, deque()
+                self._queue.extend(job for job in waiting if not job.is_dead())
+                self._prune_at = max(_MIN_PRUNED, 2 * len(self._queue))
             self._changed.notify()
         return job.result
 
@@ -160,7 +121,7 @@ class Batcher:
             self._turn(jobs)
             self._busy_since = None
 
-    def _next_jobs(self) -> list[_Job] | None:
+    def _next_jobs(self) -> list[Job] | None:
         """Waits for work: the jobs that may start now; None when closed and all work is done."""
         with self._changed:
             while True:
@@ -169,17 +130,16 @@ class Batcher:
                     return jobs
                 if self._closed and not self._queue and not self._catching_up:
                     return None
-                delayed = [job.not_before for job in self._queue]
-                self._changed.wait(max(0.0, min(delayed) - time.monotonic()) if delayed else None)
+                delayed = [job.not_before for job in self._queue]  # or 0, for those that wait behind a delayed one
+                self._changed.wait(max(_SHORTEST_WAIT, min(delayed) - time.monotonic()) if delayed else None)
 
-    def _admit(self) -> list[_Job]:
+    def _admit(self) -> list[Job]:
         """Takes from the queue what may start now; an update waits behind earlier ones of its users."""
-        admitted: list[_Job] = []
+        admitted: list[Job] = []
         now = time.monotonic()
         busy = {user_id for job in self._long for user_id in job.user_ids}
         events, users = 0, sum(len(job.waiting) for job in self._long)
         waiting, self._queue = self._queue, deque()
-        self._metrics.queue_depth(len(waiting))
         for job in waiting:
             if job.is_dead():
                 continue
@@ -197,10 +157,10 @@ class Batcher:
 
     # -- one turn --------------------------------------------------------------------------------------------------
 
-    def _turn(self, jobs: list[_Job]) -> None:
+    def _turn(self, jobs: list[Job]) -> None:
         """Finishes the short ones of some jobs, and gives the long ones, old and new, a slice."""
         try:
-            short: list[_Job] = []
+            short: list[Job] = []
             for job in self._open(jobs):
                 left = sum(len(user.left) for user in job.waiting)
                 (short if left <= SLICE_EVENTS else self._long).append(job)
@@ -219,7 +179,7 @@ class Batcher:
                 job.fail(error)
             self._long.clear()
 
-    def _open(self, jobs: Sequence[_Job]) -> list[_Job]:
+    def _open(self, jobs: Sequence[Job]) -> list[Job]:
         """Opens the users of jobs. A job that fails is answered, and harms no other."""
         opened = []
         for job in jobs:
@@ -238,7 +198,7 @@ class Batcher:
             opened.append(job)
         return opened
 
-    def _open_queries(self, job: _Job) -> bool:
+    def _open_queries(self, job: Job) -> bool:
         """Opens queries. False where they wait: the writer first brings records up to date."""
         job.opened_queries = self._engine.open_queries(job.queries, catch_up=not job.caught_up)
         updates = catch_up_updates(job.opened_queries)
@@ -254,13 +214,13 @@ class Batcher:
         stored.add_done_callback(lambda _: self._requeue(job))
         return False
 
-    def _requeue(self, job: _Job) -> None:
+    def _requeue(self, job: Job) -> None:
         with self._changed:
             self._catching_up -= 1
             self._queue.append(job)
             self._changed.notify()
 
-    def _advance(self, jobs: list[_Job]) -> list[_Job]:
+    def _advance(self, jobs: list[Job]) -> list[Job]:
         """Advances short jobs wholly, in shared graph runs. Returns those that are still to be finished."""
         try:
             self._engine.advance([user for job in jobs for user in job.waiting])
@@ -269,10 +229,10 @@ class Batcher:
             return []
         return jobs
 
-    def _slice(self) -> list[_Job]:
+    def _slice(self) -> list[Job]:
         """One slice of the long jobs, a piece of each in rotation. Returns those that are done."""
         pieces: list[Piece] = []
-        served: list[tuple[_Job, OpenUser]] = []
+        served: list[tuple[Job, OpenUser]] = []
         first = self._long[0]
         turns = deque([first] if first.alone else [job for job in self._long if not job.alone])
         budget = SLICE_EVENTS
@@ -297,7 +257,7 @@ class Batcher:
         self._long += [job for job in jobs if job.waiting]
         return [job for job in jobs if not job.waiting]
 
-    def _finish(self, jobs: list[_Job]) -> None:
+    def _finish(self, jobs: list[Job]) -> None:
         """Answers jobs whose users are advanced: queries by one matrix product, updates after one commit."""
         jobs = [job for job in jobs if not job.is_dead()]
         if queries := [job for job in jobs if job.queries]:
@@ -311,7 +271,7 @@ class Batcher:
         if updates := [job for job in jobs if job.updates]:
             self._commit(updates)
 
-    def _commit(self, updates: list[_Job]) -> None:
+    def _commit(self, updates: list[Job]) -> None:
         """Commits jobs together; those whose users somebody else has changed are tried again after a pause."""
         began = time.perf_counter()
         try:
@@ -330,7 +290,7 @@ class Batcher:
                 self._metrics.applied(outcome.applied, int(outcome.duplicate), outcome.unknown_count)
             job.finish(job.opened.outcomes)
 
-    def _again(self, job: _Job, conflicts: set[str]) -> None:
+    def _again(self, job: Job, conflicts: set[str]) -> None:
         """Puts a job back to the head of the queue. Only its users in conflict will be computed again."""
         job.attempts, job.conflicts = job.attempts + 1, conflicts & job.user_ids
         if job.attempts >= COMMIT_ATTEMPTS:
@@ -340,7 +300,7 @@ class Batcher:
         with self._changed:
             self._queue.appendleft(job)
 
-    def _each_alone(self, jobs: Sequence[_Job], error: Exception) -> None:
+    def _each_alone(self, jobs: Sequence[Job], error: Exception) -> None:
         """After a failure of several jobs together: each is run by itself, so that only the one at fault fails."""
         for job in reversed(jobs):
             if job.alone or len(jobs) == 1:

@@ -12,7 +12,7 @@ from __future__ import annotations
 import logging
 import random
 import time
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import suppress
 
 import numpy as np
@@ -22,6 +22,7 @@ from dman_runtime.model.generation import Generation
 from dman_runtime.model.record import head_bytes, read_head
 from dman_runtime.model.state import absorbed_segments
 from dman_runtime.opened import NEW_USER, OpenQuery, OpenUpdates, OpenUser, catch_up_updates
+from dman_runtime.ranking import rank
 from dman_runtime.requests import (
     MAX_EVENTS,
     Answer,
@@ -35,8 +36,7 @@ from dman_runtime.requests import (
     check_user_id,
     request_hash,
 )
-from dman_runtime.retrieval.base import NO_ITEMS, Hits
-from dman_runtime.retrieval.exact import search_scores
+from dman_runtime.retrieval.base import NO_ITEMS
 from dman_runtime.store.base import Snapshot, StateStore, StoredUser, Write
 
 logger = logging.getLogger(__name__)
@@ -61,6 +61,7 @@ class Engine:
         self.number = known.get(self.bundle.bundle_id) or store.add_generation(self.bundle.bundle_id)
         self._head_bytes = head_bytes(self.bundle.manifest.state)
         self._no_embedding = np.zeros(self.bundle.manifest.state.width, np.float32)
+        self.committed: Callable[[], None] = lambda: None  # called after every commit that stored something
 
     def known_indices(self, numbers: np.ndarray) -> np.ndarray:
         """Item indices (int64) of the item numbers that the bundle knows, in order."""
@@ -120,7 +121,12 @@ class Engine:
         """Stores advanced users that have changed, all at once. Returns those that somebody else has changed since
         they were opened: if there are any, nothing is stored."""
         changed = [user for user in users if user.items or user.record_lags]
-        return self.store.commit([self._write(user) for user in changed]) if changed else []
+        if not changed:
+            return []
+        conflicts = self.store.commit([self._write(user) for user in changed])
+        if not conflicts:
+            self.committed()
+        return conflicts
 
     def _write(self, user: OpenUser) -> Write:
         assert user.user_id is not None and not len(user.left)
@@ -251,11 +257,15 @@ class Engine:
         return [self._open_query(query, catch_up) for query in queries]
 
     def _open_query(self, query: Query, catch_up: bool) -> OpenQuery:
+        with self.store.snapshot() as snapshot:  # the user's state and seen items are of one moment
+            return self._opened(query, snapshot, catch_up)
+
+    def _opened(self, query: Query, snapshot: Snapshot, catch_up: bool) -> OpenQuery:
         what_if, unknown = self.bundle.items.indices(query.what_if)
         opened = OpenQuery(query, NO_ITEMS, self._no_embedding, 0, None, what_if, unknown)
         view, head = None, None
         if query.user_id is not None:
-            view = self.store.ranking_view(query.user_id, self.number, self._head_bytes)
+            view = snapshot.ranking_view(query.user_id, self.number, self._head_bytes)
         if view is not None:
             opened.seen = self.known_indices(view.seen)
             with suppress(StateError):  # a damaged record is made anew
@@ -264,7 +274,10 @@ class Engine:
         if lags and catch_up:
             opened.lags = True
         elif lags or len(what_if):
-            opened.user = self.open_users([query.user_id])[0] if view and query.user_id else self._anonymous()
+            opened.user = self._anonymous()
+            if view is not None and query.user_id is not None:
+                (stored,) = snapshot.get_many([query.user_id], self.number)
+                opened.user = self._open(snapshot, query.user_id, stored)
             opened.user.add_left(what_if)
             opened.event_count = opened.user.event_count
         elif head is not None:
@@ -276,46 +289,7 @@ class Engine:
 
     def answer(self, opened: Sequence[OpenQuery]) -> list[Answer]:
         """Ranks for opened queries whose users have been advanced."""
-        hits: list[Hits | None] = [None] * len(opened)
-        limits = [self._limits(one) for one in opened]
-        personal = [row for row, one in enumerate(opened) if one.event_count]
-        if personal:
-            found = self.generation.retriever.search(
-                _rows([opened[row].embedding for row in personal]),
-                max(opened[row].query.k for row in personal),
-                exclude=[limits[row][0] for row in personal],
-                candidates=[limits[row][1] for row in personal],
-            )
-            for row, best in zip(personal, found, strict=True):
-                hits[row] = best
-        return [
-            self._answer(one, best, exclude, candidates)
-            for one, best, (exclude, candidates) in zip(opened, hits, limits, strict=True)
-        ]
-
-    def _limits(self, one: OpenQuery) -> tuple[np.ndarray, np.ndarray | None]:
-        """Item indices to exclude, and those to choose among, if there is a choice."""
-        query, indices = one.query, self.bundle.items.indices
-        exclude, candidates = NO_ITEMS if query.include_seen else one.seen, None
-        if query.exclude:
-            listed, unknown = indices(query.exclude)
-            exclude = np.concatenate([listed, exclude])
-            one.unknown += unknown
-        if len(one.what_if) and not query.include_seen:
-            exclude = np.concatenate([exclude, one.what_if])
-        if query.candidates is not None:
-            candidates, unknown = indices(query.candidates)
-            one.unknown += unknown
-        if one.user is not None:
-            one.embedding = one.user.state.user_embedding
-        return exclude, candidates
-
-    def _answer(self, one: OpenQuery, best: Hits | None, exclude: np.ndarray, candidates: np.ndarray | None) -> Answer:
-        """Without hits: by popularity, as the model has seen no event."""
-        k, popular = one.query.k, best is None
-        if best is None:
-            best = search_scores(self.bundle.items.popularity, k, exclude=exclude, candidates=candidates)
-        return Answer(best.items[:k], best.scores[:k], popular, one.event_count, one.unknown)
+        return rank(opened, self.generation)
 
     # -- users -----------------------------------------------------------------------------------------------------
 
@@ -351,11 +325,6 @@ class Engine:
 def conflict_pause(attempts: int) -> float:
     """Seconds to wait after so many conflicting commits: mostly longer each time, and never as long as others wait."""
     return random.uniform(0, min(_LONGEST_PAUSE, 0.002 * 2.0**attempts))
-
-
-def _rows(vectors: list[np.ndarray]) -> np.ndarray:
-    """(D) vectors as (B, D); np.stack takes longer than the search where there is one."""
-    return vectors[0][None] if len(vectors) == 1 else np.stack(vectors)
 
 
 def _joined(parts: list[np.ndarray], kind: type) -> np.ndarray:

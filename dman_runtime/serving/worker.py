@@ -27,9 +27,8 @@ def serve_one(config: ServeConfig, pipe: WorkerPipe | None) -> int:
     if pipe is not None and pipe.assignment.bundle_id is not None:  # likewise: a restart may be in vain many times
         pipe.assignment.check_bundle(config.bundle, read_manifest(config.bundle).bundle_id)
     sys.setswitchinterval(SWITCH_SECONDS)
-    with worker_metrics(config, pipe) as metrics:
-        with asyncio.Runner(loop_factory=_fast_loop) as runner:
-            runner.run(_serve(config, pipe, metrics))
+    with worker_metrics(config, pipe) as metrics, asyncio.Runner(loop_factory=_fast_loop) as runner:
+        runner.run(_serve(config, pipe, metrics))
     logger.info("stopped")
     return 0
 

@@ -299,6 +299,11 @@ class LmdbStore(ReadsBySnapshot):
             items, live = item_count(reading.txn, self._databases), self._env.live_bytes(reading.txn)
         return StoreStats(users, items, live, self._env.file_bytes_on_disk(), self._env.map_size)
 
+    def used_and_file_bytes(self) -> tuple[int, int]:
+        """Bytes of live pages, and of the file: what there is to watch, without counting users."""
+        with self._env.read() as reading:
+            return self._env.live_bytes(reading.txn), self._env.file_bytes_on_disk()
+
     def flush(self) -> None:
         self._env.flush()
 

@@ -613,6 +613,42 @@ def test_conflicting_update_waits_outside_while_others_are_served(
     assert (waiting.result(WAIT)[0].event_count, behind.result(WAIT)[0].event_count) == (2, 3)
 
 
+def test_batcher_sleeps_while_an_update_waits_behind_one_in_conflict(
+    batcher: Batcher, store: GatedStore, pool: ThreadPoolExecutor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(batcher_module, "conflict_pause", lambda attempts: 0.3)
+    admit, looks = batcher._admit, 0
+
+    def counted() -> list[Any]:
+        nonlocal looks
+        looks += 1
+        return admit()
+
+    conflicts = iter([True])
+    commit = store.commit
+    monkeypatch.setattr(store, "commit", lambda writes: ["u"] if next(conflicts, False) else commit(writes))
+    monkeypatch.setattr(batcher, "_admit", counted)
+    first = pool.submit(batcher.update, [Update("u", ["1"])])
+    behind = pool.submit(batcher.update, [Update("u", ["2"])])
+    assert sorted(outcome.event_count for outcome in first_outcomes([first, behind])) == [1, 2]
+    assert looks < 400  # once a millisecond at most, and not as often as it can
+
+
+def test_requests_that_nobody_waits_for_do_not_pile_up_while_a_commit_is_held(
+    batcher: Batcher, store: GatedStore, pool: ThreadPoolExecutor
+) -> None:
+    first = hold(batcher, store.gate, pool)
+    patient = batcher.submit_updates([Update("patient", ["1"])])
+    late = batcher.submit_updates([Update("late", ["1"])], deadline=time.monotonic())
+    for n in range(5000):
+        assert batcher.submit_updates([Update(f"user {n}", ["1"])]).cancel()
+    assert len(batcher._queue) <= 2000
+    store.gate.open()
+    assert [outcome.event_count for outcome in first_outcomes([first, patient])] == [1, 1]
+    with pytest.raises(ExpiredError):
+        late.result(WAIT)
+
+
 def test_long_update_that_meets_a_conflict_is_sliced_again(
     batcher: Batcher, engine: Engine, store: GatedStore, exact: Generation, log: Log
 ) -> None:

@@ -1,0 +1,67 @@
+"""Answers queries whose users have been advanced: what to leave out, one search for all, popular items for the rest."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from dman_runtime.model.bundle import Items
+from dman_runtime.model.generation import Generation
+from dman_runtime.opened import OpenQuery
+from dman_runtime.requests import Answer
+from dman_runtime.retrieval.base import NO_ITEMS, Hits
+from dman_runtime.retrieval.exact import search_scores
+
+
+def rank(opened: Sequence[OpenQuery], generation: Generation) -> list[Answer]:
+    """Ranks for opened queries whose users have been advanced."""
+    hits: list[Hits | None] = [None] * len(opened)
+    limits = [_limits(one, generation.bundle.items) for one in opened]
+    personal = [row for row, one in enumerate(opened) if one.event_count]
+    if personal:
+        found = generation.retriever.search(
+            _rows([opened[row].embedding for row in personal]),
+            max(opened[row].query.k for row in personal),
+            exclude=[limits[row][0] for row in personal],
+            candidates=[limits[row][1] for row in personal],
+        )
+        for row, best in zip(personal, found, strict=True):
+            hits[row] = best
+    return [
+        _answer(one, best, exclude, candidates, generation.bundle.items)
+        for one, best, (exclude, candidates) in zip(opened, hits, limits, strict=True)
+    ]
+
+
+def _limits(one: OpenQuery, items: Items) -> tuple[np.ndarray, np.ndarray | None]:
+    """Item indices to exclude, and those to choose among, if there is a choice."""
+    query, indices = one.query, items.indices
+    exclude, candidates = NO_ITEMS if query.include_seen else one.seen, None
+    if query.exclude:
+        listed, unknown = indices(query.exclude)
+        exclude = np.concatenate([listed, exclude])
+        one.unknown += unknown
+    if len(one.what_if) and not query.include_seen:
+        exclude = np.concatenate([exclude, one.what_if])
+    if query.candidates is not None:
+        candidates, unknown = indices(query.candidates)
+        one.unknown += unknown
+    if one.user is not None:
+        one.embedding = one.user.state.user_embedding
+    return exclude, candidates
+
+
+def _answer(
+    one: OpenQuery, best: Hits | None, exclude: np.ndarray, candidates: np.ndarray | None, items: Items
+) -> Answer:
+    """Without hits: by popularity, as the model has seen no event."""
+    k, popular = one.query.k, best is None
+    if best is None:
+        best = search_scores(items.popularity, k, exclude=exclude, candidates=candidates)
+    return Answer(best.items[:k], best.scores[:k], popular, one.event_count, one.unknown)
+
+
+def _rows(vectors: list[np.ndarray]) -> np.ndarray:
+    """(D) vectors as (B, D); np.stack takes longer than the search where there is one."""
+    return vectors[0][None] if len(vectors) == 1 else np.stack(vectors)
