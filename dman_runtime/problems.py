@@ -41,7 +41,7 @@ class Problems:
             before = self._now.get(name)
             if not detail:
                 self._now.pop(name, None)
-            elif before is None or before.detail != detail:
+            elif before is None or (before.detail, before.blocking) != (detail, blocking):
                 since = before.since if before else time.monotonic()
                 self._now[name] = Problem(name, detail, since, blocking)
         if detail and before is None:

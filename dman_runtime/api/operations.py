@@ -28,10 +28,12 @@ class OperationsService:
     async def GetStatus(self, request: pb.GetStatusRequest, call: Call) -> pb.GetStatusReply:
         now, cluster = time.monotonic(), self._cluster()
         problems = [
-            pb.Problem(name=one.name, detail=one.detail, seconds=now - one.since, blocking=one.blocking)
+            pb.Problem(name=one.name, detail=one.detail, seconds=max(0, now - one.since), blocking=one.blocking)
             for one in self._problems.now()
         ]
-        problems += [pb.Problem(name=one.name, detail=one.detail, seconds=now - one.since) for one in cluster.problems]
+        problems += [
+            pb.Problem(name=one.name, detail=one.detail, seconds=max(0, now - one.since)) for one in cluster.problems
+        ]
         return pb.GetStatusReply(
             ready=not self._problems.blocking,
             problems=problems,
