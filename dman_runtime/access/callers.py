@@ -19,6 +19,9 @@ _ROLE_OF_METHOD: dict[str, Role | None] = {
     "/dman.v1.Recommender/GetUser": "read",
     "/dman.v1.Recommender/Update": "write",
     "/dman.v1.Recommender/BatchUpdate": "write",
+    "/dman.v1.Recommender/DeleteUser": "admin",
+    "/dman.v1.Operations/GetStatus": "admin",
+    "/grpc.reflection.v1alpha.ServerReflection/ServerReflectionInfo": "admin",
     # Probes of load balancers carry no token, and learn no more than "serving" or "not serving".
     "/grpc.health.v1.Health/Check": None,
     "/grpc.health.v1.Health/List": None,

@@ -16,16 +16,16 @@ from __future__ import annotations
 
 import asyncio
 from collections import Counter, deque
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, field
+from heapq import heapify, heapreplace
 from time import monotonic
 from typing import Any, TypeAlias
 
 import grpc
 
 from dman_runtime.errors import RefusedError
-from dman_runtime.metrics import NO_METRICS, Metrics
 
 Context: TypeAlias = "grpc.aio.ServicerContext[Any, Any]"
 FAST_SECONDS = 0.1
@@ -85,25 +85,35 @@ class Receiver:
         now = monotonic()
         for arriving in list(self._arriving)[: max(0, len(self._arriving) - MAX_RECEIVING)]:
             arriving.drop()
+        for arriving in self._arriving:
+            if now - arriving.since > SLOW_SECONDS and not arriving.dropped:
+                arriving.drop()
         slow = [one for one in self._arriving if now - one.since > FAST_SECONDS and not one.dropped]
-        for arriving in [one for one in slow if now - one.since > SLOW_SECONDS]:
-            slow.remove(arriving)
+        for arriving in _of_the_greediest(slow, max(0, len(slow) - MAX_SLOW)):
             arriving.drop()
-        peers = Counter(one.peer for one in slow)
-        while len(slow) > MAX_SLOW:
-            greediest = max(peers.values())
-            arriving = next(one for one in slow if peers[one.peer] == greediest)
-            peers[arriving.peer] -= 1
-            slow.remove(arriving)
-            arriving.drop()
+
+
+def _of_the_greediest(slow: Sequence[_Arriving], count: int) -> list[_Arriving]:
+    """So many of them, one after the other: each time the oldest of the peer that has the most left."""
+    by_peer: dict[str, deque[_Arriving]] = {}
+    for one in slow:  # oldest first
+        by_peer.setdefault(one.peer, deque()).append(one)
+    greediest = [(-len(ones), order, ones) for order, ones in enumerate(by_peer.values())]
+    heapify(greediest)
+    found = []
+    for _ in range(count):
+        _, order, ones = greediest[0]
+        found.append(ones.popleft())
+        heapreplace(greediest, (-len(ones), order, ones))
+    return found
 
 
 class Admission:
     """Counts the requests and bytes that a worker holds."""
 
-    def __init__(self, *, max_requests: int, max_bytes: int, metrics: Metrics = NO_METRICS) -> None:
+    def __init__(self, *, max_requests: int, max_bytes: int) -> None:
         self.requests = self.bytes = 0
-        self._max_requests, self._max_bytes, self._metrics = max_requests, max_bytes, metrics
+        self._max_requests, self._max_bytes = max_requests, max_bytes
         self._held: Counter[str] = Counter()  # bytes by caller; none that is 0
         self._queues: dict[str, deque[asyncio.Future[None]]] = {}  # long requests that wait, by caller
         self._running: Counter[str] = Counter()  # long requests, by caller
@@ -117,13 +127,14 @@ class Admission:
     def leave(self) -> None:
         self.requests -= 1
 
-    def hold(self, caller: str, size: int) -> None:
-        """Counts the bytes of a message or a reply; `release` ends it. Raises RefusedError.
+    def hold(self, caller: str, size: int, *, always: bool = False) -> None:
+        """Counts the bytes of a message or a reply; `release` ends it. Raises RefusedError, unless `always`.
 
         No caller gets more than half of all there is, unless for a single message.
         """
         limit = self._max_bytes + (SMALL_RESERVE if size <= SMALL_BYTES else 0)
-        if self.bytes + size > limit or self._held[caller] + size > max(limit // 2, size):
+        full = self.bytes + size > limit or self._held[caller] + size > max(limit // 2, size)
+        if full and not always:
             raise RefusedError(
                 f"the server holds {self.bytes >> 20} MiB of messages and replies",
                 "read replies at once, send less at a time, or try again later",

@@ -21,14 +21,15 @@ from google.protobuf.message import DecodeError, Message
 
 from dman_runtime.access.callers import Access, role_for
 from dman_runtime.access.limits import Limits
-from dman_runtime.api.admission import Admission, Context, Receiver
-from dman_runtime.batcher import NO_DEADLINE, SLICE_EVENTS
-from dman_runtime.errors import DmanError, RequestError
+from dman_runtime.api.admission import SMALL_BYTES, Admission, Context, Receiver
+from dman_runtime.batcher import SLICE_EVENTS
+from dman_runtime.errors import DmanError, RequestError, StoppedError
 from dman_runtime.log_lines import RateLimited
 from dman_runtime.metrics import NO_METRICS, Metrics
+from dman_runtime.waiting import NO_DEADLINE
 
 logger = logging.getLogger(__name__)
-_REFUSALS = ("RESOURCE_EXHAUSTED", "UNAUTHENTICATED", "PERMISSION_DENIED")
+_REFUSALS = ("RESOURCE_EXHAUSTED", "UNAUTHENTICATED", "PERMISSION_DENIED")  # those that metrics count by cause
 LARGE_BYTES = 64 << 10  # messages beyond are long requests, and parsed off the event loop
 
 
@@ -38,7 +39,6 @@ class Call:
 
     caller: str
     deadline: float  # of time.monotonic()
-    context: Context
 
 
 @dataclass(frozen=True)
@@ -49,6 +49,8 @@ class Method:
     request: type[Message]
     run: Callable[[Any, Call], Awaitable[Message | bytes]]
     weigh: Callable[[Any], int] = lambda _: 0  # events to encode, or what takes as long
+    commits: bool = False  # a reply says what has been stored, so it is never refused
+    exempt: bool = False  # from all limits but the one on messages, which are small: probes reach a busy server too
 
 
 class Door(grpc.GenericRpcHandler):
@@ -70,6 +72,7 @@ class Door(grpc.GenericRpcHandler):
         self.receiver = Receiver()
         self._bulk, self._saw = bulk, saw
         self._limited = RateLimited(logger)
+        self._references: dict[str, str] = {}  # the last one that was logged, by error class
         self._running: set[asyncio.Task[Any]] = set()
         self._stopping = False
         self._handlers: dict[str, grpc.RpcMethodHandler[Any, Any]] = {
@@ -84,6 +87,10 @@ class Door(grpc.GenericRpcHandler):
         self._stopping = True
         for task in self._running:
             task.cancel()
+
+    def limit(self, caller: str) -> None:
+        """Counts one request that takes next to nothing. Raises LimitError."""
+        self._limits.admit(caller, 0)
 
     def caller_of(self, context: Context, path: str) -> str:
         """The name of the caller, who may call this method. Raises UnauthenticatedError, ForbiddenError."""
@@ -104,16 +111,13 @@ class Door(grpc.GenericRpcHandler):
             self._running.add(task)
             try:
                 return await self._reply(method, context)
-            except grpc.aio.AbortError:
-                status = "ABORTED_BY_HANDLER"
-                raise
             except asyncio.CancelledError:
-                status, details = "CANCELLED", "the server is stopping; try another one or again later"
+                status = "CANCELLED"
                 if not self._stopping:
                     raise
-                status = "UNAVAILABLE"
+                status, details = self.failure(StoppedError("the server is stopping", "try another one or again later"))
             except Exception as error:
-                status, details = self._failure(error)
+                status, details = self.failure(error)
             finally:
                 self._running.discard(task)
                 self._metrics.call(name, status, time.perf_counter() - began)
@@ -124,12 +128,16 @@ class Door(grpc.GenericRpcHandler):
 
     async def _reply(self, method: Method, context: Context) -> bytes:
         admission = self._admission
+        if self._stopping:
+            raise StoppedError("the server is stopping", "try another one or again later")
         caller = self.caller_of(context, method.path)
         body = await self.receiver.receive(context)
         if body is None:
             raise RequestError("the call has no message", "send one")
         left = context.time_remaining()
-        call = Call(caller, NO_DEADLINE if left is None else time.monotonic() + left, context)
+        call = Call(caller, NO_DEADLINE if left is None else time.monotonic() + left)
+        if method.exempt:
+            return await self._exempt(method, body, call)
         admission.enter()
         try:
             admission.hold(caller, size := len(body))
@@ -141,10 +149,16 @@ class Door(grpc.GenericRpcHandler):
                 admission.release(caller, size)
         finally:
             admission.leave()
-        sent = reply if isinstance(reply, bytes) else reply.SerializeToString()
-        admission.hold(caller, size := len(sent))
+        sent = _serialized(reply)
+        admission.hold(caller, size := len(sent), always=method.commits)
         context.add_done_callback(lambda _: admission.release(caller, size))  # type: ignore[arg-type]
         return sent
+
+    async def _exempt(self, method: Method, body: bytes, call: Call) -> bytes:
+        if len(body) > SMALL_BYTES:
+            raise RequestError(f"the message has more than {SMALL_BYTES >> 10} KiB", "send a smaller one")
+        request, _ = self._read(method, [body])
+        return _serialized(await method.run(request, call))
 
     async def _run(self, method: Method, message: list[bytes], call: Call) -> Message | bytes:
         """The reply to a message, which is taken out of its list."""
@@ -177,24 +191,28 @@ class Door(grpc.GenericRpcHandler):
         del request  # an error keeps what its frames hold, and this may be large
         raise refusal
 
-    def _failure(self, error: Exception) -> tuple[str, str]:
-        """Status and details of an error. What a caller cannot mend is logged here and named by a reference only."""
+    def failure(self, error: Exception) -> tuple[str, str]:
+        """Status and details of an error. What a caller cannot mend is logged here and named by a reference only.
+
+        Of many errors of one class the log has a few, so all of them get the reference of the one that it has.
+        """
         self._saw(error)
+        kind = type(error).__name__
         if isinstance(error, DmanError):
-            if error.status == "RESOURCE_EXHAUSTED":
-                self._metrics.refused(type(error).__name__)
+            if error.status in _REFUSALS:
+                self._metrics.refused(kind)
             if error.public is None:
                 return error.status, str(error)
         status, public = (
             (error.status, error.public) if isinstance(error, DmanError) else ("INTERNAL", "internal error")
         )
         reference = uuid.uuid4().hex[:12]
-        self._limited.error(
-            type(error).__name__,
-            "%s, reference %s: %s",
-            public,
-            reference,
-            error,
-            exc_info=None if isinstance(error, DmanError) else error,
-        )
+        traceback = None if isinstance(error, DmanError) else error
+        if self._limited.error(kind, "%s, reference %s: %s", public, reference, error, exc_info=traceback):
+            self._references[kind] = reference
+        reference = self._references[kind]
         return status, f"{public}; the server's log has the cause under reference {reference}"
+
+
+def _serialized(reply: Message | bytes) -> bytes:
+    return reply if isinstance(reply, bytes) else reply.SerializeToString()

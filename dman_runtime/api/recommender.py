@@ -61,7 +61,8 @@ class RecommenderService:
         """One for each method of the proto file; a test compares them."""
 
         def method(name: str, request: type[Any], weigh: Callable[[Any], int]) -> Method:
-            return Method(f"/{SERVICE_NAME}/{name}", request, getattr(self, name), weigh)
+            commits = name in ("Update", "BatchUpdate", "DeleteUser")
+            return Method(f"/{SERVICE_NAME}/{name}", request, getattr(self, name), weigh, commits=commits)
 
         return [
             method("Update", pb.UpdateRequest, lambda request: _weight_of_updates([request])),
@@ -86,7 +87,8 @@ class RecommenderService:
             check_updates(updates, request.request_id)
             return updates
 
-        updates = await self._on(self._bulk, len(request.updates) > FEW, read)
+        many = len(request.updates) + _weight_of_updates(request.updates) > FEW
+        updates = await self._on(self._bulk, many, read)
         submitted = self._updates.submit_updates(updates, batch_id=request.request_id, deadline=call.deadline)
         outcomes, names = await _result(submitted), _Names()
         return pb.BatchUpdateReply(replies=[self._update_reply(outcome, names) for outcome in outcomes])
@@ -108,7 +110,7 @@ class RecommenderService:
             check_queries(queries)
             return queries
 
-        queries = await self._on(self._bulk, len(request.requests) > FEW, read)
+        queries = await self._on(self._bulk, _weight_of_queries(request.requests) > FEW, read)
         parts, size, names = [], 0, _Names()
         for chunk in _chunks(queries):
             answers = await _result(self._queries.submit_queries(chunk, deadline=call.deadline))

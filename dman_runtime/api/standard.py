@@ -12,45 +12,78 @@ from google.protobuf.message import DecodeError, Message
 from grpc_health.v1 import health, health_pb2
 from grpc_reflection.v1alpha import reflection, reflection_pb2
 
-from dman_runtime.api.admission import Context
+from dman_runtime.api.admission import SMALL_BYTES, Context
 from dman_runtime.api.door import Call, Door, Method
-from dman_runtime.errors import DmanError, RefusedError, RequestError
+from dman_runtime.errors import ExpiredError, RefusedError, RequestError, StoppedError
 
 LIVE = "dman.live"  # health of this name: the process answers, whether or not it can serve
 MAX_WATCHERS, MAX_REFLECTIONS = 256, 16  # streams that one worker holds
 REFLECTION_SECONDS = 60.0
 REFLECTION = "/grpc.reflection.v1alpha.ServerReflection/ServerReflectionInfo"
+_SERVING, _NOT_SERVING = health_pb2.HealthCheckResponse.SERVING, health_pb2.HealthCheckResponse.NOT_SERVING
+_UNKNOWN = health_pb2.HealthCheckResponse.SERVICE_UNKNOWN
+
+
+class UnknownServiceError(RequestError):
+    """Nobody says whether a service of this name can do its work."""
+
+    status = "NOT_FOUND"
 
 
 class Health:
-    """`grpc.health.v1`. Anybody may ask."""
+    """`grpc.health.v1`. Anybody may ask.
+
+    Not gRPC's own servicer: there, a watcher that does not read keeps the status from being changed.
+    """
 
     def __init__(self, services: Sequence[str]) -> None:
-        """`services` are ready or not, together; LIVE is always SERVING."""
-        self._servicer, self._services = health.aio.HealthServicer(), services
-        self._ready: bool | None = None
+        """`services` are ready or not, together, and not before `set` says so; LIVE is always SERVING."""
+        self._statuses = {LIVE: _SERVING} | dict.fromkeys(services, _NOT_SERVING)
+        self._services, self._stopping = services, False
+        self._changed = asyncio.Event()  # of the next change; each has its own
 
     def methods(self) -> list[Method]:
-        return [Method("/grpc.health.v1.Health/Check", health_pb2.HealthCheckRequest, self._check)]
+        return [
+            Method("/grpc.health.v1.Health/Check", health_pb2.HealthCheckRequest, self._check, exempt=True),
+            Method("/grpc.health.v1.Health/List", health_pb2.HealthListRequest, self._list, exempt=True),
+        ]
 
-    async def set(self, ready: bool) -> None:
+    def set(self, ready: bool) -> None:
         """Says whether the services can do their work."""
-        if ready == self._ready:
+        statuses = self._statuses | dict.fromkeys(self._services, _SERVING if ready else _NOT_SERVING)
+        if statuses == self._statuses and not self._stopping:
             return
-        if self._ready is None:
-            await self._servicer.set(LIVE, health_pb2.HealthCheckResponse.SERVING)
-        self._ready = ready
-        status = health_pb2.HealthCheckResponse.SERVING if ready else health_pb2.HealthCheckResponse.NOT_SERVING
-        for service in self._services:
-            await self._servicer.set(service, status)
+        self._statuses = statuses
+        self._changed.set()
+        self._changed = asyncio.Event()
 
-    async def _check(self, request: Any, call: Call) -> Message:
-        reply: Message = await self._servicer.Check(request, call.context)
-        return reply
+    def stop(self) -> None:
+        """The services cannot; those who watch are told so, and then their streams end."""
+        self._stopping = True
+        self.set(False)
 
     async def watch(self, request: Any, context: Context) -> None:
         """Writes each change to the stream until the client leaves."""
-        await self._servicer.Watch(request, context)
+        told = None
+        while True:
+            changed, status = self._changed, self._statuses.get(request.service, _UNKNOWN)
+            if status != told:
+                await context.write(health_pb2.HealthCheckResponse(status=status))
+                told = status
+            elif self._stopping:
+                raise StoppedError("the server is stopping", "try another one or again later")
+            else:
+                await changed.wait()
+
+    async def _check(self, request: Any, call: Call) -> Message:
+        status = self._statuses.get(request.service)
+        if status is None:
+            raise UnknownServiceError(f"no service {request.service!r:.80}", "an empty name asks for all of them")
+        return health_pb2.HealthCheckResponse(status=status)
+
+    async def _list(self, request: Any, call: Call) -> Message:
+        statuses = {name: health_pb2.HealthCheckResponse(status=status) for name, status in self._statuses.items()}
+        return health_pb2.HealthListResponse(statuses=statuses)
 
 
 class Streams(grpc.GenericRpcHandler):
@@ -81,16 +114,19 @@ class Streams(grpc.GenericRpcHandler):
 
     async def _reflect(self, _: Any, context: Context) -> None:
         async with self._stream("reflection", MAX_REFLECTIONS, context), asyncio.timeout(REFLECTION_SECONDS):
-            self._door.caller_of(context, REFLECTION)
-            async for reply in self._reflection.ServerReflectionInfo(self._requests(context), context):
+            caller = self._door.caller_of(context, REFLECTION)
+            async for reply in self._reflection.ServerReflectionInfo(self._requests(caller, context), context):
                 await context.write(reply)
 
-    async def _requests(self, context: Context) -> AsyncIterator[Any]:
+    async def _requests(self, caller: str, context: Context) -> AsyncIterator[Any]:
         while (request := await self._message(reflection_pb2.ServerReflectionRequest, context)) is not None:
+            self._door.limit(caller)
             yield request
 
     async def _message(self, kind: type[Message], context: Context) -> Any:
         body = await self._door.receiver.receive(context)
+        if body is not None and len(body) > SMALL_BYTES:  # streams stay open, and keep it
+            raise RequestError(f"the message has more than {SMALL_BYTES >> 10} KiB", "send a smaller one")
         try:
             return None if body is None else kind.FromString(body)
         except DecodeError:
@@ -105,8 +141,12 @@ class Streams(grpc.GenericRpcHandler):
                 raise RefusedError(f"{most} streams of this kind are open", "close some, or try again later")
             yield
         except TimeoutError:
-            await context.abort(grpc.StatusCode.DEADLINE_EXCEEDED, "the stream was open for too long; open a new one")
-        except DmanError as error:
-            await context.abort(grpc.StatusCode[error.status], str(error))
+            await self._end(ExpiredError("the stream was open for too long", "open a new one"), context)
+        except Exception as error:
+            await self._end(error, context)
         finally:
             self._open[kind] -= 1
+
+    async def _end(self, error: Exception, context: Context) -> None:
+        status, details = self._door.failure(error)
+        await context.abort(grpc.StatusCode[status], details)

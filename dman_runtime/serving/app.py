@@ -90,9 +90,7 @@ class App:
 
     async def __aenter__(self) -> App:
         config = self._config
-        self._admission = Admission(
-            max_requests=config.max_concurrent, max_bytes=config.max_in_flight_mib << 20, metrics=self._metrics
-        )
+        self._admission = Admission(max_requests=config.max_concurrent, max_bytes=config.max_in_flight_mib << 20)
         status = OperationsService(self.generation.bundle_id, self.problems, self._admission, lambda: self.cluster)
         self._health = Health(("", recommender.SERVICE_NAME))
         self._door = Door(
@@ -123,7 +121,7 @@ class App:
         self._looking.cancel()
         with suppress(asyncio.CancelledError):
             await self._looking
-        await self._health.set(False)
+        self._health.stop()
         stopping = asyncio.create_task(self._server.stop(self._config.grace + 1))
         await asyncio.wait({stopping}, timeout=self._config.grace)
         self._door.stop()
@@ -160,7 +158,7 @@ class App:
         self._metrics.bytes_in_flight(self._admission.bytes)
         self._metrics.requests_in_flight(self._admission.requests)
         await asyncio.wait({asyncio.ensure_future(asyncio.to_thread(self._monitor.look))}, timeout=LOOK_SECONDS)
-        await self._health.set(not self.problems.blocking)
+        self._health.set(not self.problems.blocking)
 
 
 def _server_options(config: ServeConfig) -> list[tuple[str, int]]:

@@ -8,6 +8,7 @@ from typing import Self
 import h2.config
 import h2.connection
 import h2.events
+import h2.settings
 
 RECOMMEND = "/dman.v1.Recommender/Recommend"
 BATCH_RECOMMEND = "/dman.v1.Recommender/BatchRecommend"
@@ -18,8 +19,8 @@ _SECONDS = 10.0  # for one read or write
 class RawConnection:
     """One connection to a gRPC server, by hand. It reads only when it needs room to send."""
 
-    def __init__(self, address: str, *, receive_bytes: int | None = None) -> None:
-        """`receive_bytes` is the size of the kernel's buffer for what is not read."""
+    def __init__(self, address: str, *, receive_bytes: int | None = None, window: int | None = None) -> None:
+        """`receive_bytes` is the kernel's buffer for what is not read; `window`, what a stream may send unread."""
         host, _, port = address.rpartition(":")
         self._authority = address
         self._socket = socket.socket()
@@ -28,6 +29,10 @@ class RawConnection:
         self._socket.settimeout(_SECONDS)
         self._socket.connect((host, int(port)))
         self._http2 = h2.connection.H2Connection(h2.config.H2Configuration(client_side=True, header_encoding="utf-8"))
+        if window is not None:
+            self._http2.local_settings = h2.settings.Settings(
+                client=True, initial_values={h2.settings.SettingCodes.INITIAL_WINDOW_SIZE: window}
+            )
         self._http2.initiate_connection()
         self._flush()
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import re
+import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -17,9 +18,10 @@ from conftest import running, serve_config
 
 from dman_runtime.access.callers import Access
 from dman_runtime.access.limits import Limits
+from dman_runtime.api import recommender
 from dman_runtime.api.admission import Admission
 from dman_runtime.api.door import Door
-from dman_runtime.api.recommender import SERVICE_NAME, RecommenderService
+from dman_runtime.api.recommender import FEW, SERVICE_NAME, RecommenderService
 from dman_runtime.batcher import Batcher
 from dman_runtime.engine import Engine
 from dman_runtime.errors import StoreUnavailableError
@@ -212,6 +214,26 @@ def test_batches_answer_in_order_and_apply_same_user_updates_in_order(stub: Reco
     assert [answer.event_count for answer in answers] == [3, 0, 1]
     assert stub.BatchUpdate(pb.BatchUpdateRequest()).replies == []
     assert stub.BatchRecommend(pb.BatchRecommendRequest()).replies == []
+
+
+def test_what_takes_long_to_convert_is_converted_on_the_bulk_thread(
+    stub: RecommenderStub, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also where a batch has few members: their events count."""
+    threads = []
+    for name in ("check_updates", "check_queries"):
+
+        def checked(*values: Any, check: Callable[..., None] = getattr(recommender, name)) -> None:
+            threads.append(threading.current_thread().name.partition("_")[0])
+            check(*values)
+
+        monkeypatch.setattr(recommender, name, checked)
+    for events in (2, FEW):
+        items = [str(1 + n % 60) for n in range(events)]
+        stub.BatchUpdate(pb.BatchUpdateRequest(updates=[update_request("bulk", *items)] * 2))
+        query = pb.RecommendRequest(what_if_events=[pb.Event(item_id=item) for item in items])
+        stub.BatchRecommend(pb.BatchRecommendRequest(requests=[query] * 2))
+    assert [thread == "bulk" for thread in threads] == [False, False, True, True]
 
 
 # -- failures inside -------------------------------------------------------------------------------------------------
