@@ -10,7 +10,7 @@ user is opened; one that is damaged is made anew. Knows neither gRPC nor threads
 from __future__ import annotations
 
 import logging
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from contextlib import suppress
 
 import numpy as np
@@ -56,6 +56,7 @@ class Engine:
         self.number = known.get(self.bundle.bundle_id) or store.add_generation(self.bundle.bundle_id)
         self._head_bytes = head_bytes(self.bundle.manifest.state)
         self._no_embedding = np.zeros(self.bundle.manifest.state.width, np.float32)
+        self.committed: Callable[[], None] = lambda: None  # called after every commit that stored something
 
     def known_indices(self, numbers: np.ndarray) -> np.ndarray:
         """Item indices (int64) of the item numbers that the bundle knows, in order."""
@@ -104,7 +105,12 @@ class Engine:
         """Stores advanced users that have changed, all at once. Returns those that somebody else has changed since
         they were opened: if there are any, nothing is stored."""
         changed = [user for user in users if user.items or user.record_lags]
-        return self.store.commit([self._write(user) for user in changed]) if changed else []
+        if not changed:
+            return []
+        conflicts = self.store.commit([self._write(user) for user in changed])
+        if not conflicts:
+            self.committed()
+        return conflicts
 
     def _write(self, user: OpenUser) -> Write:
         assert user.user_id is not None and not len(user.left)

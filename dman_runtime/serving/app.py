@@ -20,6 +20,7 @@ from dman_runtime.api.recommender import RecommenderService
 from dman_runtime.api.standard import Health, Streams
 from dman_runtime.batcher import Batcher
 from dman_runtime.engine import Engine
+from dman_runtime.log_lines import RateLimited
 from dman_runtime.metrics import NO_METRICS, Metrics
 from dman_runtime.model.generation import Generation
 from dman_runtime.problems import ClusterStatus, Problems
@@ -63,6 +64,8 @@ class App:
         self._store = LmdbStore.open(
             config.state, map_size=config.map_size_mib << 20, must_exist=config.state_must_exist
         )
+        self._looked: asyncio.Future[None] | None = None  # the look under way
+        self._limited = RateLimited(logger, every=60.0)
         self.problems, self.cluster, self.port = (
             Problems(),
             ClusterStatus(workers=1, ready=1, restarts=0, problems=()),
@@ -87,6 +90,7 @@ class App:
             busy_since=(self._updates.busy_since, self._queries.busy_since),
             metrics=metrics,
         )
+        engine.committed = self._monitor.committed
 
     async def __aenter__(self) -> App:
         config = self._config
@@ -121,6 +125,8 @@ class App:
         self._looking.cancel()
         with suppress(asyncio.CancelledError):
             await self._looking
+        if self._looked is not None:  # it uses what will be closed
+            await asyncio.wait({self._looked}, timeout=LOOK_SECONDS)
         self._health.stop()
         stopping = asyncio.create_task(self._server.stop(self._config.grace + 1))
         await asyncio.wait({stopping}, timeout=self._config.grace)
@@ -148,16 +154,23 @@ class App:
     async def _look_often(self) -> None:
         while True:
             await asyncio.sleep(LOOK_SECONDS)
-            try:
-                await self._look()
-            except Exception:  # the next look may find out more
-                logger.exception("looking for problems failed")
+            await self._look()
 
     async def _look(self) -> None:
-        """Looks for problems, off the event loop, as the disk may hang; then says whether this worker can serve."""
+        """Looks for problems, off the event loop, as the disk may hang; then says whether this worker can serve.
+
+        One look at a time: where the disk hangs, the same one is waited for again.
+        """
         self._metrics.bytes_in_flight(self._admission.bytes)
         self._metrics.requests_in_flight(self._admission.requests)
-        await asyncio.wait({asyncio.ensure_future(asyncio.to_thread(self._monitor.look))}, timeout=LOOK_SECONDS)
+        if self._looked is None:
+            self._looked = asyncio.ensure_future(asyncio.to_thread(self._monitor.look))
+        await asyncio.wait({self._looked}, timeout=LOOK_SECONDS)
+        if self._looked.done():
+            if (error := self._looked.exception()) is not None:  # the next look may find out more
+                self._limited.error("look", "looking for problems failed", exc_info=error)
+            self._looked = None
+        self._monitor.look_at_clock()
         self._health.set(not self.problems.blocking)
 
 

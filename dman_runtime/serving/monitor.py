@@ -12,7 +12,10 @@ from dman_runtime.metrics import NO_METRICS, Metrics
 from dman_runtime.problems import Problems
 
 BLOCKED_SECONDS = 5.0  # a turn that takes longer waits for the disk, or for another process
-FULL_SECONDS = 30.0  # a store that was full is called full for so long, unless a commit succeeds
+FULL_SECONDS = 30.0  # a store that was full is called full for so long
+ROOM_SECONDS = 5.0  # or for so long, once a commit succeeds: some fit for a while where others do not
+HANGING_SECONDS = 5.0  # a look at the disk that takes longer
+MAINTAIN_SECONDS = 1.0  # the store is maintained between turns, and beside shorter ones
 MIN_FREE_BYTES = 64 << 20
 
 
@@ -37,11 +40,13 @@ class Monitor:
         self._bundle_changed, self._reload_tokens, self._busy_since = bundle_changed, reload_tokens, busy_since
         self._metrics = metrics
         self._full_at = -FULL_SECONDS
+        self._has_room = False  # a commit has succeeded since
+        self._look_began: float | None = None
 
     def saw(self, error: Exception) -> None:
         """A call failed with this error."""
         if isinstance(error, StoreFullError):
-            self._full_at = time.monotonic()
+            self._full_at, self._has_room = time.monotonic(), False
             self._problems.set("disk_full", str(error))
         elif isinstance(error, StoreGoneError):
             self._problems.set("store_gone", str(error), blocking=True)
@@ -50,30 +55,49 @@ class Monitor:
 
     def committed(self) -> None:
         """A commit succeeded: the store has room."""
-        self._full_at = -FULL_SECONDS
+        self._has_room = True
+
+    def look_at_clock(self) -> None:
+        """Whether turns take too long, or `look` itself: without the disk, which may hang."""
+        now, began = time.monotonic(), self._look_began
+        detail = "commits wait for the disk or for another process that writes; look at the disk and at other programs"
+        self._problems.set("commits_blocked", detail if self._blocked_seconds(now) > BLOCKED_SECONDS else "")
+        hangs = began is not None and now - began > HANGING_SECONDS
+        self._problems.set("disk_hangs", "files cannot be looked at; look at the disks and mounts" if hangs else "")
+
+    def _blocked_seconds(self, now: float) -> float:
+        return max((now - since for get in self._busy_since if (since := get()) is not None), default=0.0)
 
     def look(self) -> None:
-        """Everything once; may take as long as the disk does."""
+        """Everything on the disk once; may take as long as the disk does."""
+        self._look_began = time.monotonic()
+        try:
+            self._look_at_files(self._look_began)
+        except DmanError as error:
+            self.saw(error)
+        finally:
+            self._look_began = None
+        self._metrics.problems([problem.name for problem in self._problems.now()])
+        if self._blocked_seconds(time.monotonic()) < MAINTAIN_SECONDS:  # else it would wait as well
+            try:
+                self._metrics.stale_readers(self._maintain_store())
+            except DmanError as error:
+                self.saw(error)
+
+    def _look_at_files(self, now: float) -> None:
         self._problems.set("bundle_changed", self._bundle_changed())
         tokens = self._reload_tokens()
         self._problems.set("tokens_unusable", str(tokens) if tokens else "")
-        now = time.monotonic()
-        blocked = max((now - since for get in self._busy_since if (since := get()) is not None), default=0.0)
-        detail = "commits wait for the disk or for another process that writes; look at the disk and at other programs"
-        self._problems.set("commits_blocked", detail if blocked > BLOCKED_SECONDS else "")
-        try:
-            self._check_store()
-            self._look_at_disk(now)
-            if not blocked:
-                self._metrics.stale_readers(self._maintain_store())
-        except DmanError as error:
-            self.saw(error)
-        self._metrics.problems([problem.name for problem in self._problems.now()])
+        self._check_store()
+        self._look_at_disk(now)
 
     def _look_at_disk(self, now: float) -> None:
-        if now - self._full_at < FULL_SECONDS:
+        if now - self._full_at < (ROOM_SECONDS if self._has_room else FULL_SECONDS):
             return
-        disk = os.statvfs(self._state)
+        try:
+            disk = os.statvfs(self._state)
+        except OSError:  # `check_store` tells whether that is a problem
+            return
         free = disk.f_bavail * disk.f_frsize
         detail = f"the disk of the state store has {free >> 20} MiB left; free some, or move the store"
         self._problems.set("disk_full", detail if free < MIN_FREE_BYTES else "")

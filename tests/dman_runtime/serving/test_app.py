@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import socket
+import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -16,11 +17,14 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 
 from dman_runtime.api.recommender import SERVICE_NAME
-from dman_runtime.errors import BundleError, UsageError
+from dman_runtime.errors import BundleError, StoreFullError, UsageError
+from dman_runtime.serving import app as app_module
+from dman_runtime.serving import monitor as monitor_module
 from dman_runtime.serving.app import App
 from dman_runtime.store.lmdb import LmdbStore
 from protos.dman.v1 import dman_pb2 as pb
 from protos.dman.v1.dman_pb2_grpc import RecommenderStub
+from tools.faults.servers import wait_until
 
 
 @pytest.fixture(scope="module")
@@ -79,3 +83,82 @@ def test_app_that_cannot_have_its_port_leaves_no_store_behind(tiny_bundle: Path,
     with pytest.raises(BundleError):
         App(serve_config(tmp_path, tmp_path / "state"))
     assert list(tmp_path.iterdir()) == []
+
+
+# -- looking for problems ----------------------------------------------------------------------------------------------
+
+
+def health_of(app: App) -> int:
+    with grpc.insecure_channel(f"127.0.0.1:{app.port}") as channel:
+        status: int = health_pb2_grpc.HealthStub(channel).Check(health_pb2.HealthCheckRequest(), timeout=30).status
+        return status
+
+
+def test_a_look_that_hangs_is_alone_and_keeps_the_worker_from_nothing(
+    tiny_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(app_module, "LOOK_SECONDS", 0.05)
+    monkeypatch.setattr(monitor_module, "HANGING_SECONDS", 0.2)
+    app, looks, go_on = App(serve_config(tiny_bundle, tmp_path / "state")), [], threading.Event()
+
+    def hang() -> None:
+        looks.append(1)
+        assert go_on.wait(60)
+
+    monkeypatch.setattr(app._monitor, "_check_store", hang)
+    try:
+        with running(app):
+            assert wait_until(lambda: "disk_hangs" in [one.name for one in app.problems.now()], seconds=30)
+            assert health_of(app) == health_pb2.HealthCheckResponse.SERVING
+            app.problems.set("store_gone", "x", blocking=True)
+            assert wait_until(lambda: health_of(app) == health_pb2.HealthCheckResponse.NOT_SERVING, seconds=30)
+            assert looks == [1]
+            go_on.set()
+            assert wait_until(lambda: len(looks) > 3, seconds=30)
+            assert [one.name for one in app.problems.now()] == ["store_gone"]
+    finally:
+        go_on.set()
+
+
+def test_a_look_that_fails_is_logged_once_and_repeated(
+    tiny_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(app_module, "LOOK_SECONDS", 0.02)
+    app, looks = App(serve_config(tiny_bundle, tmp_path / "state")), []
+
+    def fail() -> None:
+        looks.append(1)
+        raise RuntimeError("an unforeseen fault")
+
+    monkeypatch.setattr(app._monitor, "_check_store", fail)
+    with running(app):
+        assert wait_until(lambda: len(looks) > 5, seconds=30)
+        assert health_of(app) == health_pb2.HealthCheckResponse.SERVING
+    (record,) = [record for record in caplog.records if record.levelname == "ERROR"]
+    assert record.getMessage() == "looking for problems failed" and record.exc_info
+
+
+def test_a_commit_tells_that_the_store_has_room(tiny_bundle: Path, tmp_path: Path) -> None:
+    app = App(serve_config(tiny_bundle, tmp_path / "state"))
+    with running(app), grpc.insecure_channel(f"127.0.0.1:{app.port}") as opened:
+        stub = RecommenderStub(opened)
+        app._monitor.saw(StoreFullError("full", "enlarge it"))
+        stub.Update(pb.UpdateRequest(user_id="anna"), timeout=30)  # stores nothing
+        assert not app._monitor._has_room
+        stub.Update(pb.UpdateRequest(user_id="anna", events=[pb.Event(item_id="1")]), timeout=30)
+        assert app._monitor._has_room
+
+
+def test_watchers_do_not_hold_up_the_end(tiny_bundle: Path, tmp_path: Path) -> None:
+    app = App(serve_config(tiny_bundle, tmp_path / "state", grace=60.0))
+    with ExitStack() as after:
+        with running(app):
+            opened = after.enter_context(grpc.insecure_channel(f"127.0.0.1:{app.port}"))
+            watch = health_pb2_grpc.HealthStub(opened).Watch(health_pb2.HealthCheckRequest(), timeout=120)
+            assert next(watch).status == health_pb2.HealthCheckResponse.SERVING
+            began = time.monotonic()
+        assert time.monotonic() - began < 30  # and not the grace period
+        assert next(watch).status == health_pb2.HealthCheckResponse.NOT_SERVING
+        with pytest.raises(grpc.RpcError) as caught:
+            next(watch)
+        assert caught.value.code() is grpc.StatusCode.UNAVAILABLE
