@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -41,9 +42,13 @@ def _token(file: Path | None) -> str | None:
         return None
     try:
         with file.open("rb") as opened:
-            return opened.read(MAX_TOKEN_BYTES).decode("ascii").strip()
-    except (OSError, UnicodeDecodeError):
-        raise UsageError(f"{file} holds no token", "name a readable file with one", parameter="token_file") from None
+            content = opened.read(MAX_TOKEN_BYTES + 1)
+    except OSError:
+        content = b""
+    token = content.decode("ascii", "replace").strip()
+    if len(content) > MAX_TOKEN_BYTES or not re.fullmatch(r"[!-~]+", token):
+        raise UsageError(f"{file} holds no token", "name a readable file with one", parameter="token_file")
+    return token
 
 
 def format_status(status: dict[str, Any]) -> str:

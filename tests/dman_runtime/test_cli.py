@@ -12,13 +12,15 @@ from typing import Any
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
-from conftest import ROOT, TINY_ITEMS, running_server
+from conftest import ROOT, TINY_ITEMS, running, running_server, serve_config
 from histories import ONLY_UNKNOWN, Histories, make_histories, write_csv
 
 from dman_runtime import cli
+from dman_runtime.access.tokens import Caller, read_tokens, token_digest
 from dman_runtime.data.evaluation import MISS, metrics
 from dman_runtime.model.bundle import open_bundle
 from dman_runtime.requests import MAX_K
+from dman_runtime.serving.app import App
 from dman_runtime.store.lmdb import FORMAT_VERSION, LmdbStore
 from dman_train import evaluate as train_evaluate
 from dman_train import export
@@ -271,6 +273,64 @@ def test_inspect_works_while_a_server_runs_and_shows_what_it_stored(
             assert (shown["event_count"], shown["history_count"]) == (n, 2 * n)
 
 
+# -- status and token --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+def test_status_of_a_running_server_is_printed_and_ends_with_0_or_1(
+    tiny_bundle: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    bundle_id = open_bundle(tiny_bundle).bundle_id
+    with running(App(serve_config(tiny_bundle, tmp_path / "state"))) as app:
+        status = ("status", "--target", f"localhost:{app.port}", "--timeout", "30")
+        found = run_json(capsys, *status)
+        assert (found["ready"], found["bundle_id"], found["problems"]) == (True, bundle_id, [])
+        run(*status)
+        (line,) = capsys.readouterr().out.splitlines()
+        assert line.startswith(f"ready: bundle {bundle_id}, 1 of 1 workers")
+
+        app.problems.set("disk_full", "free some")
+        assert cli.main(list(status)) == 1  # ready, and something is wrong
+        first, second = capsys.readouterr().out.splitlines()
+        assert first.startswith("ready: ") and second.endswith("s: free some")
+        app.problems.set("store_gone", "restore it", blocking=True)
+        assert cli.main([*status, "--json"]) == 1
+        out = capsys.readouterr().out
+        assert out.startswith("NOT READY: ")
+        found = json.loads(out.splitlines()[-1])
+        assert [problem["name"] for problem in found["problems"]] == ["store_gone", "disk_full"]
+
+
+def test_status_of_a_server_that_is_away_is_refused_in_one_line(capsys: pytest.CaptureFixture[str]) -> None:
+    message = error_of(capsys, "status", "--target", "localhost:1", "--timeout", "1")
+    assert "localhost:1" in message and message.endswith("(--target)")
+    message = error_of(capsys, "status", "--token-file", "nowhere")
+    assert message == "error: nowhere holds no token; name a readable file with one (--token-file)"
+
+
+def test_token_prints_a_token_and_the_line_that_lets_its_caller_in(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run("token", "shop", "--roles", "read")
+    first, second = capsys.readouterr().out.splitlines()
+    token = first.removeprefix("token, shown this once: ")
+    (tmp_path / "tokens").write_text(second.removeprefix("line for the token file: ") + "\n")
+    (caller,) = read_tokens(tmp_path / "tokens").by_digest.items()
+    assert caller == (token_digest(token), Caller("shop", frozenset({"read"})))
+    assert token not in second
+
+    run("token", "shop")
+    other, line = capsys.readouterr().out.splitlines()
+    assert other != first and "  read,write  sha256:" in line
+
+
+@pytest.mark.parametrize("arguments", [["a b"], [""], ["shop", "--roles", "root"], ["shop", "--roles", ""]])
+def test_token_refuses_a_name_or_a_role_that_the_file_cannot_hold(
+    arguments: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert "of the caller cannot be used" in error_of(capsys, "token", *arguments)
+
+
 # -- errors ----------------------------------------------------------------------------------------------------------
 
 
@@ -391,7 +451,8 @@ def test_wrong_usage_is_refused_with_a_pointer_to_help(
 
 # -- options ---------------------------------------------------------------------------------------------------------
 
-COMMANDS = ["serve", "import", "score", "evaluate", "inspect"]
+POSITIONAL = {"token": ["shop"]}
+COMMANDS = ["serve", "status", "verify", "token", "import", "score", "evaluate", "inspect"]
 
 
 def options_of(command: str) -> list[argparse.Action]:
@@ -437,7 +498,7 @@ def test_every_option_with_a_value_has_its_dman_variable(command: str, monkeypat
         value = option.choices[-1] if isinstance(option.choices, list) else "3"
         with monkeypatch.context() as patch:
             patch.setenv(variable, value)
-            found = getattr(cli.parser().parse_args([command]), option.dest)
+            found = getattr(cli.parser().parse_args([command, *POSITIONAL.get(command, [])]), option.dest)
         assert str(found) in (value, f"{value}.0"), variable
 
 
