@@ -93,7 +93,9 @@ def test_a_healthy_worker_has_no_problem_and_its_store_is_maintained(world: Worl
 def test_a_changed_bundle_and_unusable_tokens_are_problems_while_they_last(world: World) -> None:
     world.bundle_changed, world.tokens = "items.jsonl was replaced", InputError("line 3 is bad", "mend it")
     assert sorted(world.found()) == ["bundle_changed", "tokens_unusable"]
-    assert {one.detail for one in world.problems.now()} == {"items.jsonl was replaced", "line 3 is bad; mend it"}
+    details = {one.name: one.detail for one in world.problems.now()}
+    assert details["tokens_unusable"] == "line 3 is bad; mend it"
+    assert details["bundle_changed"].startswith("in the bundle, items.jsonl was replaced; ")
     assert not world.problems.blocking
     world.bundle_changed, world.tokens = "", None
     assert world.found() == []
