@@ -165,7 +165,9 @@ def test_what_answers_requests_knows_the_interface_of_stores_and_no_store() -> N
         if within(name, "dman_runtime.store") and not within(name, "dman_runtime.store", "dman_runtime.store.base")
     }
     assert found == {}
-    assert importers("dman_runtime", "dman_runtime.store.lmdb") == {"cli", "jobs.inspecting", "serving.app"}
+    assert importers("dman_runtime", "dman_runtime.store.lmdb") == {
+        "cli", "jobs.inspecting", "jobs.verifying", "serving.app", "store.lmdb_verify",
+    }  # fmt: skip
     assert importers("dman_runtime", "dman_runtime.store.memory") == set()  # for tests
 
 
@@ -203,7 +205,7 @@ def test_training_reaches_no_part_of_the_server_not_even_through_others() -> Non
     ("library", "only"),
     [
         ("onnxruntime", {"model.encoder"}),
-        ("lmdb", {"store.environment", "store.lmdb"}),
+        ("fcntl", {"store.files"}),
         ("protos.dman.v1.dman_pb2", {"api.operations", "api.recommender"}),
         ("protos.dman.v1.dman_pb2_grpc", set()),
         ("google", {"api.door", "api.standard"}),
@@ -221,6 +223,11 @@ def test_training_reaches_no_part_of_the_server_not_even_through_others() -> Non
 )
 def test_library_is_imported_by_its_own_module_only(library: str, only: set[str]) -> None:
     assert importers("dman_runtime", library) == only
+
+
+@pytest.mark.slow
+def test_lmdb_is_imported_by_the_store_only() -> None:
+    assert {name.partition(".")[0] for name in importers("dman_runtime", "lmdb")} == {"store"}
 
 
 @pytest.mark.slow
