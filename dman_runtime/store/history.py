@@ -110,6 +110,13 @@ def read_head_only(value: Bytes, seed: int, legacy: bool) -> Head:
     return Head(version, history_count, generation)
 
 
+def read_ids(value: Bytes, seed: int, legacy: bool) -> tuple[tuple[int, ...], int]:
+    """The recent request ids, and the last period that older ones went into. Raises DamagedError."""
+    (_, _, _, count, layout), tail_at = _checked_head(value, seed, legacy)
+    ids = struct.unpack_from(f"<{count}Q", value, tail_at - 8 * count)
+    return ids, 0 if layout == _LEGACY else _SPILLED.unpack_from(value, _HEAD.size)[0]
+
+
 def read_tail(value: Bytes, seed: int, legacy: bool) -> tuple[int, NDArray[np.uint32]]:
     """History count and the item numbers of the tail, a view: all that a recommendation needs. Raises DamagedError."""
     (_, history_count, _, _, _), tail_at = _checked_head(value, seed, legacy)

@@ -17,7 +17,10 @@ from dman_runtime.store.history import DamagedError
 
 _FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 _CORRUPTED = ("is corrupted ({})", "restore a backup; `dman-runtime verify` lists what is damaged", "state")
-_DAMAGED = (lmdb.InvalidError, lmdb.CorruptedError, lmdb.PageNotFoundError, VerifyError, DamagedError)
+_DAMAGED = (  # what LMDB says of pages that are not what it wrote; the last two come from a tree that has no end
+    DamagedError, VerifyError, lmdb.InvalidError, lmdb.CorruptedError, lmdb.PageNotFoundError,
+    lmdb.CursorFullError, lmdb.BadTxnError,
+)  # fmt: skip
 _UNAVAILABLE: Mapping[type[Exception], tuple[str, str, str]] = {
     lmdb.ReadersFullError: ("has no free reader slot", "use fewer processes and threads", ""),
     lmdb.MapResizedError: (

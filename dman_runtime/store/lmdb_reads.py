@@ -20,6 +20,7 @@ from dman_runtime.store.history import (
     DamagedError,
     StoredHead,
     read_head_only,
+    read_ids,
     read_tail,
     record_start,
     seed_of,
@@ -161,12 +162,11 @@ class LmdbSnapshot(ReadTransaction):
     def applied(self, user_id: str, request_ids: Collection[int]) -> set[int]:
         if not request_ids:
             return set()
-        user = checked_id(user_id).encode()
-        value, asked, last = self.txn.get(user + HEAD_SUFFIX, db=self._databases.users), set(request_ids), None
-        known: set[int] = set()
+        user, asked, known, last = checked_id(user_id).encode(), set(request_ids), set[int](), None
+        value = self.txn.get(user + HEAD_SUFFIX, db=self._databases.users)
         if value is not None:
-            found = unpack_head(value, seed_of(user), self._databases.legacy)
-            known, last = asked.intersection(found.recent_ids), found.spilled.period
+            recent, last = read_ids(value, crc32(user), self._databases.legacy)
+            known = asked.intersection(recent)
             if not last:
                 return known
         others = asked - known

@@ -15,7 +15,7 @@ import pytest
 from contract.processes import finish, start
 from lmdb.verify import verify
 
-from dman_runtime.errors import StoreError, StoreFullError, StoreMismatchError, StoreUnavailableError
+from dman_runtime.errors import StoreDamagedError, StoreError, StoreFullError, StoreMismatchError, StoreUnavailableError
 from dman_runtime.store import environment as environment_module
 from dman_runtime.store.base import Write
 from dman_runtime.store.lmdb import DEFAULT_MAP_SIZE, LmdbStore
@@ -257,6 +257,17 @@ def test_store_out_of_reader_slots_says_so(tmp_path: Path, monkeypatch: pytest.M
             store.get_many(["a"], 1)
         held.clear()
         assert store.get_many(["a"], 1) == [None]
+
+
+@pytest.mark.parametrize(
+    "error", [lmdb.CorruptedError, lmdb.PageNotFoundError, lmdb.InvalidError, lmdb.CursorFullError, lmdb.BadTxnError]
+)
+def test_pages_that_lmdb_cannot_follow_are_damage(store: LmdbStore, error: type[lmdb.Error]) -> None:
+    with pytest.raises(StoreDamagedError, match="corrupted"), store.snapshot():
+        raise error("mdb_get")
+    with pytest.raises(StoreDamagedError, match="corrupted"), store._env.write():
+        raise error("mdb_put")
+    assert store.commit([write("a")]) == []
 
 
 # -- full ------------------------------------------------------------------------------------------------------------

@@ -28,6 +28,8 @@ from dman_runtime.store.history import (
     pack_chunk,
     pack_head,
     pack_record,
+    read_head_only,
+    read_ids,
     read_tail,
     record_start,
     seed_of,
@@ -95,6 +97,8 @@ def test_head_comes_back_with_its_tail_and_ids(
         found = unpack_head(stored, SEED, False)
         assert (found.head, found.recent_ids, found.spilled) == (head, tuple(ids), spilled)
         assert found.tail.tolist() == pairs
+        assert read_ids(stored, SEED, False) == (tuple(ids), spilled.period)
+        assert read_head_only(stored, SEED, False) == head
         history_count, items = read_tail(stored, SEED, False)
         assert (history_count, items.tolist()) == (head.history_count, [item for item, _ in pairs])
         assert (count_of(stored), version_of(stored)) == (head.history_count, head.version)
@@ -143,6 +147,7 @@ def test_values_of_format_3_are_read_where_that_is_allowed() -> None:
     found = unpack_head(OLD_HEAD, SEED, True)
     assert (found.head, found.recent_ids, found.spilled) == (Head(7, 34, 3), (8, 9), Spilled(0, 0))
     assert found.tail.tolist() == events(2).tolist()
+    assert read_ids(OLD_HEAD, SEED, True) == ((8, 9), 0) and read_head_only(OLD_HEAD, SEED, True) == Head(7, 34, 3)
     assert read_tail(OLD_HEAD, SEED, True)[1].tolist() == [0, 1]
     assert unpack_chunk(OLD_CHUNK, SEED, 5, True).tolist() == events(CHUNK_EVENTS).tolist()
     assert unpack_seen(OLD_NUMBERS, SEED, True).tolist() == [3, 1000]
@@ -168,6 +173,8 @@ Unpack = Callable[[bytes, int, bool], Any]
 VALUES: dict[str, tuple[bytes, Unpack]] = {
     "head": (pack_head(STORED_HEAD, SEED), unpack_head),
     "tail": (pack_head(STORED_HEAD, SEED), read_tail),
+    "ids": (pack_head(STORED_HEAD, SEED), read_ids),
+    "head only": (pack_head(STORED_HEAD, SEED), read_head_only),
     "chunk": (pack_chunk(events(CHUNK_EVENTS), SEED, 3), lambda value, seed, old: unpack_chunk(value, seed, 3, old)),
     "numbers": (packed_seen(1, 100, 3000), unpack_seen),
     "bitmap": (packed_seen(*range(30)), unpack_seen),
