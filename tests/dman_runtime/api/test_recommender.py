@@ -221,13 +221,16 @@ def test_what_takes_long_to_convert_is_converted_on_the_bulk_thread(
 ) -> None:
     """Also where a batch has few members: their events count."""
     threads = []
-    for name in ("check_updates", "check_queries"):
 
-        def checked(*values: Any, check: Callable[..., None] = getattr(recommender, name)) -> None:
+    def noting(check: Callable[..., None]) -> Callable[..., None]:
+        def noted(*values: Any) -> None:
             threads.append(threading.current_thread().name.partition("_")[0])
             check(*values)
 
-        monkeypatch.setattr(recommender, name, checked)
+        return noted
+
+    for name in ("check_updates", "check_queries"):
+        monkeypatch.setattr(recommender, name, noting(getattr(recommender, name)))
     for events in (2, FEW):
         items = [str(1 + n % 60) for n in range(events)]
         stub.BatchUpdate(pb.BatchUpdateRequest(updates=[update_request("bulk", *items)] * 2))

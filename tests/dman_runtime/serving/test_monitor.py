@@ -52,13 +52,19 @@ class World:
         self.monitor = Monitor(
             self.problems,
             state=state,
-            check_store=lambda: self.store(),
-            maintain_store=lambda: self.maintained(),
+            check_store=self._check,
+            maintain_store=self._maintain,
             bundle_changed=lambda: self.bundle_changed,
             reload_tokens=lambda: self.tokens,
             busy_since=[lambda: self.busy_since[0], lambda: self.busy_since[1]],
             metrics=self.metrics,
         )
+
+    def _check(self) -> None:
+        self.store()
+
+    def _maintain(self) -> int:
+        return self.maintained()
 
     def _statvfs(self, path: Path) -> Any:
         if self.free < 0:
