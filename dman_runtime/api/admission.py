@@ -4,7 +4,8 @@ Receiving, running and answering are limited separately:
 
 - A message that arrives within FAST_SECONDS is not limited at all. Those that take longer are few (MAX_SLOW), as gRPC
   may buffer MAX_MESSAGE_BYTES for each; one more drops the oldest of the connection that has the most of them.
-- Requests that have arrived are counted, and their bytes; beyond either limit they are refused.
+- Requests that have arrived are counted, and their bytes; beyond either limit they are refused. While one runs, what it
+  was parsed to is counted as well: of short item ids, that is many times the message.
 - A reply stays counted until the client has read it. Small ones have a reserve of their own, so that clients that do
   not read large replies harm nobody's small ones.
 - Long requests wait in a queue per caller, MAX_LONG of which run at a time.
@@ -16,8 +17,8 @@ from __future__ import annotations
 
 import asyncio
 from collections import Counter, deque
-from collections.abc import AsyncIterator, Sequence
-from contextlib import asynccontextmanager, suppress
+from collections.abc import AsyncIterator, Iterator, Sequence
+from contextlib import asynccontextmanager, contextmanager, suppress
 from dataclasses import dataclass, field
 from heapq import heapify, heapreplace
 from time import monotonic
@@ -33,6 +34,7 @@ SLOW_SECONDS = 10.0  # for a message to arrive
 MAX_SLOW = 8  # messages
 MAX_RECEIVING = 4096  # calls whose message has not arrived, the fast ones included
 SMALL_BYTES = 64 << 10
+EVENT_BYTES = 100  # that an event takes once it is parsed and converted, measured
 SMALL_RESERVE = 64 << 20  # bytes that only messages and replies of SMALL_BYTES may use
 MAX_LONG = 2  # long requests of one caller that run at a time
 _SWEEP_SECONDS = 0.05
@@ -127,13 +129,13 @@ class Admission:
     def leave(self) -> None:
         self.requests -= 1
 
-    def hold(self, caller: str, size: int, *, always: bool = False) -> None:
+    def hold(self, caller: str, size: int, *, beside: int = 0, always: bool = False) -> None:
         """Counts the bytes of a message or a reply; `release` ends it. Raises RefusedError, unless `always`.
 
-        No caller gets more than half of all there is, unless for a single message.
+        No caller gets more than half of all there is, unless for a single call, which may hold bytes `beside` already.
         """
         limit = self._max_bytes + (SMALL_RESERVE if size <= SMALL_BYTES else 0)
-        full = self.bytes + size > limit or self._held[caller] + size > max(limit // 2, size)
+        full = self.bytes + size > limit or self._held[caller] + size > max(limit // 2, size + beside)
         if full and not always:
             raise RefusedError(
                 f"the server holds {self.bytes >> 20} MiB of messages and replies",
@@ -147,6 +149,15 @@ class Admission:
         self._held[caller] -= size
         if not self._held[caller]:
             del self._held[caller]
+
+    @contextmanager
+    def parsed(self, caller: str, events: int, message_bytes: int) -> Iterator[None]:
+        """Holds what so many events take while a request runs, beside its message. Raises RefusedError."""
+        self.hold(caller, events * EVENT_BYTES, beside=message_bytes)
+        try:
+            yield
+        finally:
+            self.release(caller, events * EVENT_BYTES)
 
     @asynccontextmanager
     async def long(self, caller: str) -> AsyncIterator[None]:

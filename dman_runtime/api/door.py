@@ -165,18 +165,21 @@ class Door(grpc.GenericRpcHandler):
 
     async def _run(self, method: Method, message: list[bytes], call: Call) -> Message | bytes:
         """The reply to a message, which is taken out of its list."""
-        if len(message[0]) > LARGE_BYTES:
+        size = len(message[0])
+        if size > LARGE_BYTES:
             async with self._admission.long(call.caller):
                 loop = asyncio.get_running_loop()
                 request, weight = await loop.run_in_executor(self._bulk, self._read, method, message)
-                self._limits.admit(call.caller, weight)
-                return await method.run(request, call)
+                with self._admission.parsed(call.caller, weight, size):
+                    self._limits.admit(call.caller, weight)
+                    return await method.run(request, call)
         request, weight = self._read(method, message)
-        self._limits.admit(call.caller, weight)
-        if weight <= SLICE_EVENTS:
-            return await method.run(request, call)
-        async with self._admission.long(call.caller):
-            return await method.run(request, call)
+        with self._admission.parsed(call.caller, weight, size):
+            self._limits.admit(call.caller, weight)
+            if weight <= SLICE_EVENTS:
+                return await method.run(request, call)
+            async with self._admission.long(call.caller):
+                return await method.run(request, call)
 
     def _read(self, method: Method, message: list[bytes]) -> tuple[Any, int]:
         """The parsed message, and its weight. Raises RequestError."""

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from dman_runtime.api import admission as module
-from dman_runtime.api.admission import MAX_LONG, MAX_SLOW, SMALL_BYTES, SMALL_RESERVE, Admission, Receiver
+from dman_runtime.api.admission import EVENT_BYTES, MAX_LONG, MAX_SLOW, SMALL_BYTES, SMALL_RESERVE, Admission, Receiver
 from dman_runtime.errors import RefusedError
 
 MIB = 1 << 20
@@ -64,6 +64,17 @@ def test_a_single_message_may_take_more_than_half() -> None:
     counted.hold("one", SMALL_BYTES)
     with pytest.raises(RefusedError):
         counted.hold("one", LIMIT // 2)
+
+
+def test_a_single_call_may_take_more_than_half_for_its_message_and_what_it_is_parsed_to() -> None:
+    counted = admission()
+    events = LIMIT // 2 // EVENT_BYTES
+    counted.hold("one", 10 * MIB)
+    with counted.parsed("one", events, 10 * MIB):
+        assert counted.bytes == 10 * MIB + events * EVENT_BYTES
+        with pytest.raises(RefusedError), counted.parsed("one", events, 10 * MIB):
+            pass
+    assert counted.bytes == 10 * MIB
 
 
 def test_small_ones_have_a_reserve_that_large_ones_cannot_use() -> None:

@@ -16,7 +16,7 @@ from door_server import DoorServer, serving, status_of
 from google.protobuf.message import Message
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
-from dman_runtime.api.admission import SMALL_BYTES
+from dman_runtime.api.admission import EVENT_BYTES, SMALL_BYTES
 from dman_runtime.api.door import LARGE_BYTES, Call, Method
 from dman_runtime.batcher import SLICE_EVENTS
 from dman_runtime.errors import (
@@ -325,6 +325,21 @@ def test_a_message_that_does_not_fit_is_refused_and_small_ones_still_pass() -> N
         held.go_on.set()
         first.result()
         ask(channel, request_of(200_000))
+        assert wait_until(lambda: server.admission.bytes == 0, seconds=WAIT)
+
+
+@pytest.mark.parametrize("size", [10, 2 * LARGE_BYTES], ids=["small", "large"])
+def test_what_a_message_is_parsed_to_is_counted_while_it_runs(size: int) -> None:
+    """Events of short item ids take many times the bytes of their message."""
+    held, events = Held(), 6_000
+    with serving(doing(held.run, weigh=lambda _: events), max_bytes=1 << 20) as (server, channel):
+        first = channel.unary_unary(PATH).future(request_of(size), timeout=WAIT)
+        assert held.entered.wait(WAIT)
+        assert server.admission.bytes == len(request_of(size)) + events * EVENT_BYTES
+        code, details = status_of(lambda: ask(channel, request_of(size)))
+        assert code == "RESOURCE_EXHAUSTED" and "of messages and replies" in details
+        held.go_on.set()
+        first.result()
         assert wait_until(lambda: server.admission.bytes == 0, seconds=WAIT)
 
 
