@@ -17,8 +17,8 @@ from __future__ import annotations
 
 import asyncio
 from collections import Counter, deque
-from collections.abc import AsyncIterator, Iterator, Sequence
-from contextlib import asynccontextmanager, contextmanager, suppress
+from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, field
 from heapq import heapify, heapreplace
 from time import monotonic
@@ -150,15 +150,6 @@ class Admission:
         if not self._held[caller]:
             del self._held[caller]
 
-    @contextmanager
-    def parsed(self, caller: str, events: int, message_bytes: int) -> Iterator[None]:
-        """Holds what so many events take while a request runs, beside its message. Raises RefusedError."""
-        self.hold(caller, events * EVENT_BYTES, beside=message_bytes)
-        try:
-            yield
-        finally:
-            self.release(caller, events * EVENT_BYTES)
-
     @asynccontextmanager
     async def long(self, caller: str) -> AsyncIterator[None]:
         """Waits until fewer than MAX_LONG long requests of the caller run, and is one of them."""
@@ -194,3 +185,27 @@ class Admission:
         self._running[caller] -= 1
         if not self._running[caller]:
             del self._running[caller]
+
+
+class Held:
+    """The bytes that one call holds: its message, what is made of it, and at last its reply."""
+
+    __slots__ = ("_admission", "_caller", "size")
+
+    def __init__(self, admission: Admission, caller: str) -> None:
+        self._admission, self._caller, self.size = admission, caller, 0
+
+    def add(self, size: int) -> None:
+        """Raises RefusedError."""
+        self._admission.hold(self._caller, size, beside=self.size)
+        self.size += size
+
+    def become(self, size: int, *, always: bool) -> None:
+        """From now on this is all that is held. Raises RefusedError, unless `always`; then nothing is held."""
+        self.release()
+        self._admission.hold(self._caller, size, always=always)
+        self.size = size
+
+    def release(self) -> None:
+        self._admission.release(self._caller, self.size)
+        self.size = 0

@@ -21,7 +21,7 @@ from google.protobuf.message import DecodeError, Message
 
 from dman_runtime.access.callers import Access, role_for
 from dman_runtime.access.limits import Limits
-from dman_runtime.api.admission import SMALL_BYTES, Admission, Context, Receiver
+from dman_runtime.api.admission import EVENT_BYTES, SMALL_BYTES, Admission, Context, Held, Receiver
 from dman_runtime.batcher import SLICE_EVENTS
 from dman_runtime.errors import DmanError, RequestError, StoppedError
 from dman_runtime.log_lines import RateLimited
@@ -39,6 +39,7 @@ class Call:
 
     caller: str
     deadline: float  # of time.monotonic()
+    held: Held  # what it holds in memory; a handler adds parts of a large reply
 
 
 @dataclass(frozen=True)
@@ -138,23 +139,23 @@ class Door(grpc.GenericRpcHandler):
         if body is None:
             raise RequestError("the call has no message", "send one")
         left = context.time_remaining()
-        call = Call(caller, NO_DEADLINE if left is None else time.monotonic() + left)
+        held = Held(admission, caller)
+        call = Call(caller, NO_DEADLINE if left is None else time.monotonic() + left, held)
         if method.exempt:
             return await self._exempt(method, body, call)
         admission.enter()
         try:
-            admission.hold(caller, size := len(body))
+            held.add(len(body))
             message = [body]
             del body  # a large message is not kept beside what it is parsed to
-            try:
-                reply = await self._run(method, message, call)
-            finally:
-                admission.release(caller, size)
+            sent = _serialized(await self._run(method, message, call))
+            held.become(len(sent), always=method.commits)
+        except BaseException:
+            held.release()
+            raise
         finally:
             admission.leave()
-        sent = _serialized(reply)
-        admission.hold(caller, size := len(sent), always=method.commits)
-        context.add_done_callback(lambda _: admission.release(caller, size))  # type: ignore[arg-type]
+        context.add_done_callback(lambda _: held.release())  # type: ignore[arg-type]
         return sent
 
     async def _exempt(self, method: Method, body: bytes, call: Call) -> bytes:
@@ -165,21 +166,20 @@ class Door(grpc.GenericRpcHandler):
 
     async def _run(self, method: Method, message: list[bytes], call: Call) -> Message | bytes:
         """The reply to a message, which is taken out of its list."""
-        size = len(message[0])
-        if size > LARGE_BYTES:
+        if len(message[0]) > LARGE_BYTES:
             async with self._admission.long(call.caller):
                 loop = asyncio.get_running_loop()
                 request, weight = await loop.run_in_executor(self._bulk, self._read, method, message)
-                with self._admission.parsed(call.caller, weight, size):
-                    self._limits.admit(call.caller, weight)
-                    return await method.run(request, call)
+                call.held.add(weight * EVENT_BYTES)
+                self._limits.admit(call.caller, weight)
+                return await method.run(request, call)
         request, weight = self._read(method, message)
-        with self._admission.parsed(call.caller, weight, size):
-            self._limits.admit(call.caller, weight)
-            if weight <= SLICE_EVENTS:
-                return await method.run(request, call)
-            async with self._admission.long(call.caller):
-                return await method.run(request, call)
+        call.held.add(weight * EVENT_BYTES)
+        self._limits.admit(call.caller, weight)
+        if weight <= SLICE_EVENTS:
+            return await method.run(request, call)
+        async with self._admission.long(call.caller):
+            return await method.run(request, call)
 
     def _read(self, method: Method, message: list[bytes]) -> tuple[Any, int]:
         """The parsed message, and its weight. Raises RequestError."""

@@ -117,6 +117,7 @@ class RecommenderService:
             rows = sum(len(answer.item_indices) for answer in answers)
             parts.append(await self._on(self._bulk, rows > FEW, self._batch_reply, answers, names))
             size += len(parts[-1])
+            call.held.add(len(parts[-1]))
             if size > MAX_REPLY_BYTES:
                 raise RefusedError(
                     f"the reply would be larger than {MAX_REPLY_BYTES >> 20} MiB", "ask for less at a time"
@@ -243,15 +244,15 @@ def _query(request: pb.RecommendRequest) -> Query:
 
 def _weight_of_updates(updates: Sequence[pb.UpdateRequest]) -> int:
     """Events to encode. Raises RequestError where they are too many to be converted."""
-    events = sum(len(update.events) for update in updates)
+    events = sum([len(update.events) for update in updates])
     check_size(len(updates), events)
     return events
 
 
 def _weight_of_queries(queries: Sequence[pb.RecommendRequest]) -> int:
     """Events to encode, and one for each query: ranking takes about as long. Raises RequestError as above."""
-    events = sum(len(query.what_if_events) for query in queries)
-    listed = sum(len(query.exclude_item_ids) + len(query.candidate_item_ids) for query in queries)
+    events = sum([len(query.what_if_events) for query in queries])
+    listed = sum([len(query.exclude_item_ids) + len(query.candidate_item_ids) for query in queries])
     check_size(len(queries), events, listed)
     return len(queries) + events
 

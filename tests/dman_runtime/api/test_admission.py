@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from dman_runtime.api import admission as module
-from dman_runtime.api.admission import EVENT_BYTES, MAX_LONG, MAX_SLOW, SMALL_BYTES, SMALL_RESERVE, Admission, Receiver
+from dman_runtime.api.admission import MAX_LONG, MAX_SLOW, SMALL_BYTES, SMALL_RESERVE, Admission, Held, Receiver
 from dman_runtime.errors import RefusedError
 
 MIB = 1 << 20
@@ -66,15 +66,31 @@ def test_a_single_message_may_take_more_than_half() -> None:
         counted.hold("one", LIMIT // 2)
 
 
-def test_a_single_call_may_take_more_than_half_for_its_message_and_what_it_is_parsed_to() -> None:
+def test_a_single_call_may_take_more_than_half_for_its_message_and_what_is_made_of_it() -> None:
     counted = admission()
-    events = LIMIT // 2 // EVENT_BYTES
-    counted.hold("one", 10 * MIB)
-    with counted.parsed("one", events, 10 * MIB):
-        assert counted.bytes == 10 * MIB + events * EVENT_BYTES
-        with pytest.raises(RefusedError), counted.parsed("one", events, 10 * MIB):
-            pass
-    assert counted.bytes == 10 * MIB
+    one = Held(counted, "one")
+    one.add(10 * MIB)
+    one.add(LIMIT // 2)
+    assert counted.bytes == one.size == 10 * MIB + LIMIT // 2
+    with pytest.raises(RefusedError):
+        one.add(LIMIT // 2)
+    with pytest.raises(RefusedError):
+        Held(counted, "one").add(LIMIT // 4)  # another call of the same caller
+    one.become(MIB, always=False)
+    assert counted.bytes == one.size == MIB
+    one.release()
+    one.release()
+    assert counted.bytes == 0 and not counted._held
+
+
+def test_a_call_whose_reply_is_refused_holds_nothing() -> None:
+    counted = admission()
+    counted.hold("other", LIMIT - MIB)
+    call = Held(counted, "one")
+    call.add(MIB)
+    with pytest.raises(RefusedError):
+        call.become(2 * MIB, always=False)
+    assert call.size == 0 and counted.bytes == LIMIT - MIB
 
 
 def test_small_ones_have_a_reserve_that_large_ones_cannot_use() -> None:
