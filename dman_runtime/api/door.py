@@ -50,6 +50,7 @@ class Method:
     request: type[Message]
     run: Callable[[Any, Call], Awaitable[Message | bytes]]
     weigh: Callable[[Any], int] = lambda _: 0  # events to encode, or what takes as long
+    parse: Callable[[bytes], Any] | None = None  # instead of request.FromString; raises DecodeError, RequestError
     commits: bool = False  # a reply says what has been stored, so it is never refused
     exempt: bool = False  # from all limits but the one on messages, which are small: probes reach a busy server too
 
@@ -169,7 +170,7 @@ class Door(grpc.GenericRpcHandler):
         if len(message[0]) > LARGE_BYTES:
             async with self._admission.long(call.caller):
                 loop = asyncio.get_running_loop()
-                request, weight = await loop.run_in_executor(self._bulk, self._read, method, message)
+                request, weight = await loop.run_in_executor(self._bulk, self._read_large, method, message)
                 call.held.add(weight * EVENT_BYTES)
                 self._limits.admit(call.caller, weight)
                 return await method.run(request, call)
@@ -181,20 +182,27 @@ class Door(grpc.GenericRpcHandler):
         async with self._admission.long(call.caller):
             return await method.run(request, call)
 
+    def _read_large(self, method: Method, message: list[bytes]) -> tuple[Any, int]:
+        """`_read` on the bulk thread, which rests as long as it has parsed: parsing keeps the event loop waiting."""
+        began = time.perf_counter()
+        try:
+            return self._read(method, message)
+        finally:
+            time.sleep(time.perf_counter() - began)
+
     def _read(self, method: Method, message: list[bytes]) -> tuple[Any, int]:
         """The parsed message, and its weight. Raises RequestError."""
         kind = method.request.DESCRIPTOR.full_name
         try:
-            request = method.request.FromString(message.pop())
+            request = (method.parse or method.request.FromString)(message.pop())
+            return request, method.weigh(request)
         except DecodeError:
             self._metrics.unparsable(1)
             self._limited.warning("unparsable", "a message to %s does not parse", method.path)
-            raise RequestError(f"the message is not a {kind}", "send what the proto file describes") from None
-        try:
-            return request, method.weigh(request)
+            refusal = RequestError(f"the message is not a {kind}", "send what the proto file describes")
         except RequestError as error:
             refusal = error.with_traceback(None)
-        del request  # an error keeps what its frames hold, and this may be large
+        request = None  # an error keeps what its frames hold, and this may be large
         raise refusal
 
     def failure(self, error: Exception) -> tuple[str, str]:

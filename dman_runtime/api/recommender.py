@@ -7,9 +7,10 @@ the `bulk` thread, piece by piece.
 from __future__ import annotations
 
 import asyncio
+import functools
 from collections.abc import Callable, Sequence
 from concurrent.futures import Executor, Future, ThreadPoolExecutor
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 from dman_runtime.api.door import Call, Method
 from dman_runtime.batcher import Batcher
@@ -37,6 +38,7 @@ MAX_REPLY_BYTES = 16 << 20
 MAX_NAMED_BYTES = 1 << 20  # of unknown item ids that one reply names
 FEW = 200  # ids or events that are handled on the event loop
 INLINE_ITEMS = 100_000  # catalogues up to here are searched on the event loop
+_PARSED_BYTES = 64 << 10  # of a batch between two looks at how much it is
 _CHUNK_QUERIES, _CHUNK_IDS = 64, 10_000  # of a BatchRecommend that are answered together
 Result = TypeVar("Result")
 
@@ -60,15 +62,28 @@ class RecommenderService:
     def methods(self) -> list[Method]:
         """One for each method of the proto file; a test compares them."""
 
-        def method(name: str, request: type[Any], weigh: Callable[[Any], int]) -> Method:
-            commits = name in ("Update", "BatchUpdate", "DeleteUser")
-            return Method(f"/{SERVICE_NAME}/{name}", request, getattr(self, name), weigh, commits=commits)
+        def method(name: str, request: type[Any], weigh: Callable[[Any], int], part: type[Any] | None = None) -> Method:
+            return Method(
+                f"/{SERVICE_NAME}/{name}",
+                request,
+                getattr(self, name),
+                weigh,
+                parse=None if part is None else functools.partial(_parse_batch, part, weigh),
+                commits=name in ("Update", "BatchUpdate", "DeleteUser"),
+            )
 
         return [
             method("Update", pb.UpdateRequest, lambda request: _weight_of_updates([request])),
-            method("BatchUpdate", pb.BatchUpdateRequest, lambda request: _weight_of_updates(request.updates)),
+            method(
+                "BatchUpdate", pb.BatchUpdateRequest, lambda batch: _weight_of_updates(batch.parts), pb.UpdateRequest
+            ),
             method("Recommend", pb.RecommendRequest, lambda request: _weight_of_queries([request])),
-            method("BatchRecommend", pb.BatchRecommendRequest, lambda request: _weight_of_queries(request.requests)),
+            method(
+                "BatchRecommend",
+                pb.BatchRecommendRequest,
+                lambda batch: _weight_of_queries(batch.parts),
+                pb.RecommendRequest,
+            ),
             method("GetUser", pb.GetUserRequest, lambda request: max(0, request.recent_events) // 100),
             method("DeleteUser", pb.DeleteUserRequest, lambda _: 1),
         ]
@@ -81,13 +96,13 @@ class RecommenderService:
         (outcome,) = await _result(self._updates.submit_updates([update], deadline=call.deadline))
         return self._update_reply(outcome, _Names())
 
-    async def BatchUpdate(self, request: pb.BatchUpdateRequest, call: Call) -> pb.BatchUpdateReply:
+    async def BatchUpdate(self, request: _Batch, call: Call) -> pb.BatchUpdateReply:
         def read() -> list[Update]:
-            updates = [_update(one) for one in request.updates]
+            updates = [_update(one) for one in request.parts]
             check_updates(updates, request.request_id)
             return updates
 
-        many = len(request.updates) + _weight_of_updates(request.updates) > FEW
+        many = len(request.parts) + _weight_of_updates(request.parts) > FEW
         updates = await self._on(self._bulk, many, read)
         submitted = self._updates.submit_updates(updates, batch_id=request.request_id, deadline=call.deadline)
         outcomes, names = await _result(submitted), _Names()
@@ -102,15 +117,15 @@ class RecommenderService:
             (answer,) = await _result(self._queries.submit_queries([query], deadline=call.deadline))
         return self._recommend_reply(answer, _Names())
 
-    async def BatchRecommend(self, request: pb.BatchRecommendRequest, call: Call) -> bytes:
+    async def BatchRecommend(self, request: _Batch, call: Call) -> bytes:
         """Chunk by chunk: no more users are open at a time, and others get their turns in between."""
 
         def read() -> list[Query]:
-            queries = [_query(one) for one in request.requests]
+            queries = [_query(one) for one in request.parts]
             check_queries(queries)
             return queries
 
-        queries = await self._on(self._bulk, _weight_of_queries(request.requests) > FEW, read)
+        queries = await self._on(self._bulk, _weight_of_queries(request.parts) > FEW, read)
         parts, size, names = [], 0, _Names()
         for chunk in _chunks(queries):
             answers = await _result(self._queries.submit_queries(chunk, deadline=call.deadline))
@@ -201,6 +216,30 @@ class RecommenderService:
 
     def close(self) -> None:
         self._deletions.shutdown()
+
+
+class _Batch(NamedTuple):
+    """A BatchUpdateRequest or a BatchRecommendRequest."""
+
+    parts: list[Any]  # UpdateRequest or RecommendRequest
+    request_id: str
+
+
+def _parse_batch(part: type[Any], weigh: Callable[[_Batch], int], message: bytes) -> _Batch:
+    """Parses a batch part by part: nothing is parsed of what is too much, and other threads run in between.
+
+    Raises DecodeError, RequestError.
+    """
+    outline = pb.BatchParts.FromString(message)
+    check_size(len(outline.parts), 0)
+    batch, since = _Batch([], outline.request_id), 0
+    for encoded in outline.parts:
+        batch.parts.append(part.FromString(encoded))
+        since += len(encoded)
+        if since > _PARSED_BYTES:
+            weigh(batch)
+            since = 0
+    return batch
 
 
 class _Names:

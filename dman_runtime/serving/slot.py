@@ -35,7 +35,7 @@ class State(Enum):
 class Timing:
     """In seconds."""
 
-    heartbeat: float = 10.0  # without a message from a ready worker: it hangs
+    heartbeat: float = 5.0  # without a message from a ready worker: it hangs
     start: float = 120.0  # without being ready: it hangs
     first_pause: float = 0.5  # before a worker is started again; doubles
     longest_pause: float = 30.0

@@ -352,6 +352,33 @@ class BatchRecommendReply(_message.Message):
 Global___BatchRecommendReply: _TypeAlias = BatchRecommendReply  # noqa: Y015
 
 @_typing.final
+class BatchParts(_message.Message):
+    """How a server reads BatchUpdateRequest and BatchRecommendRequest: the same bytes, with the members unparsed, so that it
+    can parse them one by one and stop where they are too many. Nobody sends it.
+    """
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    PARTS_FIELD_NUMBER: _builtins.int
+    REQUEST_ID_FIELD_NUMBER: _builtins.int
+    request_id: _builtins.str
+    @_builtins.property
+    def parts(self) -> _containers.RepeatedScalarFieldContainer[_builtins.bytes]: ...
+    def __init__(
+        self,
+        *,
+        parts: _abc.Iterable[_builtins.bytes] | None = ...,
+        request_id: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["parts", b"parts", "request_id", b"request_id"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___BatchParts: _TypeAlias = BatchParts  # noqa: Y015
+
+@_typing.final
 class GetUserRequest(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -494,7 +521,7 @@ class Problem(_message.Message):
     SECONDS_FIELD_NUMBER: _builtins.int
     BLOCKING_FIELD_NUMBER: _builtins.int
     name: _builtins.str
-    """One word for programs: disk_full, store_gone, store_damaged, bundle_changed, worker_down, worker_hung, stopping."""
+    """One word for programs; docs/operations.md lists them."""
     detail: _builtins.str
     """What is wrong and what to do, for people."""
     seconds: _builtins.float
