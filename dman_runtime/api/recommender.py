@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import asyncio
 import functools
+import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from typing import Any, NamedTuple, TypeVar
 
-from dman_runtime.api.door import Call, Method
+from dman_runtime.api.door import LARGE_BYTES, Call, Method, rest_since
 from dman_runtime.batcher import Batcher
 from dman_runtime.engine import Engine
 from dman_runtime.errors import RefusedError, UserNotFoundError
@@ -38,7 +39,6 @@ MAX_REPLY_BYTES = 16 << 20
 MAX_NAMED_BYTES = 1 << 20  # of unknown item ids that one reply names
 FEW = 200  # ids or events that are handled on the event loop
 INLINE_ITEMS = 100_000  # catalogues up to here are searched on the event loop
-_PARSED_BYTES = 64 << 10  # of a batch between two looks at how much it is
 _CHUNK_QUERIES, _CHUNK_IDS = 64, 10_000  # of a BatchRecommend that are answered together
 Result = TypeVar("Result")
 
@@ -226,19 +226,20 @@ class _Batch(NamedTuple):
 
 
 def _parse_batch(part: type[Any], weigh: Callable[[_Batch], int], message: bytes) -> _Batch:
-    """Parses a batch part by part: nothing is parsed of what is too much, and other threads run in between.
+    """Parses a batch part by part: little is parsed of what is too much, and a large one rests in between.
 
     Raises DecodeError, RequestError.
     """
     outline = pb.BatchParts.FromString(message)
     check_size(len(outline.parts), 0)
-    batch, since = _Batch([], outline.request_id), 0
+    batch, since, began = _Batch([], outline.request_id), 0, time.perf_counter()
     for encoded in outline.parts:
         batch.parts.append(part.FromString(encoded))
         since += len(encoded)
-        if since > _PARSED_BYTES:
+        if since > LARGE_BYTES:  # never on the event loop
             weigh(batch)
-            since = 0
+            rest_since(began)
+            since, began = 0, time.perf_counter()
     return batch
 
 

@@ -177,8 +177,12 @@ def run_tests(soak: Soak, results: dict[str, Counter[str]], turn: int) -> None:
         environment = python_environment(ROOT)
         subprocess.run(command, cwd=ROOT, env=environment, stdout=log, stderr=log, check=False, timeout=TEST_SECONDS)
     for case in ElementTree.parse(report).iter("testcase"):
-        failed = any(case.find(kind) is not None for kind in ("failure", "error"))
+        found = [case.find(kind) for kind in ("failure", "error")]
         name = f"{case.get('classname', '').rpartition('.')[2]}: {case.get('name')}"
+        reasons = [str(one.get("message")).splitlines()[0] for one in found if one is not None]
+        failed = bool(reasons)
+        if failed:
+            print(f"{name} failed: {reasons[0]}", flush=True)
         results.setdefault(name, Counter())["failed" if failed else "passed"] += 1
 
 

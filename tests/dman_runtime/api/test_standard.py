@@ -229,7 +229,7 @@ def test_a_reflection_stream_that_stays_open_is_ended(served: Served, monkeypatc
     found = status_of(lambda: next(replies))
     more.set()
     assert found == ("DEADLINE_EXCEEDED", "the stream was open for too long; open a new one")
-    assert server.streams._open["reflection"] == 0
+    assert wait_until(lambda: server.streams._open["reflection"] == 0, seconds=WAIT)
 
 
 def test_a_reflection_stream_that_asks_nothing_for_long_is_dropped(
