@@ -142,7 +142,7 @@ def test_provider_cuda_without_cuda_is_refused(tiny_bundle: Path, tmp_path: Path
         ("--port", "65536"),
         ("--workers", "0"),
         ("--max-in-flight-mib", "0"),
-        ("--idle-timeout", "0"),
+        ("--idle-timeout", "0.5"),
         ("--max-concurrent", "0"),
         ("--map-size-mib", "0"),
         ("--grace", "nan"),
