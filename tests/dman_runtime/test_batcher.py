@@ -18,6 +18,7 @@ import pytest
 from conftest import STORES, TINY_ITEMS, assert_close, ids, new_store
 
 from dman_runtime import batcher as batcher_module
+from dman_runtime import engine as engine_module
 from dman_runtime.batcher import SLICE_EVENTS, Batcher
 from dman_runtime.engine import COMMIT_ATTEMPTS, Engine
 from dman_runtime.errors import ConflictError, ExpiredError, RequestError, StoppedError, StoreFullError
@@ -666,8 +667,9 @@ def test_long_update_that_meets_a_conflict_is_sliced_again(
 
 
 def test_update_that_meets_conflicts_without_end_is_given_up_and_others_go_on(
-    batcher: Batcher, store: GatedStore, exact: Generation, log: Log
+    batcher: Batcher, store: GatedStore, exact: Generation, log: Log, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(engine_module, "_LONGEST_PAUSE", 0)
     other_worker = Engine(exact, store._store)
     store.meanwhile = lambda user_ids: None if user_ids != ["u"] else other_worker.update([Update("u", ["9"])]) and None
     with pytest.raises(ConflictError, match="try again"):

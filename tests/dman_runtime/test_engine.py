@@ -19,6 +19,7 @@ from conftest import STORES, TINY_ITEMS, assert_close, ids, new_store
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
+from dman_runtime import engine as engine_module
 from dman_runtime.data.ids import MAX_ID_BYTES
 from dman_runtime.engine import Engine
 from dman_runtime.errors import ConflictError, RequestError, StoreFullError
@@ -532,7 +533,10 @@ def test_update_of_a_user_deleted_meanwhile_starts_anew(engine: Engine) -> None:
     assert stored_items(engine, "u") == [4]
 
 
-def test_update_gives_up_with_a_conflict_error_when_others_never_stop(engine: Engine) -> None:
+def test_update_gives_up_with_a_conflict_error_when_others_never_stop(
+    engine: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(engine_module, "_LONGEST_PAUSE", 0)
     other, _ = contended(engine, 10**9, lambda: update(engine, "u", [1]))
     with pytest.raises(ConflictError, match="try again"):
         other.update([Update("v", ids([5])), Update("u", ids([2]))])

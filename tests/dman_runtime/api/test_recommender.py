@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 from conftest import running, serve_config
 
+from dman_runtime import engine as engine_module
 from dman_runtime.access.callers import Access
 from dman_runtime.access.limits import Limits
 from dman_runtime.api import recommender
@@ -348,6 +349,7 @@ def test_record_that_is_damaged_is_made_anew(engine: Engine) -> None:
 
 
 def test_conflicts_without_end_are_aborted(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(engine_module, "_LONGEST_PAUSE", 0)
     monkeypatch.setattr(engine.store, "commit", lambda writes: [write.user_id for write in writes])
     with served(engine) as stub:
         assert "try again" in refused(stub.Update, ALL_CALLS["Update"], grpc.StatusCode.ABORTED)
