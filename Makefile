@@ -23,7 +23,7 @@ demo: $(STAMP)  ## train, export, serve, update, recommend and score on generate
 test: $(STAMP)  ## all tests
 	$(PYTEST)
 
-check: $(STAMP)  ## lint and the fast tests side by side, in less than a minute
+check: $(STAMP)  ## lint and the fast tests side by side, in about two minutes
 	$(MAKE) --no-print-directory --jobs=2 --output-sync=target lint fast
 
 fast: $(STAMP)
