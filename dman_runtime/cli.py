@@ -62,7 +62,7 @@ def _serve_options(p: Parser) -> None:
     p.flag(
         "--max-in-flight-mib",
         type=int,
-        default=192,
+        default=128,
         help="MiB of messages and replies that one worker holds; more get RESOURCE_EXHAUSTED",
     )
     p.add_argument("--state-must-exist", action="store_true", help="refuse to start without a state store")

@@ -37,7 +37,7 @@ class ServeConfig:
     tokens: Path | None = None  # who may call, and what
     caller_requests: float = 0.0  # per second and caller; 0: no limit
     caller_events: float = 0.0  # events to encode, per second and caller; 0: no limit
-    max_in_flight_mib: int = 192  # messages and replies that one worker holds
+    max_in_flight_mib: int = 128  # messages and replies that one worker holds
     idle_timeout: float = 300.0  # seconds after which a connection without a call is closed
     metrics_port: int | None = None  # None: no metrics
     metrics_host: str = "127.0.0.1"
