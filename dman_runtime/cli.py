@@ -219,8 +219,8 @@ def _verify(arguments: argparse.Namespace) -> int:
     report = verify_store(arguments.state)
     print(format_report(report))
     if arguments.json:
-        print_json(vars(report))
-    return 0 if report.sound else 1
+        print_json(report.as_dict())
+    return report.exit_status
 
 
 def _token(arguments: argparse.Namespace) -> int:
