@@ -107,7 +107,7 @@ LAYERS = {
     "log_lines": set(),
     "metrics": set(),
     "data": {"errors"},
-    "access": {"errors"},
+    "access": {"data", "errors"},
     "requests": {"data", "errors"},
     "retrieval": set(),
     "model": {"data", "errors", "retrieval"},

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import os
-import stat
 import time
 from collections.abc import Iterable
 from pathlib import Path
+
+from dman_runtime.data.untrusted import open_regular
 
 MAX_FILE_BYTES = 1 << 20
 _SETTLED_NS = 2_000_000_000  # a younger file may change again and keep its time: clocks of file systems are coarse
@@ -19,14 +19,11 @@ def read_file(path: Path) -> bytes:
 
     Raises OSError or ValueError; both say in a few words what is wrong, without the path.
     """
-    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
     try:
-        if not stat.S_ISREG(os.fstat(descriptor).st_mode):
-            raise ValueError("not a regular file")
-        with os.fdopen(descriptor, "rb", closefd=False) as file:
+        with open_regular(path) as file:
             content = file.read(MAX_FILE_BYTES + 1)
-    finally:
-        os.close(descriptor)
+    except IsADirectoryError:
+        raise ValueError("not a regular file") from None
     if len(content) > MAX_FILE_BYTES:
         raise ValueError("larger than 1 MiB")
     return content

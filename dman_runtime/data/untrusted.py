@@ -41,6 +41,25 @@ def system_reason(error: OSError) -> str:
     return os.strerror(error.errno) if error.errno else "unknown error"
 
 
+def open_regular(file: str | Path, *, directory: int | None = None) -> BinaryIO:
+    """A regular file, open for reading. It never waits: not for the writer of a pipe, nor for a device.
+
+    `directory` is the descriptor of the directory that `file` is in. Raises OSError, and ValueError for what is no
+    regular file.
+    """
+    descriptor = os.open(file, _FLAGS, dir_fd=directory)
+    try:
+        mode = os.fstat(descriptor).st_mode
+        if stat.S_ISDIR(mode):
+            raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
+        if not stat.S_ISREG(mode):
+            raise ValueError("not a regular file")
+        return os.fdopen(descriptor, "rb")
+    except BaseException:
+        os.close(descriptor)
+        raise
+
+
 @contextmanager
 def opened_file(file: Path, *, limit: int, directory: int | None = None) -> Iterator[tuple[BinaryIO, FileIdentity]]:
     """A regular file, open for reading. Symbolic links are followed: data stores use them.
@@ -54,10 +73,8 @@ def opened_file(file: Path, *, limit: int, directory: int | None = None) -> Iter
         InputError: it is no regular file, is larger, or cannot be read. Its text names the file.
     """
     try:
-        descriptor = os.open(file if directory is None else file.name, _FLAGS, dir_fd=directory)
-        with os.fdopen(descriptor, "rb") as stream:
-            identity = FileIdentity.of(status := os.fstat(descriptor))
-            _require_regular(file, status.st_mode)
+        with _opened(file, directory) as stream:
+            identity = FileIdentity.of(os.fstat(stream.fileno()))
             if identity.size > limit:
                 raise InputError(f"{file} has {identity.size} bytes, more than {limit}")
             yield stream, identity
@@ -69,11 +86,11 @@ def opened_file(file: Path, *, limit: int, directory: int | None = None) -> Iter
         raise InputError(f"{file} cannot be read: not enough memory") from None
 
 
-def _require_regular(file: Path, mode: int) -> None:
-    if stat.S_ISDIR(mode):
-        raise InputError(f"{file} cannot be read: {os.strerror(errno.EISDIR)}")
-    if not stat.S_ISREG(mode):
-        raise InputError(f"{file} cannot be read: it is not a regular file")
+def _opened(file: Path, directory: int | None) -> BinaryIO:
+    try:
+        return open_regular(file if directory is None else file.name, directory=directory)
+    except ValueError as error:
+        raise InputError(f"{file} cannot be read: it is {error}") from None
 
 
 def read_file(file: Path, *, limit: int) -> bytes:

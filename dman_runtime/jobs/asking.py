@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import sdk
+from dman_runtime.data.untrusted import open_regular
 from dman_runtime.errors import UsageError
 
 MAX_TOKEN_BYTES = 4096
@@ -41,9 +42,9 @@ def _token(file: Path | None) -> str | None:
     if file is None:
         return None
     try:
-        with file.open("rb") as opened:
+        with open_regular(file) as opened:
             content = opened.read(MAX_TOKEN_BYTES + 1)
-    except OSError:
+    except (OSError, ValueError):
         content = b""
     token = content.decode("ascii", "replace").strip()
     if len(content) > MAX_TOKEN_BYTES or not re.fullmatch(r"[!-~]+", token):
