@@ -173,26 +173,32 @@ class Engine:
         If any user knows the `batch_id`, all updates are duplicates; else all are new, and every user remembers it.
         """
         user_ids = list(dict.fromkeys(update.user_id for update in updates))
+        batch = request_hash(batch_id) if batch_id else None
+        requests = [
+            batch if batch is not None else request_hash(one.request_id) if one.request_id else None for one in updates
+        ]
         asked: dict[str, list[int]] = {}
-        for update in updates:
-            if request_id := batch_id or update.request_id:
-                asked.setdefault(update.user_id, []).append(request_hash(request_id))
+        for update, request in zip(updates, requests, strict=True):
+            if request is not None:
+                asked.setdefault(update.user_id, []).append(request)
         users = self.open_users(user_ids, asked)
         by_id = dict(zip(user_ids, users, strict=True))
-        if batch_id:
+        if batch is not None:
             duplicate = any(user.applied for user in users)
             outcomes = [self._merge(by_id[update.user_id], update, duplicate=duplicate) for update in updates]
             for user in users:
-                user.request_ids = [request_hash(batch_id)] if user.items else []
+                user.request_ids = [batch] if user.items else []
         else:
-            outcomes = [self._merge_once(by_id[update.user_id], update) for update in updates]
+            outcomes = [
+                self._merge_once(by_id[update.user_id], update, request)
+                for update, request in zip(updates, requests, strict=True)
+            ]
         return OpenUpdates(updates, users, outcomes)
 
-    def _merge_once(self, user: OpenUser, update: Update) -> UpdateOutcome:
-        """Appends an update to its user, unless it has been applied already."""
-        if not update.request_id:
+    def _merge_once(self, user: OpenUser, update: Update, request: int | None) -> UpdateOutcome:
+        """Appends an update to its user, unless it has been applied already. `request` is the hash of its id."""
+        if request is None:
             return self._merge(user, update, duplicate=False)
-        request = request_hash(update.request_id)
         duplicate = request in user.applied or request in user.request_ids
         if update.item_ids and not duplicate:
             user.request_ids.append(request)
