@@ -16,10 +16,7 @@ from typing import Any, NoReturn, Self
 import lmdb
 from lmdb.verify import verify
 
-from dman_runtime.errors import (
-    StoreError,
-    StoreMismatchError,
-)
+from dman_runtime.errors import StoreError, StoreMismatchError
 from dman_runtime.store.files import StoreFiles, check_directory, has_data
 from dman_runtime.store.history import DamagedError
 from dman_runtime.store.lmdb_errors import disk_is_full, store_errors
@@ -188,6 +185,12 @@ class Environment:
             logger.info("freed %d reader slots of dead processes in %s", stale, self.path)
         return stale
 
+    def fail(self, error: Exception) -> NoReturn:
+        """Raises the StoreError that says what went wrong."""
+        with store_errors(self.path, self.map_size):
+            raise error
+        raise AssertionError  # store_errors raises another error
+
     def flush(self) -> None:
         env = self._environment()
         if not self.readonly:
@@ -224,18 +227,13 @@ class ReadTransaction:
         try:
             self.txn = self._env.begin_reading()
         except lmdb.Error as error:
-            self._fail(error)
+            self._env.fail(error)
         return self
 
     def __exit__(self, kind: object, error: BaseException | None, traceback: object) -> None:
         self.txn.abort()
         if isinstance(error, (lmdb.Error, DamagedError)):
-            self._fail(error)
-
-    def _fail(self, error: Exception) -> NoReturn:
-        with store_errors(self._env.path, self._env.map_size):
-            raise error
-        raise AssertionError  # store_errors raises another error
+            self._env.fail(error)
 
 
 class WriteTransaction:
@@ -254,7 +252,7 @@ class WriteTransaction:
             self._txn = self._env.begin_writing()
             return self._txn.__enter__()
         except (lmdb.Error, OSError) as error:
-            self._fail(error)
+            self._env.fail(error)
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, traceback: Any) -> None:
         try:
@@ -262,14 +260,9 @@ class WriteTransaction:
             if error is None:
                 self._env.check_written()
         except (lmdb.Error, OSError) as failed:
-            self._fail(failed)
+            self._env.fail(failed)
         if isinstance(error, (lmdb.Error, OSError, DamagedError)):
-            self._fail(error)
-
-    def _fail(self, error: Exception) -> NoReturn:
-        with store_errors(self._env.path, self._env.map_size):
-            raise error
-        raise AssertionError  # store_errors raises another error
+            self._env.fail(error)
 
 
 def _open(path: Path, map_size: int, *, readonly: bool) -> lmdb.Environment:
