@@ -46,6 +46,7 @@ class Call:
     caller: str
     deadline: float  # of time.monotonic()
     held: Held  # what it holds in memory; a handler adds parts of a large reply
+    weight: int  # of its message, as its Method weighs it
 
 
 @dataclass(frozen=True)
@@ -147,15 +148,15 @@ class Door(grpc.GenericRpcHandler):
             raise RequestError("the call has no message", "send one")
         left = context.time_remaining()
         held = Held(admission, caller)
-        call = Call(caller, NO_DEADLINE if left is None else time.monotonic() + left, held)
+        deadline = NO_DEADLINE if left is None else time.monotonic() + left
         if method.exempt:
-            return await self._exempt(method, body, call)
+            return await self._exempt(method, body, Call(caller, deadline, held, 0))
         admission.enter()
         try:
             held.add(len(body))
             message = [body]
             del body  # a large message is not kept beside what it is parsed to
-            sent = _serialized(await self._run(method, message, call))
+            sent = _serialized(await self._run(method, message, caller, deadline, held))
             held.become(len(sent), always=method.commits)
         except BaseException:
             held.release()
@@ -171,21 +172,26 @@ class Door(grpc.GenericRpcHandler):
         request, _ = self._read(method, [body])
         return _serialized(await method.run(request, call))
 
-    async def _run(self, method: Method, message: list[bytes], call: Call) -> Message | bytes:
+    async def _run(
+        self, method: Method, message: list[bytes], caller: str, deadline: float, held: Held
+    ) -> Message | bytes:
         """The reply to a message, which is taken out of its list."""
+
+        def weighed(weight: int) -> Call:
+            held.add(weight * EVENT_BYTES)
+            self._limits.admit(caller, weight)
+            return Call(caller, deadline, held, weight)
+
         if len(message[0]) > LARGE_BYTES:
-            async with self._admission.long(call.caller):
+            async with self._admission.long(caller):
                 loop = asyncio.get_running_loop()
                 request, weight = await loop.run_in_executor(self._bulk, self._read_large, method, message)
-                call.held.add(weight * EVENT_BYTES)
-                self._limits.admit(call.caller, weight)
-                return await method.run(request, call)
+                return await method.run(request, weighed(weight))
         request, weight = self._read(method, message)
-        call.held.add(weight * EVENT_BYTES)
-        self._limits.admit(call.caller, weight)
+        call = weighed(weight)
         if weight <= SLICE_EVENTS:
             return await method.run(request, call)
-        async with self._admission.long(call.caller):
+        async with self._admission.long(caller):
             return await method.run(request, call)
 
     def _read_large(self, method: Method, message: list[bytes]) -> tuple[Any, int]:

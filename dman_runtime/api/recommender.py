@@ -102,8 +102,7 @@ class RecommenderService:
             check_updates(updates, request.request_id)
             return updates
 
-        many = len(request.parts) + _weight_of_updates(request.parts) > FEW
-        updates = await self._on(self._bulk, many, read)
+        updates = await self._on(self._bulk, len(request.parts) + call.weight > FEW, read)
         submitted = self._updates.submit_updates(updates, batch_id=request.request_id, deadline=call.deadline)
         outcomes, names = await _result(submitted), _Names()
         return pb.BatchUpdateReply(replies=[self._update_reply(outcome, names) for outcome in outcomes])
@@ -125,7 +124,7 @@ class RecommenderService:
             check_queries(queries)
             return queries
 
-        queries = await self._on(self._bulk, _weight_of_queries(request.parts) > FEW, read)
+        queries = await self._on(self._bulk, call.weight > FEW, read)
         parts, size, names = [], 0, _Names()
         for chunk in _chunks(queries):
             answers = await _result(self._queries.submit_queries(chunk, deadline=call.deadline))
