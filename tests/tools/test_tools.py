@@ -351,7 +351,7 @@ def test_report_shows_missed_targets_and_replaces_the_old_page_whole(tmp_path: P
     report = tmp_path / "serving.md"
     report.write_text("old")
     claims = [Claim("speed", "2x", "<= 1x", False), Claim("size", "1 B", "<= 2 B", True), Claim("other", "3")]
-    write_report(report, {"CPU": "one"}, "python -m tools.bench", [Section("Speed", "How.", claims)])
+    write_report(report, "What serving costs", "Measured.", {"CPU": "one"}, [Section("Speed", "How.", claims)])
     text = report.read_text()
     assert "| speed | 2x | <= 1x | NO |" in text and "| size | 1 B | <= 2 B | yes |" in text
     assert "| other | 3 | none | - |" in text and "old" not in text

@@ -19,7 +19,7 @@ from dman_runtime.model.encoder import Encoder
 from dman_runtime.options import Parser, run_command
 from tools.bench.batch import cuda, import_speed
 from tools.bench.memory import resident_memory
-from tools.bench.report import Section, machine, show, sizes_of, write_report
+from tools.bench.report import HOW_TO_READ, Section, machine, show, sizes_of, write_report
 from tools.bench.servers import echo_server
 from tools.bench.serving import history_length, round_trips
 from tools.bench.setting import QUICK, Bench, Clock, Sizes, bench_parser, scratch_directory
@@ -55,7 +55,7 @@ def _main(argv: Sequence[str] | None) -> int:
             sections.append(measure(bench))
     facts |= clock.facts(quick=arguments.quick)
     command = shlex.join(["python", "-m", "tools.bench", *(sys.argv[1:] if argv is None else argv)])
-    write_report(arguments.out, facts, command, sections)
+    write_report(arguments.out, "What serving costs", f"Written by `{command}`. {HOW_TO_READ}", facts, sections)
     show(arguments.out, facts, sections, as_json=arguments.json)
     return 0
 

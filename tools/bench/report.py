@@ -120,10 +120,11 @@ def claims_table(claims: Sequence[Claim]) -> str:
     return table(("claim", "measured", "target", "met"), [claim.row() for claim in claims])
 
 
-def write_report(path: Path, facts: dict[str, str], command: str, sections: Sequence[Section]) -> None:
+def write_report(path: Path, title: str, method: str, facts: dict[str, str], sections: Sequence[Section]) -> None:
+    """A page: what ran and how, on which machine, all claims, then the sections."""
     parts = [
-        "# What serving costs",
-        f"Written by `{command}`. {HOW_TO_READ}",
+        f"# {title}",
+        method,
         table(("", ""), list(facts.items())),
         claims_table([claim for section in sections for claim in section.claims]),
         *(section.markdown() for section in sections),

@@ -1,6 +1,6 @@
 """Compares this checkout with another one, for example with the commit before a change, and writes a report.
 
-    python -m tools.bench.versus --other ../base --bundle bundle --out reports/foundation.md
+    python -m tools.bench.versus --other ../base --bundle bundle
 
 Ratios are this checkout by the other one. A missed target is a line in the report, not a failure.
 """
@@ -19,7 +19,7 @@ from dman_runtime.options import Parser, run_command
 from dman_runtime.requests import MAX_EVENTS
 from tools.bench.checkouts import Checkout
 from tools.bench.comparison import OTHER, THIS, Comparison, calls, imports, what_ifs
-from tools.bench.report import HOW_TO_READ, Section, claims_table, machine, show, sizes_of, table, write_page
+from tools.bench.report import HOW_TO_READ, Section, machine, show, sizes_of, write_report
 from tools.bench.servers import ROOT
 from tools.bench.setting import QUICK, Bench, Clock, Sizes, bench_parser, scratch_directory
 from tools.bench.stored import stored_sizes
@@ -30,7 +30,7 @@ IMPORT_USERS, QUICK_IMPORT_USERS = 6000, 1000  # the import must take longer tha
 
 
 def _parser() -> Parser:
-    p = bench_parser("tools.bench.versus", "Compare this checkout with another one.", Path("reports/foundation.md"))
+    p = bench_parser("tools.bench.versus", "Compare this checkout with another one.", Path("reports/versus.md"))
     p.add_argument("--other", type=Path, required=True, help="directory of the other checkout; both serve the bundle")
     p.add_argument("--what-if-events", type=int, default=MAX_EVENTS, help="events in one what-if")
     return p
@@ -66,14 +66,7 @@ def _write(path: Path, facts: dict[str, str], sections: Sequence[Section]) -> No
         f"Written by `python -m tools.bench.versus --other CHECKOUT --bundle BUNDLE`. {HOW_TO_READ} Both checkouts "
         "serve the same bundle, each with its own state directory. Ratios are this checkout by the other one."
     )
-    parts = [
-        "# This checkout by another one",
-        method,
-        table(("", ""), list(facts.items())),
-        claims_table([claim for section in sections for claim in section.claims]),
-        *(section.markdown() for section in sections),
-    ]
-    write_page(path, parts)
+    write_report(path, "This checkout by another one", method, facts, sections)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -8,7 +8,7 @@ The exit status is 1 where a bound is broken.
 
 from __future__ import annotations
 
-import shlex
+import argparse
 import signal
 import sys
 from collections.abc import Callable, Sequence
@@ -18,7 +18,7 @@ from pathlib import Path
 from dman_runtime.errors import UsageError
 from dman_runtime.options import Parser, run_command
 from tools.bench.checkouts import Checkout
-from tools.bench.report import Section, claims_table, machine, show, table, write_page
+from tools.bench.report import Section, machine, show, write_report
 from tools.bench.setting import Clock, scratch_directory
 from tools.faults.bundles import read_manifest
 from tools.faults.servers import ROOT
@@ -68,10 +68,18 @@ def _main(argv: Sequence[str] | None) -> int:
             print(f"{name} ...", flush=True)
             sections += PARTS[name](soak)
     facts |= clock.facts(quick=arguments.quick)
-    command = shlex.join(["python", "-m", "tools.soak", *(sys.argv[1:] if argv is None else argv)])
-    _write(arguments.out, facts, command, sections)
+    _write(arguments.out, facts, _command(arguments), sections)
     show(arguments.out, facts, sections, as_json=arguments.json)
     return 1 if broken(sections) else 0
+
+
+def _command(arguments: argparse.Namespace) -> str:
+    """What to run for the same report. It names no directory: those of this machine tell a reader nothing."""
+    words = ["python -m tools.soak", arguments.part]
+    words += ["--quick"] * arguments.quick
+    words += [f"--minutes {arguments.minutes:g}"] if arguments.minutes is not None else []
+    words += ["--bundle BUNDLE"] if arguments.bundle else []
+    return " ".join(words)
 
 
 def broken(sections: Sequence[Section]) -> list[str]:
@@ -82,14 +90,8 @@ def broken(sections: Sequence[Section]) -> list[str]:
 def _write(path: Path, facts: dict[str, str], command: str, sections: Sequence[Section]) -> None:
     count = len(broken(sections))
     verdict = "Every bound was kept." if not count else f"{count} bounds were broken."
-    parts = [
-        "# Faults, attacks and what others see of them",
-        f"Written by `{command}`. {verdict}",
-        table(("", ""), list(facts.items())),
-        claims_table([claim for section in sections for claim in section.claims]),
-        *(section.markdown() for section in sections),
-    ]
-    write_page(path, parts)
+    method = f"Written by `{command}`. {verdict}"
+    write_report(path, "Faults, attacks and what others see of them", method, facts, sections)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
