@@ -86,6 +86,14 @@ class BundleError(DmanError):
     status = "FAILED_PRECONDITION"
 
 
+def replaced_bundle(path: object, *, found: str, served: str) -> BundleError:
+    """The error for another bundle at `path` than the one that is served."""
+    return BundleError(
+        f"the bundle at {path} is now {found}, the server serves {served}",
+        "restart the server to serve it, or put the old one back",
+    )
+
+
 class RequestError(DmanError, ValueError):
     """A request that can never succeed as it is."""
 

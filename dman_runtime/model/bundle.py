@@ -32,7 +32,7 @@ from dman_runtime.data.untrusted import (
     sha256_of,
     system_reason,
 )
-from dman_runtime.errors import BundleError, InputError
+from dman_runtime.errors import BundleError, InputError, replaced_bundle
 from dman_runtime.model.items import MAX_LINE_BYTES, Items, items_jsonl, parse_items
 from dman_runtime.model.manifest import (
     ABSTRACTION,
@@ -129,11 +129,8 @@ def open_bundle(path: Path, *, expected_bundle_id: str | None = None) -> Bundle:
     """
     with _opened_directory(path) as directory:
         manifest, identity = _read_manifest(path, directory)
-        if expected_bundle_id not in (None, manifest.bundle_id):
-            raise BundleError(
-                f"the bundle at {path} is now {manifest.bundle_id}, the server serves {expected_bundle_id}",
-                "restart the server to serve it, or put the old one back",
-            )
+        if expected_bundle_id is not None and manifest.bundle_id != expected_bundle_id:
+            raise replaced_bundle(path, found=manifest.bundle_id, served=expected_bundle_id)
         _require_memory(path, manifest)
         files = _Files(path, directory, manifest)
         shape, items = manifest.state, manifest.vocabulary

@@ -9,7 +9,7 @@ from multiprocessing.reduction import ForkingPickler
 from pathlib import Path
 from typing import Any
 
-from dman_runtime.errors import BundleError, DmanError
+from dman_runtime.errors import DmanError, replaced_bundle
 from dman_runtime.problems import ClusterStatus
 
 MESSAGE_BYTES = 8192  # at most: the kernel takes so much in one piece, and has room for it if it has any
@@ -26,11 +26,8 @@ class Assignment:
 
     def check_bundle(self, path: Path, found: str) -> None:
         """Raises BundleError where the bundle at `path` is not the one that the others serve."""
-        if self.bundle_id not in (None, found):
-            raise BundleError(
-                f"the bundle at {path} is now {found}, the server serves {self.bundle_id}",
-                "restart the server to serve it, or put the old one back",
-            )
+        if self.bundle_id is not None and found != self.bundle_id:
+            raise replaced_bundle(path, found=found, served=self.bundle_id)
 
 
 @dataclass(frozen=True)

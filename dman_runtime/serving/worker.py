@@ -22,10 +22,6 @@ def serve_one(config: ServeConfig, pipe: WorkerPipe | None) -> int:
     """Serves until it is asked to stop; says so to its supervisor, or else on stdout. Returns the exit status."""
     if not config.share_port:
         free_port(config)  # before the bundle is loaded, and in one line where gRPC writes several
-    from dman_runtime.model.bundle import read_manifest  # here, so that a supervisor stays small
-
-    if pipe is not None and pipe.assignment.bundle_id is not None:  # likewise: a restart may be in vain many times
-        pipe.assignment.check_bundle(config.bundle, read_manifest(config.bundle).bundle_id)
     sys.setswitchinterval(SWITCH_SECONDS)
     with worker_metrics(config, pipe) as metrics, asyncio.Runner(loop_factory=_fast_loop) as runner:
         runner.run(_serve(config, pipe, metrics))
