@@ -99,7 +99,11 @@ def test_credential_that_stands_twice_is_refused(credential: str, kind: str) -> 
     assert HASH not in str(caught.value) and "Ingest" not in str(caught.value)
 
 
-@given(st.lists(st.tuples(NAME, st.sets(ROLE, min_size=1), st.text(min_size=1)), max_size=8, unique_by=lambda t: t[2]))
+# A single line end is what a script hashes whose variable is empty: refused on purpose, as a test above says.
+TOKEN = st.text(min_size=1).filter(lambda token: token != "\n")
+
+
+@given(st.lists(st.tuples(NAME, st.sets(ROLE, min_size=1), TOKEN), max_size=8, unique_by=lambda t: t[2]))
 def test_what_is_written_is_read(callers: list[tuple[str, set[str], str]]) -> None:
     lines = [f"{n} {','.join(roles)} sha256:{token_digest(token).hex()}" for n, roles, token in callers]
     found = parsed(*lines).by_digest
