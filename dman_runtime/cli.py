@@ -8,12 +8,16 @@ import sys
 from collections.abc import Sequence
 from dataclasses import fields
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from dman_runtime.data.logs import Columns
+from dman_runtime.data.log_options import LogOptions, options_of_training
 from dman_runtime.errors import UsageError
-from dman_runtime.options import Parser, configure_logging, print_json, run_command
+from dman_runtime.jobs.partitions import EVENTS_PER_PARTITION
+from dman_runtime.options import Parser, configure_logging, overridden, print_json, run_command
 from dman_runtime.serving.config import ServeConfig
+
+if TYPE_CHECKING:
+    from dman_runtime.model.generation import Generation
 
 DEFAULT_BUNDLE, DEFAULT_STATE, DEFAULT_LOG = Path("bundle"), Path("state"), Path("data/log.csv")
 DEFAULT_MAP_SIZE_MIB = 64 << 10  # of address space; the disk holds only what is used
@@ -125,9 +129,9 @@ def _map_option(p: Parser) -> None:
     )
 
 
-def _column_options(p: Parser) -> None:
-    for field in fields(Columns):
-        p.flag(f"--{field.name}-column", default=field.default, help=f"name of the {field.name} column")
+def _log_options(p: Parser) -> None:
+    p.add_argument("--dry-run", action="store_true", help="read the log, say what was understood, and stop")
+    p.config_flags(LogOptions, title="log (default: as in training)")
 
 
 def _import_options(p: Parser) -> None:
@@ -139,7 +143,7 @@ def _import_options(p: Parser) -> None:
         default="skip",
         help="users already in the store: leave them as they are, or append the events of the file",
     )
-    _column_options(p)
+    _log_options(p)
     _encoder_options(p)
     _map_option(p)
     p.add_argument("--json", action="store_true", help="print the result as JSON on the last line")
@@ -150,7 +154,7 @@ def _score_options(p: Parser) -> None:
     p.flag("--output", type=Path, default=Path("scores.parquet"), help="Parquet file to write")
     p.flag("--k", type=int, default=100, help="items per user")
     p.add_argument("--include-seen", action="store_true", help="do not leave out items in the user's history")
-    _column_options(p)
+    _log_options(p)
     _encoder_options(p)
     p.add_argument("--json", action="store_true", help="print the result as JSON on the last line")
 
@@ -158,7 +162,7 @@ def _score_options(p: Parser) -> None:
 def _evaluate_options(p: Parser) -> None:
     p.flag("--data", type=Path, default=DEFAULT_LOG, help="interaction log")
     p.flag("--split", choices=["valid", "test"], default="test", help="which held-out event to predict")
-    _column_options(p)
+    _log_options(p)
     _encoder_options(p)
     p.add_argument("--json", action="store_true", help="print the metrics as JSON on the last line")
 
@@ -232,11 +236,16 @@ def _token(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def _columns(arguments: argparse.Namespace) -> Columns:
-    return Columns(**{field.name: getattr(arguments, f"{field.name}_column") for field in fields(Columns)})
+def _log(arguments: argparse.Namespace, path: Path, generation: Generation, *, max_rows: int | None) -> Any:
+    """The log that a command reads, as the bundle's training read its own but for the options given."""
+    from dman_runtime.data.logs import open_log
+
+    bundle = generation.bundle
+    options = overridden(options_of_training(bundle.manifest.data), arguments)
+    return open_log(path, options, known_items=bundle.items.index, max_rows=max_rows)
 
 
-def _generation(arguments: argparse.Namespace) -> Any:
+def _generation(arguments: argparse.Namespace) -> Generation:
     from dman_runtime.model.generation import Generation
 
     return Generation.open(arguments.bundle, provider=arguments.provider, threads=arguments.encoder_threads)
@@ -248,10 +257,10 @@ def _import(arguments: argparse.Namespace) -> int:
     from dman_runtime.store.lmdb import LmdbStore
 
     generation = _generation(arguments)
-    with LmdbStore.open(arguments.state, map_size=arguments.map_size_mib << 20) as store:
-        result = import_histories(
-            arguments.input, Engine(generation, store), columns=_columns(arguments), existing=arguments.existing
-        )
+    with _log(arguments, arguments.input, generation, max_rows=EVENTS_PER_PARTITION) as log:
+        print(log.report.table(), flush=True)
+        with LmdbStore.open(arguments.state, map_size=arguments.map_size_mib << 20) as store:
+            result = import_histories(log, Engine(generation, store), existing=arguments.existing)
     print(
         f"imported {result.events} events of {result.users} users into {arguments.state}; {result.skipped_users} users "
         f"were there already, {result.unknown_events} events are of items that the bundle does not know"
@@ -268,14 +277,9 @@ def _score(arguments: argparse.Namespace) -> int:
     if not 1 <= arguments.k <= MAX_K:
         raise UsageError(f"k is {arguments.k}", f"choose 1 to {MAX_K}", parameter="k")
     generation = _generation(arguments)
-    users = score(
-        arguments.input,
-        arguments.output,
-        generation,
-        k=arguments.k,
-        include_seen=arguments.include_seen,
-        columns=_columns(arguments),
-    )
+    with _log(arguments, arguments.input, generation, max_rows=EVENTS_PER_PARTITION) as log:
+        print(log.report.table(), flush=True)
+        users = score(log, arguments.output, generation, k=arguments.k, include_seen=arguments.include_seen)
     print(f"scored {users} users into {arguments.output}")
     if arguments.json:
         print_json({"users": users, "output": str(arguments.output), "bundle_id": generation.bundle_id})
@@ -289,7 +293,8 @@ def _evaluate(arguments: argparse.Namespace) -> int:
     generation = _generation(arguments)
     trained = generation.bundle.manifest.data
     filters = {name: int(trained.get(name, 0)) for name in ("min_user_events", "min_item_events")}
-    result = evaluate(arguments.data, generation, split=arguments.split, columns=_columns(arguments), **filters)
+    options = overridden(options_of_training(trained), arguments)
+    result = evaluate(arguments.data, generation, split=arguments.split, options=options, **filters)
     print(format_report(result))
     if arguments.json:
         print_json(result | {"bundle_id": generation.bundle_id})

@@ -6,21 +6,17 @@ The options of `dman_train.train` are derived from the fields of both (`dman_run
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import asdict, dataclass, fields, replace
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
+from dman_runtime.data.log_options import LogOptions, option
 from dman_runtime.data.tables import quoted
 from dman_runtime.data.untrusted import shown
-from dman_runtime.errors import DmanError
+from dman_runtime.errors import DmanError, InputError
 
 
 class ConfigError(DmanError, ValueError):
     """A configuration that cannot work; `parameter` names the field."""
-
-
-def option(default: Any, help: str) -> Any:
-    """A dataclass field; `help` becomes the help text of its option on the command line."""
-    return field(default=default, metadata={"help": help})
 
 
 @dataclass(frozen=True)
@@ -174,18 +170,17 @@ class TrainConfig:
 
 
 @dataclass(frozen=True)
-class DataConfig:
+class DataConfig(LogOptions):
     """How the log is read. Raises ConfigError."""
 
-    user_column: str = option("user_id", "column with the user ids")
-    item_column: str = option("item_id", "column with the item ids")
-    time_column: str = option("timestamp", "column with the times; orders the events unless there is a position column")
-    position_column: str = option("position", "column with the position of an event in its user's history")
     min_user_events: int = option(5, "leave out users with fewer events")
     min_item_events: int = option(5, "leave out items with fewer events")
 
     def __post_init__(self) -> None:
-        _check_texts(self, "user_column", "item_column", "time_column", "position_column")
+        try:
+            super().__post_init__()
+        except InputError as error:
+            raise ConfigError(error.cause, error.remedy, parameter=error.parameter) from None
         _check_range(self, 0, 1_000_000, "min_user_events", "min_item_events")
 
 

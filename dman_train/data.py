@@ -9,7 +9,7 @@ import numpy as np
 
 from dman_runtime.data.evaluation import HeldOut, held_out, training_events
 from dman_runtime.data.interactions import Interactions
-from dman_runtime.data.logs import Columns, read_interactions
+from dman_runtime.data.logs import Log, filtered, open_log
 from dman_train.config import DataConfig
 
 
@@ -25,12 +25,14 @@ class TrainingData:
 
 def load(path: Path, config: DataConfig) -> Interactions:
     """The filtered interactions of a log. Raises InputError."""
-    columns = Columns(
-        user=config.user_column, item=config.item_column, time=config.time_column, position=config.position_column
-    )
-    return read_interactions(
-        path, columns=columns, min_user_events=config.min_user_events, min_item_events=config.min_item_events
-    )
+    return load_log(path, config)[1]
+
+
+def load_log(path: Path, config: DataConfig) -> tuple[Log, Interactions]:
+    """The log, with its report and its options as they were found, and its filtered interactions. Raises InputError."""
+    with open_log(path, config) as log:
+        kept = filtered(log, min_user_events=config.min_user_events, min_item_events=config.min_item_events)
+    return log, kept
 
 
 def training_data(interactions: Interactions) -> TrainingData:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Sequence
-from dataclasses import fields
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, cast
 
@@ -17,14 +17,14 @@ import numpy as np
 
 from dman_runtime.data.evaluation import HeldOut, format_report, held_out, report
 from dman_runtime.data.interactions import Interactions
-from dman_runtime.data.logs import Columns
+from dman_runtime.data.log_options import options_of_training
 from dman_runtime.data.tables import quoted
 from dman_runtime.data.vocabulary import read_known
 from dman_runtime.errors import UsageError
 from dman_runtime.jobs.evaluating import evaluate as evaluate_bundle
 from dman_runtime.model.generation import Generation
-from dman_runtime.options import Parser, configure_logging, print_json, run_command
-from dman_train.config import DataConfig, to_dict
+from dman_runtime.options import Parser, configure_logging, overridden, print_json, run_command
+from dman_train.config import DataConfig
 from dman_train.interpret import write_interpretation
 from dman_train.model import DMAN
 from dman_train.ranking import all_ranks
@@ -66,23 +66,20 @@ def _main(argv: Sequence[str] | None) -> int:
     return 0
 
 
-def _columns(arguments: argparse.Namespace, trained: dict[str, Any]) -> tuple[Columns, dict[str, int]]:
-    """Column names and filters: the options given, else those of the training. Raises ConfigError."""
-    defaults = to_dict(DataConfig()) | trained
-    config = DataConfig(**{f.name: getattr(arguments, f.name, defaults[f.name]) for f in fields(DataConfig)})
-    columns = Columns(
-        user=config.user_column, item=config.item_column, time=config.time_column, position=config.position_column
-    )
-    return columns, {"min_user_events": config.min_user_events, "min_item_events": config.min_item_events}
+def _data_config(arguments: argparse.Namespace, trained: dict[str, Any]) -> tuple[DataConfig, dict[str, int]]:
+    """How the log is read, and filters: the options given, else those of the training. Raises ConfigError."""
+    filters: dict[str, Any] = {name: int(trained.get(name, 0)) for name in ("min_user_events", "min_item_events")}
+    config = overridden(DataConfig(**(asdict(options_of_training(trained)) | filters)), arguments)
+    return config, {name: getattr(config, name) for name in filters}
 
 
 def _evaluate_run(arguments: argparse.Namespace) -> dict[str, object]:
     run = open_run(arguments.run or DEFAULT_RUN)
-    columns, filters = _columns(arguments, run.config["data"])
+    config, filters = _data_config(arguments, run.config["data"])
     path = arguments.data or Path(run.config["dataset"]["path"])
     vocabulary = run.vocabulary()
     index = {item_id: i for i, item_id in enumerate(vocabulary.item_ids)}
-    log = read_known(path, index, columns=columns, **filters)
+    log = read_known(path, index, config, **filters)
     data, model = held_out(log, arguments.split), run.best_model()
     if arguments.interpret is not None and not run.family.has_state:
         raise UsageError(
@@ -116,11 +113,11 @@ def _evaluate_bundle(arguments: argparse.Namespace) -> dict[str, object]:
     generation = Generation.open(arguments.bundle, provider=arguments.provider)
     bundle = generation.bundle
     trained = bundle.manifest.data
-    columns, filters = _columns(arguments, trained)
+    config, filters = _data_config(arguments, trained)
     if arguments.data is None and not isinstance(trained.get("path"), str):
         raise UsageError(f"{bundle.path} does not record its training data", "give the log", parameter="data")
     path = arguments.data or Path(trained["path"])
-    return evaluate_bundle(path, generation, split=arguments.split, columns=columns, **filters)
+    return evaluate_bundle(path, generation, split=arguments.split, options=config, **filters)
 
 
 if __name__ == "__main__":

@@ -4,12 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 from hypothesis import strategies as st
 
 from dman_runtime.data.interactions import Interactions
+from dman_runtime.data.log_options import ANY_LOG, LogOptions
+from dman_runtime.data.logs import open_log
+from dman_runtime.engine import Engine
+from dman_runtime.jobs import partitions, scoring
+from dman_runtime.jobs.importing import ImportResult, import_histories
+from dman_runtime.model.generation import Generation
 
 HEADER = "user_id,item_id,timestamp\n"
 Row = tuple[str, str, int]  # user, item, time
@@ -74,3 +81,20 @@ def parquet_log(folder: Path, **columns: object) -> Path:
     path = folder / "log.parquet"
     pq.write_table(pa.table(columns), path)
     return path
+
+
+def parts_of(path: Path, options: LogOptions = ANY_LOG, *, max_rows: int) -> list[Interactions]:
+    with open_log(path, options, max_rows=max_rows) as log:
+        return list(log.parts())
+
+
+def import_log(path: Path, engine: Engine, **options: Any) -> ImportResult:
+    """Imports a file as the command does."""
+    with open_log(path, max_rows=partitions.EVENTS_PER_PARTITION) as log:
+        return import_histories(log, engine, **options)
+
+
+def score_log(path: Path, output: Path, generation: Generation, **options: Any) -> int:
+    """Scores a file as the command does."""
+    with open_log(path, max_rows=partitions.EVENTS_PER_PARTITION) as log:
+        return scoring.score(log, output, generation, **options)

@@ -22,7 +22,6 @@ import numpy as np
 from tqdm import tqdm
 
 from dman_runtime.data.evaluation import CUTOFFS_HR, MISS, HeldOut, held_out, metrics
-from dman_runtime.data.logs import Columns
 from dman_runtime.data.vocabulary import read_known
 from dman_runtime.errors import BundleError
 from dman_runtime.jobs.evaluating import held_out_ranks
@@ -91,7 +90,7 @@ def compare(arguments: argparse.Namespace) -> dict[str, Any]:
     log = read_known(
         path,
         bundle.items.index,
-        columns=Columns(config.user_column, config.item_column, config.time_column, config.position_column),
+        config,
         min_user_events=config.min_user_events,
         min_item_events=config.min_item_events,
     )

@@ -1,4 +1,4 @@
-"""Reading of interaction logs: CSV, TSV, Parquet and MovieLens' `ratings.dat`. Training and serving share this reader.
+"""Reading of interaction logs. Training and serving share this reader.
 
 Ids are text everywhere; `Interactions` also tells whether all of them are integers. A file that cannot be used raises
 `InputError`. pyarrow is imported on use only.
@@ -7,17 +7,20 @@ Ids are text everywhere; `Interactions` also tells whether all of them are integ
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Callable, Iterator
-from contextlib import closing
-from dataclasses import dataclass, fields
+from collections.abc import Callable, Container, Iterator
+from contextlib import closing, contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from dman_runtime.data.input_report import InputReport, length_groups
 from dman_runtime.data.interactions import Interactions
+from dman_runtime.data.log_options import ANY_LOG, AUTO, NONE, LogOptions
 from dman_runtime.data.spill import split_by_user
 from dman_runtime.data.tables import TableColumn, TableFile
+from dman_runtime.errors import InputError
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -26,55 +29,104 @@ _INTEGER = r"^(0|-?[1-9][0-9]*)$"
 _WHOLE_FLOAT = r"^-?[0-9]+\.0+$"  # pandas writes an integer column like this if it has missing values
 
 
-@dataclass(frozen=True)
-class Columns:
-    """The names of a log's columns. Time and position may be absent unless the caller named them."""
+class Log:
+    """A log that was read completely, once: what it is, and its histories."""
 
-    user: str = "user_id"
-    item: str = "item_id"
-    time: str = "timestamp"
-    position: str = "position"
+    def __init__(self, report: InputReport, options: LogOptions, parts: list[Interactions]) -> None:
+        self.report = report
+        self.options = options  # with what was found in place of "auto"
+        self._parts = parts
+
+    def parts(self) -> Iterator[Interactions]:
+        """The histories in parts of complete users, each of at most `max_rows` events or of one user with more.
+
+        Each part has its own item_ids. Can be called once.
+        """
+        yield from self._parts
+
+    def whole(self) -> Interactions:
+        """All histories, of a log that was opened without `max_rows`; users in order of first appearance."""
+        (everything,) = self._parts
+        return everything
 
 
-DEFAULT_COLUMNS = Columns()
+@contextmanager
+def open_log(
+    path: str | Path,
+    options: LogOptions = ANY_LOG,
+    *,
+    known_items: Container[str] | None = None,
+    max_rows: int | None = None,
+) -> Iterator[Log]:
+    """Reads a log: a file, a glob pattern or a folder.
+
+    With `known_items`, the report counts the events of other items. About max_rows rows are in memory at a time; a
+    longer log goes through temporary files of about its own size (`TMPDIR` says where), which are removed at the end.
+    Raises InputError.
+    """
+    if max_rows is not None and max_rows < 1:
+        raise ValueError(f"max_rows must be at least 1, not {max_rows}")
+    log = _Log(path, options)
+    parts = list(_parts(log, max_rows or 1 << 62))
+    report = InputReport(
+        str(path), files=[{"path": str(path), "bytes": Path(path).stat().st_size, "rows": 0, "dialect": log.file.kind}]
+    )
+    report.rows = report.events = sum(map(len, parts))
+    report.users = sum(part.num_users for part in parts)
+    report.items = len(set().union(*(part.item_ids for part in parts)))
+    report.columns = {"user": log.user, "item": log.item, "time": log.time or NONE, "position": log.position or NONE}
+    report.user_ids, report.item_ids = (
+        ("text", "integer")[flag] for flag in (parts[0].integer_user_ids, parts[0].integer_item_ids)
+    )
+    report.lengths = length_groups(np.concatenate([np.diff(part.offsets) for part in parts]))
+    if known_items is not None:
+        counts: dict[str, int] = {}
+        for part in parts:
+            for item_id, count in zip(
+                part.item_ids, np.bincount(part.items, minlength=len(part.item_ids)).tolist(), strict=True
+            ):
+                if item_id not in known_items:
+                    counts[item_id] = counts.get(item_id, 0) + count
+        report.unknown_items, report.unknown_events = len(counts), sum(counts.values())
+    found: dict[str, Any] = {f"{role}_column": name for role, name in report.columns.items()}
+    found["order_by"] = "time" if log.time else "position" if log.position else "file"
+    found |= {"user_ids": report.user_ids, "item_ids": report.item_ids}
+    resolved = replace(options, **found)
+    yield Log(report, resolved, parts)
 
 
 def read_interactions(
-    path: str | Path, *, columns: Columns = DEFAULT_COLUMNS, min_user_events: int = 0, min_item_events: int = 0
+    path: str | Path, options: LogOptions = ANY_LOG, *, min_user_events: int = 0, min_item_events: int = 0
 ) -> Interactions:
-    """Read a whole log, without the users and items that have too few events (`Interactions.filtered`).
+    """A whole log, without the users and items that have too few events (`Interactions.filtered`).
 
-    The events of a user are ordered by position if the file has that column, else by time; equal ones keep the order
-    of the file. Raises InputError if the file cannot be used or no event is left.
+    Raises InputError if the log cannot be used or no event is left.
     """
-    log = _Log(path, columns)
-    everything = log.group(list(log.batches()))
+    with open_log(path, options) as log:
+        return filtered(log, min_user_events=min_user_events, min_item_events=min_item_events)
+
+
+def filtered(log: Log, *, min_user_events: int, min_item_events: int) -> Interactions:
+    """The whole log without rare items and short histories; its report says what that removed. Raises InputError."""
+    everything = log.whole()
     if min_user_events <= 1 and min_item_events <= 1:
         return everything
     kept = everything.filtered(min_user_events=min_user_events, min_item_events=min_item_events)
+    log.report.filters = {
+        "min_user_events": min_user_events,
+        "min_item_events": min_item_events,
+        "users": everything.num_users - kept.num_users,
+        "items": len(everything.item_ids) - len(kept.item_ids),
+        "events": len(everything) - len(kept),
+    }
     if not len(kept):
-        raise log.file.error(
-            f"no row of {len(everything)} is left with at least {min_user_events} events per user and "
-            f"{min_item_events} per item",
+        raise InputError(
+            f"{log.report.path}: no row of {len(everything)} is left with at least {min_user_events} events per user "
+            f"and {min_item_events} per item",
             "lower these minimums",
             parameter="min_user_events" if min_user_events > 1 else "min_item_events",
         )
     return kept
-
-
-def iter_interactions(
-    path: str | Path, *, columns: Columns = DEFAULT_COLUMNS, max_events: int
-) -> Iterator[Interactions]:
-    """Read a log of any size in parts of complete users. Together they hold the histories of `read_interactions`.
-
-    A part has at most max_events events, or one user who has more. It has its own item_ids, and the users are in
-    another order. Whether ids are integers is decided over the whole log. About max_events rows are in memory at a
-    time; a longer log goes through temporary files of about its own size (`TMPDIR` says where). Raises ValueError
-    if max_events < 1; InputError at once for an absent file or column, and during iteration for bad rows.
-    """
-    if max_events < 1:
-        raise ValueError(f"max_events must be at least 1, not {max_events}")
-    return _parts(_Log(path, columns), max_events)
 
 
 def _parts(log: _Log, max_events: int) -> Iterator[Interactions]:
@@ -92,27 +144,30 @@ def _parts(log: _Log, max_events: int) -> Iterator[Interactions]:
 class _Log:
     """One pass over a log's rows as checked columns, and their grouping into Interactions."""
 
-    def __init__(self, path: str | Path, columns: Columns) -> None:
+    def __init__(self, path: str | Path, options: LogOptions) -> None:
         self.file = TableFile(path)
-        self.columns = columns
-        names = [getattr(columns, field.name) for field in fields(Columns)]
-        for field, name in zip(fields(Columns), names, strict=True):
-            parameter = f"{field.name}_column"
-            if field.name in ("user", "item") or name != field.default or name in self.file.names:
-                self.file.require(name, f"name the column that holds the {field.name}s", parameter=parameter)
-            if name != field.default and names.count(name) > 1:
-                cause = f"column {name!r} is named for two purposes"
-                raise self.file.error(cause, f"name another column for the {field.name}s", parameter=parameter)
-        self.time = columns.time if columns.time in self.file.names else None
-        self.position = columns.position if columns.position in self.file.names else None
+        self.user, self.item = (
+            self._column(name, getattr(options, f"{name}_column"), f"{name}_id") or "" for name in ("user", "item")
+        )
+        self.time, self.position = (
+            self._column(name, getattr(options, f"{name}_column"), default)
+            for name, default in (("time", "timestamp"), ("position", "position"))
+        )
         # whether all ids read so far match
         self.matches = {
-            (name, pattern): True for name in (columns.user, columns.item) for pattern in (_INTEGER, _WHOLE_FLOAT)
+            (name, pattern): True for name in (self.user, self.item) for pattern in (_INTEGER, _WHOLE_FLOAT)
         }
+
+    def _column(self, role: str, name: str, default: str) -> str | None:
+        if name == NONE or (name == AUTO and role in ("time", "position") and default not in self.file.names):
+            return None
+        found = default if name == AUTO else name
+        self.file.require(found, f"name the column that holds the {role}s", parameter=f"{role}_column")
+        return found
 
     def batches(self) -> Iterator[pa.RecordBatch]:
         """Columns user and item (dictionaries of text), time (seconds), order and suborder (sort keys of a user)."""
-        names = [self.columns.user, self.columns.item, self.time, self.position]
+        names = [self.user, self.item, self.time, self.position]
         first_row = 0
         for raw in self.file.batches([name for name in names if name]):
             with self.file.errors():
@@ -121,7 +176,7 @@ class _Log:
             yield batch
         if not first_row:
             raise self.file.error("a header but no rows", "give a log with at least one event")
-        for name in (self.columns.user, self.columns.item):
+        for name in (self.user, self.item):
             if self.matches[name, _WHOLE_FLOAT]:
                 raise self.file.error(f"column {name!r} holds numbers such as 1.0", "write the ids as integers or text")
 
@@ -131,15 +186,14 @@ class _Log:
         def column(name: str) -> TableColumn:
             return TableColumn(self.file, name, raw[name], first_row)
 
-        user, item = self._ids(column(self.columns.user)), self._ids(column(self.columns.item))
+        user, item = self._ids(column(self.user)), self._ids(column(self.item))
         seconds = order = np.zeros(len(raw), dtype=np.int64)
         suborder = np.zeros(len(raw), dtype=np.int32)
         if self.time:
             seconds, suborder = column(self.time).seconds()
             order = seconds
-        if self.position:
+        elif self.position:
             order = column(self.position).integers()
-            suborder = np.zeros_like(suborder)
         return pa.RecordBatch.from_arrays(
             [user, item, pa.array(seconds), pa.array(order), pa.array(suborder)],
             names=["user", "item", "time", "order", "suborder"],
@@ -162,10 +216,10 @@ class _Log:
         table = pa.Table.from_batches(batches).unify_dictionaries().combine_chunks()
         users, items = (table[name].chunk(0) for name in ("user", "item"))
         user_codes, item_codes = (ids.indices.to_numpy() for ids in (users, items))
-        integers = {name: self.matches[name, _INTEGER] for name in (self.columns.user, self.columns.item)}
+        integers = {name: self.matches[name, _INTEGER] for name in (self.user, self.item)}
 
         item_ids: list[str] = items.dictionary.to_pylist()
-        value: Callable[[str], Any] = int if integers[self.columns.item] else str
+        value: Callable[[str], Any] = int if integers[self.item] else str
         code_by_index = sorted(range(len(item_ids)), key=[value(item_id) for item_id in item_ids].__getitem__)
         index_by_code = np.empty(len(item_ids), dtype=np.int32)
         index_by_code[code_by_index] = np.arange(len(item_ids), dtype=np.int32)
@@ -178,6 +232,6 @@ class _Log:
             offsets=np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64),
             items=index_by_code[item_codes[rows]],
             timestamps=table["time"].to_numpy()[rows],
-            integer_user_ids=integers[self.columns.user],
-            integer_item_ids=integers[self.columns.item],
+            integer_user_ids=integers[self.user],
+            integer_item_ids=integers[self.item],
         )

@@ -9,7 +9,8 @@ from pathlib import Path
 import numpy as np
 
 from dman_runtime.data.interactions import Interactions
-from dman_runtime.data.logs import Columns, read_interactions
+from dman_runtime.data.log_options import LogOptions
+from dman_runtime.data.logs import read_interactions
 from dman_runtime.errors import InputError
 
 
@@ -29,10 +30,10 @@ def known_events(interactions: Interactions, index: Mapping[str, int]) -> Intera
 
 
 def read_known(
-    path: Path, index: Mapping[str, int], *, columns: Columns, min_user_events: int, min_item_events: int
+    path: Path, index: Mapping[str, int], options: LogOptions, *, min_user_events: int, min_item_events: int
 ) -> Interactions:
     """A log as training saw it: filtered, then indexed by a vocabulary. Raises InputError when nothing is left."""
-    log = read_interactions(path, columns=columns, min_user_events=min_user_events, min_item_events=min_item_events)
+    log = read_interactions(path, options, min_user_events=min_user_events, min_item_events=min_item_events)
     known = known_events(log, index)
     if not (np.diff(known.offsets) >= 3).any():
         raise InputError(f"{path}: no user has three events of known items", "give the log that the model was made for")

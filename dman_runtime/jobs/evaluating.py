@@ -8,7 +8,7 @@ import numpy as np
 from tqdm import tqdm
 
 from dman_runtime.data.evaluation import HeldOut, Ranks, Split, held_out, ranks_of_targets, report
-from dman_runtime.data.logs import DEFAULT_COLUMNS, Columns
+from dman_runtime.data.log_options import ANY_LOG, LogOptions
 from dman_runtime.data.vocabulary import read_known
 from dman_runtime.jobs.partitions import by_length
 from dman_runtime.model.generation import Generation
@@ -20,15 +20,13 @@ def evaluate(
     generation: Generation,
     *,
     split: Split,
-    columns: Columns = DEFAULT_COLUMNS,
+    options: LogOptions = ANY_LOG,
     min_user_events: int,
     min_item_events: int,
 ) -> dict[str, object]:
     """Metrics of the bundle on a log. Raises InputError."""
     index = generation.bundle.items.index
-    interactions = read_known(
-        path, index, columns=columns, min_user_events=min_user_events, min_item_events=min_item_events
-    )
+    interactions = read_known(path, index, options, min_user_events=min_user_events, min_item_events=min_item_events)
     return report(held_out_ranks(held_out(interactions, split), generation), split)
 
 

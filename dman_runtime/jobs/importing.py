@@ -4,17 +4,16 @@ from __future__ import annotations
 
 import time
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Literal
 
 import numpy as np
 from tqdm import tqdm
 
 from dman_runtime.data.interactions import Interactions
-from dman_runtime.data.logs import DEFAULT_COLUMNS, Columns, iter_interactions
+from dman_runtime.data.logs import Log
 from dman_runtime.engine import COMMIT_ATTEMPTS, Engine, conflict_pause
 from dman_runtime.errors import ConflictError
-from dman_runtime.jobs.partitions import EVENTS_PER_PARTITION, by_length
+from dman_runtime.jobs.partitions import by_length
 
 Existing = Literal["skip", "append"]
 
@@ -27,9 +26,7 @@ class ImportResult:
     unknown_events: int = 0  # of those stored: of items that the bundle does not know
 
 
-def import_histories(
-    path: Path, engine: Engine, *, columns: Columns = DEFAULT_COLUMNS, existing: Existing = "skip"
-) -> ImportResult:
+def import_histories(log: Log, engine: Engine, *, existing: Existing = "skip") -> ImportResult:
     """Stores and encodes the histories of a log, one durable commit per batch of users.
 
     Users that are in the store already are skipped, so an interrupted import can simply be repeated; with
@@ -37,7 +34,7 @@ def import_histories(
     """
     result = ImportResult()
     with tqdm(unit="ev", unit_scale=True, desc="import", disable=None) as bar:
-        for partition in iter_interactions(path, columns=columns, max_events=EVENTS_PER_PARTITION):
+        for partition in log.parts():
             numbers = engine.store.add_items(partition.item_ids)[partition.items]  # of every event
             for rows in by_length(np.diff(partition.offsets)):
                 _import_batch(engine, partition, numbers, rows, existing, result)

@@ -8,10 +8,10 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from dman_runtime.data.logs import DEFAULT_COLUMNS, Columns, iter_interactions
+from dman_runtime.data.logs import Log
 from dman_runtime.data.vocabulary import known_events
 from dman_runtime.errors import InputError
-from dman_runtime.jobs.partitions import EVENTS_PER_PARTITION, by_length
+from dman_runtime.jobs.partitions import by_length
 from dman_runtime.model.bundle import Bundle
 from dman_runtime.model.generation import Generation
 from dman_runtime.retrieval.base import NO_ITEMS, Hits
@@ -19,13 +19,12 @@ from dman_runtime.retrieval.exact import search_scores
 
 
 def score(
-    path: Path,
+    log: Log,
     output: Path,
     generation: Generation,
     *,
     k: int,
     include_seen: bool = False,
-    columns: Columns = DEFAULT_COLUMNS,
 ) -> int:
     """Writes the k best items of every user in a log to a Parquet file; returns the number of users.
 
@@ -34,7 +33,7 @@ def score(
     """
     bundle, users_done = generation.bundle, 0
     with _ParquetOutput(output, bundle) as out, tqdm(unit="user", desc="score", disable=None) as bar:
-        for partition in iter_interactions(path, columns=columns, max_events=EVENTS_PER_PARTITION):
+        for partition in log.parts():
             known = known_events(partition, bundle.items.index)
             for rows in by_length(np.diff(known.offsets)):
                 histories = [known.history(row).astype(np.int64) for row in rows]

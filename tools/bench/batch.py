@@ -10,9 +10,11 @@ from typing import TypeVar
 
 import numpy as np
 
+from dman_runtime.data.logs import open_log
 from dman_runtime.engine import Engine
 from dman_runtime.errors import EncoderError
 from dman_runtime.jobs.importing import import_histories
+from dman_runtime.jobs.partitions import EVENTS_PER_PARTITION
 from dman_runtime.model.encoder import Encoder
 from dman_runtime.model.generation import Generation
 from dman_runtime.model.recurrence import Graphs
@@ -123,7 +125,8 @@ def _import(bench: Bench, log: Path, graphs: Graphs, events: int) -> tuple[float
     state = bench.scratch / "import"
     with LmdbStore.open(state) as store:
         began = time.perf_counter()
-        result = import_histories(log, Engine(Generation.of(bench.bundle, graphs), store))
+        with open_log(log, max_rows=EVENTS_PER_PARTITION) as opened:
+            result = import_histories(opened, Engine(Generation.of(bench.bundle, graphs), store))
         taken = time.perf_counter() - began
         used = store.stats().bytes_used
     shutil.rmtree(state)

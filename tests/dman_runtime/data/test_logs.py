@@ -13,9 +13,10 @@ import pytest
 from conftest import MOVIELENS, ROOT
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from log_files import HEADER, Row, as_tuple, expected_histories, histories, logs, parquet_log, text_log, write
+from log_files import HEADER, Row, as_tuple, expected_histories, histories, logs, parquet_log, parts_of, text_log, write
 
-from dman_runtime.data.logs import Columns, iter_interactions, read_interactions
+from dman_runtime.data.log_options import LogOptions
+from dman_runtime.data.logs import read_interactions
 from dman_runtime.errors import InputError
 
 needs_data = pytest.mark.skipif(not MOVIELENS.is_dir(), reason=f"no data sets in {MOVIELENS.parent}")
@@ -39,7 +40,7 @@ def test_iterating_gives_the_histories_of_reading(tmp_path: Path, rows: list[Row
     for kind in (".csv", ".parquet"):
         path = write(tmp_path / f"log{kind}", rows)
         whole = read_interactions(path)
-        parts = list(iter_interactions(path, max_events=max_events))
+        parts = parts_of(path, max_rows=max_events)
         assert sum(part.num_users for part in parts) == whole.num_users  # no user in two parts
         assert {u: h for part in parts for u, h in histories(part).items()} == histories(whole)
         assert all(len(part) <= max_events or part.num_users == 1 for part in parts)
@@ -53,7 +54,7 @@ def test_iterating_over_many_batches_keeps_users_whole_and_ties_in_file_order(tm
     users = rng.zipf(1.5, 200_000) % 3000
     path = parquet_log(tmp_path, user_id=users, item_id=np.arange(len(users)), timestamp=rng.integers(0, 5, len(users)))
     whole = read_interactions(path)
-    parts = list(iter_interactions(path, max_events=5_000))
+    parts = parts_of(path, max_rows=5_000)
     assert len(parts) > 10
     assert all(len(part) <= 5_000 or part.num_users == 1 for part in parts)
     assert {u: h for part in parts for u, h in histories(part).items()} == histories(whole)
@@ -114,7 +115,9 @@ def test_fractions_of_a_second_order_events_although_times_are_whole(tmp_path: P
 
 def test_columns_can_be_named(tmp_path: Path) -> None:
     path = text_log(tmp_path, "who,what,when,nth\na,x,7,1\na,y,8,0\n")
-    log = read_interactions(path, columns=Columns(user="who", item="what", time="when", position="nth"))
+    log = read_interactions(
+        path, LogOptions(user_column="who", item_column="what", time_column="when", position_column="nth")
+    )
     assert histories(log) == {"a": [("y", 8), ("x", 7)]}
 
 
@@ -152,7 +155,7 @@ def test_bad_file_is_refused_with_cause_and_remedy(
     tmp_path: Path, name: str, content: str, cause: str, remedy: str
 ) -> None:
     path = text_log(tmp_path, content, name)
-    for read in (read_interactions, lambda path: list(iter_interactions(path, max_events=2))):
+    for read in (read_interactions, lambda path: parts_of(path, max_rows=2)):
         with pytest.raises(InputError) as raised:
             read(path)
         message = str(raised.value)
@@ -168,7 +171,7 @@ def test_bad_file_is_refused_with_cause_and_remedy(
 def test_named_column_that_is_absent_is_refused(tmp_path: Path, name: str) -> None:
     path = text_log(tmp_path, HEADER + "a,1,0\n")
     with pytest.raises(InputError) as raised:
-        read_interactions(path, columns=Columns(**{name: "when"}))
+        read_interactions(path, LogOptions(**{f"{name}_column": "when"}))
     assert raised.value.cause == f"{path}: no column 'when'; it has: user_id, item_id, timestamp"
     assert raised.value.remedy == f"name the column that holds the {name}s"
     assert raised.value.parameter == f"{name}_column"
@@ -176,12 +179,12 @@ def test_named_column_that_is_absent_is_refused(tmp_path: Path, name: str) -> No
 
 @pytest.mark.parametrize(
     ("columns", "parameter"),
-    [(Columns(user="item_id"), "user_column"), (Columns(item="user_id"), "item_column")],
+    [(LogOptions(user_column="item_id"), "user_column"), (LogOptions(item_column="user_id"), "item_column")],
     ids=["user", "item"],
 )
-def test_column_named_for_two_purposes_is_refused(tmp_path: Path, columns: Columns, parameter: str) -> None:
+def test_column_named_for_two_purposes_is_refused(tmp_path: Path, columns: LogOptions, parameter: str) -> None:
     with pytest.raises(InputError, match=r"column '\w+' is named for two purposes; name another column") as raised:
-        read_interactions(text_log(tmp_path, HEADER + "a,1,0\n"), columns=columns)
+        read_interactions(text_log(tmp_path, HEADER + "a,1,0\n"), columns)
     assert raised.value.parameter == parameter
 
 
@@ -197,7 +200,7 @@ def test_unusable_temporary_folder_is_reported_with_the_remedy(tmp_path: Path, m
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "absent"))
     path = write(tmp_path / "log.csv", [("a", "1", 0), ("b", "1", 0)])
     with pytest.raises(InputError, match=r"log.csv: cannot be split into parts in .*absent.*; .* set TMPDIR"):
-        list(iter_interactions(path, max_events=1))
+        parts_of(path, max_rows=1)
 
 
 def test_lack_of_any_temporary_folder_is_reported_with_the_remedy(
@@ -210,12 +213,12 @@ def test_lack_of_any_temporary_folder_is_reported_with_the_remedy(
     monkeypatch.setattr(tempfile, "gettempdir", none_usable)
     path = write(tmp_path / "log.csv", [("a", "1", 0), ("b", "1", 0)])
     with pytest.raises(InputError, match=r"cannot be split into parts in a temporary folder: .* set TMPDIR"):
-        list(iter_interactions(path, max_events=1))
+        parts_of(path, max_rows=1)
 
 
 def test_max_events_below_one_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="max_events must be at least 1, not 0"):
-        iter_interactions(tmp_path / "log.csv", max_events=0)
+        parts_of(tmp_path / "log.csv", max_rows=0)
 
 
 @pytest.mark.slow

@@ -11,9 +11,9 @@ import pyarrow as pa
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from log_files import as_tuple, text_log, write
+from log_files import as_tuple, parts_of, text_log, write
 
-from dman_runtime.data.logs import iter_interactions, read_interactions
+from dman_runtime.data.logs import read_interactions
 from dman_runtime.data.spill import split_by_user
 
 
@@ -64,7 +64,7 @@ def test_users_with_one_hash_stay_in_one_part() -> None:
 def test_rows_that_fit_are_one_part_without_temporary_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tempfile, "TemporaryDirectory", None)  # calling it would fail
     path = text_log(tmp_path, "user_id,item_id\na,1\nb,2\na,3\n")
-    (part,) = iter_interactions(path, max_events=3)
+    (part,) = parts_of(path, max_rows=3)
     assert as_tuple(part) == as_tuple(read_interactions(path))
 
 
@@ -73,7 +73,7 @@ def test_temporary_files_are_gone_when_iteration_is_abandoned(tmp_path: Path, mo
     spill.mkdir()
     monkeypatch.setattr(tempfile, "tempdir", str(spill))
     path = write(tmp_path / "log.csv", [(f"u{n}", "7", 0) for n in range(50)])
-    parts = iter_interactions(path, max_events=10)
+    parts = parts_of(path, max_rows=10)
     next(parts)
     assert list(spill.iterdir())
     parts.close()  # type: ignore[attr-defined]

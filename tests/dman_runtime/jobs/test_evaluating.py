@@ -9,7 +9,7 @@ import pytest
 from histories import Histories, make_histories, write_csv
 
 from dman_runtime.data.evaluation import MISS, held_out, metrics
-from dman_runtime.data.logs import DEFAULT_COLUMNS
+from dman_runtime.data.log_options import ANY_LOG
 from dman_runtime.data.vocabulary import read_known
 from dman_runtime.errors import InputError
 from dman_runtime.jobs import partitions
@@ -29,7 +29,7 @@ def known_log(histories: Histories, tmp_path_factory: pytest.TempPathFactory) ->
 def test_ranks_are_those_of_a_replay_user_by_user(
     exact: Generation, known_log: Path, histories: Histories, split: str, last: int
 ) -> None:
-    log = read_known(known_log, exact.bundle.items.index, columns=DEFAULT_COLUMNS, **NO_FILTER)
+    log = read_known(known_log, exact.bundle.items.index, ANY_LOG, **NO_FILTER)
     data = held_out(log, split)  # type: ignore[arg-type]
     found = held_out_ranks(data, exact)
     assert len(data.users) == len(histories)
@@ -46,7 +46,7 @@ def test_ranks_are_those_of_a_replay_user_by_user(
 
 
 def test_ranks_do_not_depend_on_batches(exact: Generation, known_log: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    log = read_known(known_log, exact.bundle.items.index, columns=DEFAULT_COLUMNS, **NO_FILTER)
+    log = read_known(known_log, exact.bundle.items.index, ANY_LOG, **NO_FILTER)
     data = held_out(log, "test")
     whole = held_out_ranks(data, exact)
     monkeypatch.setattr(partitions, "USERS_PER_BATCH", 5)
@@ -56,7 +56,7 @@ def test_ranks_do_not_depend_on_batches(exact: Generation, known_log: Path, monk
 
 def test_evaluate_reports_the_metrics_of_the_ranks(exact: Generation, known_log: Path) -> None:
     found = evaluate(known_log, exact, split="test", **NO_FILTER)
-    log = read_known(known_log, exact.bundle.items.index, columns=DEFAULT_COLUMNS, **NO_FILTER)
+    log = read_known(known_log, exact.bundle.items.index, ANY_LOG, **NO_FILTER)
     ranks = held_out_ranks(held_out(log, "test"), exact)
     assert found["users"] == 24
     expected = metrics(ranks.seen_excluded)

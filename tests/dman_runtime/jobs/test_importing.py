@@ -9,11 +9,12 @@ from typing import Any
 import pytest
 from conftest import STORES, assert_close, new_store
 from histories import ONLY_UNKNOWN, UNKNOWN_ITEM, Histories, make_histories, write_csv
+from log_files import import_log
 
 from dman_runtime.engine import Engine
 from dman_runtime.errors import ConflictError, InputError
 from dman_runtime.jobs import importing, partitions
-from dman_runtime.jobs.importing import ImportResult, import_histories
+from dman_runtime.jobs.importing import ImportResult
 from dman_runtime.model.generation import Generation
 from dman_runtime.requests import Query, Update
 from dman_runtime.store.base import StateStore, Write
@@ -75,16 +76,16 @@ def test_import_stores_every_event_those_of_unknown_items_too(
 ) -> None:
     events = sum(map(len, mixed_histories.values()))
     unknown = len(mixed_histories) - 1 + 2
-    assert import_histories(log, engine) == ImportResult(25, events, 0, unknown)
+    assert import_log(log, engine) == ImportResult(25, events, 0, unknown)
     assert stored_histories(engine.store) == mixed_histories
     check_records(engine)
     assert engine.recommend([Query(str(ONLY_UNKNOWN))])[0].popular
 
 
 def test_import_repeated_doubles_nothing(engine: Engine, log: Path, mixed_histories: Histories) -> None:
-    import_histories(log, engine)
+    import_log(log, engine)
     before = engine.store.get_many(list(engine.store.scan()), engine.number)
-    assert import_histories(log, engine) == ImportResult(0, 0, 25, 0)
+    assert import_log(log, engine) == ImportResult(0, 0, 25, 0)
     assert engine.store.get_many(list(engine.store.scan()), engine.number) == before
     assert stored_histories(engine.store) == mixed_histories
 
@@ -93,9 +94,9 @@ def test_import_repeated_doubles_nothing(engine: Engine, log: Path, mixed_histor
 def test_import_into_a_store_that_has_some_of_the_users(
     engine: Engine, log: Path, mixed_histories: Histories, tmp_path: Path, existing: importing.Existing
 ) -> None:
-    import_histories(log, engine)
+    import_log(log, engine)
     more = {1: [(3, 90_000), (UNKNOWN_ITEM + 2, 90_001)], 200: [(5, 1), (6, 2), (7, 3)]}
-    result = import_histories(write_csv(tmp_path / "more.csv", more), engine, existing=existing)
+    result = import_log(write_csv(tmp_path / "more.csv", more), engine, existing=existing)
     if existing == "skip":
         assert result == ImportResult(1, 3, 1, 0)
         assert stored_histories(engine.store) == {**mixed_histories, 200: more[200]}
@@ -115,9 +116,9 @@ def test_import_interrupted_and_repeated_equals_one_import(
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        import_histories(log, Engine(engine.generation, HookedStore(engine.store, interrupt)))  # type: ignore[arg-type]
+        import_log(log, Engine(engine.generation, HookedStore(engine.store, interrupt)))  # type: ignore[arg-type]
     assert len(list(engine.store.scan())) == 9
-    result = import_histories(log, engine)
+    result = import_log(log, engine)
     assert (result.users, result.skipped_users) == (16, 9)
     assert stored_histories(engine.store) == mixed_histories
     check_records(engine)
@@ -129,7 +130,7 @@ def test_import_in_small_partitions_stores_the_same(
 ) -> None:
     monkeypatch.setattr(importing, "EVENTS_PER_PARTITION", 50)
     monkeypatch.setattr(partitions, "USERS_PER_BATCH", 3)
-    assert import_histories(log, engine).events == sum(map(len, mixed_histories.values()))
+    assert import_log(log, engine).events == sum(map(len, mixed_histories.values()))
     assert stored_histories(engine.store) == mixed_histories
     check_records(engine)
 
@@ -142,7 +143,7 @@ def test_import_keeps_what_a_server_adds_meanwhile(
         if commit == 1:
             engine.update([Update("1", ["7"], timestamps=[1])])
 
-    import_histories(log, Engine(engine.generation, HookedStore(engine.store, add)), existing=existing)  # type: ignore[arg-type]
+    import_log(log, Engine(engine.generation, HookedStore(engine.store, add)), existing=existing)  # type: ignore[arg-type]
     expected = [(7, 1)] if existing == "skip" else [(7, 1), *mixed_histories[1]]
     assert stored_histories(engine.store) == {**mixed_histories, 1: expected}
     check_records(engine)
@@ -153,17 +154,17 @@ def test_import_gives_up_where_a_server_never_stops(engine: Engine, log: Path) -
     store = HookedStore(engine.store, lambda commit: None)
     store.commit = lambda writes: [write.user_id for write in writes]  # type: ignore[method-assign]
     with pytest.raises(ConflictError, match="a server keeps updating users"):
-        import_histories(log, Engine(engine.generation, store), existing="append")  # type: ignore[arg-type]
+        import_log(log, Engine(engine.generation, store), existing="append")  # type: ignore[arg-type]
 
 
 @pytest.mark.slow
 def test_import_for_another_bundle_adds_to_histories_that_are_there(
     engine: Engine, renamed: Generation, log: Path, mixed_histories: Histories, tmp_path: Path
 ) -> None:
-    import_histories(log, engine)
+    import_log(log, engine)
     newer = Engine(renamed, engine.store)
     more = make_histories(24, seed=6)
-    import_histories(write_csv(tmp_path / "more.csv", more), newer, existing="append")
+    import_log(write_csv(tmp_path / "more.csv", more), newer, existing="append")
     expected = {user: events + more.get(user, []) for user, events in mixed_histories.items()}
     assert stored_histories(engine.store) == expected
     newer.update([Update(str(ONLY_UNKNOWN), [])])  # not in the file: its record is made when it is asked for
@@ -173,5 +174,5 @@ def test_import_for_another_bundle_adds_to_histories_that_are_there(
 def test_import_of_a_log_with_a_bad_row_stores_no_part_of_its_partition(engine: Engine, tmp_path: Path) -> None:
     (tmp_path / "bad.csv").write_text("user_id,item_id,timestamp\n1,1,1\n2,2,never\n")
     with pytest.raises(InputError, match="never"):
-        import_histories(tmp_path / "bad.csv", engine)
+        import_log(tmp_path / "bad.csv", engine)
     assert list(engine.store.scan()) == []

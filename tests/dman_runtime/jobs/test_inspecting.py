@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 from conftest import TINY, TINY_ITEMS
 from histories import UNKNOWN_ITEM, Histories
+from log_files import import_log
 
 from dman_runtime.engine import Engine
 from dman_runtime.errors import StoreMismatchError, StoreUnavailableError, UsageError
-from dman_runtime.jobs.importing import import_histories
 from dman_runtime.jobs.inspecting import RECENT_EVENTS, inspect_bundle, inspect_store, inspect_user
 from dman_runtime.model.generation import Generation
 from dman_runtime.store.lmdb import LmdbStore
@@ -22,7 +22,7 @@ from dman_runtime.store.lmdb_layout import FORMAT_VERSION
 def state(exact: Generation, log: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("inspecting") / "state"
     with LmdbStore.open(path, map_size=64 << 20) as store:
-        import_histories(log, Engine(exact, store))
+        import_log(log, Engine(exact, store))
     return path
 
 
@@ -71,7 +71,7 @@ def test_user_is_shown_as_caught_up_and_nothing_is_written(
     exact_bundle: Path, exact: Generation, renamed: Generation, renamed_bundle: Path, log: Path, tmp_path: Path
 ) -> None:
     with LmdbStore.open(tmp_path / "state", map_size=64 << 20) as store:
-        import_histories(log, Engine(exact, store))
+        import_log(log, Engine(exact, store))
         Engine(renamed, store)  # served, so that its items have numbers; no record is made
     before = (tmp_path / "state" / "data.mdb").read_bytes()
     shown = inspect_user(renamed_bundle, tmp_path / "state", "1")

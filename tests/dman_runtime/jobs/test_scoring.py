@@ -9,12 +9,11 @@ import pyarrow.parquet as pq
 import pytest
 from conftest import TINY_ITEMS, new_store
 from histories import ONLY_UNKNOWN, Histories
+from log_files import import_log, score_log
 
 from dman_runtime.engine import Engine
 from dman_runtime.errors import InputError
-from dman_runtime.jobs import partitions, scoring
-from dman_runtime.jobs.importing import import_histories
-from dman_runtime.jobs.scoring import score
+from dman_runtime.jobs import partitions
 from dman_runtime.model.generation import Generation
 from dman_runtime.requests import Query
 
@@ -46,11 +45,11 @@ def assert_close_rankings(found: dict[int, Ranking], expected: dict[int, Ranking
 def test_score_gives_the_answers_of_an_engine_with_the_same_histories(
     exact: Generation, log: Path, mixed_histories: Histories, tmp_path: Path, include_seen: bool
 ) -> None:
-    assert score(log, tmp_path / "s.parquet", exact, k=TINY_ITEMS, include_seen=include_seen) == 25
+    assert score_log(log, tmp_path / "s.parquet", exact, k=TINY_ITEMS, include_seen=include_seen) == 25
     expected = {}
     with new_store("memory") as store:
         engine = Engine(exact, store)
-        import_histories(log, engine)
+        import_log(log, engine)
         for user in mixed_histories:
             (answer,) = engine.recommend([Query(str(user), k=TINY_ITEMS, include_seen=include_seen)])
             item_ids = [int(exact.bundle.items.item_ids[item]) for item in answer.item_indices]
@@ -61,7 +60,7 @@ def test_score_gives_the_answers_of_an_engine_with_the_same_histories(
 def test_score_writes_the_documented_columns_with_ranks_from_1(
     exact: Generation, log: Path, mixed_histories: Histories, tmp_path: Path
 ) -> None:
-    score(log, tmp_path / "s.parquet", exact, k=7)
+    score_log(log, tmp_path / "s.parquet", exact, k=7)
     table = pq.read_table(tmp_path / "s.parquet")
     types = [("user_id", pa.int64()), ("rank", pa.int32()), ("item_id", pa.int64()), ("score", pa.float32())]
     assert [(field.name, field.type) for field in table.schema] == types
@@ -76,7 +75,7 @@ def test_score_writes_the_documented_columns_with_ranks_from_1(
 
 
 def test_score_gives_users_without_known_items_the_popular_ones(exact: Generation, log: Path, tmp_path: Path) -> None:
-    score(log, tmp_path / "s.parquet", exact, k=3)
+    score_log(log, tmp_path / "s.parquet", exact, k=3)
     popular = scored(tmp_path / "s.parquet")[ONLY_UNKNOWN]
     assert [item for item, _ in popular] == [60, 59, 58]  # item i was trained on i times
     assert [score for _, score in popular] == pytest.approx([i / (60 * 61 / 2) for i in (60, 59, 58)])
@@ -84,17 +83,17 @@ def test_score_gives_users_without_known_items_the_popular_ones(exact: Generatio
 
 def test_score_keeps_user_ids_that_are_text(exact: Generation, tmp_path: Path) -> None:
     (tmp_path / "log.csv").write_text("user_id,item_id,timestamp\n007,1,1\nanna,2,2\n007,3,3\n")
-    assert score(tmp_path / "log.csv", tmp_path / "s.parquet", exact, k=1) == 2
+    assert score_log(tmp_path / "log.csv", tmp_path / "s.parquet", exact, k=1) == 2
     assert sorted(pq.read_table(tmp_path / "s.parquet")["user_id"].to_pylist()) == ["007", "anna"]
 
 
 def test_score_in_small_partitions_gives_the_same_rows(
     exact: Generation, log: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    score(log, tmp_path / "whole.parquet", exact, k=20)
-    monkeypatch.setattr(scoring, "EVENTS_PER_PARTITION", 50)
+    score_log(log, tmp_path / "whole.parquet", exact, k=20)
+    monkeypatch.setattr(partitions, "EVENTS_PER_PARTITION", 50)
     monkeypatch.setattr(partitions, "USERS_PER_BATCH", 3)
-    score(log, tmp_path / "parts.parquet", exact, k=20)
+    score_log(log, tmp_path / "parts.parquet", exact, k=20)
     assert_close_rankings(scored(tmp_path / "parts.parquet"), scored(tmp_path / "whole.parquet"))
 
 
@@ -103,7 +102,7 @@ def test_score_that_fails_midway_keeps_the_old_file(exact: Generation, tmp_path:
     output.write_text("old")
     log.write_text("user_id,item_id,timestamp\n1,1,1\n2,2,never\n")
     with pytest.raises(InputError, match="never"):
-        score(log, output, exact, k=3)
+        score_log(log, output, exact, k=3)
     assert output.read_text() == "old"
     assert sorted(path.name for path in tmp_path.iterdir()) == ["bad.csv", "s.parquet"]
 
@@ -122,5 +121,5 @@ def test_score_that_is_interrupted_leaves_no_part(
 
     monkeypatch.setattr(exact.retriever, "search", interrupted)
     with pytest.raises(KeyboardInterrupt):
-        score(log, tmp_path / "s.parquet", exact, k=3)
+        score_log(log, tmp_path / "s.parquet", exact, k=3)
     assert list(tmp_path.iterdir()) == []
