@@ -15,11 +15,11 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from dman_runtime.data._old_tables import TableColumn, TableFile
 from dman_runtime.data.input_report import InputReport, length_groups
 from dman_runtime.data.interactions import Interactions
 from dman_runtime.data.log_options import ANY_LOG, AUTO, NONE, LogOptions
 from dman_runtime.data.spill import split_by_user
-from dman_runtime.data.tables import TableColumn, TableFile
 from dman_runtime.errors import InputError
 
 if TYPE_CHECKING:
