@@ -167,7 +167,8 @@ class IdColumn:
                 "give a log with such ids, or say that they are text",
                 parameter=f"{self.role}_ids",
             )
-        self.mostly_integers |= np.count_nonzero(other) < 0.5 * len(other)
+        if np.count_nonzero(other) < 0.5 * len(other):
+            self.mostly_integers = True
         self._turn_to_text(f"{quoted(text)} is no integer of 64 bits")
         return values.cast(pa.string())
 
