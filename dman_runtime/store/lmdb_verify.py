@@ -36,6 +36,7 @@ from dman_runtime.store.lmdb_layout import (
     decoded,
     numbered_key,
     read_generations,
+    read_id_types,
     user_of,
 )
 from dman_runtime.store.marker import missing
@@ -135,6 +136,7 @@ class _Contents:
         with self._env.read() as reading, self._problems.of("meta"):
             bundle_ids = read_generations(reading.txn, self._databases.meta, legacy=self._databases.legacy)
             self.counts["generations"] = len(bundle_ids)
+            read_id_types(reading.txn, self._databases.meta)
 
     # -- items -----------------------------------------------------------------------------------------------------
 
