@@ -185,8 +185,7 @@ class LmdbStore(ReadsBySnapshot):
             ]
             if not conflicts:
                 new_bytes = sum(
-                    put_user(txn, self._databases, write, head, now)
-                    for write, head in zip(writes, heads, strict=True)
+                    put_user(txn, self._databases, write, head, now) for write, head in zip(writes, heads, strict=True)
                 )
                 self._env.keep_reserve(txn, new_bytes)
         return conflicts

@@ -62,9 +62,7 @@ def put_user(txn: lmdb.Transaction, databases: Databases, write: Write, head: by
     return put + sum(map(len, values.values()))
 
 
-def _put_chunks(
-    txn: lmdb.Transaction, databases: Databases, user: bytes, count: int, events: NDArray[np.void]
-) -> int:
+def _put_chunks(txn: lmdb.Transaction, databases: Databases, user: bytes, count: int, events: NDArray[np.void]) -> int:
     """Puts full chunks of events behind the first `count` events, and adds their items to the seen set."""
     seed, first = seed_of(user), count // CHUNK_EVENTS
     values = [
