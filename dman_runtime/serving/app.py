@@ -20,9 +20,9 @@ from dman_runtime.api.recommender import RecommenderService
 from dman_runtime.api.standard import Health, Streams
 from dman_runtime.batcher import Batcher
 from dman_runtime.engine import Engine
+from dman_runtime.id_types import remember_id_types
 from dman_runtime.log_lines import RateLimited
 from dman_runtime.metrics import NO_METRICS, Metrics
-from dman_runtime.id_types import remember_id_types
 from dman_runtime.model.generation import Generation
 from dman_runtime.problems import ClusterStatus, Problems
 from dman_runtime.serving.config import MAX_MESSAGE_BYTES, ServeConfig, cannot_listen, free_port

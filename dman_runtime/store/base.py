@@ -183,9 +183,9 @@ class StateStore(Snapshot, Protocol):
         nothing is stored, and the caller reads those again. A new user one of whose request ids was applied in an
         earlier life counts as such.
 
-        ValueError for unusable events, a user named twice, or a history replaced by a shorter one, StoreFullError where there is no room,
-        TooManyRequestIdsError where a user has more request ids than can be remembered (documented by the store, and
-        never below 100,000 in 6 hours); then nothing is stored either.
+        ValueError for unusable events, a user named twice, or a history replaced by a shorter one; StoreFullError where
+        there is no room; TooManyRequestIdsError where a user has more request ids than can be remembered (documented by
+        the store, and never below 100,000 in 6 hours). Nothing is stored then either.
         """
         ...
 

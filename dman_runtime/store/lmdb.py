@@ -86,7 +86,8 @@ class LmdbStore(ReadsBySnapshot):
         `must_exist`). One of format 3 is upgraded when it is opened for writing.
 
         `map_size` in bytes bounds the file, unless the file is larger already; use the same in every process. A
-        readonly store writes nothing and may be opened while a server has it open. `clock` gives seconds since 1970.
+        readonly store writes nothing, maps no more than the file holds, and may be opened while a server has it open.
+        `clock` gives seconds since 1970.
         Raises StoreMismatchError, StoreFullError or StoreUnavailableError.
         """
         environment = Environment.open(Path(path), map_size=map_size, readonly=readonly, must_exist=must_exist)
