@@ -93,10 +93,10 @@ def parts_of(path: Path, options: LogOptions = ANY_LOG, *, max_rows: int) -> lis
         return list(log.parts())
 
 
-def import_log(path: Path, engine: Engine, **options: Any) -> ImportResult:
+def import_log(path: Path, engine: Engine, options: LogOptions = ANY_LOG) -> ImportResult:
     """Imports a file as the command does."""
-    with open_log(path, max_rows=partitions.EVENTS_PER_PARTITION) as log:
-        return import_histories(log, engine, **options)
+    with open_log(path, options, max_rows=partitions.EVENTS_PER_PARTITION) as log:
+        return import_histories(log, engine)
 
 
 def score_log(path: Path, output: Path, generation: Generation, **options: Any) -> int:
