@@ -88,6 +88,7 @@ def open_log(
                 if item_id not in known_items:
                     counts[item_id] = counts.get(item_id, 0) + count
         report.unknown_items, report.unknown_events = len(counts), sum(counts.values())
+        report.unknown_examples = sorted(counts, key=lambda item_id: -counts[item_id])[:3]
     found: dict[str, Any] = {f"{role}_column": name for role, name in report.columns.items()}
     found["order_by"] = "time" if log.time else "position" if log.position else "file"
     found |= {"user_ids": report.user_ids, "item_ids": report.item_ids}
