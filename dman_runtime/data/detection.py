@@ -37,13 +37,13 @@ class Detector:
     def dialect(self) -> Dialect:
         """Raises InputError if the lines have no dialect in common, or fit more than one."""
         fit = self._fit()
-        first = header_end(fit.records)
-        line, *below = (fit.values(number) for number in range(first, min(first + 20, len(fit.records))))
         if fit.bad:
             name = fit.column_name(fit.bad.column, header=self.options.header)
             raise bad_quote_error(self.source, fit.bad, name, 1)
         if fit.ambiguous:
             raise ambiguous_error(self.source, (fit.ambiguous[0] + 1, fit.ambiguous[1] + 1))
+        first = header_end(fit.records)
+        line, *below = (fit.values(number) for number in range(first, min(first + 20, len(fit.records))))
         names, header, remarks = self._names(fit, line)
         remarks += ["an empty last value in every line"] if fit.trailing else []
         remarks += ["lines end with a carriage return alone"] if self.returns else []

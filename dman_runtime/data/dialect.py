@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import re
 from dataclasses import dataclass
 
@@ -93,14 +92,6 @@ def one_byte(data: bytes, separator: bytes, *, quoted: bool) -> bytes:
     if data.startswith((b" ", b"\t")) or data.endswith((b" ", b"\t")) or any(two in data for two in _DOUBLE_BLANKS):
         return _BLANKS.sub(INNER, _EDGE_BLANKS.sub(b"", data))
     return data.translate(_SINGLE_BLANKS)
-
-
-def values_of(record: bytes, separator: bytes, *, quoted: bool) -> list[str]:
-    """The values of one record, after `unescaped` and `one_byte`."""
-    text = record.decode("utf-8", "replace")
-    if not quoted:
-        return text.split(separator.decode())
-    return next(csv.reader([text], delimiter=separator.decode(), strict=False), [""])
 
 
 def header_end(records: Records) -> int:

@@ -18,7 +18,7 @@ from dman_runtime.data.json_rows import JsonRows
 from dman_runtime.data.line_rows import LineReader, Tally
 from dman_runtime.data.log_options import ANY_LOG, AUTO, LogOptions
 from dman_runtime.data.parquet_rows import ParquetReader
-from dman_runtime.data.sources import FORMATS, JSON_LINES, PARQUET, TEXT, Source, find_sources
+from dman_runtime.data.sources import FORMATS, JSON_LINES, PARQUET, TEXT, Source, error_of, find_sources
 from dman_runtime.data.text_rows import TextRows
 from dman_runtime.errors import InputError
 
@@ -109,7 +109,7 @@ class Tables:
         return self._tally.blank_lines
 
     def error(self, cause: str, remedy: str, *, parameter: str = "") -> InputError:
-        return InputError(f"{self.path}: {cause}", remedy, parameter=parameter)
+        return error_of(self.path, cause, remedy, parameter=parameter)
 
     def batches(self, names: list[str]) -> Iterator[Rows]:
         """All rows, file after file, with these columns. Starts again at each call. Raises InputError."""
@@ -211,8 +211,9 @@ def _check_kinds(batch: pa.RecordBatch, file: TableFile, kinds: dict[str, tuple[
         known, path = kinds.get(name, (kind, file.path))
         if column.null_count < len(column):
             if kind != known:
-                raise InputError(
-                    f"column {name!r} holds {kind} in {file.path}, but {known} in {path}",
+                raise error_of(
+                    file.path,
+                    f"column {name!r} holds {kind}, but {known} in {path}",
                     "give files whose columns have the same types",
                 )
             kinds[name] = known, path
@@ -244,8 +245,9 @@ def _common_names(files: list[TableFile]) -> list[str]:
         return list(dict.fromkeys(name for file in files for name in file.names))
     for file in files[1:]:
         if sorted(file.names) != sorted(first.names):
-            raise InputError(
-                f"{file.path} has other columns than {first.path}: {', '.join(file.names)[:200]} instead of "
+            raise error_of(
+                file.path,
+                f"has other columns than {first.path}: {', '.join(file.names)[:200]} instead of "
                 f"{', '.join(first.names)[:200]}",
                 "give files with the same columns",
             )
