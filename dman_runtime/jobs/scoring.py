@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from tqdm import tqdm
@@ -11,6 +10,7 @@ from tqdm import tqdm
 from dman_runtime.data.logs import Log
 from dman_runtime.data.vocabulary import known_events
 from dman_runtime.errors import InputError
+from dman_runtime.jobs.parquet_output import ParquetOutput
 from dman_runtime.jobs.partitions import by_length
 from dman_runtime.model.bundle import Bundle
 from dman_runtime.model.generation import Generation
@@ -49,28 +49,15 @@ def score(
     return users_done
 
 
-class _ParquetOutput:
-    """Score rows into a Parquet file that appears under its name only when complete."""
+class _ParquetOutput(ParquetOutput):
+    """Score rows into a Parquet file."""
 
     def __init__(self, path: Path, bundle: Bundle) -> None:
-        self._path, self._temporary = path, path.with_name(f".{path.name}.partial")
+        super().__init__(path)
         self._item_ids = _id_array(bundle.items.item_ids, integers=bundle.manifest.integer_item_ids)
-        self._writer: Any = None
-
-    def __enter__(self) -> _ParquetOutput:
-        if self._path.is_dir():
-            raise InputError(f"cannot write {self._path}: it is a directory", "choose another file", parameter="output")
-        try:
-            self._temporary.touch()
-        except OSError as error:
-            raise InputError(
-                f"cannot write {self._path}: {error.strerror}", "choose another file", parameter="output"
-            ) from None
-        return self
 
     def write(self, user_ids: list[str], hits: list[Hits], *, integer_users: bool) -> None:
         import pyarrow as pa
-        import pyarrow.parquet as pq
 
         counts = [len(found.items) for found in hits]
         table = pa.table(
@@ -81,17 +68,7 @@ class _ParquetOutput:
                 "score": np.concatenate([found.scores for found in hits]).astype(np.float32),
             }
         )
-        if self._writer is None:
-            self._writer = pq.ParquetWriter(self._temporary, table.schema, compression="zstd")
-        self._writer.write_table(table)
-
-    def __exit__(self, failure: type[BaseException] | None, *_: object) -> None:
-        if self._writer is not None:
-            self._writer.close()
-        if failure is None:
-            self._temporary.replace(self._path)
-        else:
-            self._temporary.unlink(missing_ok=True)
+        self.write_table(table)
 
 
 def _id_array(ids: list[str], *, integers: bool) -> np.ndarray:
