@@ -138,21 +138,23 @@ def grouped(
     *,
     integer_user_ids: bool,
     integer_item_ids: bool,
-    drop_repeats: bool,
+    repeat_keys: list[np.ndarray] | None,
 ) -> tuple[Interactions, int]:
-    """The histories of rows (N), and how many exact repeats were dropped. `keys` order the events of a user."""
+    """The histories of rows (N), and how many exact repeats were dropped.
+
+    `keys` order the events of a user. Events of one user and item whose `repeat_keys` are equal are exact repeats; None
+    keeps them.
+    """
     user_ids, user_codes = in_order_of_appearance(users)
     item_ids, item_codes = in_order_of_value(items, integers=integer_item_ids)
     rows = stable_order(keys, user_codes)
     lengths = np.bincount(user_codes, minlength=len(user_ids))
     offsets = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
     events = _taken(item_codes, rows)
-    if times is None:
-        seconds = np.zeros(len(events), np.int64)
-    else:
-        times = times.taken(rows)
-        seconds = times.seconds
-    repeated = exact_repeats(offsets, events, times.keys) if drop_repeats and times is not None else None
+    seconds = np.zeros(len(events), np.int64) if times is None else times.taken(rows).seconds
+    repeated = None
+    if repeat_keys is not None:
+        repeated = exact_repeats(offsets, events, [_taken(key, rows) for key in repeat_keys])
     if repeated is not None:
         kept = ~repeated
         offsets = np.concatenate([[0], np.cumsum(kept)])[offsets]

@@ -32,7 +32,7 @@ class RowColumns:
     items: pa.ChunkedArray
     times: Times | None
     keys: list[np.ndarray]  # (N,) int64 each: what orders the events of a user, the first counts most
-    drop_repeats: bool
+    repeat_keys: list[np.ndarray] | None  # (N,) each: rows with equal ones are exact repeats; None keeps them
 
 
 class Scan:
@@ -172,7 +172,8 @@ class Scan:
         position = numbers("position", np.int64) if self.positions and not self.positions.why_not else None
         by_position = [] if position is None else [position]
         keys = {"time": by_time + by_position, "position": by_position, "file": []}[self.order_by]
-        return RowColumns(users, items, times, keys, drop_repeats=self.found().exact_repeats == "drop")
+        drop = self.found().exact_repeats == "drop"
+        return RowColumns(users, items, times, keys, by_time + by_position if drop else None)
 
     def note_known(self, item_ids: list[str], counts: np.ndarray) -> None:
         """Counts the unknown among all distinct items and their events, of a log that was not split."""
