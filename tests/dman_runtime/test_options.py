@@ -33,7 +33,7 @@ class Config:
 
 def parser() -> Parser:
     p = Parser(prog="prog")
-    p.flag("--port", type=int, default=50051)
+    p.flag("--port", type=int, default=50051, help="port")
     p.flag("--grace", type=float, default=1.0)
     p.flag("--state", type=Path, default=Path("state"))
     p.flag("--host", default="127.0.0.1")
@@ -103,7 +103,7 @@ def test_values_from_variables_have_the_types_of_their_options(monkeypatch: pyte
     found = parser().parse_args([])
     assert (found.port, found.state, found.host) == (7, Path("7"), "7")
     assert overridden(Config(), found) == Config(fast=False)
-    assert "7" in parser().format_help()
+    assert "port (default: 7)" in parser().format_help()
 
 
 def test_a_value_that_a_command_refuses_later_names_option_and_variable(
