@@ -571,7 +571,7 @@ def test_every_option_with_a_value_has_its_dman_variable(command: str, monkeypat
         if option.nargs == 0 or option.dest == "help":
             continue
         variable = f"DMAN_{option.dest.upper()}"
-        value = option.choices[-1] if isinstance(option.choices, list) else "3"
+        value = option.choices[-1] if isinstance(option.choices, list | tuple) else "3"
         with monkeypatch.context() as patch:
             patch.setenv(variable, value)
             found = getattr(cli.parser().parse_args([command, *POSITIONAL.get(command, [])]), option.dest)
