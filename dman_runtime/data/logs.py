@@ -98,7 +98,8 @@ def _histories(scan: Scan, batches: list[Any]) -> Interactions:
         rows.keys,
         integer_user_ids=scan.users.integers,
         integer_item_ids=scan.items.integers,
-        repeat_keys=rows.repeat_keys,
+        positions=rows.positions,
+        drop_repeats=rows.drop_repeats,
     )
     if dropped:
         scan.report.left_out[EXACT_REPEATS] = scan.report.left_out.get(EXACT_REPEATS, 0) + dropped

@@ -31,8 +31,9 @@ class RowColumns:
     users: pa.ChunkedArray  # int64 or string
     items: pa.ChunkedArray
     times: Times | None
+    positions: np.ndarray | None  # (N,) int64
     keys: list[np.ndarray]  # (N,) int64 each: what orders the events of a user, the first counts most
-    repeat_keys: list[np.ndarray] | None  # (N,) each: rows with equal ones are exact repeats; None keeps them
+    drop_repeats: bool
 
 
 class Scan:
@@ -173,7 +174,7 @@ class Scan:
         by_position = [] if position is None else [position]
         keys = {"time": by_time + by_position, "position": by_position, "file": []}[self.order_by]
         drop = self.found().exact_repeats == "drop"
-        return RowColumns(users, items, times, keys, by_time + by_position if drop else None)
+        return RowColumns(users, items, times, position, keys, drop_repeats=drop)
 
     def note_known(self, item_ids: list[str], counts: np.ndarray) -> None:
         """Counts the unknown among all distinct items and their events, of a log that was not split."""
