@@ -30,7 +30,7 @@ class Detector:
         self.returns = b"\r" in sample and b"\n" not in sample
         data = sample.replace(b"\r", b"\n") if self.returns else sample
         data = data if complete else data[: data.rfind(b"\n") + 1]
-        if not data.strip(b"\r\n"):
+        if not data.strip():
             raise source.error("the file holds no lines" if complete else "the first line is too long", "give rows")
         self.sample = Sample(source, options, data, complete)
 

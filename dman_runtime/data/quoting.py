@@ -103,7 +103,7 @@ def _measured(sample: Sample, separator: bytes, quote: str) -> Fit:
     quoted, byte = quote != "none", inner_byte(separator)
     data = unescaped(sample.data) if quote == "backslash" else sample.data
     records = Records(one_byte(data, separator, quoted=quoted), byte, quoted=quoted)
-    bad = bad_quote(records, complete=sample.complete)
+    bad = bad_quote(records, complete=sample.complete or bool(records.blank.all()))
     width, trailing, share = _columns(records, header=sample.options.header)
     ambiguous = None
     if quoted and sample.options.quote == AUTO and not records.outside.all():
