@@ -146,7 +146,7 @@ def check_quotes(source: Source, records: Records, names: tuple[str, ...], first
 
 def bad_quote_error(source: Source, bad: BadQuote, column: str, first_line: int) -> InputError:
     place = f"line {first_line + bad.line}{f', column {column}' if column else ''}"
-    return source.error(f"{place}: {bad.problem}", "read it without quotes, or correct it", parameter="quote")
+    return source.error(f"{place}: {bad.problem}", "read it without quotes (none), or correct it", parameter="quote")
 
 
 def ambiguous_error(source: Source, lines: tuple[int, int]) -> InputError:
