@@ -30,7 +30,7 @@ class Detector:
         self.returns = b"\r" in sample and b"\n" not in sample
         data = sample.replace(b"\r", b"\n") if self.returns else sample
         data = data if complete else data[: data.rfind(b"\n") + 1]
-        if not data.strip():
+        if not data.strip(b"\r\n"):
             raise source.error("the file holds no lines" if complete else "the first line is too long", "give rows")
         self.sample = Sample(source, options, data, complete)
 
@@ -43,6 +43,8 @@ class Detector:
         if fit.ambiguous:
             raise ambiguous_error(self.source, (fit.ambiguous[0] + 1, fit.ambiguous[1] + 1))
         first = header_end(fit.records)
+        if first == len(fit.records):
+            raise self.source.error("its first lines hold nothing but blanks", "give rows")
         line, *below = (fit.values(number) for number in range(first, min(first + 20, len(fit.records))))
         names, header, remarks = self._names(fit, line)
         remarks += ["an empty last value in every line"] if fit.trailing else []
