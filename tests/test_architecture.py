@@ -112,6 +112,7 @@ LAYERS = {
     "retrieval": set(),
     "model": {"data", "errors", "retrieval"},
     "store": {"data", "errors"},
+    "history": {"errors", "requests", "store"},
     "opened": {"model", "requests", "store"},
     "merging": {"store"},
     "id_types": {"errors", "model", "store"},
@@ -120,7 +121,18 @@ LAYERS = {
     "waiting": {"errors", "opened", "requests"},
     "batcher": {"engine", "errors", "metrics", "model", "opened", "requests", "waiting"},
     "problems": set(),
-    "api": {"access", "batcher", "engine", "errors", "log_lines", "metrics", "problems", "requests", "waiting"},
+    "api": {
+        "access",
+        "batcher",
+        "engine",
+        "errors",
+        "history",
+        "log_lines",
+        "metrics",
+        "problems",
+        "requests",
+        "waiting",
+    },
     "options": {"errors", "log_lines"},
     "jobs": {"data", "engine", "errors", "id_types", "merging", "model", "opened", "retrieval", "store"},
     "serving": {
@@ -163,7 +175,7 @@ def test_what_answers_requests_knows_the_interface_of_stores_and_no_store() -> N
     found = {
         dotted(file): name
         for file, names in imports_of("dman_runtime").items()
-        if dotted(file).split(".")[-1] in ("engine", "opened", "batcher", "recommender", "importing")
+        if dotted(file).split(".")[-1] in ("engine", "history", "opened", "batcher", "recommender", "importing")
         for name in names
         if within(name, "dman_runtime.store") and not within(name, "dman_runtime.store", "dman_runtime.store.base")
     }
