@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -36,11 +36,22 @@ class Interactions:
         """The times of one user's events: (n,) int64 seconds, a view."""
         return self.timestamps[self.offsets[user_index] : self.offsets[user_index + 1]]
 
+    def first_users(self, count: int) -> Interactions:
+        """The first `count` users with their histories, as views; the items keep their indices."""
+        end = self.offsets[min(count, self.num_users)]
+        return replace(
+            self,
+            user_ids=self.user_ids[:count],
+            offsets=self.offsets[: count + 1],
+            items=self.items[:end],
+            timestamps=self.timestamps[:end],
+        )
+
     def repeated_share(self) -> float:
         """Share, from 0 to 1, of the events whose item the user has already seen."""
         users = np.repeat(np.arange(self.num_users), np.diff(self.offsets))
-        distinct = len(np.unique(users * len(self.item_ids) + self.items))
-        return 1 - distinct / max(1, len(self))
+        pairs = np.sort(users * len(self.item_ids) + self.items)
+        return float(np.count_nonzero(pairs[1:] == pairs[:-1])) / max(1, len(self))
 
     def fingerprint(self) -> str:
         """SHA-256 in hex of the ids, their order and all histories; the same on every platform."""

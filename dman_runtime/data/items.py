@@ -6,8 +6,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from dman_runtime.data._old_tables import TableColumn, TableFile, quoted
 from dman_runtime.data.interactions import ItemInfo
-from dman_runtime.data.tables import TableColumn, TableFile, quoted
 
 _MISSING: tuple[Any, ...] = (None, "", [])
 

@@ -13,9 +13,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from log_files import HEADER, as_tuple, parquet_log, text_log, write
 
+from dman_runtime.data._old_tables import TableColumn, TableFile, quoted
 from dman_runtime.data.ids import id_problem
 from dman_runtime.data.logs import read_interactions
-from dman_runtime.data.tables import TableColumn, TableFile, quoted
 from dman_runtime.errors import InputError
 
 

@@ -1,0 +1,109 @@
+"""The dialect of a text file: what separates values, how they are quoted, and how its columns are named."""
+
+from __future__ import annotations
+
+import csv
+import re
+from dataclasses import dataclass
+
+from dman_runtime.data.records import Records
+from dman_runtime.errors import InputError
+
+SEPARATORS = {"comma": b",", "tab": b"\t", "semicolon": b";", "pipe": b"|", "::": b"::", "blanks": b" "}
+_BLANKS = re.compile(rb"[ \t]+")
+_EDGE_BLANKS = re.compile(rb"(?m)^[ \t]+|[ \t]+(?=\r?$)")
+_DOUBLE_BLANKS = (b"  ", b" \t", b"\t ", b"\t\t", b"\n ", b"\n\t", b" \n", b"\t\n", b" \r", b"\t\r")
+_SINGLE_BLANKS = bytes.maketrans(b" \t", b"\x1f\x1f")
+_ESCAPES = re.compile(rb'\\([\\"])')
+_QUOTED_OR = {b"::": re.compile(rb'("[^"]*")|::'), b" ": re.compile(rb'("[^"]*")|[ \t]+')}
+INNER = b"\x1f"  # stands for separators of several bytes
+
+
+def separator_of(option: str) -> bytes:
+    """The separator that the option means. Raises InputError."""
+    names = {"tab": b"\t", "\\t": b"\t", "blank": b" ", "blanks": b" "}
+    found = names.get(option.lower(), option.encode())
+    if found not in SEPARATORS.values():
+        raise InputError(
+            f"separator {option!r:.60} is not known", "choose one of , ; | :: tab blank", parameter="separator"
+        )
+    return found
+
+
+@dataclass(frozen=True)
+class Dialect:
+    """How the lines of a text file become rows."""
+
+    separator: bytes  # one of SEPARATORS
+    quote: str  # none, double or backslash
+    quote_given: bool  # by an option: not found out
+    names: tuple[str, ...]  # of the columns
+    header: bool  # the first line holds the names
+    trailing: bool = False  # one more separator ends each line, but not the header
+    returns: bool = False  # lines end with a carriage return alone
+    looks_headerless: bool = False
+    first_line: tuple[str, ...] = ()
+    quote_remark: str = ""  # for people: why there are no quotes
+    remarks: tuple[str, ...] = ()  # for people: what was found besides
+
+    @property
+    def width(self) -> int:
+        """How many values a line has, with the empty one after a trailing separator."""
+        return len(self.names) + self.trailing
+
+    @property
+    def quoted(self) -> bool:
+        return self.quote != "none"
+
+    @property
+    def byte(self) -> bytes:
+        """The separator after `one_byte`."""
+        return inner_byte(self.separator)
+
+    @property
+    def words(self) -> list[str]:
+        name = next(name for name, value in SEPARATORS.items() if value == self.separator)
+        quotes = {"double": "quotes double", "backslash": "quotes with backslash", "none": "no quotes"}[self.quote]
+        if self.quote_remark:
+            quotes += f" ({self.quote_remark})"
+        return [name, quotes, "header" if self.header else "no header", *self.remarks]
+
+
+def inner_byte(separator: bytes) -> bytes:
+    """What stands for a separator after `one_byte`."""
+    return INNER if separator in _QUOTED_OR else separator
+
+
+def unescaped(data: bytes) -> bytes:
+    """Quotes that have a backslash as doubled quotes, and doubled backslashes as one."""
+    if b"\\" not in data:
+        return data
+    return _ESCAPES.sub(lambda found: b'""' if found[1] == b'"' else b"\\", data)
+
+
+def one_byte(data: bytes, separator: bytes, *, quoted: bool) -> bytes:
+    """The same text with INNER for a separator of several bytes, and nothing for blanks around lines."""
+    if separator not in _QUOTED_OR:
+        return data
+    if quoted and b'"' in data:
+        data = _QUOTED_OR[separator].sub(lambda found: found[1] or INNER, data)
+        return re.sub(rb"(?m)^\x1f|\x1f(?=\r?$)", b"", data) if separator == b" " else data
+    if separator == b"::":
+        return data.replace(b"::", INNER)
+    if data.startswith((b" ", b"\t")) or data.endswith((b" ", b"\t")) or any(two in data for two in _DOUBLE_BLANKS):
+        return _BLANKS.sub(INNER, _EDGE_BLANKS.sub(b"", data))
+    return data.translate(_SINGLE_BLANKS)
+
+
+def values_of(record: bytes, separator: bytes, *, quoted: bool) -> list[str]:
+    """The values of one record, after `unescaped` and `one_byte`."""
+    text = record.decode("utf-8", "replace")
+    if not quoted:
+        return text.split(separator.decode())
+    return next(csv.reader([text], delimiter=separator.decode(), strict=False), [""])
+
+
+def header_end(records: Records) -> int:
+    """The number of the first record that is not blank; the number of records if all are."""
+    filled = ~records.blank
+    return int(filled.argmax()) if filled.any() else len(records)

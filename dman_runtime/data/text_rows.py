@@ -1,0 +1,122 @@
+"""Text files in some dialect as batches of text columns."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from dman_runtime.data.dialect import Dialect
+from dman_runtime.data.encodings import Encoding
+from dman_runtime.data.line_rows import BadRecord, Parsed
+from dman_runtime.data.records import Records
+from dman_runtime.data.text_stream import Piece, TextStream
+from dman_runtime.errors import InputError
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+
+    from dman_runtime.data.sources import Source
+
+_SHOWN = 80  # characters of a bad line
+
+
+class TextRows:
+    """A `LineFormat`: values separated as the dialect says, all of them text."""
+
+    def __init__(self, source: Source, encoding: Encoding, dialect: Dialect) -> None:
+        self.source, self.encoding, self.dialect = source, encoding, dialect
+        self.names, self.words = list(dialect.names), ["text", *dialect.words]
+        self.typed = False
+
+    def stream(self) -> TextStream:
+        return TextStream(self.source, self.encoding, returns=self.dialect.returns)
+
+    def pieces(self, stream: TextStream) -> Iterator[Piece]:
+        return stream.pieces(self.dialect)
+
+    def parser(self, names: list[str]) -> Callable[[Piece], Parsed]:
+        columns = [self.names.index(name) for name in names]
+
+        def parse(piece: Piece) -> Parsed:
+            if not piece.rows:
+                return Parsed(None)
+            batch = self._batch(piece, columns)
+            if batch is None or len(batch) != piece.rows:
+                return self._examined(piece, columns, names)
+            return Parsed(batch.rename_columns(names))
+
+        return parse
+
+    def _batch(self, piece: Piece, columns: list[int]) -> pa.RecordBatch | None:
+        """The columns as text; None if some record has another number of values."""
+        import pyarrow as pa
+        from pyarrow import csv
+
+        dialect = self.dialect
+        kept = [str(column) for column in columns]
+        read = [*kept, *([str(dialect.width - 1)] if dialect.trailing else [])] or ["0"]
+        quoted = dialect.quoted and b'"' in piece.data
+        try:
+            table = csv.read_csv(
+                pa.BufferReader(piece.data),
+                read_options=csv.ReadOptions(
+                    use_threads=False,  # pieces are parsed side by side already
+                    block_size=len(piece.data) + 1,
+                    column_names=[str(column) for column in range(dialect.width)],
+                ),
+                parse_options=csv.ParseOptions(
+                    delimiter=dialect.byte.decode(), quote_char='"' if quoted else False, newlines_in_values=quoted
+                ),
+                convert_options=csv.ConvertOptions(
+                    include_columns=read, column_types=dict.fromkeys(read, pa.string()), check_utf8=False
+                ),
+            )
+        except pa.ArrowInvalid:
+            return None
+        batch = table.combine_chunks().to_batches()[0]
+        if dialect.trailing and batch.column(len(kept)).cast(pa.binary()).nbytes > 4 * (len(batch) + 1) + 8:
+            return None
+        return batch.select(list(range(len(kept))))
+
+    def _examined(self, piece: Piece, columns: list[int], names: list[str]) -> Parsed:
+        """What can be read of a piece in which some records have a wrong number of values."""
+        records = Records(piece.data, self.dialect.byte, quoted=self.dialect.quoted)
+        wrong = ~records.blank & (records.columns != self.dialect.width)
+        if self.dialect.trailing:
+            last = records.bytes[np.maximum(records.text_ends - 1, 0)]
+            wrong |= ~records.blank & (last != records.separator)
+        bad, blank = [], []
+        for number in np.flatnonzero(wrong).tolist():
+            line = piece.first_line + int(records.first_lines[number])
+            text = records.text_of(number)
+            if text.strip(b" \t"):
+                bad.append(BadRecord(line, self._problem(int(records.columns[number]), text)))
+            else:
+                blank.append(line)
+        sizes = np.diff(np.append(records.ends + 1, len(piece.data)), prepend=0)[: len(records)]
+        kept = records.bytes[np.repeat(~wrong, sizes)[: len(piece.data)]].tobytes()
+        rows = int((~wrong & ~records.blank).sum())
+        batch = self._batch(Piece(kept, 0, 0, 0, 0), columns) if rows else None
+        if rows and (batch is None or not len(bad) + len(blank)):
+            raise self.source.error(
+                f"lines {piece.first_line} to {piece.first_line + piece.lines - 1} cannot be parsed",
+                "report this as an error, with these lines",
+            )
+        return Parsed(batch.rename_columns(names) if batch is not None else None, bad, blank)
+
+    def _problem(self, values: int, text: bytes) -> str:
+        shown = text.replace(self.dialect.byte, self.dialect.separator).decode("utf-8", "replace")
+        shown = shown if len(shown) <= _SHOWN else f"{shown[:_SHOWN]}..."
+        count = f"{values} value{'s' if values > 1 else ''} instead of {len(self.names)}"
+        return f"has {count}: {shown!r}"
+
+    def row_lines(self, piece: Piece) -> np.ndarray:
+        records = Records(piece.data, self.dialect.byte, quoted=self.dialect.quoted)
+        return records.first_lines[~records.blank]
+
+    def bad_row_error(self, bad: BadRecord) -> InputError:
+        return self.source.error(
+            f"line {bad.line} {bad.problem}", "correct it, or leave such rows out", parameter="bad_rows"
+        )
