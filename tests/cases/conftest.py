@@ -28,12 +28,12 @@ def commands(capsys: pytest.CaptureFixture[str]) -> Commands:
 def bundle_of(tiny_bundle: Path, tmp_path_factory: pytest.TempPathFactory) -> Rename:
     """`bundle_of(item_ids, **data)`: the tiny bundle with other text ids, and with what its training recorded."""
 
-    def renamed(item_ids: list[str], **data: object) -> Path:
+    def renamed(ids: list[str], /, **data: object) -> Path:
         path = Path(shutil.copytree(tiny_bundle, tmp_path_factory.mktemp("bundle") / "bundle"))
-        assert len(item_ids) == TINY_ITEMS
-        (path / ITEMS).write_text(items_jsonl([{"item_id": one, "events": n} for n, one in enumerate(item_ids, 1)]))
+        assert len(ids) == TINY_ITEMS
+        (path / ITEMS).write_text(items_jsonl([{"item_id": one, "events": n} for n, one in enumerate(ids, 1)]))
         change_file_entry(path, ITEMS)
-        rewrite_manifest(path, integer_item_ids=False, data={"user_ids": "text", "item_ids": "text", **data})
+        rewrite_manifest(path, integer_item_ids=False, data={"user_ids": "text", "item_ids": "text"} | data)
         return path
 
     return renamed

@@ -220,13 +220,20 @@ def test_times_in_words_keep_their_zone(tmp_path: Path, text: str) -> None:
 
 @pytest.mark.parametrize(
     "times",
-    [("1600000000", "1600000000123"), ("1600000000123", "1600000001"), ("1600000000123456", "1600000000"),
-     ("1600000000", "2020-09-13 12:26:41"), ("2020-09-13", "1600000000")],
-)  # fmt: skip
+    [("1600000000", "1600000000123"), ("1600000000123", "1600000001"), ("1600000000123456", "1600000000")],
+)
 def test_mixed_units_are_refused_with_two_rows(tmp_path: Path, times: tuple[str, str]) -> None:
     rows = [f"a,1,{times[0]}", f"a,2,{times[0]}", f"a,3,{times[1]}", f"a,4,{times[0]}"]
     error = refused(log_file(tmp_path, "user_id,item_id,timestamp\n" + "\n".join(rows) + "\n"))
     assert {int(line) for line in re.findall(r"\bline (\d+)", error.cause)} in ({2, 4}, {3, 4}), error
+
+
+@pytest.mark.parametrize("times", [("1600000000", "2020-09-13 12:26:41"), ("2020-09-13", "1600000000")])
+def test_numbers_and_words_do_not_mix(tmp_path: Path, times: tuple[str, str]) -> None:
+    rows = [f"a,1,{times[0]}", f"a,2,{times[0]}", f"a,3,{times[1]}", f"a,4,{times[0]}"]
+    error = refused(log_file(tmp_path, "user_id,item_id,timestamp\n" + "\n".join(rows) + "\n"))
+    assert "line 4" in error.cause
+    assert times[1] in error.cause
 
 
 @pytest.mark.parametrize("time", ["4102444800", "2099-01-01", "99999999999999999"])

@@ -12,9 +12,8 @@ from cases.commands import Commands, case, log_file, read, refused, stored
 from dman_runtime.data.log_options import ANY_LOG, LogOptions
 from dman_runtime.errors import InputError
 
-ROWS = [
-    (user, str(item), 1_600_000_000 + 100 * n + item) for n, user in enumerate(("q0", "q1")) for item in range(1, 7)
-]
+START = {"q0": 1_600_000_000 - 1, "q1": 1_600_000_100 - 1}
+ROWS = [(user, str(item), start + item) for user, start in START.items() for item in range(1, 7)]
 EXPECTED = {user: [(item, time) for u, item, time in ROWS if u == user] for user in ("q0", "q1")}
 COLUMNS = ["user_id", "item_id", "title", "timestamp"]
 NO_QUOTES = replace(ANY_LOG, quote="none")
@@ -34,7 +33,7 @@ def assert_nothing_is_swallowed(path: Path, lines: set[int]) -> None:
     try:
         found, report = read(path)
     except InputError as error:
-        named = {int(number) for number in re.findall(r"\bline (\d+)", error.cause)}
+        named = {int(number) for number in re.findall(r"\blines? (\d+)", error.cause)}
         assert named & lines, error
         assert error.parameter == "quote"
         found, report = read(path, NO_QUOTES)

@@ -44,6 +44,7 @@ from dman_runtime.data.logs import open_log
 from dman_runtime.errors import InputError
 
 COLUMN_OPTIONS = ("user_column", "item_column", "time_column", "position_column")
+UNIT_NAMES = {"seconds": "s", "milliseconds": "ms", "microseconds": "us", "nanoseconds": "ns"}
 EXAMPLES = int(os.environ.get("READING_EXAMPLES", "100"))
 MANY = settings(
     max_examples=EXAMPLES,
@@ -59,17 +60,17 @@ def written(log: WrittenLog) -> Iterator[Path]:
         yield log.write(Path(folder))
 
 
-def read(path: Path, options: LogOptions, *, max_rows: int | None = None) -> tuple[Histories, InputReport, LogOptions]:
+def read(path: Path, options: LogOptions, *, max_rows: int | None = None) -> tuple[Histories, InputReport]:
     with open_log(path, options, max_rows=max_rows) as log:
         found: Histories = {}
         for part in [log.whole()] if max_rows is None else log.parts():
             one = histories(part)
             assert not one.keys() & found.keys()
             found |= one
-        return found, log.report, log.options
+        return found, log.report
 
 
-def read_asked(path: Path, log: WrittenLog) -> tuple[Histories, InputReport, LogOptions]:
+def read_asked(path: Path, log: WrittenLog) -> tuple[Histories, InputReport]:
     """Reads without options, and with those that the errors ask for: a reader may refuse, but must say what to do."""
     truth, options = log.dialect.options(), ANY_LOG
     for _ in range(8):
@@ -78,7 +79,7 @@ def read_asked(path: Path, log: WrittenLog) -> tuple[Histories, InputReport, Log
         except InputError as error:
             name = error.parameter
             assert name, f"no option cures this: {error}"
-            headerless = name == "header" or name.endswith("_column")
+            headerless = name == "no_header" or name.endswith("_column")
             asked = (
                 ("header", "user_column", "item_column", "time_column", "position_column") if headerless else (name,)
             )
@@ -147,7 +148,7 @@ def assert_types(report: InputReport, log: WrittenLog) -> None:
 def test_a_log_in_any_dialect_is_read_as_it_was_written(log: WrittenLog, max_rows: int | None) -> None:
     expected, left_out = expected_log(log.dialect, log.events)
     with written(log) as path:
-        found, report, _ = read(path, log.dialect.options(), max_rows=max_rows)
+        found, report = read(path, log.dialect.options(), max_rows=max_rows)
     assert found == expected
     assert list(found) == list(expected) or max_rows is not None
     assert report.rows == len(log.events)
@@ -163,13 +164,13 @@ def test_a_log_in_any_dialect_is_read_as_it_was_written(log: WrittenLog, max_row
 def test_the_dialect_of_a_log_is_found_out_or_asked_for(log: WrittenLog) -> None:
     options, dialect = log.dialect.options(), log.dialect
     with written(log) as path:
-        if options.encoding in ("latin-1", "utf-16-le", "utf-16-be"):  # nothing in the bytes says so
+        if dialect.encoding in ("latin-1", "utf-16-le", "utf-16-be"):  # nothing in the bytes says so for certain
             try:
-                read_with_encoding = read(path, replace(options, encoding="auto"))[0]
-                assert read_with_encoding == expected_log(dialect, log.events)[0] or options.encoding == "latin-1"
+                unnamed = read(path, replace(options, encoding="auto"))[0]
+                assert unnamed == expected_log(dialect, log.events)[0] or dialect.encoding == "latin-1"
             except InputError as error:
                 assert error.parameter == "encoding"
-        found, report, _ = read_asked(path, log)
+        found, report = read_asked(path, log)
     expected = expected_log(dialect, log.events)[0]
     if found == expected:
         event("as written")
@@ -237,16 +238,17 @@ def test_a_damaged_file_is_refused_at_its_line_or_read_as_it_now_is(
         path.write_bytes(after)
         options = dialect.options() if told else ANY_LOG
         try:
-            found, report, used = read(path, options)
+            found, report = read(path, options)
         except InputError as error:
             event("refused")
             check_place(error, before, after, dialect)
             return
     event("read")
-    rows = strict_rows(after.decode(), used.separator, used.quote)
+    separator, quote, header = dialect_of(report)
+    rows = strict_rows(after.decode(), separator, quote)
     assert even_width(rows)
-    assert found == histories_of(rows, report, used)
-    assert report.rows == len(rows) - used.header
+    assert found == histories_of(rows, report)
+    assert report.rows == len(rows) - header
 
 
 def check_place(error: InputError, before: bytes, after: bytes, dialect: Dialect) -> None:
@@ -266,12 +268,22 @@ def check_place(error: InputError, before: bytes, after: bytes, dialect: Dialect
     assert set(lines) & allowed, f"{error}: not {lines} but {sorted(allowed)}"
 
 
-def histories_of(rows: list[TextRow], report: InputReport, used: LogOptions) -> Histories:
+def dialect_of(report: InputReport) -> tuple[str, str, bool]:
+    """Separator, quote and header, as the report says them."""
+    words = report.files[0]["dialect"].split(", ")
+    names = {"comma": ",", "semicolon": ";", "pipe": "|", "blanks": "blank", "tab": "tab", "::": "::"}
+    (separator,) = [option for name, option in names.items() if name in words]
+    quotes = {"quotes double": "double", "quotes with backslash": "backslash", "no quotes": "none"}
+    (quote,) = [option for name, option in quotes.items() if any(word.startswith(name) for word in words)]
+    return separator, quote, "header" in words
+
+
+def histories_of(rows: list[TextRow], report: InputReport) -> Histories:
     """The rows of a table with a header as histories, in plain Python."""
     header = rows[0].values
     user, item, time = (header.index(report.columns[role]) for role in ("user", "item", "time"))
     events = [
-        Event(row.values[user], row.values[item], nanoseconds(row.values[time].strip(), used.time_unit))
+        Event(row.values[user], row.values[item], nanoseconds(row.values[time].strip(), report.time_unit))
         for row in rows[1:]
     ]
     return expected_log(Dialect(), events)[0]
@@ -280,7 +292,7 @@ def histories_of(rows: list[TextRow], report: InputReport, used: LogOptions) -> 
 def nanoseconds(text: str, unit: str) -> int:
     """A time as the reference understands it. Raises ValueError."""
     try:
-        return int(Decimal(text) * TIME_UNITS[unit])
+        return int(Decimal(text) * TIME_UNITS[UNIT_NAMES[unit]])
     except (ArithmeticError, KeyError):
         moment = datetime.datetime.fromisoformat(text)
         aware = moment if moment.tzinfo else moment.replace(tzinfo=datetime.UTC)
