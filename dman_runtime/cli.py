@@ -31,7 +31,7 @@ def parser() -> Parser:
     _status_options(_plain_command(commands, "status", "ask a running server whether it can do its work"))
     _verify_options(_plain_command(commands, "verify", "read everything in a state store and list what is damaged"))
     _token_options(_plain_command(commands, "token", "make a token for a caller"))
-    _import_options(_command(commands, "import", "backfill histories from a log into the state store"))
+    _import_options(_command(commands, "import", "merge the histories of a log into the state store"))
     _score_options(_command(commands, "score", "write the top K of every user in a log to a Parquet file"))
     _evaluate_options(_command(commands, "evaluate", "leave-one-out metrics of a bundle on a log"))
     _inspect_options(_command(commands, "inspect", "show what a bundle, a state store or a user's state holds"))
@@ -137,12 +137,6 @@ def _log_options(p: Parser) -> None:
 def _import_options(p: Parser) -> None:
     p.flag("--state", type=Path, default=DEFAULT_STATE, help="state directory; created when absent")
     p.flag("--input", type=Path, default=DEFAULT_LOG, help="interaction log")
-    p.flag(
-        "--existing",
-        choices=["skip", "append"],
-        default="skip",
-        help="users already in the store: leave them as they are, or append the events of the file",
-    )
     _log_options(p)
     _encoder_options(p)
     _map_option(p)
@@ -260,11 +254,8 @@ def _import(arguments: argparse.Namespace) -> int:
     with _log(arguments, arguments.input, generation, max_rows=EVENTS_PER_PARTITION) as log:
         print(log.report.table(), flush=True)
         with LmdbStore.open(arguments.state, map_size=arguments.map_size_mib << 20) as store:
-            result = import_histories(log, Engine(generation, store), existing=arguments.existing)
-    print(
-        f"imported {result.events} events of {result.users} users into {arguments.state}; {result.skipped_users} users "
-        f"were there already, {result.unknown_events} events are of items that the bundle does not know"
-    )
+            result = import_histories(log, Engine(generation, store))
+    print(f"imported {result.events} events of {result.users} users into {arguments.state}; {result.summary()}")
     if arguments.json:
         print_json(vars(result))
     return 0

@@ -1,6 +1,6 @@
 """The one path that reads users, advances them and commits them; updates and recommendations stand on it.
 
-    open_users -> append -> advance (whole, or piece by piece) -> commit
+    open_users -> append or merge -> advance (whole, or piece by piece) -> commit
 
 A record is a view of the history. One that does not cover all of it, as after a change of bundle, is caught up when its
 user is opened; one that is damaged is made anew. Knows neither gRPC nor threads nor files. Requests come through
@@ -18,6 +18,7 @@ from contextlib import suppress
 import numpy as np
 
 from dman_runtime.errors import ConflictError, RequestError, StateError, StoreFullError
+from dman_runtime.merging import Merged, joined_events, merge_events
 from dman_runtime.model.generation import Generation
 from dman_runtime.model.record import head_bytes, read_head
 from dman_runtime.model.state import absorbed_segments
@@ -111,6 +112,27 @@ class Engine:
         user.add_left(indices)
         return len(indices)
 
+    def merge(self, user: OpenUser, numbers: np.ndarray, timestamps: np.ndarray, *, keep_order: bool = False) -> Merged:
+        """Like `append`, for events (N), oldest first, that the history may hold already, or that belong before its
+        end: the new ones go to their places by time (`merging`).
+
+        Where that is not behind the history, all of it is left to be advanced again, and will be replaced.
+        """
+        if not user.history_count:
+            return Merged(len(numbers), self.append(user, numbers, timestamps), rebuilt=False)
+        assert user.user_id is not None
+        history = user.new_events
+        if not user.replaces:  # read at a later moment than the head: if it has changed since, so has the version
+            stored = self.store.history(user.user_id, 0, user.head.history_count)
+            history = joined_events(stored, history)
+        added, whole = merge_events(history, (numbers, timestamps), keep_order=keep_order)
+        if whole is None:
+            known = self.append(user, *added) if len(added[0]) else 0
+        else:
+            known = len(self.known_indices(added[0]))
+            user.rebuild(whole, self.generation.unpack(None), self.known_indices(whole[0]))
+        return Merged(len(added[0]), known, rebuilt=whole is not None)
+
     def advance(self, users: Sequence[OpenUser]) -> None:
         """Advances the states of different users by all that is left."""
         self.generation.advance([user.state for user in users], [user.left for user in users])
@@ -129,16 +151,8 @@ class Engine:
         return conflicts
 
     def _write(self, user: OpenUser) -> Write:
-        assert user.user_id is not None and not len(user.left)
         user.state.history_count = user.history_count
-        return Write(
-            user_id=user.user_id,
-            expected_version=user.head.version,
-            records={self.number: self.generation.pack(user.state)},
-            items=_joined(user.items, np.uint32),
-            timestamps=_joined(user.timestamps, np.int64),
-            request_ids=user.request_ids,
-        )
+        return user.write({self.number: self.generation.pack(user.state)})
 
     # -- updates ---------------------------------------------------------------------------------------------------
 
@@ -185,26 +199,26 @@ class Engine:
         by_id = dict(zip(user_ids, users, strict=True))
         if batch is not None:
             duplicate = any(user.applied for user in users)
-            outcomes = [self._merge(by_id[update.user_id], update, duplicate=duplicate) for update in updates]
+            outcomes = [self._apply(by_id[update.user_id], update, duplicate=duplicate) for update in updates]
             for user in users:
                 user.request_ids = [batch] if user.items else []
         else:
             outcomes = [
-                self._merge_once(by_id[update.user_id], update, request)
+                self._apply_once(by_id[update.user_id], update, request)
                 for update, request in zip(updates, requests, strict=True)
             ]
         return OpenUpdates(updates, users, outcomes)
 
-    def _merge_once(self, user: OpenUser, update: Update, request: int | None) -> UpdateOutcome:
+    def _apply_once(self, user: OpenUser, update: Update, request: int | None) -> UpdateOutcome:
         """Appends an update to its user, unless it has been applied already. `request` is the hash of its id."""
         if request is None:
-            return self._merge(user, update, duplicate=False)
+            return self._apply(user, update, duplicate=False)
         duplicate = request in user.applied or request in user.request_ids
         if update.item_ids and not duplicate:
             user.request_ids.append(request)
-        return self._merge(user, update, duplicate=duplicate)
+        return self._apply(user, update, duplicate=duplicate)
 
-    def _merge(self, user: OpenUser, update: Update, *, duplicate: bool) -> UpdateOutcome:
+    def _apply(self, user: OpenUser, update: Update, *, duplicate: bool) -> UpdateOutcome:
         """Appends the events of an update to its user, or of a duplicate none."""
         indices, unknown = self.bundle.items.indices(update.item_ids)
         if duplicate:
@@ -260,11 +274,11 @@ class Engine:
         """
         for query in queries:
             check_query(query)
-        return [self._open_query(query, catch_up) for query in queries]
-
-    def _open_query(self, query: Query, catch_up: bool) -> OpenQuery:
-        with self.store.snapshot() as snapshot:  # the user's state and seen items are of one moment
-            return self._opened(query, snapshot, catch_up)
+        opened = []
+        for query in queries:
+            with self.store.snapshot() as snapshot:  # the user's state and seen items are of one moment
+                opened.append(self._opened(query, snapshot, catch_up))
+        return opened
 
     def _opened(self, query: Query, snapshot: Snapshot, catch_up: bool) -> OpenQuery:
         what_if, unknown = self.bundle.items.indices(query.what_if)
@@ -331,7 +345,3 @@ class Engine:
 def conflict_pause(attempts: int) -> float:
     """Seconds to wait after so many conflicting commits: mostly longer each time, and never as long as others wait."""
     return random.uniform(0, min(_LONGEST_PAUSE, 0.002 * 2.0**attempts))
-
-
-def _joined(parts: list[np.ndarray], kind: type) -> np.ndarray:
-    return parts[0] if len(parts) == 1 else np.concatenate(parts) if parts else np.zeros(0, kind)

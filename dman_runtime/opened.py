@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence, Set
+from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -10,7 +10,7 @@ import numpy as np
 from dman_runtime.model.recurrence import Piece, next_piece
 from dman_runtime.model.state import State
 from dman_runtime.requests import Query, Update, UpdateOutcome
-from dman_runtime.store.base import Head
+from dman_runtime.store.base import Events, Head, Write
 
 NEW_USER = Head(version=0, history_count=0, generation=0)
 
@@ -28,11 +28,16 @@ class OpenUser:
     timestamps: list[np.ndarray] = field(default_factory=list)
     request_ids: list[int] = field(default_factory=list)  # of the new events, to be remembered
     applied: Set[int] = frozenset()  # request ids that were asked for, and have been applied before
+    replaces: bool = False  # `items` and `timestamps` are the whole history, in place of the stored one
 
     @property
     def history_count(self) -> int:
         """Events stored, once this user is committed."""
-        return self.head.history_count + sum(map(len, self.items))
+        return (0 if self.replaces else self.head.history_count) + sum(map(len, self.items))
+
+    @property
+    def new_events(self) -> Events:
+        return _joined(self.items, np.uint32), _joined(self.timestamps, np.int64)
 
     @property
     def event_count(self) -> int:
@@ -41,6 +46,19 @@ class OpenUser:
 
     def add_left(self, indices: np.ndarray) -> None:
         self.left = np.concatenate([self.left, indices]) if len(self.left) else indices
+
+    def rebuild(self, history: Events, empty: State, left: np.ndarray) -> None:
+        """Puts a whole history (N) in place of the stored one: an empty state is to be advanced by what is `left`."""
+        (numbers, timestamps), self.replaces = history, True
+        self.items, self.timestamps, self.state, self.left = [numbers], [timestamps], empty, left
+
+    def write(self, records: Mapping[int, bytes]) -> Write:
+        """What a commit of this user, advanced by all that was left, changes."""
+        assert self.user_id is not None and not len(self.left)
+        items, timestamps = self.new_events
+        return Write(
+            self.user_id, self.head.version, records, items, timestamps, self.request_ids, replace=self.replaces
+        )
 
     def take_piece(self) -> Piece:
         """Removes the next piece from what is left."""
@@ -88,3 +106,7 @@ def catch_up_updates(opened: Sequence[OpenQuery]) -> list[Update]:
     """Empty updates, which bring the records that lag up to their histories."""
     user_ids = dict.fromkeys(one.query.user_id for one in opened if one.lags and one.query.user_id)
     return [Update(user_id, ()) for user_id in user_ids]
+
+
+def _joined(parts: list[np.ndarray], kind: type) -> np.ndarray:
+    return parts[0] if len(parts) == 1 else np.concatenate(parts) if parts else np.zeros(0, kind)

@@ -20,7 +20,9 @@ from dman_runtime.model.generation import Generation
 
 HEADER = "user_id,item_id,timestamp\n"
 Row = tuple[str, str, int]  # user, item, time
-_PLAIN_ID = st.text(st.characters(codec="utf-8", exclude_categories=("Cc", "Cs")), min_size=1, max_size=6)
+_PLAIN_ID = st.text(st.characters(codec="utf-8", exclude_categories=("Cc", "Cs")), min_size=1, max_size=6).filter(
+    lambda text: text == text.strip()  # blanks around ids are removed
+)
 _INTEGER_ID = st.integers(-50, 10**20).map(str)
 
 
@@ -30,9 +32,12 @@ def logs(draw: st.DrawFn) -> list[Row]:
     users, items = (
         draw(st.lists(draw(st.sampled_from((_PLAIN_ID, _INTEGER_ID))), min_size=1, max_size=4)) for _ in "ui"
     )
-    # "1.0" alone in a column is refused; another test says so
+    # whole numbers in two forms are refused, and exact repeats are left out; other tests say so
     row = st.tuples(st.sampled_from([*users, "x"]), st.sampled_from([*items, "7"]), st.integers(-3, 3))
     return [("x", "7", 0), *draw(st.lists(row, max_size=40))]
+
+
+KEEP = LogOptions(exact_repeats="keep")
 
 
 def write(path: Path, rows: Iterable[Row]) -> Path:
@@ -88,10 +93,10 @@ def parts_of(path: Path, options: LogOptions = ANY_LOG, *, max_rows: int) -> lis
         return list(log.parts())
 
 
-def import_log(path: Path, engine: Engine, **options: Any) -> ImportResult:
+def import_log(path: Path, engine: Engine, options: LogOptions = ANY_LOG) -> ImportResult:
     """Imports a file as the command does."""
-    with open_log(path, max_rows=partitions.EVENTS_PER_PARTITION) as log:
-        return import_histories(log, engine, **options)
+    with open_log(path, options, max_rows=partitions.EVENTS_PER_PARTITION) as log:
+        return import_histories(log, engine)
 
 
 def score_log(path: Path, output: Path, generation: Generation, **options: Any) -> int:

@@ -29,7 +29,7 @@ from dman_train.config import (
     TrainConfig,
     to_dict,
 )
-from tools import compare, generate, loadgen, records, report, tune
+from tools import compare, generate, gpu_check, loadgen, records, report, tune
 from tools.bench import __main__ as bench
 from tools.bench import training, versus
 from tools.bench.report import table, write_page
@@ -96,6 +96,7 @@ def parsers() -> Iterator[argparse.ArgumentParser]:
     yield training._parser()
     yield versus._parser()
     yield soak._parser()
+    yield gpu_check.parser()
     yield records.parser()
     yield report.parser()
     yield tune._parser(ModelConfig)

@@ -88,7 +88,7 @@ class IdColumn:
         if not is_text(values.type):
             cause = f"{rows.file.path}: column {self.name!r} has type {values.type}"
             raise InputError(cause, "write the ids as integers or text", parameter=f"{self.role}_column")
-        values = values.cast(pa.string())
+        values = _as_utf8(values, self.name, rows)
         if rows.file.typed:
             self._require_type(TEXT, rows)
             if self.wanted != INTEGER:
@@ -167,7 +167,8 @@ class IdColumn:
                 "give a log with such ids, or say that they are text",
                 parameter=f"{self.role}_ids",
             )
-        self.mostly_integers |= np.count_nonzero(other) < 0.5 * len(other)
+        if np.count_nonzero(other) < 0.5 * len(other):
+            self.mostly_integers = True
         self._turn_to_text(f"{quoted(text)} is no integer of 64 bits")
         return values.cast(pa.string())
 
@@ -267,6 +268,19 @@ def parsed(values: pa.Array, kind: pa.DataType) -> tuple[np.ndarray, np.ndarray 
         except (pa.ArrowException, TypeError, ValueError, OverflowError):
             wrong[row] = True
     return converted, wrong
+
+
+def _as_utf8(values: pa.Array, name: str, rows: Rows) -> pa.Array:
+    import pyarrow as pa
+
+    try:
+        values = values.cast(pa.string())
+        if rows.file.typed:  # other files were decoded
+            values.validate(full=True)
+    except pa.ArrowInvalid:
+        cause = f"{rows.file.path}: column {name!r} holds text that is not UTF-8"
+        raise InputError(cause, "write it as UTF-8") from None
+    return values
 
 
 def is_text(kind: pa.DataType) -> bool:

@@ -31,7 +31,7 @@ def in_order_of_appearance(ids: pa.ChunkedArray) -> tuple[pa.Array, np.ndarray]:
     rows = np.arange(len(numbers), dtype=np.int32 if len(numbers) < 1 << 31 else np.int64)
     first = np.full(int(shifted.max()) + 1, len(numbers), dtype=rows.dtype)
     first[shifted[::-1]] = rows[::-1]  # the last assignment to a place is its first row
-    present = np.flatnonzero(first < len(numbers))
+    present = np.flatnonzero(first != len(numbers))
     by_appearance = present[np.argsort(first[present])]
     codes = first  # reused: id -> code
     codes[by_appearance] = np.arange(len(by_appearance), dtype=codes.dtype)

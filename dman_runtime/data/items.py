@@ -1,61 +1,105 @@
-"""Reading of item files: titles and attributes from CSV, TSV, Parquet or MovieLens' `movies.dat`."""
+"""Reading of item files: titles and attributes from any table, or MovieLens' `movies.dat`."""
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from dman_runtime.data._old_tables import TableColumn, TableFile, quoted
+from dman_runtime.data.ids import RULE, id_problem
 from dman_runtime.data.interactions import ItemInfo
+from dman_runtime.data.log_options import LogOptions
+from dman_runtime.data.sources import Source
+from dman_runtime.data.tables import Rows, Tables, open_tables, quoted
+from dman_runtime.errors import InputError
 
+if TYPE_CHECKING:
+    import pyarrow as pa
+
+_log = logging.getLogger(__name__)
 _MISSING: tuple[Any, ...] = (None, "", [])
+_MOVIELENS_NAMES = ("item_id", "title", "genres")  # what a line of movies.dat holds
 
 
 def read_items(path: str | Path, *, item_column: str = "item_id", title_column: str = "title") -> dict[str, ItemInfo]:
     """Titles and attributes by external item id, in file order. Raises InputError.
 
-    Every other column is an attribute, as text; the values of a list are joined by "|".
+    Every other column is an attribute, as text; the values of a list are joined by "|". Blanks around ids are taken
+    off, as in logs.
     """
-    file = TableFile(path)
-    rows = _movielens_rows(file) if file.kind == ".dat" else _table_rows(file, item_column, title_column)
+    if Source("", Path(path)).name.endswith(".dat"):
+        return _movielens_items(path)
+    tables = open_tables(path)
+    _require(tables, item_column, "name the column that holds the items", parameter="item_column")
+    _require(tables, title_column, f"rename the column that holds the titles to {title_column!r}")
+    return _items(tables, tables.names, item_column, title_column)
+
+
+def _movielens_items(path: str | Path) -> dict[str, ItemInfo]:
+    """Items of a file in UTF-8 or, as those of the older data sets are, in Latin-1."""
+    try:
+        try:
+            return _movielens_items_in("utf-8", path)
+        except InputError as error:
+            if error.parameter != "encoding":
+                raise
+            _log.info("%s is not UTF-8: it is read as Latin-1", path)
+            return _movielens_items_in("latin-1", path)
+    except InputError as error:
+        if error.parameter != "bad_rows":
+            raise
+        raise InputError(error.cause, "every line needs item::title::genres") from None
+
+
+def _movielens_items_in(encoding: str, path: str | Path) -> dict[str, ItemInfo]:
+    tables = open_tables(path, LogOptions(header=False, separator="::", quote="none", encoding=encoding))
+    if len(tables.names) != len(_MOVIELENS_NAMES):
+        raise tables.error(
+            f"line 1 has {len(tables.names)} values instead of 3", "every line needs item::title::genres"
+        )
+    return _items(tables, list(_MOVIELENS_NAMES), "item_id", "title")
+
+
+def _require(tables: Tables, name: str, remedy: str, *, parameter: str = "") -> None:
+    """Raise InputError, with this remedy if the column is absent, unless one column has that name."""
+    if name not in tables.names:
+        cause = f"no column {name!r}; it has: {', '.join(tables.names)[:300]}"
+        raise tables.error(cause, remedy, parameter=parameter)
+
+
+def _items(tables: Tables, names: list[str], item_column: str, title_column: str) -> dict[str, ItemInfo]:
+    """The items of a table whose columns are called `names`."""
     infos: dict[str, ItemInfo] = {}
-    for number, (item_id, info) in enumerate(rows):
-        if item_id in infos:
-            cause = f"{file.where(number)}: item {quoted(item_id)} appears a second time"
-            raise file.error(cause, "keep one row per item")
-        infos[item_id] = info
+    for rows in tables.batches(tables.names):
+        batch = rows.batch.rename_columns(names)
+        ids = _ids(rows, batch[item_column], item_column)
+        for number, (item_id, row) in enumerate(zip(ids, batch.drop_columns([item_column]).to_pylist(), strict=True)):
+            if item_id in infos:
+                cause = f"{rows.file.where(rows.first_row + number)}: item {quoted(item_id)} appears a second time"
+                raise InputError(cause, "keep one row per item")
+            texts = {name: _text(value) for name, value in row.items() if value not in _MISSING}
+            infos[item_id] = ItemInfo(texts.pop(title_column, ""), texts)
     if not infos:
-        raise file.error("no rows", "give a file with one row per item")
+        raise tables.error("no rows", "give a file with one row per item")
     return infos
 
 
-def _table_rows(file: TableFile, item_column: str, title_column: str) -> Iterator[tuple[str, ItemInfo]]:
-    file.require(item_column, "name the column that holds the items", parameter="item_column")
-    file.require(title_column, f"rename the column that holds the titles to {title_column!r}")
-    first_row = 0
-    for batch in file.batches(list(dict.fromkeys(file.names))):
-        with file.errors():
-            ids = TableColumn(file, item_column, batch[item_column], first_row).ids().to_pylist()
-            rows = batch.drop_columns([item_column]).to_pylist()
-        first_row += len(ids)
-        for item_id, row in zip(ids, rows, strict=True):
-            texts = {name: _text(value) for name, value in row.items() if value not in _MISSING}
-            yield item_id, ItemInfo(texts.pop(title_column, ""), texts)
+def _ids(rows: Rows, values: pa.Array, name: str) -> Iterator[str]:
+    import pyarrow as pa
+
+    kind = values.type.value_type if pa.types.is_dictionary(values.type) else values.type
+    if not (pa.types.is_integer(kind) or kind in (pa.string(), pa.large_string(), pa.string_view())):
+        raise InputError(f"{rows.file.path}: column {name!r} has type {kind}", "write the ids as integers or text")
+    for number, value in enumerate(values.to_pylist()):
+        text = "" if value is None else str(value).strip(" \t")
+        if problem := id_problem(text):
+            raise InputError(
+                f"{rows.file.where(rows.first_row + number)}: {name} {quoted(text)} {problem}",
+                f"{RULE}, or remove such rows",
+            )
+        yield text
 
 
 def _text(value: object) -> str:
     return "|".join(map(str, value)) if isinstance(value, list) else str(value)
-
-
-def _movielens_rows(file: TableFile) -> Iterator[tuple[str, ItemInfo]]:
-    with file.errors():
-        import pyarrow as pa
-
-        with pa.input_stream(str(file.path)) as stream:  # decompresses .gz
-            text = stream.read().decode("latin-1")
-    for number, line in enumerate(text.rstrip("\n").split("\n") if text.strip() else []):
-        parts = line.removesuffix("\r").split("::")
-        if len(parts) != 3 or not parts[0]:
-            raise file.error(f"{file.where(number)} is {quoted(line)}", "every line needs item::title::genres")
-        yield parts[0], ItemInfo(parts[1], {"genres": parts[2]} if parts[2] else {})

@@ -40,6 +40,7 @@ class Parsed:
     batch: pa.RecordBatch | None  # None: no rows
     bad: Sequence[BadRecord] = ()
     blank: Sequence[int] = ()  # lines that hold blanks only, beyond those that the piece knows of
+    error: InputError | None = None  # after the bad ones
 
     @property
     def rows(self) -> int:
@@ -96,6 +97,8 @@ class LineReader:
         for piece, parsed in _in_order(self.format.pieces(stream), self.format.parser(names)):
             if parsed.bad and not tally.skip:
                 raise self.format.bad_row_error(parsed.bad[0])
+            if parsed.error:
+                raise parsed.error
             if parsed.rows + len(parsed.bad) + len(parsed.blank) != piece.rows:
                 raise self._lost(piece.rows, parsed, piece)
             self._account(parsed, piece, tally)

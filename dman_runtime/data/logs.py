@@ -7,7 +7,7 @@ integers. A log that cannot be used raises `InputError`. pyarrow is imported on 
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Container, Iterator
+from collections.abc import Container, Generator, Iterator
 from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any
@@ -73,7 +73,7 @@ def _chained(first: Interactions, rest: Iterator[Interactions]) -> Iterator[Inte
     yield from rest
 
 
-def _parts(scan: Scan, max_rows: int) -> Iterator[Interactions]:
+def _parts(scan: Scan, max_rows: int) -> Generator[Interactions, None, None]:
     try:
         with closing(split_by_user(scan.batches(), scan.prepared, max_rows=max_rows)) as parts:
             for batches in parts:

@@ -91,18 +91,18 @@ class Scan:
         if self.positions and not self.positions.why_not:
             columns["position"] = pa.array(self.positions.read(rows, bad))
         batch = pa.RecordBatch.from_arrays(list(columns.values()), names=list(columns))
-        return batch if bad.mask is None else self._without(batch, bad)
+        if bad.mask is None:
+            return batch
+        self._note_bad(bad)
+        return batch.filter(pa.array(~bad.mask))
 
-    def _without(self, batch: pa.RecordBatch, bad: BadRows) -> pa.RecordBatch:
-        import pyarrow as pa
-
+    def _note_bad(self, bad: BadRows) -> None:
         if self.options.bad_rows == "fail":
             raise bad.error()
         for cause, count in bad.causes.items():
             self.report.left_out[cause] = self.report.left_out.get(cause, 0) + count
         missing = EXAMPLES - len(self.report.bad_rows)
         self.report.bad_rows += bad.described(missing)
-        return batch.filter(pa.array(~bad.mask))
 
     def prepared(self, batch: pa.RecordBatch) -> pa.RecordBatch:
         """A batch for temporary files: ids as text, all columns always there, the hash of the user. Counts ids."""
@@ -154,10 +154,10 @@ class Scan:
             joined = pa.chunked_array(chunks)
             return joined.cast(pa.int64()) if column.integers and pa.types.is_string(joined.type) else joined
 
-        def numbers(name: str, kind: type) -> np.ndarray | None:
+        def numbers(name: str, kind: type[np.generic]) -> np.ndarray | None:
             if not any(name in batch.schema.names for batch in batches):
                 return None
-            zeros = np.zeros(max(map(len, batches), default=0), kind)
+            zeros: np.ndarray = np.zeros(max(map(len, batches), default=0), kind)
             parts = [b[name].to_numpy() if name in b.schema.names else zeros[: len(b)] for b in batches]
             return np.concatenate(parts)
 

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Protocol
 from dman_runtime.data.detection import Detector
 from dman_runtime.data.encodings import decoded_sample, find_encoding
 from dman_runtime.data.input_report import BadRow
+from dman_runtime.data.json_rows import JsonRows
 from dman_runtime.data.line_rows import LineReader, Tally
 from dman_runtime.data.log_options import ANY_LOG, AUTO, LogOptions
 from dman_runtime.data.parquet_rows import ParquetReader
@@ -51,6 +52,7 @@ class TableFile:
     reader: Reader
     looks_headerless: bool = False
     first_line: tuple[str, ...] = ()
+    free_keys: bool = False  # a row may lack columns
     rows: int = 0  # known after reading
 
     @property
@@ -115,15 +117,23 @@ class Tables:
             if self.names.count(name) != 1:
                 raise self._no_such_column(name)
         self._tally = tally = Tally(self._skip)
+        kinds: dict[str, tuple[str, str]] = {}
         for file in self.files:
             first_row = 0
             for batch in file.reader.batches(names, tally):
+                _check_kinds(batch, file, kinds)
                 yield Rows(batch, file, first_row)
                 first_row += len(batch)
             file.rows = first_row
 
     def _no_such_column(self, name: str) -> InputError:
-        if count := self.names.count(name):
+        if (count := self.names.count(name)) and self.looks_headerless:
+            return self.error(
+                f"{count} columns are named {name!r}: its first line looks like a row",
+                "say that there is no header",
+                parameter="header",
+            )
+        if count:
             return self.error(f"{count} columns are named {name!r}", "keep one of them")
         return self.error(f"no column {name!r}; it has: {', '.join(self.names)[:300]}", "name one of these")
 
@@ -154,6 +164,10 @@ def _open_file(source: Source, options: LogOptions) -> TableFile:
     encoding = find_encoding(source, head, options.encoding)
     sample = decoded_sample(source, head, encoding, complete=complete)
     words = [encoding.words, *words]
+    if kind == JSON_LINES:
+        file = _table_file(source, LineReader(source, JsonRows(source, encoding, sample)), words)
+        file.free_keys = True
+        return file
     detected = Detector(source, options, sample, complete=complete).dialect()
     file = _table_file(source, LineReader(source, TextRows(source, encoding, detected)), words)
     file.looks_headerless, file.first_line = detected.looks_headerless, detected.first_line
@@ -190,9 +204,44 @@ def _is_json_object(begin: bytes) -> bool:
         return False
 
 
+def _check_kinds(batch: pa.RecordBatch, file: TableFile, kinds: dict[str, tuple[str, str]]) -> None:
+    """Raise InputError if a column has values of another kind than in an earlier file; `kinds` remembers them."""
+    for name, column in zip(batch.schema.names, batch.columns, strict=True):
+        kind = _kind(column.type)
+        known, path = kinds.get(name, (kind, file.path))
+        if column.null_count < len(column):
+            if kind != known:
+                raise InputError(
+                    f"column {name!r} holds {kind} in {file.path}, but {known} in {path}",
+                    "give files whose columns have the same types",
+                )
+            kinds[name] = known, path
+
+
+def _kind(arrow_type: pa.DataType) -> str:
+    """What the values of a type are, whatever their size and encoding."""
+    import pyarrow as pa
+
+    kind = arrow_type.value_type if pa.types.is_dictionary(arrow_type) else arrow_type
+    if kind in (pa.string(), pa.large_string(), pa.string_view(), pa.binary(), pa.large_binary()):
+        return "text"
+    if pa.types.is_integer(kind):
+        return "integers"
+    if pa.types.is_floating(kind) or pa.types.is_decimal(kind):
+        return "numbers with a point"
+    if pa.types.is_timestamp(kind) or pa.types.is_date(kind):
+        return "times"
+    return str(kind)
+
+
 def _common_names(files: list[TableFile]) -> list[str]:
-    """The names of the columns, which all files must have. Raises InputError."""
+    """The names of the columns, which all files must have, but for JSON, where keys may be missing.
+
+    Raises InputError.
+    """
     first = files[0]
+    if all(file.free_keys for file in files):
+        return list(dict.fromkeys(name for file in files for name in file.names))
     for file in files[1:]:
         if sorted(file.names) != sorted(first.names):
             raise InputError(

@@ -124,17 +124,16 @@ class TimeColumn:
         import pyarrow as pa
 
         if self._form != _WORDS:
-            try:
-                return values.cast(pa.int64()).to_numpy(), self._require_form(_NUMBERS, rows)
-            except pa.ArrowInvalid:
-                pass
-        as_words = _iso_nanoseconds(values) if self._form != _NUMBERS else None
-        as_numbers = parsed(values, pa.float64()) if self._form != _WORDS else None
-        if as_numbers is None or (as_words is not None and _misses(as_words) < _misses(as_numbers)):
-            assert as_words is not None
+            as_integers = _whole_numbers(values)
+            as_numbers = parsed(values, pa.float64()) if as_integers is None else (as_integers, None)
+            if _misses(as_numbers) == 0 or (self._form == _NUMBERS and _misses(as_numbers) < len(values)):
+                self._require_form(_NUMBERS, rows)
+                return as_numbers
+        as_words = _iso_nanoseconds(values)
+        if self._form == _WORDS or _misses(as_words) < _misses(as_numbers):
             self._require_form(_WORDS, rows)
             return as_words
-        if as_words is not None and _misses(as_numbers) < len(values):
+        if _misses(as_numbers) < len(values):
             self._require_form(_NUMBERS, rows)
         return as_numbers
 
@@ -263,6 +262,16 @@ class TimeColumn:
 
 def _unit_of(plausible: int) -> str:
     return list(UNITS)[plausible // 2]
+
+
+def _whole_numbers(values: pa.Array) -> np.ndarray | None:
+    import pyarrow as pa
+
+    try:
+        numbers: np.ndarray = values.cast(pa.int64()).to_numpy()
+    except pa.ArrowInvalid:
+        return None
+    return numbers
 
 
 def _misses(result: tuple[np.ndarray, np.ndarray | None]) -> int:

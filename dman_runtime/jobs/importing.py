@@ -1,10 +1,9 @@
-"""Backfills a store from a log."""
+"""Merges a log into a store: events that it holds already are recognised, the others go to their places."""
 
 from __future__ import annotations
 
 import time
 from dataclasses import dataclass
-from typing import Literal
 
 import numpy as np
 from tqdm import tqdm
@@ -13,59 +12,70 @@ from dman_runtime.data.interactions import Interactions
 from dman_runtime.data.logs import Log
 from dman_runtime.engine import COMMIT_ATTEMPTS, Engine, conflict_pause
 from dman_runtime.errors import ConflictError
+from dman_runtime.id_types import remember_id_types
 from dman_runtime.jobs.partitions import by_length
-
-Existing = Literal["skip", "append"]
+from dman_runtime.opened import OpenUser
 
 
 @dataclass
 class ImportResult:
-    users: int = 0  # written
-    events: int = 0  # stored
-    skipped_users: int = 0  # in the store already
-    unknown_events: int = 0  # of those stored: of items that the bundle does not know
+    users: int = 0  # in the file
+    new_users: int = 0  # that the store did not know
+    events: int = 0  # stored now
+    recognised_events: int = 0  # in the store already
+    rebuilt_users: int = 0  # whose history was put in order anew, as events of the file belong before its end
+    unknown_events: int = 0  # of those stored now: of items that the bundle does not know
+
+    def add(self, other: ImportResult) -> None:
+        for name, count in vars(other).items():
+            setattr(self, name, getattr(self, name) + count)
+
+    def summary(self) -> str:
+        """For people, beside users and events."""
+        return (
+            f"{self.new_users} users are new, {self.recognised_events} events were there already, "
+            f"{self.rebuilt_users} histories were put in order anew, {self.unknown_events} of the imported events are "
+            "of items that the bundle does not know"
+        )
 
 
-def import_histories(log: Log, engine: Engine, *, existing: Existing = "skip") -> ImportResult:
-    """Stores and encodes the histories of a log, one durable commit per batch of users.
+def import_histories(log: Log, engine: Engine) -> ImportResult:
+    """Stores and encodes what a log has and the store lacks, one durable commit per batch of users.
 
-    Users that are in the store already are skipped, so an interrupted import can simply be repeated; with
-    existing="append" their events in the file are added instead. Raises InputError, ConflictError, StoreError.
+    Events are recognised by user, item and time, so the same log twice changes nothing, and an interrupted import can
+    be repeated. Events go to their places by time; those of one log that time does not order keep its order. A user
+    without new events is not written. A server may use the store meanwhile. Raises InputError, ConflictError,
+    StoreError.
     """
     result = ImportResult()
+    keep_order = log.options.order_by != "time"
+    remember_id_types(engine.store, engine.bundle.manifest)
     with tqdm(unit="ev", unit_scale=True, desc="import", disable=None) as bar:
         for partition in log.parts():
             numbers = engine.store.add_items(partition.item_ids)[partition.items]  # of every event
             for rows in by_length(np.diff(partition.offsets)):
-                _import_batch(engine, partition, numbers, rows, existing, result)
+                result.add(_import_batch(engine, partition, numbers, rows, keep_order=keep_order))
                 bar.update(sum(len(partition.history(row)) for row in rows))
     return result
 
 
 def _import_batch(
-    engine: Engine,
-    partition: Interactions,
-    numbers: np.ndarray,
-    rows: np.ndarray,
-    existing: Existing,
-    result: ImportResult,
-) -> None:
-    user_ids = [partition.user_ids[row] for row in rows]
+    engine: Engine, partition: Interactions, numbers: np.ndarray, rows: np.ndarray, *, keep_order: bool
+) -> ImportResult:
     for attempt in range(COMMIT_ATTEMPTS):
-        users, events, known = [], 0, 0
-        for row, user in zip(rows, engine.open_users(user_ids), strict=True):
-            if user.head.version and existing == "skip":
-                continue
-            begin, end = partition.offsets[row], partition.offsets[row + 1]
-            known += engine.append(user, numbers[begin:end], partition.timestamps[begin:end])
-            events += int(end - begin)
-            users.append(user)
-        engine.advance(users)
-        if not engine.commit(users):
-            result.users += len(users)
-            result.events += events
-            result.skipped_users += len(user_ids) - len(users)
-            result.unknown_events += events - known
-            return
+        result, changed = ImportResult(users=len(rows)), list[OpenUser]()
+        for row, user in zip(rows, engine.open_users([partition.user_ids[row] for row in rows]), strict=True):
+            events = slice(partition.offsets[row], partition.offsets[row + 1])
+            merged = engine.merge(user, numbers[events], partition.timestamps[events], keep_order=keep_order)
+            if merged.added:
+                changed.append(user)
+            result.new_users += not user.head.version
+            result.events += merged.added
+            result.recognised_events += int(events.stop - events.start) - merged.added
+            result.rebuilt_users += merged.rebuilt
+            result.unknown_events += merged.added - merged.known
+        engine.advance(changed)
+        if not engine.commit(changed):
+            return result
         time.sleep(conflict_pause(attempt))
     raise ConflictError("a server keeps updating users of this file", "stop it, or import when it is quiet")

@@ -5,7 +5,9 @@ B rows, S new positions, C context positions; T events per segment, m memory slo
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
+import io
 import logging
 import os
 import re
@@ -190,11 +192,19 @@ def _cuda_problem(graph: bytes) -> str | None:
     if not _has_cuda_device():  # asked first: loading the provider takes seconds and hundreds of megabytes
         return "no CUDA device found"
     try:
-        ort.preload_dlls()
+        _load_cuda_libraries()
         session = _session(graph, CUDA, threads=1)
     except Exception as error:  # whatever a driver mismatch throws must not stop a CPU server
         return f"ONNX Runtime does not start on CUDA ({_first_line(error)})"
     return None if session.get_providers()[0] == CUDA else "ONNX Runtime does not start on CUDA"
+
+
+def _load_cuda_libraries() -> None:
+    """Those that pip installed. ONNX Runtime prints to stdout what is missing, where only our own output belongs."""
+    with contextlib.redirect_stdout(io.StringIO()) as printed:
+        ort.preload_dlls()
+    for line in printed.getvalue().splitlines():
+        logger.debug("ONNX Runtime: %s", line)
 
 
 def _has_cuda_device() -> bool:

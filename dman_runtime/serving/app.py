@@ -20,6 +20,7 @@ from dman_runtime.api.recommender import RecommenderService
 from dman_runtime.api.standard import Health, Streams
 from dman_runtime.batcher import Batcher
 from dman_runtime.engine import Engine
+from dman_runtime.id_types import remember_id_types
 from dman_runtime.log_lines import RateLimited
 from dman_runtime.metrics import NO_METRICS, Metrics
 from dman_runtime.model.generation import Generation
@@ -72,6 +73,7 @@ class App:
             config.port,
         )
         engine = Engine(self.generation, self._store)
+        remember_id_types(self._store, self.generation.bundle.manifest)
         self._updates = Batcher(engine, metrics=metrics)
         # On CUDA all graph runs belong on one thread.
         on_cuda = self.generation.graphs.on_cuda

@@ -12,6 +12,7 @@ served are its *generations*; each user has at most one record of each.
 | seen | user | the item numbers of the history, as a set |
 | record | user, generation | bytes that the store does not read |
 | request ids | user | hashes of the ids of applied updates, for a day, also after the user is deleted |
+| id types | | whether the ids of users and of items are integers or text, once a bundle has decided it |
 
 All methods may be called from many threads. Everything written is durable when a method returns, in stores that are
 durable at all. User ids and item ids follow the rule of `data.ids`; another id is a ValueError.
@@ -56,6 +57,17 @@ class RankingView(NamedTuple):
     seen: NDArray[np.uint32]  # item numbers of the whole history, in no order; some may come twice
 
 
+class IdTypes(NamedTuple):
+    """What the ids of a store are, where they leave it: INTEGER, TEXT, or UNKNOWN as long as no bundle has said it."""
+
+    users: str
+    items: str
+
+
+INTEGER, TEXT, UNKNOWN = "integer", "text", ""
+UNKNOWN_TYPES = IdTypes(UNKNOWN, UNKNOWN)
+
+
 @dataclass(frozen=True, slots=True, eq=False)
 class Write:
     """What a commit changes of one user.
@@ -64,6 +76,9 @@ class Write:
     be 0. `expected_version` is the version that the records were computed from; 0: the user must not exist yet.
     `request_ids` are 64-bit hashes of the ids of the updates that make up this write, none of which was `applied`
     before. `records` holds new records by generation; those of other generations stay as they are.
+
+    With `replace`, the events are the whole history, in place of the stored one, which must not be longer. Records of
+    generations that `records` lacks are removed, as they are views of the old history. Request ids stay.
     """
 
     user_id: str
@@ -72,6 +87,7 @@ class Write:
     items: NDArray[np.integer]
     timestamps: NDArray[np.integer]
     request_ids: Sequence[int] = ()
+    replace: bool = False
 
 
 @dataclass(frozen=True)
@@ -152,6 +168,14 @@ class StateStore(Snapshot, Protocol):
         """Removes all records of a generation, and returns how many. The generation keeps its number."""
         ...
 
+    def id_types(self) -> IdTypes:
+        """What was remembered last; UNKNOWN_TYPES before that."""
+        ...
+
+    def remember_id_types(self, types: IdTypes) -> None:
+        """Says what the ids are from now on; on disk on return. ValueError for what is no type."""
+        ...
+
     # -- users -----------------------------------------------------------------------------------------------------
 
     def commit(self, writes: Sequence[Write]) -> list[str]:
@@ -159,9 +183,9 @@ class StateStore(Snapshot, Protocol):
         nothing is stored, and the caller reads those again. A new user one of whose request ids was applied in an
         earlier life counts as such.
 
-        ValueError for unusable events or a user named twice, StoreFullError where there is no room,
-        TooManyRequestIdsError where a user has more request ids than can be remembered (documented by the store, and
-        never below 100,000 in 6 hours); then nothing is stored either.
+        ValueError for unusable events, a user named twice, or a history replaced by a shorter one; StoreFullError where
+        there is no room; TooManyRequestIdsError where a user has more request ids than can be remembered (documented by
+        the store, and never below 100,000 in 6 hours). Nothing is stored then either.
         """
         ...
 
@@ -241,6 +265,21 @@ def checked_id(text: str) -> str:
     if (problem := id_problem(text)) is not None:
         raise ValueError(f"{text!r:.80} {problem}; {RULE}")
     return text
+
+
+def checked_types(types: IdTypes) -> IdTypes:
+    """The types themselves. ValueError for others than the three."""
+    if any(kind not in (INTEGER, TEXT, UNKNOWN) for kind in types):
+        raise ValueError(f"ids are {INTEGER!r}, {TEXT!r} or {UNKNOWN!r}, not {types!r:.80}")
+    return types
+
+
+def check_replacement(write: Write, stored_events: int) -> None:
+    """ValueError where a write would shorten a history."""
+    if write.replace and len(write.items) < stored_events:
+        raise ValueError(
+            f"user {write.user_id!r:.80} has {stored_events} events; {len(write.items)} cannot replace them"
+        )
 
 
 def checked_writes(writes: Sequence[Write], item_count: int) -> None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import errno
 import logging
 import os
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any, NoReturn, Self
 
@@ -17,7 +17,7 @@ import lmdb
 from lmdb.verify import verify
 
 from dman_runtime.errors import StoreError, StoreMismatchError
-from dman_runtime.store.files import StoreFiles, check_directory, has_data
+from dman_runtime.store.files import StoreFiles, check_directory, has_data, map_size_to_read, stored_map_size
 from dman_runtime.store.history import DamagedError
 from dman_runtime.store.lmdb_errors import disk_is_full, store_errors
 from dman_runtime.store.lmdb_layout import FORMAT_VERSION, NAMES, OLD_FORMAT, read_info, write_info
@@ -40,12 +40,14 @@ class Environment:
         self.legacy = False  # values of format 3 may be there
         self._env: lmdb.Environment | None = env
         self._files, self._pid = files, os.getpid()
-        self.map_size, self._page_size = env.info()["map_size"], env.stat()["psize"]
+        self._page_size = env.stat()["psize"]
+        # A reader maps less than the file may grow to.
+        self.map_size = stored_map_size(path, self._page_size) if readonly else env.info()["map_size"]
 
     @classmethod
     def open(cls, path: Path, *, map_size: int, readonly: bool, must_exist: bool) -> Self:
         """Opens the store in the directory `path`; `LmdbStore.open` says what the options mean. Raises StoreError."""
-        with store_errors(path, map_size):
+        with store_errors(path, map_size, readonly=readonly):
             check_directory(path)
             expected = read_marker(path)  # before the files: another process may be creating both
             refusal = absent(path, expected=expected, readonly=readonly, must_exist=must_exist)
@@ -137,6 +139,20 @@ class Environment:
         env = self._env
         if env is None or self._pid != os.getpid():  # `_environment` without the call: every recommendation passes here
             env = self._environment()
+        try:
+            return env.begin(buffers=True)
+        except lmdb.MapResizedError:
+            if not self.readonly:
+                raise
+            return self._begin_in_larger_map(env)
+
+    def _begin_in_larger_map(self, env: lmdb.Environment) -> lmdb.Transaction:
+        """Maps what other processes have added to the file, where nothing in this process reads the present map."""
+        own = str(os.getpid())
+        readers = [line.split() for line in env.readers().splitlines()]
+        if any(columns[0] == own and columns[-1] != "-" for columns in readers):
+            raise lmdb.MapResizedError("the map cannot be replaced while it is read")
+        env.set_mapsize(map_size_to_read(self.path))
         return env.begin(buffers=True)
 
     def write(self) -> WriteTransaction:
@@ -174,27 +190,30 @@ class Environment:
 
     def check(self) -> None:
         """StoreGoneError if the files are no longer the ones that were opened."""
-        with store_errors(self.path, self.map_size):
+        with self._errors():
             self._files.check()
 
     def free_stale_readers(self) -> int:
         """Frees the reader slots of dead processes, whose snapshots keep pages from being reused; returns how many."""
-        with store_errors(self.path, self.map_size):
+        with self._errors():
             stale = self._environment().reader_check()
         if stale:
             logger.info("freed %d reader slots of dead processes in %s", stale, self.path)
         return stale
 
+    def _errors(self) -> AbstractContextManager[None]:
+        return store_errors(self.path, self.map_size, readonly=self.readonly)
+
     def fail(self, error: Exception) -> NoReturn:
         """Raises the StoreError that says what went wrong."""
-        with store_errors(self.path, self.map_size):
+        with self._errors():
             raise error
         raise AssertionError  # store_errors raises another error
 
     def flush(self) -> None:
         env = self._environment()
         if not self.readonly:
-            with store_errors(self.path, self.map_size):
+            with self._errors():
                 env.sync(True)
 
     def close(self) -> None:
@@ -268,9 +287,11 @@ class WriteTransaction:
 def _open(path: Path, map_size: int, *, readonly: bool) -> lmdb.Environment:
     if not (path / "lock.mdb").exists() and disk_is_full(path):  # or LMDB dies of SIGBUS creating it
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-    # A reader takes the map size from the file. Access is random, hence no readahead.
+    if readonly:  # address space may be short, and the file has what there is to read
+        map_size = map_size_to_read(path)
+    # Access is random, hence no readahead.
     return lmdb.open(
-        str(path), lib_version=0, map_size=0 if readonly else map_size, max_dbs=len(NAMES),
+        str(path), lib_version=0, map_size=map_size, max_dbs=len(NAMES),
         max_readers=_MAX_READERS, readonly=readonly, create=False, mode=0o700, readahead=False,
         sync=True, metasync=True, writemap=False, map_async=False,
     )  # fmt: skip

@@ -22,6 +22,9 @@ from lmdb.verify import verify
 from dman_runtime.errors import StoreGoneError, StoreUnavailableError
 
 _MAGIC, _DATA_FORMAT = struct.pack("=I", 0xBEEFC0DE), struct.pack("=I", 1)  # how LMDB 0.9 marks its file
+# How LMDB describes its file at the start of its first two pages: magic, format, map size, last page, transaction.
+_META = struct.Struct("=16xII8xQ96xQQ")
+_GROWTH = 64 << 20  # bytes that a file may grow by until a reader maps it again
 _BUSY, _GONE = {errno.EWOULDBLOCK, errno.EAGAIN, errno.EACCES}, {errno.ENOENT, errno.ENOTDIR, errno.ESTALE}
 _CHECKED_BYTES = 64 << 20  # of larger files the structure is not checked when they are opened
 _PATIENCE, _PAUSE, _TRIES = 60.0, 0.02, 5  # seconds for another process to open the store; between tries; for lock.mdb
@@ -127,6 +130,22 @@ class StoreFiles:
         descriptor, self._descriptor = self._descriptor, -1
         if descriptor >= 0:
             os.close(descriptor)
+
+
+def map_size_to_read(path: Path) -> int:
+    """Bytes of address space that a reader needs, and some more: a server may be adding to the file."""
+    return (path / "data.mdb").stat().st_size + _GROWTH
+
+
+def stored_map_size(path: Path, page_size: int) -> int:
+    """The map size in bytes that the last writer had: what the file may grow to, or has grown to already."""
+    with (path / "data.mdb").open("rb") as file:
+        newest, map_size = -1, 0
+        for page in (0, page_size):  # LMDB writes the two in turns
+            _, _, size, _, transaction = _META.unpack(os.pread(file.fileno(), _META.size, page))
+            if transaction > newest:
+                newest, map_size = transaction, size
+    return map_size
 
 
 def has_data(path: Path) -> bool:

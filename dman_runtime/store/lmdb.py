@@ -2,7 +2,8 @@
 
 | database | key | value |
 |---|---|---|
-| meta | `info`; `generations` | JSON: format and id of the store; the bundle ids in order, the first is generation 1 |
+| meta | `info`; `generations`; `id_types` | JSON: format and id of the store; the bundle ids in order, the first is \
+generation 1; what user ids and item ids are |
 | items | item number, u32 big-endian | external id, UTF-8; checksum |
 | item_numbers | external id, UTF-8 | item number, u32 little-endian; checksum |
 | users | user id, `\\0`, generation u32 big-endian | the record; with generation 0, the head |
@@ -29,27 +30,19 @@ import lmdb
 import numpy as np
 from numpy.typing import NDArray
 
-from dman_runtime.store.base import Head, RankingView, ReadsBySnapshot, StoreStats, Write, checked_id, checked_writes
-from dman_runtime.store.environment import Environment
-from dman_runtime.store.history import (
-    CHUNK_EVENTS,
-    MAX_HEAD_BYTES,
-    RECENT_IDS,
-    DamagedError,
-    Spilled,
-    StoredHead,
-    add_seen,
-    count_of,
-    events_of,
-    pack_chunk,
-    pack_head,
-    pack_record,
-    seed_of,
-    split_events,
-    unpack_head,
-    version_of,
+from dman_runtime.store.base import (
+    IdTypes,
+    RankingView,
+    ReadsBySnapshot,
+    StoreStats,
+    Write,
+    checked_id,
+    checked_types,
+    checked_writes,
 )
-from dman_runtime.store.lmdb_absence import check_no_user, check_nothing_left
+from dman_runtime.store.environment import Environment
+from dman_runtime.store.history import MAX_HEAD_BYTES, DamagedError, version_of
+from dman_runtime.store.lmdb_absence import check_nothing_left
 from dman_runtime.store.lmdb_items import append_items, item_count
 from dman_runtime.store.lmdb_layout import (
     HEAD_SUFFIX,
@@ -57,14 +50,16 @@ from dman_runtime.store.lmdb_layout import (
     decoded,
     numbered_key,
     read_generations,
+    read_id_types,
     user_of,
     write_generations,
+    write_id_types,
 )
-from dman_runtime.store.lmdb_reads import NO_SEEN, LmdbSnapshot, read_seen
-from dman_runtime.store.request_ids import MAX_IDS, find_requests, has_expired, spill, spilled_of_nobody, sweep
+from dman_runtime.store.lmdb_reads import LmdbSnapshot
+from dman_runtime.store.lmdb_users import delete_user, put_user
+from dman_runtime.store.request_ids import find_requests, has_expired, sweep
 
 DEFAULT_MAP_SIZE = 64 << 30  # bytes of address space; the disk holds only what is used
-_NO_EVENTS = events_of(NO_SEEN, NO_SEEN)
 _SCAN_USERS = 1000  # user ids per read transaction of `scan`
 _DROPPED_PER_COMMIT = 1000  # records per transaction of `drop_records`
 _SWEEPS, _SWEPT_PER_SWEEP = 10, 1000  # transactions of `maintain`, and request ids in each
@@ -91,7 +86,8 @@ class LmdbStore(ReadsBySnapshot):
         `must_exist`). One of format 3 is upgraded when it is opened for writing.
 
         `map_size` in bytes bounds the file, unless the file is larger already; use the same in every process. A
-        readonly store writes nothing and may be opened while a server has it open. `clock` gives seconds since 1970.
+        readonly store writes nothing, maps no more than the file holds, and may be opened while a server has it open.
+        `clock` gives seconds since 1970.
         Raises StoreMismatchError, StoreFullError or StoreUnavailableError.
         """
         environment = Environment.open(Path(path), map_size=map_size, readonly=readonly, must_exist=must_exist)
@@ -131,6 +127,15 @@ class LmdbStore(ReadsBySnapshot):
         with self._env.read() as reading:
             bundle_ids = read_generations(reading.txn, self._databases.meta, legacy=self._databases.legacy)
         return {bundle_id: number for number, bundle_id in enumerate(bundle_ids, start=1)}
+
+    def id_types(self) -> IdTypes:
+        with self._env.read() as reading:
+            return read_id_types(reading.txn, self._databases.meta)
+
+    def remember_id_types(self, types: IdTypes) -> None:
+        checked_types(types)
+        with self._env.write() as txn:
+            write_id_types(txn, self._databases.meta, types)
 
     def drop_records(self, generation: int) -> int:
         if generation < 1:
@@ -181,8 +186,7 @@ class LmdbStore(ReadsBySnapshot):
             ]
             if not conflicts:
                 new_bytes = sum(
-                    self._put(txn, user, write, head, now)
-                    for user, write, head in zip(users, writes, heads, strict=True)
+                    put_user(txn, self._databases, write, head, now) for write, head in zip(writes, heads, strict=True)
                 )
                 self._env.keep_reserve(txn, new_bytes)
         return conflicts
@@ -202,77 +206,11 @@ class LmdbStore(ReadsBySnapshot):
         ids, requests = write.request_ids, self._databases.requests
         return bool(ids and find_requests(txn, requests, user, ids, now=now, last=None))
 
-    def _put(self, txn: lmdb.Transaction, user: bytes, write: Write, head: bytes | None, now: float) -> int:
-        """Puts one user's records and new events behind the old ones; returns the bytes put."""
-        seed = seed_of(user)
-        if head is None:
-            spilled = spilled_of_nobody(txn, self._databases.requests, user, now)
-            before = StoredHead(Head(0, 0, 0), _NO_EVENTS, spilled=spilled)
-        else:
-            before = unpack_head(head, seed, self._databases.legacy)
-        count = before.head.history_count
-        chunks, tail = split_events(before.tail, events_of(write.items, write.timestamps))
-        put = self._put_chunks(txn, user, count, chunks) if len(chunks) else 0
-        recent, spilled = before.recent_ids, before.spilled
-        if write.request_ids:
-            recent, spilled = self._remember(txn, user, before, write.request_ids, now)
-        after = Head(txn.id(), count + len(write.items), max(write.records, default=before.head.generation))
-        values = {0: pack_head(StoredHead(after, tail, recent, spilled), seed)}
-        values |= {number: pack_record(record, seed, number) for number, record in write.records.items()}
-        for number, value in values.items():
-            txn.put(numbered_key(user, number), value, db=self._databases.users)
-        return put + sum(map(len, values.values()))
-
-    def _put_chunks(self, txn: lmdb.Transaction, user: bytes, count: int, events: NDArray[np.void]) -> int:
-        databases, seed, first = self._databases, seed_of(user), count // CHUNK_EVENTS
-        values = [
-            pack_chunk(events[start : start + CHUNK_EVENTS], seed, first + start // CHUNK_EVENTS)
-            for start in range(0, len(events), CHUNK_EVENTS)
-        ]
-        for number, value in enumerate(values, start=first):
-            txn.put(numbered_key(user, number), value, db=databases.history)
-        before = read_seen(txn, databases, user) if first else None
-        seen = add_seen(before, events["item"], seed, databases.legacy)
-        if seen is not None:
-            txn.put(user, seen, db=databases.seen)
-        return sum(map(len, values)) + len(seen or b"")
-
-    def _remember(
-        self, txn: lmdb.Transaction, user: bytes, before: StoredHead, request_ids: Sequence[int], now: float
-    ) -> tuple[tuple[int, ...], Spilled]:
-        """The recent ids of a user with new ones behind them. If they become too many, the older ones are spilled."""
-        new = tuple(dict.fromkeys(one for one in request_ids if one not in before.recent_ids))
-        recent = before.recent_ids + new
-        if len(recent) <= RECENT_IDS:
-            return recent, before.spilled
-        kept = new[-RECENT_IDS:]
-        moved, requests = recent[: -len(kept)], self._databases.requests
-        return kept, spill(txn, requests, user, moved, before=before.spilled, now=now, limit=MAX_IDS)
-
     def delete(self, user_id: str) -> int | None:
         """As in `StateStore`. Later commits reuse the freed pages; until then the bytes remain in the file."""
-        user, databases = checked_id(user_id).encode(), self._databases
+        user = checked_id(user_id).encode()
         with self._env.write() as txn:
-            head = txn.get(user + HEAD_SUFFIX, db=databases.users)
-            count = None if head is None else count_of(head)
-            self._spill_recent(txn, user, head)
-            removed = [_delete_prefix(txn, database, user + b"\0") for database in (databases.users, databases.history)]
-            removed.append(int(txn.delete(user, db=databases.seen)))
-            if head is None:
-                if not any(removed):
-                    check_no_user(txn, databases, user)
-                    return None
-                count = CHUNK_EVENTS * removed[1]  # of a user whose head is missing
-        return count
-
-    def _spill_recent(self, txn: lmdb.Transaction, user: bytes, head: bytes | memoryview | None) -> None:
-        """Keeps the recent request ids of a user who is deleted, as far as the head can be read. Without a limit."""
-        try:
-            found = None if head is None else unpack_head(head, seed_of(user), self._databases.legacy)
-        except DamagedError:
-            return
-        if found and found.recent_ids:
-            spill(txn, self._databases.requests, user, found.recent_ids, before=found.spilled, now=self._clock())
+            return delete_user(txn, self._databases, user, self._clock())
 
     # -- the store itself ------------------------------------------------------------------------------------------
 
@@ -331,11 +269,3 @@ def _users(cursor: lmdb.Cursor, start: bytes) -> Iterator[tuple[bytes, str]]:
         elif user != last_user:
             raise DamagedError("a user's head is missing")
         last_user, last_key = user, key
-
-
-def _delete_prefix(txn: lmdb.Transaction, database: lmdb._Database, prefix: bytes) -> int:
-    with txn.cursor(db=database) as cursor:
-        found, count = cursor.set_range(prefix), 0
-        while found and bytes(cursor.key()).startswith(prefix):
-            found, count = cursor.delete(), count + 1
-    return count

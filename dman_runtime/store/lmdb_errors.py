@@ -35,12 +35,17 @@ _UNAVAILABLE: Mapping[type[Exception], tuple[str, str, str]] = {
     ),
     **dict.fromkeys(_DAMAGED, _CORRUPTED),
 }
+_TO_READERS: Mapping[type[Exception], tuple[str, str, str]] = {  # they take as much of the map as the file has
+    **_UNAVAILABLE,
+    lmdb.MapResizedError: ("was grown by another process while it was read", "try again", ""),
+    lmdb.MemoryError: ("does not fit into this process's address space", "raise `ulimit -v`", ""),
+}
 _OTHER = ("is unavailable ({})", "check the path, its permissions and the disk", "state")
 
 
 @contextmanager
-def store_errors(path: Path, map_size: int) -> Iterator[None]:
-    """Turns what LMDB, the codec and the system raise into StoreErrors."""
+def store_errors(path: Path, map_size: int, *, readonly: bool) -> Iterator[None]:
+    """Turns what LMDB, the codec and the system raise into StoreErrors. `map_size` is that of a writer."""
     try:
         yield
     except (lmdb.Error, VerifyError, DamagedError, OSError) as error:
@@ -58,7 +63,7 @@ def store_errors(path: Path, map_size: int) -> Iterator[None]:
             raise StoreFullError(f"{store} has no disk space left ({reason})", remedy) from error
         if "already open" in reason:
             raise StoreUnavailableError(f"{store} is already open in this process", "share it") from error
-        cause, remedy, parameter = _UNAVAILABLE.get(type(error), _OTHER)
+        cause, remedy, parameter = (_TO_READERS if readonly else _UNAVAILABLE).get(type(error), _OTHER)
         kind = StoreDamagedError if isinstance(error, _DAMAGED) else StoreUnavailableError
         raise kind(f"{store} {cause.format(reason)}", remedy, parameter=parameter) from error
 

@@ -13,6 +13,7 @@ from uuid import uuid4
 
 import lmdb
 
+from dman_runtime.store.base import UNKNOWN_TYPES, IdTypes, checked_types
 from dman_runtime.store.history import DamagedError
 
 FORMAT_VERSION, OLD_FORMAT = 4, 3
@@ -20,6 +21,7 @@ NUMBER = struct.Struct(">I")  # in keys, so that they are in order
 HEAD_SUFFIX = b"\0" + NUMBER.pack(0)
 _CHECK = struct.Struct("<I")
 _MAX_META = 1 << 20  # bytes of a value
+_ID_TYPES = "the entry that says what the ids are"
 
 
 class Databases(NamedTuple):
@@ -128,3 +130,21 @@ def read_generations(txn: lmdb.Transaction, meta: lmdb._Database, *, legacy: boo
 
 def write_generations(txn: lmdb.Transaction, meta: lmdb._Database, bundle_ids: Sequence[str]) -> None:
     txn.put(b"generations", pack_text(json.dumps(bundle_ids).encode(), 0), db=meta)
+
+
+def read_id_types(txn: lmdb.Transaction, meta: lmdb._Database) -> IdTypes:
+    """UNKNOWN_TYPES where there is no entry: earlier releases write none. Raises DamagedError."""
+    value = txn.get(b"id_types", db=meta)
+    if value is None:
+        return UNKNOWN_TYPES
+    text, without_checksum = unpack_text(bytes(value[:_MAX_META]), 0, _ID_TYPES)
+    try:
+        if without_checksum:
+            raise ValueError
+        return checked_types(IdTypes(**json.loads(text)))
+    except (ValueError, TypeError) as error:
+        raise DamagedError(f"{_ID_TYPES} is damaged") from error
+
+
+def write_id_types(txn: lmdb.Transaction, meta: lmdb._Database, types: IdTypes) -> None:
+    txn.put(b"id_types", pack_text(json.dumps(types._asdict(), sort_keys=True).encode(), 0), db=meta)

@@ -16,6 +16,7 @@ from lmdb.verify import VerifyError, verify
 
 from dman_runtime.data.ids import id_problem
 from dman_runtime.store.environment import Environment
+from dman_runtime.store.files import map_size_to_read
 from dman_runtime.store.history import (
     CHUNK_EVENTS,
     Bytes,
@@ -36,6 +37,7 @@ from dman_runtime.store.lmdb_layout import (
     decoded,
     numbered_key,
     read_generations,
+    read_id_types,
     user_of,
 )
 from dman_runtime.store.marker import missing
@@ -72,7 +74,7 @@ class Problems:
 
 def verify_structure(path: Path, problems: Problems) -> None:
     """Checks every page of the file, without LMDB. Raises StoreError where there is nothing to check."""
-    with store_errors(path, 0):
+    with store_errors(path, 0, readonly=True):
         if not (path / "data.mdb").is_file():
             raise missing(path)
         found = _page_problems(path)
@@ -92,7 +94,8 @@ def _page_problems(path: Path) -> list[str]:
 def _page_problems_of_a_snapshot(path: Path) -> list[str]:
     found: list[str] = []
     for _ in range(3):  # the newest description of the file may change while it is read
-        with lmdb.open(str(path), lib_version=0, readonly=True, create=False) as env, env.begin():
+        map_size = map_size_to_read(path)
+        with lmdb.open(str(path), lib_version=0, map_size=map_size, readonly=True, create=False) as env, env.begin():
             found = _page_problems(path)
         if not found:
             break
@@ -135,6 +138,7 @@ class _Contents:
         with self._env.read() as reading, self._problems.of("meta"):
             bundle_ids = read_generations(reading.txn, self._databases.meta, legacy=self._databases.legacy)
             self.counts["generations"] = len(bundle_ids)
+            read_id_types(reading.txn, self._databases.meta)
 
     # -- items -----------------------------------------------------------------------------------------------------
 

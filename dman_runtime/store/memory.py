@@ -16,14 +16,18 @@ from numpy.typing import NDArray
 from dman_runtime.errors import StoreError, TooManyRequestIdsError
 from dman_runtime.store.base import (
     REMEMBER_SECONDS,
+    UNKNOWN_TYPES,
     Events,
     Head,
+    IdTypes,
     RankingView,
     ReadsBySnapshot,
     StoredUser,
     StoreStats,
     Write,
+    check_replacement,
     checked_id,
+    checked_types,
     checked_writes,
 )
 
@@ -91,6 +95,7 @@ class MemoryStore(ReadsBySnapshot):
         self._lock, self._clock = threading.RLock(), clock
         self._numbers: dict[str, int] = {}
         self._generations: dict[str, int] = {}
+        self._id_types = UNKNOWN_TYPES
         self._users: dict[str, _User] = {}
         self._ids: dict[str, Ids] = {}  # by user, also of deleted ones
         self._last_version = 0
@@ -126,6 +131,14 @@ class MemoryStore(ReadsBySnapshot):
                 self._users[user_id] = replace(user, records=records)
         return len(holders)
 
+    def id_types(self) -> IdTypes:
+        with self._open():
+            return self._id_types
+
+    def remember_id_types(self, types: IdTypes) -> None:
+        with self._open():
+            self._id_types = checked_types(types)
+
     def commit(self, writes: Sequence[Write]) -> list[str]:
         with self._open():
             checked_writes(writes, len(self._numbers))
@@ -136,6 +149,8 @@ class MemoryStore(ReadsBySnapshot):
                 if found != write.expected_version or (not found and self.applied(write.user_id, write.request_ids))
             ]
             if not conflicts and writes:
+                for write in writes:
+                    check_replacement(write, len(self._users.get(write.user_id, _User()).items))
                 ids = {write.user_id: self._ids_with(write) for write in writes if write.request_ids}
                 self._ids.update(ids)
                 self._last_version += 1
@@ -157,6 +172,8 @@ class MemoryStore(ReadsBySnapshot):
 
     def _put(self, write: Write) -> None:
         user = self._users.get(write.user_id, _User())
+        if write.replace:
+            user = _User(user.head)
         items = user.items + tuple(np.asarray(write.items).tolist())
         timestamps = user.timestamps + tuple(np.asarray(write.timestamps).tolist())
         generation = max(write.records, default=user.head.generation)

@@ -18,7 +18,7 @@ from unittest.mock import patch
 import lmdb
 from lmdb.verify import verify
 
-from dman_runtime.store import lmdb as lmdb_store
+from dman_runtime.store import lmdb_users
 from dman_runtime.store import memory as memory_store
 from dman_runtime.store.base import StateStore
 from dman_runtime.store.lmdb import LmdbStore
@@ -182,7 +182,7 @@ DURABLE = [name for name, harness in HARNESSES.items() if harness.durable]
 @contextmanager
 def request_id_limit(limit: int) -> Iterator[None]:
     """In this block, all stores take so many request ids of a user in 6 hours."""
-    with patch.object(lmdb_store, "MAX_IDS", limit), patch.object(memory_store, "MAX_IDS", limit):
+    with patch.object(lmdb_users, "MAX_IDS", limit), patch.object(memory_store, "MAX_IDS", limit):
         yield
 
 

@@ -16,7 +16,19 @@ from numpy.typing import NDArray
 
 from dman_runtime.data.ids import RULE
 from dman_runtime.errors import StoreError, TooManyRequestIdsError
-from dman_runtime.store.base import REMEMBER_SECONDS, Events, Head, Snapshot, StateStore, StoredUser, Write
+from dman_runtime.store.base import (
+    INTEGER,
+    REMEMBER_SECONDS,
+    TEXT,
+    UNKNOWN,
+    Events,
+    Head,
+    IdTypes,
+    Snapshot,
+    StateStore,
+    StoredUser,
+    Write,
+)
 from dman_runtime.store.history import CHUNK_EVENTS
 from dman_runtime.store.memory import MemoryStore
 
@@ -38,10 +50,11 @@ def write(
     records: dict[int, bytes] | None = None,
     first_time: int = 1000,
     request_ids: Any = (),
+    replace: bool = False,
 ) -> Write:
     """Events at the times first_time, first_time + 1, ..."""
     times = first_time + np.arange(len(items))
-    return Write(user_id, expected_version, records or {}, np.array(items, np.uint32), times, request_ids)
+    return Write(user_id, expected_version, records or {}, np.array(items, np.uint32), times, request_ids, replace)
 
 
 def get(store: StateStore, user_id: str, generation: int = 1) -> StoredUser | None:
@@ -126,6 +139,21 @@ def test_generations_are_numbered_from_one_and_keep_their_numbers(store: StateSt
     store.drop_records(2)
     assert list(store.generations().items()) == [("one", 1), ("two", 2), ("three", 3)]
     assert store.add_generation("two") == 2
+
+
+def test_id_types_are_those_remembered_last(store: StateStore) -> None:
+    assert store.id_types() == IdTypes(UNKNOWN, UNKNOWN)
+    for types in (IdTypes(UNKNOWN, INTEGER), IdTypes(TEXT, INTEGER), IdTypes(INTEGER, TEXT), IdTypes(UNKNOWN, UNKNOWN)):
+        store.remember_id_types(types)
+        assert store.id_types() == types
+
+
+@pytest.mark.parametrize("types", [IdTypes("int", TEXT), IdTypes(TEXT, None), IdTypes(0, "")])  # type: ignore[arg-type]
+def test_id_types_that_are_none_are_refused(store: StateStore, types: IdTypes) -> None:
+    store.remember_id_types(IdTypes(TEXT, INTEGER))
+    with pytest.raises(ValueError, match="ids are 'integer', 'text' or ''"):
+        store.remember_id_types(types)
+    assert store.id_types() == IdTypes(TEXT, INTEGER)
 
 
 # -- ids ---------------------------------------------------------------------------------------------------------------
@@ -390,6 +418,93 @@ def test_conflicting_commit_stores_nothing_and_names_exactly_the_conflicting_use
     assert store.commit([batch[1], batch[3]]) == []
     counts = {user: head_of(store, user).history_count for user in store.scan()}
     assert counts == {"a": 41, "b": 140, "c": 40, "new": 100}
+
+
+# -- histories that are replaced ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("before", "after"), [(b, a) for b, a in product(BORDERS, BORDERS) if b <= a])
+def test_replaced_history_is_the_new_one_and_no_other(store: StateStore, before: int, after: int) -> None:
+    items = items_for(store, 200)
+    old, new = items[np.arange(before) % 7], items[100 + np.arange(after) % 9]
+    store.commit([write("a", items=old), write("ab", items=old), write("b", items=old)])
+    others = {user: everything(store)[user] for user in ("ab", "b")}
+    assert store.commit([write("a", version_of(store, "a"), new, first_time=7, replace=True)]) == []
+    assert as_lists(store.history("a")) == (new.tolist(), list(range(7, 7 + after)))
+    assert store.seen("a").tolist() == sorted(set(new.tolist()))
+    view = store.ranking_view("a", 1, 1)
+    assert view is not None and set(view.seen.tolist()) == set(new.tolist())
+    assert head_of(store, "a").history_count == after
+    assert {user: everything(store)[user] for user in ("ab", "b")} == others
+
+    assert store.commit([write("a", version_of(store, "a"), items[:40], first_time=7 + after)]) == []  # and goes on
+    assert as_lists(store.history("a")) == ([*new.tolist(), *items[:40].tolist()], list(range(7, 47 + after)))
+    assert store.seen("a").tolist() == sorted({*new.tolist(), *items[:40].tolist()})
+
+
+def test_replaced_history_drops_the_records_of_the_old_one(store: StateStore) -> None:
+    items = items_for(store)
+    records = {1: b"one", 2: b"two", 300: b"three"}
+    store.commit([write(user, items=items[:40], records=records) for user in ("a", "ab", "b")])
+    store.commit([write("a", version_of(store, "a"), items[:50], records={2: b"new"}, replace=True)])
+    assert [user and user.record for user in (get(store, "a", number) for number in records)] == [None, b"new", None]
+    assert head_of(store, "a").generation == 2
+    for user in ("ab", "b"):
+        assert [found and found.record for found in (get(store, user, n) for n in records)] == list(records.values())
+    store.commit([write("ab", version_of(store, "ab"), items[:50], replace=True)])
+    assert [user and user.record for user in (get(store, "ab", number) for number in records)] == [None] * 3
+    assert head_of(store, "ab").generation == 300  # that wrote last
+    assert store.drop_records(300) == 1
+
+
+def test_replaced_history_keeps_the_request_ids(store: StateStore) -> None:
+    items = items_for(store)
+    for one in range(40):  # more than a head holds
+        store.commit([write("a", version_of(store, "a"), items[:1], request_ids=[one])])
+    store.commit([write("a", version_of(store, "a"), items, request_ids=[100], replace=True)])
+    assert store.applied("a", range(200)) == {*range(40), 100}
+    store.commit([write("a", version_of(store, "a"), items, replace=True)])
+    assert store.applied("a", range(200)) == {*range(40), 100}
+
+
+def test_replacement_of_another_version_stores_nothing(store: StateStore) -> None:
+    items = items_for(store)
+    store.commit([write("a", items=items[:40], records={1: b"x"}), write("b", items=items[:3])])
+    old = version_of(store, "a")
+    store.commit([write("a", old, items[:1])])
+    before = everything(store)
+    for version in (old, 0):
+        batch = [
+            write("a", version, items, replace=True),
+            write("b", version_of(store, "b"), items, replace=True),
+            write("gone", old, items, replace=True),
+        ]
+        assert sorted(store.commit(batch)) == ["a", "gone"]
+        assert everything(store) == before
+    assert store.commit([write("new", 0, items[:40], replace=True)]) == []  # nothing is a history too
+    assert store.history("new")[0].tolist() == items[:40].tolist()
+
+
+@pytest.mark.parametrize(("before", "after"), [(1, 0), (33, 32), (70, 1), (70, 69)])
+def test_history_is_not_replaced_by_a_shorter_one(store: StateStore, before: int, after: int) -> None:
+    items = items_for(store)
+    store.commit([write("a", items=items[:before], records={1: b"x"}), write("b", items=items[:before])])
+    unchanged = everything(store)
+    with pytest.raises(ValueError, match=f"user 'a' has {before} events; {after} cannot replace them"):
+        store.commit(
+            [write("b", version_of(store, "b"), items), write("a", version_of(store, "a"), items[:after], replace=True)]
+        )
+    assert everything(store) == unchanged
+
+
+def test_snapshot_sees_the_history_that_was_replaced_meanwhile(store: StateStore) -> None:
+    items = items_for(store)
+    store.commit([write(user, items=items[:70], records={1: b"old"}) for user in "ab"])
+    before = readings(store)
+    with store.snapshot() as snapshot:
+        store.commit([write("a", version_of(store, "a"), items[::-1], replace=True)])
+        assert readings(snapshot) == before
+    assert readings(store) != before
 
 
 def test_empty_commit_does_nothing(store: StateStore) -> None:
@@ -750,6 +865,8 @@ def test_threads_that_add_items_and_generations_agree(store: StateStore) -> None
         lambda store: store.item_ids([0]),
         lambda store: store.add_generation("bundle"),
         lambda store: store.generations(),
+        lambda store: store.id_types(),
+        lambda store: store.remember_id_types(IdTypes(TEXT, TEXT)),
         lambda store: store.drop_records(1),
         lambda store: store.get_many(["a"], 1),
         lambda store: store.ranking_view("a", 1, 1),
@@ -783,6 +900,7 @@ def test_store_closes_at_the_end_of_its_block(harness: Harness) -> None:
 def fill(store: StateStore) -> None:
     items = store.add_items(GOOD_IDS)
     assert [store.add_generation(bundle) for bundle in ("one", "two")] == [1, 2]
+    store.remember_id_types(IdTypes(TEXT, INTEGER))
     batch = [write(user, 0, np.resize(items, 70), records={1: b"1", 2: b"2"}, request_ids=[9]) for user in "abc"]
     assert store.commit(batch) == []
     store.delete("c")
@@ -799,6 +917,7 @@ def test_durable_store_keeps_everything(durable: Harness) -> None:
         assert store.add_items(["new", "b"]).tolist() == [len(GOOD_IDS), GOOD_IDS.index("b")]
         assert list(store.generations().items()) == [("one", 1), ("two", 2)]
         assert store.add_generation("three") == 3
+        assert store.id_types() == IdTypes(TEXT, INTEGER)
         store.commit([write("a")])
         assert version_of(store, "a") not in (version, 0)
         assert store.commit([write("a", version)]) == ["a"]
@@ -812,9 +931,16 @@ WRITES: dict[str, Callable[[StateStore], object]] = {
             write("b", version_of(store, "b"), [3]),
         ]
     ),
+    "replace": lambda store: store.commit(
+        [
+            write("a", version_of(store, "a"), [1, 2] * 40, records={1: b"new"}, request_ids=[1, 2], replace=True),
+            write("b", version_of(store, "b"), [3] * 70, records={2: b"new"}, replace=True),
+        ]
+    ),
     "delete": lambda store: store.delete("a"),
     "add_items": lambda store: store.add_items(["new-1", "a", "new-2", "new-3"]),
     "add_generation": lambda store: store.add_generation("three"),
+    "remember_id_types": lambda store: store.remember_id_types(IdTypes(INTEGER, TEXT)),
 }
 
 
@@ -823,7 +949,7 @@ def without_versions(store: StateStore) -> tuple[object, ...]:
         user: ([found and (found.head[1:], found.record) for found in stored], *rest)
         for user, (stored, *rest) in everything(store).items()
     }
-    return users, store.item_ids(range(store.stats().items)), store.generations()
+    return users, store.item_ids(range(store.stats().items)), store.generations(), store.id_types()
 
 
 @pytest.mark.slow

@@ -58,6 +58,8 @@ class Model:
         for write in [] if conflicts else writes:
             user = self.users.setdefault(write.user_id, Known())
             user.version = -1  # a new one, that the store chooses
+            if write.replace:
+                user.events, user.records = [], {}
             user.events += zip(np.asarray(write.items).tolist(), np.asarray(write.timestamps).tolist(), strict=True)
             self.ids[write.user_id] |= dict.fromkeys(write.request_ids, now)
             user.records |= write.records
@@ -72,6 +74,7 @@ VERSIONS = ["right"] * 10 + ["zero", "stale"]
 EVENT_COUNTS = [0, 1, 2, CHUNK_EVENTS - 1, CHUNK_EVENTS, CHUNK_EVENTS, EVENTS]
 RECORDS = [{}, {1: b"one"}, {2: b"two"}, {1: b"ONE", 300: b""}, {2: b"long" * 1500}]
 REQUEST_ID_COUNTS = [0, 1, RECENT_IDS // 2, RECENT_IDS + 3]
+REPLACE = [False, False, True]
 ID_LIMIT = 40  # request ids of a user in 6 hours
 HOUR = 3600
 
@@ -83,19 +86,20 @@ class Change(NamedTuple):
     events: int
     records: dict[int, bytes]
     request_ids: int
+    replace: bool
     seed: int
 
     @classmethod
     def of(cls, number: int) -> Change:
         """The change with a number: one number is drawn much faster than five parts."""
         choices = []
-        for options in (VERSIONS, EVENT_COUNTS, RECORDS, REQUEST_ID_COUNTS):
+        for options in (VERSIONS, EVENT_COUNTS, RECORDS, REQUEST_ID_COUNTS, REPLACE):
             number, index = divmod(number, len(options))
             choices.append(options[index])
         return cls(*choices, seed=number)
 
 
-batches = st.dictionaries(st.sampled_from(USERS), st.integers(0, 2**20).map(Change.of), min_size=1, max_size=3)
+batches = st.dictionaries(st.sampled_from(USERS), st.integers(0, 2**22).map(Change.of), min_size=1, max_size=3)
 positions = st.integers(0, 3 * EVENTS)
 
 
@@ -193,7 +197,7 @@ class StoreMachine(RuleBasedStateMachine):
     def crash_in_a_commit(self, batch: dict[str, Change], percent: int) -> None:
         writes = self.writes(batch)
         puts = [len(w.records) + len(w.items) // CHUNK_EVENTS + (len(w.request_ids) > RECENT_IDS) * 3 for w in writes]
-        steps = sum(puts) + 2 * len(puts) + 2
+        steps = sum(puts) + 2 * len(puts) + 2 + 2 * sum(write.replace for write in writes)
         self.crash(
             steps * percent // 100,
             lambda: self.store.commit(writes),
@@ -292,7 +296,12 @@ class StoreMachine(RuleBasedStateMachine):
             request_ids = random.integers(0, 2**64 - 1, change.request_ids, np.uint64, endpoint=True).tolist()
             applied = self.store.applied(user_id, request_ids)  # the same number gives the same ids: a retry
             new = [one for one in request_ids if one not in applied]
-            writes.append(Write(user_id, version, change.records, items, times, new))
+            if change.replace and user_id in self.model.users:
+                old = np.array(self.model.users[user_id].events, object).reshape(-1, 2)
+                order = random.permutation(len(old) + len(items))
+                items = np.concatenate([old[:, 0].astype(np.uint32), items])[order]
+                times = np.concatenate([old[:, 1].astype(np.int64), times])[order]
+            writes.append(Write(user_id, version, change.records, items, times, new, change.replace))
         return writes
 
     def has_many_ids(self, writes: list[Write]) -> bool:

@@ -25,6 +25,10 @@ def commit(store, number):
     times = np.arange(40 * number, 40 * number + 40)
     records = {1: b"%d" % number, 2: bytes(5000)}
     writes = [Write(user, version, records, times % 50, times, [number]) for user, version in zip(users, versions)]
+    (merged,) = store.get_many(["merged"], 1)
+    every = np.arange(40 * number + 40)[::-1]
+    version = merged.head.version if merged else 0
+    writes.append(Write("merged", version, {1: b"%d" % number}, every % 50, every, [number], replace=True))
     assert store.commit(writes) == []
 
 for line in sys.stdin:
@@ -40,8 +44,8 @@ for line in sys.stdin:
 
 
 def commits_found(store: StateStore) -> int:
-    """How many commits of `DIE` the store holds; each must be there in full."""
-    users = [user for user in store.scan() if user != "parent"]
+    """How many commits of `DIE` the store holds; each must be there in full. All replace the history of "merged"."""
+    users = [user for user in store.scan() if user not in ("parent", "merged")]
     commits = len([user for user in users if user.startswith("new-")])
     assert sorted(users) == sorted([*(["a", "b"] if commits else []), *(f"new-{number}" for number in range(commits))])
     times = np.arange(40 * commits)
@@ -56,6 +60,12 @@ def commits_found(store: StateStore) -> int:
                 continue
             assert (stored.record, stored.head.history_count) == (record, len(expected))
             assert store.applied(user, range(commits + 1)) == set((expected // 40).tolist())
+    items, timestamps = store.history("merged")
+    assert (items.tolist(), timestamps.tolist()) == ((times[::-1] % 50).tolist(), times[::-1].tolist())
+    assert store.seen("merged").tolist() == sorted(set((times % 50).tolist()))
+    assert store.applied("merged", range(commits + 1)) == set(range(commits))
+    (merged,) = store.get_many(["merged"], 1)
+    assert (merged and merged.record) == (b"%d" % (commits - 1) if commits else None)
     return commits
 
 

@@ -112,23 +112,25 @@ def test_import_says_what_it_did_and_repeated_doubles_nothing(
 ) -> None:
     command = ("import", "--bundle", exact_bundle, "--state", tmp_path / "state", "--input", log)
     events, unknown = sum(map(len, mixed_histories.values())), len(mixed_histories) + 1
-    first = run_json(capsys, *command)
-    assert first == {"users": 25, "events": events, "skipped_users": 0, "unknown_events": unknown}
-    assert run_json(capsys, *command) == {"users": 0, "events": 0, "skipped_users": 25, "unknown_events": 0}
+    first = {"users": 25, "new_users": 25, "events": events, "recognised_events": 0, "unknown_events": unknown}
+    assert run_json(capsys, *command) == first | {"rebuilt_users": 0}
+    again = {"users": 25, "new_users": 0, "events": 0, "recognised_events": events, "unknown_events": 0}
+    assert run_json(capsys, *command) == again | {"rebuilt_users": 0}
     assert stored_histories(tmp_path / "state") == mixed_histories
     capsys.readouterr()
     run(*command)
-    assert capsys.readouterr().out.startswith("imported 0 events of 0 users into ")
+    last = capsys.readouterr().out.splitlines()[-1]
+    assert last.startswith("imported 0 events of 25 users into ") and f"{events} events were there already" in last
 
 
-def test_import_existing_append_adds_the_events_of_the_file(
+def test_import_of_a_second_file_merges_it(
     exact_bundle: Path, log: Path, mixed_histories: Histories, tmp_path: Path
 ) -> None:
     command = ("import", "--bundle", exact_bundle, "--state", tmp_path / "state", "--input")
     run(*command, log)
-    more = {1: [(3, 90_000), (4, 90_001)], 200: [(5, 1), (6, 2), (7, 3)]}
-    run(*command, write_csv(tmp_path / "more.csv", more), "--existing", "append")
-    expected = {**mixed_histories, 1: [*mixed_histories[1], *more[1]], 200: more[200]}
+    more = {1: [(3, 1), *mixed_histories[1][:2], (4, 90_001)], 200: [(5, 1), (6, 2), (7, 3)]}
+    run(*command, write_csv(tmp_path / "more.csv", more))
+    expected = {**mixed_histories, 1: [(3, 1), *mixed_histories[1], (4, 90_001)], 200: more[200]}
     assert stored_histories(tmp_path / "state") == expected
 
 

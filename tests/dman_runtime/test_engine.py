@@ -23,6 +23,7 @@ from dman_runtime import engine as engine_module
 from dman_runtime.data.ids import MAX_ID_BYTES
 from dman_runtime.engine import Engine
 from dman_runtime.errors import ConflictError, RequestError, StoreFullError
+from dman_runtime.merging import Merged
 from dman_runtime.model.generation import Generation
 from dman_runtime.model.recurrence import Graphs
 from dman_runtime.model.state import State
@@ -553,6 +554,107 @@ def test_commit_names_the_users_that_others_have_changed_and_stores_nothing(engi
     update(engine, "u", [3])
     assert engine.commit(users) == ["u"]
     assert stored_items(engine, "u") == [1, 3] and stored(engine, "v") is None
+
+
+# -- events that come late ---------------------------------------------------------------------------------------------
+
+
+def timed(engine: Engine, user_id: str, items: Sequence[int], times: Sequence[int]) -> None:
+    engine.update([Update(user_id, ids(items), times)])
+
+
+def merge(engine: Engine, user_id: str, *parts: tuple[Sequence[int], Sequence[int]]) -> list[Merged]:
+    """Merges parts of items and times, one after the other, and commits them at once."""
+    (user,) = engine.open_users([user_id])
+    merged = [
+        engine.merge(user, engine.store.find_items(ids(items)).astype(np.uint32), np.array(times, np.int64))
+        for items, times in parts
+    ]
+    engine.advance([user])
+    assert engine.commit([user]) == []
+    return merged
+
+
+def check_is_replay(engine: Engine, user_id: str, items: Sequence[int]) -> None:
+    assert stored_items(engine, user_id) == list(items)
+    (expected,) = engine.generation.replay([np.array(items)])
+    assert_same_state(state_of(engine, user_id), expected, EXACT)
+
+
+@pytest.mark.parametrize("cut", [0, 1, T, 2 * T + 1])
+def test_merged_events_go_to_their_places_and_the_state_is_that_of_the_whole(engine: Engine, cut: int) -> None:
+    items = list(range(3 * T + 2))
+    timed(engine, "u", items[cut:], list(range(cut + 1, len(items) + 1)))
+    assert merge(engine, "u", (items, range(1, len(items) + 1))) == [Merged(cut, cut, rebuilt=cut > 0)]
+    check_is_replay(engine, "u", items)
+    timed(engine, "u", [40, 41], [100, 101])  # and goes on
+    check_is_replay(engine, "u", [*items, 40, 41])
+
+
+def test_merge_of_a_new_user_and_of_later_events_appends(engine: Engine) -> None:
+    assert merge(engine, "u", ([1, 2], [5, 6])) == [Merged(2, 2, rebuilt=False)]
+    with_rebuilding = merge(engine, "u", ([2, 3], [6, 7]), ([], []), ([4], [7]))
+    assert with_rebuilding == [Merged(1, 1, rebuilt=False), Merged(0, 0, rebuilt=False), Merged(1, 1, rebuilt=False)]
+    check_is_replay(engine, "u", [1, 2, 3, 4])
+
+
+def test_merges_before_a_commit_follow_each_other(engine: Engine) -> None:
+    timed(engine, "u", [1, 2, 3], [10, 20, 30])
+    (user,) = engine.open_users(["u"])
+    numbers = engine.store.find_items(ids(range(20))).astype(np.uint32)
+    engine.append(user, numbers[[4]], np.array([40]))
+    assert engine.merge(user, numbers[[5, 4]], np.array([35, 40])) == Merged(1, 1, rebuilt=True)
+    assert (user.history_count, user.event_count) == (5, 5)
+    engine.append(user, numbers[[6]], np.array([50]))
+    assert engine.merge(user, numbers[[7, 6, 1]], np.array([5, 50, 10])) == Merged(1, 1, rebuilt=True)
+    assert (user.history_count, user.event_count) == (7, 7)
+    engine.advance([user])
+    assert engine.commit([user]) == []
+    check_is_replay(engine, "u", [7, 1, 2, 3, 5, 4, 6])
+
+
+def test_merge_counts_and_places_items_that_the_model_does_not_know(engine: Engine) -> None:
+    timed(engine, "u", [1, 2], [10, 20])
+    number = engine.store.add_items(["new"])
+    (user,) = engine.open_users(["u"])
+    assert engine.merge(user, number, np.array([15])) == Merged(1, 0, rebuilt=True)
+    engine.advance([user])
+    assert engine.commit([user]) == []
+    assert stored_ids(engine, "u") == [*ids([1]), "new", *ids([2])]
+    (expected,) = engine.generation.replay([np.array([1, 2])])
+    assert_same_state(state_of(engine, "u"), expected, EXACT)
+
+
+def test_merge_that_meets_another_workers_update_is_refused(engine: Engine) -> None:
+    timed(engine, "u", [1, 2], [10, 20])
+    for when in ("before the history is read", "before the commit"):
+        (user,) = engine.open_users(["u"])
+        if when == "before the history is read":
+            timed(engine, "u", [3], [30])
+        engine.merge(user, engine.store.find_items(ids([4])).astype(np.uint32), np.array([5]))
+        if when == "before the commit":
+            timed(engine, "u", [5], [40])
+        engine.advance([user])
+        assert engine.commit([user]) == ["u"]
+    check_is_replay(engine, "u", [1, 2, 3, 5])
+
+
+def test_update_that_meets_a_merge_is_applied_to_the_merged_history(engine: Engine) -> None:
+    timed(engine, "u", [1, 2], [10, 20])
+    other, store = contended(engine, 1, lambda: merge(engine, "u", ([3], [5])))
+    other.update([Update("u", ids([4]), [30])])
+    assert store.commits == 2
+    check_is_replay(engine, "u", [3, 1, 2, 4])
+
+
+def test_merge_under_one_bundle_makes_the_records_of_the_others_anew(engine: Engine, newer: Engine) -> None:
+    timed(engine, "u", [30, 31, 32], [10, 20, 30])
+    newer.update([Update("u", [])])
+    assert merge(engine, "u", ([33], [15])) == [Merged(1, 1, rebuilt=True)]
+    assert stored(newer, "u") is not None and stored(newer, "u").record is None  # type: ignore[union-attr]
+    assert answer(newer, "u").event_count == 4
+    (expected,) = newer.generation.replay([known_items(newer, stored_ids(newer, "u"))])
+    assert_same_state(state_of(newer, "u"), expected, EXACT)
 
 
 # -- bundles over one store --------------------------------------------------------------------------------------------

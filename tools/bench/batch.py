@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TypeVar
 
@@ -15,6 +15,7 @@ from dman_runtime.engine import Engine
 from dman_runtime.errors import EncoderError
 from dman_runtime.jobs.importing import import_histories
 from dman_runtime.jobs.partitions import EVENTS_PER_PARTITION
+from dman_runtime.model.bundle import Bundle, StateShape
 from dman_runtime.model.encoder import Encoder
 from dman_runtime.model.generation import Generation
 from dman_runtime.model.recurrence import Graphs
@@ -138,14 +139,18 @@ def _import(bench: Bench, log: Path, graphs: Graphs, events: int) -> tuple[float
 def cuda(bench: Bench) -> Section:
     """The encoder on CUDA against the CPU; a line saying why not where there is none."""
     try:
-        on_cuda = Encoder.of(bench.bundle, provider="cuda")
+        return encoder_latency(bench.bundle, CUDA_BATCHES, repeats=CUDA_REPEATS)
     except EncoderError as error:
         return Section("CUDA", f"Not measured: {str(error).partition(';')[0]}.", [])
-    on_cpu, rows = Encoder.of(bench.bundle, provider="cpu"), []
-    for batch in CUDA_BATCHES:
-        for new in (1, bench.bundle.manifest.state.segment_length):
-            arrays = _segment(bench, batch, new)
-            pairs = [(_run_seconds(on_cuda, arrays), _run_seconds(on_cpu, arrays)) for _ in range(CUDA_REPEATS)]
+
+
+def encoder_latency(bundle: Bundle, batches: Sequence[int], *, repeats: int) -> Section:
+    """Runs of the encoder on CUDA and on the CPU, in turns. Raises EncoderError where CUDA does not work."""
+    on_cuda, on_cpu, rows = Encoder.of(bundle, provider="cuda"), Encoder.of(bundle, provider="cpu"), []
+    for batch in batches:
+        for new in (1, bundle.manifest.state.segment_length):
+            arrays = _segment(bundle.manifest.state, batch, new)
+            pairs = [(_run_seconds(on_cuda, arrays), _run_seconds(on_cpu, arrays)) for _ in range(repeats)]
             cuda_ms, cpu_ms = (Spread(tuple(1000 * pair[which] for pair in pairs)) for which in (0, 1))
             gain = Spread(tuple(cpu / gpu for gpu, cpu in pairs))
             rows.append([str(batch), str(new), str(cuda_ms), str(cpu_ms), str(gain)])
@@ -154,7 +159,7 @@ def cuda(bench: Bench) -> Section:
         "One run of the segment encoder with a full context, copies to and from the device included; the CPU with one "
         "thread.",
         [
-            Claim(f"encoder on CUDA by CPU, batches of {row[0]} x {row[1]} events", f"{row[4]} times faster")
+            Claim(f"encoder on CUDA by CPU, batches of {row[0]} x {row[1]} events", f"{row[4]} times the speed")
             for row in rows
         ],
         ("batch", "new events", "CUDA ms", "CPU ms", "CPU by CUDA"),
@@ -163,8 +168,8 @@ def cuda(bench: Bench) -> Section:
     )
 
 
-def _segment(bench: Bench, batch: int, new: int) -> tuple[np.ndarray, ...]:
-    shape, random = bench.bundle.manifest.state, np.random.default_rng(0)
+def _segment(shape: StateShape, batch: int, new: int) -> tuple[np.ndarray, ...]:
+    random = np.random.default_rng(0)
     context = shape.context_limit - new
 
     def normal(*size: int) -> np.ndarray:

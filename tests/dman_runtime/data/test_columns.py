@@ -219,3 +219,10 @@ def test_exact_repeats_are_kept_on_request_and_where_times_are_dates(tmp_path: P
     assert len(read(path)[0][0]) == 2
     assert len(read(path, exact_repeats="drop")[0][0]) == 1
     assert len(read(text_log(tmp_path, "user_id,item_id\na,1\na,1\n"))[0][0]) == 2  # no time: nothing to tell by
+
+
+def test_parquet_text_that_is_not_utf8_is_refused(tmp_path: Path) -> None:
+    broken = pa.array([b"a", b"\xff"])
+    for column in (broken, pa.StringArray.from_buffers(2, *broken.buffers()[1:])):
+        with pytest.raises(InputError, match="column 'user_id' holds text that is not UTF-8"):
+            read(parquet_log(tmp_path, user_id=column, item_id=[1, 2]))

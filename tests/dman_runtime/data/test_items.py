@@ -45,7 +45,12 @@ def test_items_read_movielens_movies_in_latin_1(tmp_path: Path) -> None:
         ("items.csv", "item_id,title\n1,a\n2,b\n1,c\n", "line 4: item '1' appears a second time", "keep one row"),
         ("items.csv", "item_id,title\n,a\n", "line 2: item_id '' is empty", "use ids of 1 to 400 bytes"),
         ("items.csv", "item_id,title\n", "no rows", "give a file"),
-        ("movies.dat", "1::a::b\n2::c\n", "line 2 is '2::c'", "every line needs item::title::genres"),
+        (
+            "movies.dat",
+            "1::a::b\n2::c\n",
+            "line 2 has 2 values instead of 3: '2::c'",
+            "every line needs item::title::genres",
+        ),
     ],
 )
 def test_bad_item_file_is_refused(tmp_path: Path, name: str, content: str, cause: str, remedy: str) -> None:

@@ -13,7 +13,19 @@ import pytest
 from conftest import MOVIELENS, ROOT
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from log_files import HEADER, Row, as_tuple, expected_histories, histories, logs, parquet_log, parts_of, text_log, write
+from log_files import (
+    HEADER,
+    KEEP,
+    Row,
+    as_tuple,
+    expected_histories,
+    histories,
+    logs,
+    parquet_log,
+    parts_of,
+    text_log,
+    write,
+)
 
 from dman_runtime.data.log_options import LogOptions
 from dman_runtime.data.logs import read_interactions
@@ -26,11 +38,13 @@ needs_data = pytest.mark.skipif(not MOVIELENS.is_dir(), reason=f"no data sets in
 @settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(rows=logs())
 def test_reading_gives_stably_sorted_histories_in_every_format(tmp_path: Path, rows: list[Row]) -> None:
-    logs_read = [read_interactions(write(tmp_path / f"log{kind}", rows)) for kind in (".csv", ".tsv", ".parquet")]
+    logs_read = [read_interactions(write(tmp_path / f"log{kind}", rows), KEEP) for kind in (".csv", ".tsv", ".parquet")]
     assert histories(logs_read[0]) == expected_histories(rows)
     assert list(histories(logs_read[0])) == list(expected_histories(rows))  # users by first appearance
-    assert as_tuple(logs_read[0]) == as_tuple(logs_read[1]) == as_tuple(logs_read[2])
-    assert len({log.fingerprint() for log in logs_read}) == 1
+    assert as_tuple(logs_read[0]) == as_tuple(logs_read[1])
+    assert not logs_read[2].integer_user_ids  # strings of Parquet stay strings
+    assert histories(logs_read[2]) == histories(logs_read[0])
+    assert len({log.fingerprint() for log in logs_read[:2]}) == 1
 
 
 @pytest.mark.slow
@@ -39,8 +53,8 @@ def test_reading_gives_stably_sorted_histories_in_every_format(tmp_path: Path, r
 def test_iterating_gives_the_histories_of_reading(tmp_path: Path, rows: list[Row], max_events: int) -> None:
     for kind in (".csv", ".parquet"):
         path = write(tmp_path / f"log{kind}", rows)
-        whole = read_interactions(path)
-        parts = parts_of(path, max_rows=max_events)
+        whole = read_interactions(path, KEEP)
+        parts = parts_of(path, KEEP, max_rows=max_events)
         assert sum(part.num_users for part in parts) == whole.num_users  # no user in two parts
         assert {u: h for part in parts for u, h in histories(part).items()} == histories(whole)
         assert all(len(part) <= max_events or part.num_users == 1 for part in parts)
@@ -76,78 +90,23 @@ def test_log_reader_loads_pyarrow_only_on_use() -> None:
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=False).returncode == 0
 
 
-@pytest.mark.parametrize(
-    ("ids", "integer", "ordered"),
-    [
-        (["10", "9", "-3", "0"], True, ["-3", "0", "9", "10"]),
-        (["10", "9", "007"], False, ["007", "10", "9"]),
-        (["10", "9", "1.0"], False, ["1.0", "10", "9"]),
-        (["1", "-0"], False, ["-0", "1"]),
-        (["1", "+2"], False, ["+2", "1"]),
-        (["1", " 2"], False, [" 2", "1"]),
-        (["b", "a", "NA", "null"], False, ["NA", "a", "b", "null"]),
-        (["18446744073709551616", "9"], True, ["9", "18446744073709551616"]),
-    ],
-)
-def test_ids_count_as_integers_only_when_all_are_canonical(
-    tmp_path: Path, ids: list[str], integer: bool, ordered: list[str]
-) -> None:
-    log = read_interactions(write(tmp_path / "log.csv", [(item, item, 0) for item in ids]))
-    assert (log.integer_user_ids, log.integer_item_ids) == (integer, integer)
-    assert log.item_ids == ordered
-    assert log.user_ids == ids
-
-
-def test_position_column_orders_events_before_time_does(tmp_path: Path) -> None:
-    text = "user_id,item_id,timestamp,position\na,1,10,2\na,2,20,0\na,3,30,0\n"
-    assert histories(read_interactions(text_log(tmp_path, text))) == {"a": [("2", 20), ("3", 30), ("1", 10)]}
-
-
-def test_events_keep_file_order_without_time_and_position(tmp_path: Path) -> None:
-    log = read_interactions(text_log(tmp_path, "user_id,item_id\na,3\nb,9\na,1\na,2\n"))
-    assert histories(log) == {"a": [("3", 0), ("1", 0), ("2", 0)], "b": [("9", 0)]}
-
-
-def test_fractions_of_a_second_order_events_although_times_are_whole(tmp_path: Path) -> None:
-    log = read_interactions(text_log(tmp_path, "user_id,item_id,timestamp\na,1,5.75\na,2,5.25\na,3,5\na,4,-0.5\n"))
-    assert histories(log) == {"a": [("4", -1), ("3", 5), ("2", 5), ("1", 5)]}
-
-
-def test_columns_can_be_named(tmp_path: Path) -> None:
-    path = text_log(tmp_path, "who,what,when,nth\na,x,7,1\na,y,8,0\n")
-    log = read_interactions(
-        path, LogOptions(user_column="who", item_column="what", time_column="when", position_column="nth")
-    )
-    assert histories(log) == {"a": [("y", 8), ("x", 7)]}
-
-
 MALFORMED = HEADER + "a,1,0\n" * 30 + "a,1\n"
 BAD_TEXT = [  # file name, content, cause, remedy
-    ("log.csv", "", "the file is empty", "give one with a header"),
-    ("log.csv", "\n\n", "no rows", "give a file"),
+    ("log.csv", "", "the file is empty", "give one with rows"),
+    ("log.csv", "\n\n", "the file holds no lines", "give rows"),
     ("log.csv", HEADER, "a header but no rows", "give a log"),
-    ("log.csv", HEADER.rstrip(), "a header but no rows", "give a file"),
-    ("log.json", "{}", "unknown extension '.json'", "give a .csv, .tsv or .txt"),
-    ("log", "x", "unknown extension ''", "give a .csv"),
-    ("log.csv", "uid,item_id\na,1\n", "no column 'user_id'; it has: uid, item_id;", "the column that holds the users"),
-    ("log.csv", "user_id,iid\na,1\n", "no column 'item_id'; it has: user_id, iid;", "the column that holds the items"),
-    ("log.txt", HEADER + "a,1,0\n", "it has: user_id,item_id,timestamp;", "name the column that"),
+    ("log.csv", HEADER.rstrip(), "a header but no rows", "give a log"),
+    ("log.csv", "who,item_id\na,1\n", "no column 'user_id', nor another known name for users; it has: who, item_id;",
+     "the column that holds the users"),
+    ("log.csv", "user_id,what\na,x\n", "no column 'item_id', nor another known name for items; it has: user_id, what;",
+     "the column that holds the items"),
     ("log.csv", "user_id,user_id,item_id\na,a,1\n", "2 columns are named 'user_id'", "keep one"),
-    ("log.csv", HEADER + "a,1,0\n,1,0\n", "line 3: user_id '' is empty", "use ids of 1 to 400 bytes"),
-    ("log.csv", HEADER + "a,1,0\na,,0\n", "line 3: item_id '' is empty", "use ids of 1 to 400 bytes"),
-    ("log.csv", HEADER + "a\x07,1,0\n", r"line 2: user_id 'a\x07' holds control characters", "remove such rows"),
-    ("log.csv", HEADER + f"{'é' * 201},1,0\n", "is longer than 400 bytes", "use ids of"),
-    ("log.csv", HEADER + "1.0,1,0\n2.0,2,0\n", "column 'user_id' holds numbers such as 1.0", "as integers or text"),
-    ("log.csv", HEADER + "a,1,5\na,2,6\na,3,soon\na,4,never\n", "line 4: timestamp 'soon' is not a time", "seconds"),
-    ("log.csv", HEADER + "a,1,5\na,2,\n", "line 3: timestamp '' is not a time", "write seconds"),
-    ("log.csv", HEADER + "a,1,5.5\na,2,nan\n", "line 3: timestamp nan is not a time", "write seconds"),
-    ("log.csv", "user_id,item_id,position\na,1,0\na,2,1.5\n", "line 3: position '1.5' is not an integer", "whole"),
-    ("log.csv", MALFORMED, "line 32 is malformed (Expected 3 columns, got 2: a,1)", "quotes around values"),
-    ("log.tsv", MALFORMED.replace(",", "\t"), "line 32 is malformed", "every line needs"),
-    ("ratings.dat", "1::2::3::4\n1::2::3\n", "line 2 is malformed", "user::item::rating::timestamp"),
-    ("log.parquet", "PAR1 not really", "cannot be read as parquet", "check that the file is complete"),
-    ("log.csv.gz", "not gzip", "cannot be read as csv", "check that the file is complete"),
-]
+    ("log.csv", "h1,1,1600000000\nh1,2,1600000001\n", "its first line ('h1', '1', '1600000000') looks like data",
+     "name the columns by their numbers, such as user_column 1, item_column 2, time_column 3"),
+    ("log.csv", MALFORMED, "line 32 has 2 values instead of 3: 'a,1'", "leave such rows out"),
+    ("ratings.dat", "1::2::3::4\n1::2::3\n", "line 2 has 3 values instead of 4", "leave such rows out"),
+    ("log.parquet", "PAR1 not really", "cannot be read as Parquet", "check that the file is complete"),
+]  # fmt: skip
 
 
 @pytest.mark.parametrize(("name", "content", "cause", "remedy"), BAD_TEXT)
@@ -159,33 +118,12 @@ def test_bad_file_is_refused_with_cause_and_remedy(
         with pytest.raises(InputError) as raised:
             read(path)
         message = str(raised.value)
-        assert message.startswith(f"{path}: ")
+        assert message.startswith(str(path))
         assert cause in message
         assert remedy in message.removeprefix(str(path)).replace(cause, "", 1)
         assert "\n" not in message
         assert raised.value.__cause__ is None
         assert raised.value.__suppress_context__ or raised.value.__context__ is None
-
-
-@pytest.mark.parametrize("name", ["time", "position", "user", "item"])
-def test_named_column_that_is_absent_is_refused(tmp_path: Path, name: str) -> None:
-    path = text_log(tmp_path, HEADER + "a,1,0\n")
-    with pytest.raises(InputError) as raised:
-        read_interactions(path, LogOptions(**{f"{name}_column": "when"}))
-    assert raised.value.cause == f"{path}: no column 'when'; it has: user_id, item_id, timestamp"
-    assert raised.value.remedy == f"name the column that holds the {name}s"
-    assert raised.value.parameter == f"{name}_column"
-
-
-@pytest.mark.parametrize(
-    ("columns", "parameter"),
-    [(LogOptions(user_column="item_id"), "user_column"), (LogOptions(item_column="user_id"), "item_column")],
-    ids=["user", "item"],
-)
-def test_column_named_for_two_purposes_is_refused(tmp_path: Path, columns: LogOptions, parameter: str) -> None:
-    with pytest.raises(InputError, match=r"column '\w+' is named for two purposes; name another column") as raised:
-        read_interactions(text_log(tmp_path, HEADER + "a,1,0\n"), columns)
-    assert raised.value.parameter == parameter
 
 
 @pytest.mark.parametrize("minimum", ["min_user_events", "min_item_events"])
@@ -216,8 +154,8 @@ def test_lack_of_any_temporary_folder_is_reported_with_the_remedy(
         parts_of(path, max_rows=1)
 
 
-def test_max_events_below_one_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="max_events must be at least 1, not 0"):
+def test_max_rows_below_one_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="max_rows must be at least 1, not 0"):
         parts_of(tmp_path / "log.csv", max_rows=0)
 
 
@@ -244,5 +182,5 @@ def test_movielens_1m_has_the_published_size_and_order() -> None:
     ],
 )
 def test_public_logs_are_read_completely(name: str, users: int, items: int, events: int) -> None:
-    log = read_interactions(MOVIELENS.parent / name / "interactions.parquet")
+    log = read_interactions(MOVIELENS.parent / name / "interactions.parquet", LogOptions(exact_repeats="keep"))
     assert (log.num_users, len(log.item_ids), len(log)) == (users, items, events)

@@ -12,7 +12,7 @@ from typing import Any
 import lmdb
 import numpy as np
 import pytest
-from contract.processes import finish, start
+from contract.processes import finish, say, start
 from lmdb.verify import verify
 
 from dman_runtime.errors import StoreDamagedError, StoreError, StoreFullError, StoreMismatchError, StoreUnavailableError
@@ -246,6 +246,95 @@ def test_store_grown_by_another_process_asks_for_one_map_size(tmp_path: Path) ->
         assert caught.value.parameter == "map_size_mib"
     with LmdbStore.open(tmp_path / "state", map_size=MIB) as store:  # the file is larger: it wins
         assert record_of(store, "a") == b"record" and store.stats().map_size > 8 * MIB
+
+
+READ_WHILE_IT_GROWS = """
+    from dman_runtime.store import files
+    files._GROWTH = 4096
+    with LmdbStore.open(sys.argv[1], readonly=True) as store:
+        for line in sys.stdin:
+            print([len(user.record) for user in store.get_many(line.split(), 1)], flush=True)
+"""
+
+
+@pytest.mark.slow
+def test_readonly_store_follows_a_file_that_grows(tmp_path: Path) -> None:
+    with open_with_items(tmp_path / "state") as store:
+        store.commit([write("0", record=bytes(10))])
+        process = start(READ_WHILE_IT_GROWS, store.path)
+        assert process.stdout is not None
+        for number in range(1, 4):
+            say(process, f"{number - 1} 0")
+            assert process.stdout.readline() == f"[{10**number}, 10]\n"
+            size = (store.path / "data.mdb").stat().st_size
+            store.commit(
+                [write(f"{number}", record=bytes(10 ** (number + 1))), write(f"more {number}", record=bytes(MIB))]
+            )
+            assert (store.path / "data.mdb").stat().st_size > size + MIB
+        assert finish(process) == ""
+
+
+READ_IN_TWO_MOMENTS = """
+    from dman_runtime.store import files
+    files._GROWTH = 4096
+    with LmdbStore.open(sys.argv[1], readonly=True) as store:
+        with store.snapshot() as outer:
+            print("ready", flush=True)
+            sys.stdin.readline()
+            try:
+                store.get_many(["a"], 1)
+            except StoreError as error:
+                print(error, error.parameter)
+            print(len(outer.get_many(["a"], 1)[0].record))
+        print(len(store.get_many(["a"], 1)[0].record))
+"""
+
+
+@pytest.mark.slow
+def test_map_of_a_readonly_store_stays_while_a_snapshot_reads_it(tmp_path: Path) -> None:
+    with open_with_items(tmp_path / "state") as store:
+        store.commit([write("a", record=bytes(100_000))])
+        process = start(READ_IN_TWO_MOMENTS, store.path)
+        assert process.stdout is not None and process.stdout.readline() == "ready\n"
+        store.commit([write("a", version_of(store, "a"), record=bytes(MIB))])
+        error, before, after = finish(process).splitlines()
+    assert error.endswith("was grown by another process while it was read; try again ")
+    assert (before, after) == ("100000", f"{MIB}")
+
+
+LITTLE_SPACE = """
+    import resource
+    resource.setrlimit(resource.RLIMIT_AS, (4 << 30, 4 << 30))
+    for options in ({"readonly": True}, {}, {"map_size": 1 << 30}):
+        try:
+            with LmdbStore.open(sys.argv[1], **options) as store:
+                print(len(store.get_many(["a"], 1)[0].record), store.stats().map_size)
+        except StoreError as error:
+            print(error, error.parameter)
+"""
+
+
+@pytest.mark.slow
+def test_little_address_space_is_enough_to_read_and_a_writer_is_told_what_helps(tmp_path: Path) -> None:
+    with open_with_items(tmp_path / "state") as store:
+        store.commit([write("a", record=bytes(100_000))])
+    reader, writer, small_writer = finish(start(LITTLE_SPACE, tmp_path / "state")).splitlines()
+    assert reader == f"100000 {DEFAULT_MAP_SIZE}"
+    assert writer.endswith("address space; lower the map size or raise `ulimit -v` map_size_mib")
+    assert small_writer == f"100000 {1 << 30}"
+
+
+def test_reader_without_address_space_is_told_what_its_command_takes(
+    store: LmdbStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def opened(*_: object, **options: object) -> None:
+        raise lmdb.MemoryError("mmap")
+
+    store.close()
+    monkeypatch.setattr(lmdb, "open", opened)
+    with pytest.raises(StoreUnavailableError, match="address space; raise `ulimit -v`$") as caught:
+        LmdbStore.open(store.path, readonly=True)
+    assert caught.value.parameter == ""
 
 
 def test_store_out_of_reader_slots_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
