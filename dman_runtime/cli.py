@@ -10,13 +10,14 @@ from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dman_runtime.data.log_options import LogOptions, options_of_training
+from dman_runtime.data.log_options import AUTO, LogOptions, options_of_training
 from dman_runtime.errors import UsageError
-from dman_runtime.jobs.partitions import EVENTS_PER_PARTITION
+from dman_runtime.jobs.partitions import EVENTS_PER_PARTITION, MAX_UNKNOWN
 from dman_runtime.options import Parser, configure_logging, overridden, print_json, run_command
 from dman_runtime.serving.config import ServeConfig
 
 if TYPE_CHECKING:
+    from dman_runtime.data.input_report import InputReport
     from dman_runtime.model.generation import Generation
 
 DEFAULT_BUNDLE, DEFAULT_STATE, DEFAULT_LOG = Path("bundle"), Path("state"), Path("data/log.csv")
@@ -137,10 +138,20 @@ def _log_options(p: Parser) -> None:
 def _import_options(p: Parser) -> None:
     p.flag("--state", type=Path, default=DEFAULT_STATE, help="state directory; created when absent")
     p.flag("--input", type=Path, default=DEFAULT_LOG, help="interaction log")
+    _unknown_option(p)
     _log_options(p)
     _encoder_options(p)
     _map_option(p)
     p.add_argument("--json", action="store_true", help="print the result as JSON on the last line")
+
+
+def _unknown_option(p: Parser) -> None:
+    p.flag(
+        "--max-unknown",
+        type=float,
+        default=MAX_UNKNOWN,
+        help="largest share of events of items that the bundle does not know, from 0 to 1; above it, nothing is done",
+    )
 
 
 def _score_options(p: Parser) -> None:
@@ -148,6 +159,7 @@ def _score_options(p: Parser) -> None:
     p.flag("--output", type=Path, default=Path("scores.parquet"), help="Parquet file to write")
     p.flag("--k", type=int, default=100, help="items per user")
     p.add_argument("--include-seen", action="store_true", help="do not leave out items in the user's history")
+    _unknown_option(p)
     _log_options(p)
     _encoder_options(p)
     p.add_argument("--json", action="store_true", help="print the result as JSON on the last line")
@@ -156,6 +168,13 @@ def _score_options(p: Parser) -> None:
 def _evaluate_options(p: Parser) -> None:
     p.flag("--data", type=Path, default=DEFAULT_LOG, help="interaction log")
     p.flag("--split", choices=["valid", "test"], default="test", help="which held-out event to predict")
+    for name, what in (("--min-user-events", "users"), ("--min-item-events", "items")):
+        p.flag(
+            name,
+            type=int,
+            default=None,
+            help=f"leave out {what} with fewer events; without it, as in training for the log of the training only",
+        )
     _log_options(p)
     _encoder_options(p)
     p.add_argument("--json", action="store_true", help="print the metrics as JSON on the last line")
@@ -239,6 +258,19 @@ def _log(arguments: argparse.Namespace, path: Path, generation: Generation, *, m
     return open_log(path, options, known_items=bundle.items.index, max_rows=max_rows)
 
 
+def _goes_on(arguments: argparse.Namespace, report: InputReport, generation: Generation) -> bool:
+    """Prints what was understood of a log. Returns whether the command does more than that. Raises InputError."""
+    from dman_runtime.jobs.input import notice_other_ids, require_known
+
+    notice_other_ids(report, generation.bundle)
+    print(report.table(), flush=True)
+    if not arguments.dry_run and hasattr(arguments, "max_unknown"):
+        require_known(report, generation.bundle, arguments.max_unknown)
+    if arguments.dry_run and arguments.json:
+        print_json(report.as_dict())
+    return not arguments.dry_run
+
+
 def _generation(arguments: argparse.Namespace) -> Generation:
     from dman_runtime.model.generation import Generation
 
@@ -252,12 +284,13 @@ def _import(arguments: argparse.Namespace) -> int:
 
     generation = _generation(arguments)
     with _log(arguments, arguments.input, generation, max_rows=EVENTS_PER_PARTITION) as log:
-        print(log.report.table(), flush=True)
+        if not _goes_on(arguments, log.report, generation):
+            return 0
         with LmdbStore.open(arguments.state, map_size=arguments.map_size_mib << 20) as store:
             result = import_histories(log, Engine(generation, store))
     print(f"imported {result.events} events of {result.users} users into {arguments.state}; {result.summary()}")
     if arguments.json:
-        print_json(vars(result))
+        print_json(vars(result) | {"input": log.report.as_dict()})
     return 0
 
 
@@ -269,26 +302,33 @@ def _score(arguments: argparse.Namespace) -> int:
         raise UsageError(f"k is {arguments.k}", f"choose 1 to {MAX_K}", parameter="k")
     generation = _generation(arguments)
     with _log(arguments, arguments.input, generation, max_rows=EVENTS_PER_PARTITION) as log:
-        print(log.report.table(), flush=True)
-        users = score(log, arguments.output, generation, k=arguments.k, include_seen=arguments.include_seen)
-    print(f"scored {users} users into {arguments.output}")
+        if not _goes_on(arguments, log.report, generation):
+            return 0
+        options = {"include_seen": arguments.include_seen, "user_ids": getattr(arguments, "user_ids", AUTO)}
+        result = score(log, arguments.output, generation, k=arguments.k, **options)
+    print("\n".join(result.lines(arguments.output, arguments.k)))
     if arguments.json:
-        print_json({"users": users, "output": str(arguments.output), "bundle_id": generation.bundle_id})
+        about = {"output": str(arguments.output), "bundle_id": generation.bundle_id}
+        print_json(vars(result) | about | {"input": log.report.as_dict()})
     return 0
 
 
 def _evaluate(arguments: argparse.Namespace) -> int:
-    from dman_runtime.data.evaluation import format_report
+    from dman_runtime.data.evaluation import FILTERS, format_report
+    from dman_runtime.data.vocabulary import read_known
     from dman_runtime.jobs.evaluating import evaluate
 
+    filters = {name: value for name in FILTERS if (value := getattr(arguments, name)) is not None}
     generation = _generation(arguments)
     trained = generation.bundle.manifest.data
-    filters = {name: int(trained.get(name, 0)) for name in ("min_user_events", "min_item_events")}
     options = overridden(options_of_training(trained), arguments)
-    result = evaluate(arguments.data, generation, split=arguments.split, options=options, **filters)
-    print(format_report(result))
+    log = read_known(arguments.data, generation.bundle.items.index, options, trained=trained, filters=filters)
+    if not _goes_on(arguments, log.report, generation):
+        return 0
+    result = evaluate(log, generation, split=arguments.split)
+    print(f"\n{format_report(result)}")
     if arguments.json:
-        print_json(result | {"bundle_id": generation.bundle_id})
+        print_json(result | {"bundle_id": generation.bundle_id, "input": log.report.as_dict()})
     return 0
 
 

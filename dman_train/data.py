@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
 import numpy as np
 
 from dman_runtime.data.evaluation import HeldOut, held_out, training_events
 from dman_runtime.data.interactions import Interactions
+from dman_runtime.data.log_options import LogOptions
 from dman_runtime.data.logs import Log, filtered, open_log
 from dman_train.config import DataConfig
 
@@ -33,6 +34,11 @@ def load_log(path: Path, config: DataConfig) -> tuple[Log, Interactions]:
     with open_log(path, config) as log:
         kept = filtered(log, min_user_events=config.min_user_events, min_item_events=config.min_item_events)
     return log, kept
+
+
+def as_found(config: DataConfig, log: Log) -> DataConfig:
+    """The config with what was found in the log in place of "auto": another log is then read in the same way."""
+    return replace(config, **{field.name: getattr(log.options, field.name) for field in fields(LogOptions)})
 
 
 def training_data(interactions: Interactions) -> TrainingData:

@@ -8,18 +8,16 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, cast
 
 import numpy as np
 
-from dman_runtime.data.evaluation import HeldOut, format_report, held_out, report
-from dman_runtime.data.interactions import Interactions
+from dman_runtime.data.evaluation import FILTERS, HeldOut, format_report, report
 from dman_runtime.data.log_options import options_of_training
-from dman_runtime.data.tables import quoted
-from dman_runtime.data.vocabulary import read_known
+from dman_runtime.data.vocabulary import KnownLog, read_known
 from dman_runtime.errors import UsageError
 from dman_runtime.jobs.evaluating import evaluate as evaluate_bundle
 from dman_runtime.model.generation import Generation
@@ -59,65 +57,74 @@ def _main(argv: Sequence[str] | None) -> int:
         raise UsageError("a bundle cannot be interpreted", "give --run instead of --bundle", parameter="interpret")
     if arguments.user is not None and arguments.interpret is None:
         raise UsageError("a user is chosen, but nothing is interpreted", "give --interpret too", parameter="user")
-    result = _evaluate_run(arguments) if arguments.bundle is None else _evaluate_bundle(arguments)
+    result, log = _evaluate_run(arguments) if arguments.bundle is None else _evaluate_bundle(arguments)
     print(format_report(result))
     if arguments.json:
-        print_json(result)
+        print_json(result | {"input": log.report.as_dict()})
     return 0
 
 
-def _data_config(arguments: argparse.Namespace, trained: dict[str, Any]) -> tuple[DataConfig, dict[str, int]]:
-    """How the log is read, and filters: the options given, else those of the training. Raises ConfigError."""
-    filters: dict[str, Any] = {name: int(trained.get(name, 0)) for name in ("min_user_events", "min_item_events")}
-    config = overridden(DataConfig(**(asdict(options_of_training(trained)) | filters)), arguments)
-    return config, {name: getattr(config, name) for name in filters}
+def _read(arguments: argparse.Namespace, path: Path, index: Mapping[str, int], trained: dict[str, Any]) -> KnownLog:
+    """The log, read as in training but for the options given; prints what was understood of it."""
+    config = overridden(DataConfig(**asdict(options_of_training(trained))), arguments)
+    given = {name: getattr(config, name) for name in FILTERS if hasattr(arguments, name)}
+    log = read_known(path, index, config, trained=trained, filters=given)
+    print(log.report.table(), end="\n\n", flush=True)
+    return log
 
 
-def _evaluate_run(arguments: argparse.Namespace) -> dict[str, object]:
+def _evaluate_run(arguments: argparse.Namespace) -> tuple[dict[str, object], KnownLog]:
     run = open_run(arguments.run or DEFAULT_RUN)
-    config, filters = _data_config(arguments, run.config["data"])
-    path = arguments.data or Path(run.config["dataset"]["path"])
-    vocabulary = run.vocabulary()
-    index = {item_id: i for i, item_id in enumerate(vocabulary.item_ids)}
-    log = read_known(path, index, config, **filters)
-    data, model = held_out(log, arguments.split), run.best_model()
     if arguments.interpret is not None and not run.family.has_state:
         raise UsageError(
             f"a {run.family.name} has no memory: nothing to interpret", "choose another run", parameter="interpret"
         )
+    vocabulary, model = run.vocabulary(), run.best_model()
+    index = {item_id: i for i, item_id in enumerate(vocabulary.item_ids)}
+    path = arguments.data or Path(run.config["dataset"]["path"])
+    log = _read(arguments, path, index, run.config["data"] | run.config["dataset"])
+    if hasattr(model, "user_table") and not log.as_trained:
+        raise UsageError(
+            f"{run.path} holds a vector for each user of its training log, and ranks for no others",
+            "give that log, filtered as in training",
+            parameter="data",
+        )
+    data = log.held_out(arguments.split)
     if arguments.user is not None:
-        data = _only(arguments.user, data, log, path)
+        data = _only(arguments.user, data, log)
     if arguments.interpret is not None:
         about = {"run": str(run.path), "split": arguments.split, "user": arguments.user}
         segments = arguments.user is not None
-        write_interpretation(cast(DMAN, model), data.histories, arguments.interpret, about=about, segments=segments)
-    return report(all_ranks(model, data), arguments.split)
+        histories = [history for history in data.histories if len(history)]
+        write_interpretation(cast(DMAN, model), histories, arguments.interpret, about=about, segments=segments)
+    ranks = all_ranks(model, data, popularity=vocabulary.counts)
+    unknown = data.unknown_targets
+    return report(ranks, arguments.split, unknown_targets=unknown, log=log.kind, filters=log.filters), log
 
 
-def _only(user_id: str, data: HeldOut, log: Interactions, path: Path) -> HeldOut:
+def _only(user_id: str, data: HeldOut, log: KnownLog) -> HeldOut:
     """The part of `data` that belongs to one user."""
-    if user_id not in log.user_ids:
+    if user_id not in log.interactions.user_ids:
         raise UsageError(
-            f"user {quoted(user_id)} is not in {path}, or has fewer than min_user_events events",
+            f"user {user_id!r:.60} is not in {log.report.path}, or has fewer than min_user_events events",
             "choose another user",
             parameter="user",
         )
-    rows = np.flatnonzero(data.users == log.user_ids.index(user_id))
-    if not len(rows):
-        cause = f"user {quoted(user_id)} has fewer than three events of known items"
-        raise UsageError(cause, "choose another user", parameter="user")
-    return HeldOut(data.users[rows], [data.histories[row] for row in rows], data.targets[rows])
+    rows = np.flatnonzero(data.users == log.interactions.user_ids.index(user_id))
+    if not len(rows) or not len(data.histories[rows[0]]):
+        problem = "has no event of a known item before the target" if len(rows) else "has fewer than three events"
+        raise UsageError(f"user {user_id!r:.60} {problem}", "choose another user", parameter="user")
+    return data.rows(rows)
 
 
-def _evaluate_bundle(arguments: argparse.Namespace) -> dict[str, object]:
+def _evaluate_bundle(arguments: argparse.Namespace) -> tuple[dict[str, object], KnownLog]:
     generation = Generation.open(arguments.bundle, provider=arguments.provider)
     bundle = generation.bundle
     trained = bundle.manifest.data
-    config, filters = _data_config(arguments, trained)
     if arguments.data is None and not isinstance(trained.get("path"), str):
         raise UsageError(f"{bundle.path} does not record its training data", "give the log", parameter="data")
-    path = arguments.data or Path(trained["path"])
-    return evaluate_bundle(path, generation, split=arguments.split, options=config, **filters)
+    log = _read(arguments, arguments.data or Path(trained["path"]), bundle.items.index, trained)
+    return evaluate_bundle(log, generation, split=arguments.split), log
 
 
 if __name__ == "__main__":

@@ -6,14 +6,20 @@ from collections.abc import Iterator
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from dman_runtime.data.evaluation import HeldOut, Ranks, ranks_of_targets
 from dman_train.families import Model, family_of
 
 
-def target_ranks(model: Model, data: HeldOut, *, batch: int = 256) -> Iterator[tuple[np.ndarray, Ranks]]:
-    """Yields (rows of `data`, ranks of their targets), shortest histories first."""
-    user_embeddings, was_training = family_of(model.config).user_embeddings, model.training
+def target_ranks(
+    model: Model, data: HeldOut, *, batch: int = 256, popularity: np.ndarray | None = None
+) -> Iterator[tuple[np.ndarray, Ranks]]:
+    """Yields (rows of `data`, ranks of their targets), shortest histories first.
+
+    `popularity` (V) ranks the items for users with an empty history, as a server does. Training has no such users.
+    """
+    was_training = model.training
     model.eval()
     try:
         with torch.no_grad():
@@ -21,16 +27,28 @@ def target_ranks(model: Model, data: HeldOut, *, batch: int = 256) -> Iterator[t
             order = np.argsort([len(history) for history in data.histories], kind="stable")
             for start in range(0, len(order), batch):
                 rows = order[start : start + batch]
-                histories = [data.histories[row] for row in rows]
-                scores = (user_embeddings(model, histories, data.users[rows]) @ table).cpu().numpy()
-                yield rows, ranks_of_targets(scores, data.targets[rows], histories)
+                part = data.rows(rows)
+                yield rows, ranks_of_targets(_scores(model, table, part, popularity), part.targets, part.histories)
     finally:
         model.train(was_training)
 
 
-def all_ranks(model: Model, data: HeldOut) -> Ranks:
-    """Ranks of all targets, in the order of `data`."""
-    parts = list(target_ranks(model, data))
+def _scores(model: Model, table: Tensor, data: HeldOut, popularity: np.ndarray | None) -> np.ndarray:
+    """(N, V) scores of all items for the N users of `data`."""
+    known = np.array([len(history) > 0 for history in data.histories])
+    scores = np.zeros((len(known), table.shape[1]), np.float32)
+    if popularity is not None:
+        scores[~known] = popularity
+    if known.any():
+        some = data if known.all() else data.rows(np.flatnonzero(known))
+        users = family_of(model.config).user_embeddings(model, some.histories, some.users)
+        scores[known] = (users @ table).cpu().numpy()
+    return scores
+
+
+def all_ranks(model: Model, data: HeldOut, *, popularity: np.ndarray | None = None) -> Ranks:
+    """Ranks of all targets, in the order of `data`. `popularity` as in `target_ranks`."""
+    parts = list(target_ranks(model, data, popularity=popularity))
     if not parts:  # no user has enough events to hold one out
         return Ranks.concatenate([])
     return Ranks.concatenate(ranks for _, ranks in parts).reordered(np.concatenate([rows for rows, _ in parts]))

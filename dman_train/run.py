@@ -1,6 +1,6 @@
 """A run directory: everything that one training wrote, which is all that export and evaluation need.
 
-config.json       model, train and data configs, the data's path and fingerprint, versions, command
+config.json       model, train and data configs, the data's path and fingerprint, its input report, versions, command
 vocabulary.json   external item ids in index order, training counts, titles and attributes
 metrics.jsonl     one line per epoch
 metrics.json      validation and test metrics of the best epoch; its presence marks a finished run
@@ -17,7 +17,7 @@ import json
 import os
 import shutil
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +26,9 @@ import torch
 
 from dman_runtime.data.arrays import parse_npz
 from dman_runtime.data.evaluation import Ranks, Split
+from dman_runtime.data.input_report import InputReport
 from dman_runtime.data.interactions import Interactions
+from dman_runtime.data.log_options import options_of_training
 from dman_runtime.data.untrusted import is_whole_number, parse_json, read_file
 from dman_runtime.errors import DmanError, InputError
 from dman_train.config import BaselineConfig, ConfigError, DataConfig, ModelConfig, TrainConfig, from_dict, to_dict
@@ -36,6 +38,7 @@ from dman_train.vocabulary import Vocabulary
 
 MAX_CONFIG_BYTES, MAX_EPOCHS_BYTES, MAX_VOCABULARY_BYTES = 4 << 20, 64 << 20, 64 << 30
 MAX_COUNT = 1 << 40  # of users or items
+MAX_LISTED_FILES = 100  # of a log of many, in its report: a manifest holds a megabyte
 EPOCH_FIELDS = {"epoch", "loss", "abstraction_loss", "seconds"}  # of a line of metrics.jsonl, at least
 RESTORE = "restore it or train again"
 
@@ -87,7 +90,12 @@ class Run:
         return from_dict(TrainConfig, self.config["train"], where=f"{self.path}/config.json")
 
     def data_config(self) -> DataConfig:
-        return from_dict(DataConfig, self.config["data"], where=f"{self.path}/config.json")
+        data = self.config["data"]
+        config: DataConfig = from_dict(DataConfig, data, where=f"{self.path}/config.json")
+        if "order_by" in data:
+            return config
+        # An older version recorded its defaults, also for columns that the log did not have.
+        return replace(config, **asdict(options_of_training(data)))
 
     def vocabulary(self) -> Vocabulary:
         """Raises RunError if the file is damaged or is that of another run."""
@@ -206,6 +214,8 @@ def _config_problem(config: dict[str, Any]) -> str:
     for name in ("model", "train", "data", "dataset"):
         if not isinstance(config[name], dict):
             return f"{name} is not an object"
+    if not isinstance(config.get("input", {}), dict):  # older runs have none
+        return "input is not an object"
     dataset = config["dataset"]
     for name in ("path", "fingerprint"):
         if not isinstance(dataset.get(name), str) or "\0" in dataset[name]:
@@ -258,6 +268,7 @@ def describe(
     *,
     path: Path,
     interactions: Interactions,
+    input_report: InputReport,
     command: list[str],
 ) -> dict[str, Any]:
     """The content of config.json."""
@@ -272,6 +283,12 @@ def describe(
             "items": len(interactions.item_ids),
             "events": len(interactions),
         },
+        "input": _shortened(input_report.as_dict()),
         "versions": {"torch": torch.__version__, "numpy": np.__version__},
         "command": command,
     }
+
+
+def _shortened(report: dict[str, Any]) -> dict[str, Any]:
+    """A report with the first of its files only."""
+    return report | {name: report[name][:MAX_LISTED_FILES] for name in ("files", "ignored_files")}

@@ -10,22 +10,25 @@ import functools
 import logging
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
-from dman_runtime.data.evaluation import Split, format_report, held_out, report
-from dman_runtime.data.interactions import Interactions
+from dman_runtime.data.evaluation import FILTERS, Split, format_report, held_out, report
+from dman_runtime.data.input_report import InputReport
+from dman_runtime.data.interactions import Interactions, ItemInfo
 from dman_runtime.data.items import read_items
+from dman_runtime.data.logs import Log
 from dman_runtime.errors import DmanError, UsageError
 from dman_runtime.options import Parser, configure_logging, overridden, print_json, run_command
 from dman_train import distributed
 from dman_train.config import PRESETS, BaselineConfig, DataConfig, ModelConfig, Preset, TrainConfig
-from dman_train.data import load, training_data
+from dman_train.data import as_found, load_log, training_data
 from dman_train.families import family_of
+from dman_train.log_warnings import warn_of_items, warn_of_log
 from dman_train.ranking import all_ranks
 from dman_train.run import Run, RunError, create_run, describe, open_run
 from dman_train.signals import stop_requests
@@ -36,7 +39,6 @@ from dman_train.vocabulary import Vocabulary
 logger = logging.getLogger(__name__)
 DEFAULT_RUN, DEFAULT_DATA, DEFAULT_ITEMS = Path("runs/latest"), Path("data/log.csv"), Path("data/items.csv")
 CHECKPOINT_SECONDS = 120.0
-MANY_REPEATS = 0.3  # share of events with already seen items, above which users seem to return to items
 SPLITS: tuple[Split, ...] = ("valid", "test")
 
 
@@ -51,6 +53,7 @@ def parser(presets: Mapping[str, Preset] = PRESETS) -> Parser:
     p.flag("--device", choices=["auto", "cpu", "cuda"], default="auto", help="where to train")
     p.flag("--threads", type=int, default=0, help="CPU threads; 0: one per core")
     p.add_argument("--resume", action="store_true", help="continue the interrupted run in --run")
+    p.add_argument("--dry-run", action="store_true", help="read the log, say what was understood, and stop")
     p.add_argument("--json", action="store_true", help="print the final metrics as JSON on the last line")
     p.config_flags(family.config, title="model")
     p.config_flags(TrainConfig, title="training")
@@ -85,20 +88,29 @@ def _train(arguments: argparse.Namespace, command: list[str], presets: Mapping[s
     if arguments.data == DEFAULT_DATA and not DEFAULT_DATA.exists() and distributed.is_first():
         _generate_default_data()
     distributed.barrier()
-    interactions = load(arguments.data, data)
+    log, interactions = load_log(arguments.data, data)
+    infos = _understand(arguments, log, interactions, train) if distributed.is_first() else {}
+    input_report, data = log.report, as_found(data, log)
+    del log  # with the events that the filters have removed
+    if arguments.dry_run:
+        _print_report(input_report, as_json=arguments.json)
+        return 0
     # First the trainer, then the directory: a failure here must not leave a run behind.
     trainer = Trainer(model, train, training_data(interactions), _device(arguments.device))
-    run = _open(arguments, model, train, data, interactions, command)
+    describe_run = functools.partial(
+        describe, model, train, data, path=arguments.data, interactions=interactions, input_report=input_report,
+        command=command,
+    )  # fmt: skip
+    run = _open(arguments, interactions, infos, describe_run)
     if arguments.resume:
         _resume(trainer, run)
-    if train.seen_items != "keep" and distributed.is_first():
-        _warn_of_repeats(interactions.repeated_share())
+    _print_report(input_report, as_json=False)
     finished = _loop(trainer, run)
     if not finished:
         logger.info("stopped at step %d; continue with --resume --run %s", trainer.step, run.path)
         return 130
     if distributed.is_first():
-        _finish(run, interactions, as_json=arguments.json)
+        _finish(run, interactions, input_report, as_json=arguments.json)
     return 0
 
 
@@ -126,11 +138,9 @@ def _configs(
 
 def _open(
     arguments: argparse.Namespace,
-    model: ModelConfig | BaselineConfig,
-    train: TrainConfig,
-    data: DataConfig,
     interactions: Interactions,
-    command: list[str],
+    infos: dict[str, ItemInfo],
+    describe_run: Callable[[], dict[str, Any]],
 ) -> Run:
     """The run directory. The first process writes the files that describe the run."""
     if not distributed.is_first():
@@ -144,9 +154,10 @@ def _open(
             )
     else:
         run = create_run(arguments.run, keep_old=arguments.run == DEFAULT_RUN)
-        run.write("vocabulary.json", _vocabulary(arguments, interactions, data.item_column).to_json())
-        details = describe(model, train, data, path=arguments.data, interactions=interactions, command=command)
-        run.write_json("config.json", details)
+        counts = training_data(interactions).item_counts
+        vocabulary = Vocabulary(interactions.item_ids, interactions.integer_item_ids, counts, infos)
+        run.write("vocabulary.json", vocabulary.to_json())
+        run.write_json("config.json", describe_run())
     distributed.barrier()
     logger.info(
         "%d users, %d items, %d events from %s; run directory %s",
@@ -155,22 +166,27 @@ def _open(
     return run
 
 
-def _vocabulary(arguments: argparse.Namespace, interactions: Interactions, item_column: str) -> Vocabulary:
+def _understand(
+    arguments: argparse.Namespace, log: Log, interactions: Interactions, train: TrainConfig
+) -> dict[str, ItemInfo]:
+    """Adds to the report what may go wrong with the log; returns what the item file says."""
+    warn_of_log(log, interactions, seen_items=train.seen_items)
     file = arguments.items
     if file is None and arguments.data == DEFAULT_DATA and DEFAULT_ITEMS.exists():
         file = DEFAULT_ITEMS
-    items = read_items(file, item_column=item_column) if file else {}
-    counts = training_data(interactions).item_counts
-    return Vocabulary(interactions.item_ids, interactions.integer_item_ids, counts, items)
+    if file is None or arguments.resume:  # a run has its items already
+        return {}
+    infos = read_items(file, item_column=log.options.item_column)
+    warn_of_items(log.report, file, infos, interactions.item_ids)
+    return infos
 
 
-def _warn_of_repeats(share: float) -> None:
-    if share > MANY_REPEATS:
-        logger.warning(
-            "%.0f %% of the events are of items that the user has already seen, and the ranking leaves such items out; "
-            "if users return to items, train with --seen-items keep and call recommend with include_seen",
-            100 * share,
-        )
+def _print_report(report: InputReport, *, as_json: bool) -> None:
+    """What was understood of the log; only the first process prints."""
+    if distributed.is_first():
+        print(report.table(), end="\n\n", flush=True)
+        if as_json:
+            print_json(report.as_dict())
 
 
 def _resume(trainer: Trainer, run: Run) -> None:
@@ -258,20 +274,21 @@ def _out_of_patience(run: Run, patience: int) -> bool:
     return bool(values) and len(values) - 1 - int(np.argmax(values)) >= patience
 
 
-def _finish(run: Run, interactions: Interactions, *, as_json: bool) -> None:
+def _finish(run: Run, interactions: Interactions, input_report: InputReport, *, as_json: bool) -> None:
     """Evaluates the best epoch on both splits and closes the run."""
     model = run.best_model()
     data = {split: held_out(interactions, split) for split in SPLITS}
     ranks = {split: all_ranks(model, data[split]) for split in SPLITS}
     run.save_ranks(ranks, [len(history) for history in data["test"].histories])
-    result: dict[str, Any] = {split: report(ranks[split], split) for split in SPLITS}
+    filters = {name: getattr(run.data_config(), name) for name in FILTERS}
+    result: dict[str, Any] = {split: report(ranks[split], split, filters=filters) for split in SPLITS}
     seconds = [epoch["seconds"] for epoch in run.epochs()]
     result |= {"epochs": len(seconds), "training_seconds": sum(seconds)}
     run.write_json("metrics.json", result)
     (run.path / "checkpoint.pt").unlink(missing_ok=True)
     print(format_report(result["test"]))
     if as_json:
-        print_json(result)
+        print_json(result | {"input": input_report.as_dict()})
 
 
 def _generate_default_data() -> None:

@@ -99,7 +99,7 @@ def import_log(path: Path, engine: Engine, options: LogOptions = ANY_LOG) -> Imp
         return import_histories(log, engine)
 
 
-def score_log(path: Path, output: Path, generation: Generation, **options: Any) -> int:
+def score_log(path: Path, output: Path, generation: Generation, **options: Any) -> scoring.ScoreResult:
     """Scores a file as the command does."""
     with open_log(path, max_rows=partitions.EVENTS_PER_PARTITION) as log:
         return scoring.score(log, output, generation, **options)

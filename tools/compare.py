@@ -21,7 +21,8 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from dman_runtime.data.evaluation import CUTOFFS_HR, MISS, HeldOut, held_out, metrics
+from dman_runtime.data.evaluation import CUTOFFS_HR, MISS, UNKNOWN, HeldOut, metrics
+from dman_runtime.data.log_options import options_of_training
 from dman_runtime.data.vocabulary import read_known
 from dman_runtime.errors import BundleError
 from dman_runtime.jobs.evaluating import held_out_ranks
@@ -69,12 +70,14 @@ def live_server(bundle: Path) -> Iterator[str]:
 
 
 def served_ranks(address: str, data: HeldOut, item_ids: list[str]) -> np.ndarray:
-    """Ranks of the targets in the first K recommendations after feeding each history; MISS beyond."""
+    """Ranks of the targets in the first K recommendations after feeding each history; MISS beyond, and if unknown."""
     ranks = np.full(len(data.targets), MISS, np.int64)
     with Client(address, timeout=60) as client:
         for row, history in enumerate(tqdm(data.histories, desc="serve", unit="user", disable=None)):
             user_id = f"user {row}"
             client.update(user_id, [item_ids[item] for item in history])
+            if data.targets[row] == UNKNOWN:
+                continue
             target = item_ids[data.targets[row]]
             for rank, item in enumerate(client.recommend(user_id, k=K), start=1):
                 if str(item.item_id) == target:
@@ -85,19 +88,15 @@ def served_ranks(address: str, data: HeldOut, item_ids: list[str]) -> np.ndarray
 def compare(arguments: argparse.Namespace) -> dict[str, Any]:
     run, generation = open_run(arguments.run), Generation.open(arguments.bundle)
     bundle = generation.bundle
-    config = run.data_config()
-    path = arguments.data or Path(run.config["dataset"]["path"])
+    trained = run.config["data"] | run.config["dataset"]
     log = read_known(
-        path,
-        bundle.items.index,
-        config,
-        min_user_events=config.min_user_events,
-        min_item_events=config.min_item_events,
+        arguments.data or Path(trained["path"]), bundle.items.index, options_of_training(trained), trained=trained
     )
-    data = held_out(log, arguments.split)
+    data = log.held_out(arguments.split)
+    # Without a known event, items are ranked by popularity. It has ties, which a server breaks and the metrics do not.
+    data = data.rows(np.flatnonzero([len(history) for history in data.histories]))
     if 0 < arguments.users < len(data.users):
-        rows = np.sort(np.random.default_rng(0).choice(len(data.users), arguments.users, replace=False))
-        data = HeldOut(data.users[rows], [data.histories[row] for row in rows], data.targets[rows])
+        data = data.rows(np.sort(np.random.default_rng(0).choice(len(data.users), arguments.users, replace=False)))
     with live_server(arguments.bundle) as address:
         served = served_ranks(address, data, bundle.items.item_ids)
     return {

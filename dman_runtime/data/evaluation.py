@@ -4,22 +4,27 @@ A user's last event is the test target, the second last the validation target; t
 target. All items are ranked. The main numbers exclude items that the user has already seen: the server never
 recommends them, so a target that was seen is a miss. "Seen kept" ranks without this filter. Ties count against
 the model. Users with fewer than three events are left out.
+
+The split is taken on the log as it is. A target that the model does not know cannot be recommended, so it is a miss.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 
 from dman_runtime.data.interactions import Interactions
 
 Split = Literal["valid", "test"]
+LogKind = Literal["training log", "another log"]
 CUTOFFS_HR = (10, 50, 100, 200)
 CUTOFFS_NDCG = (10, 50, 100)
 MISS = np.iinfo(np.int64).max  # rank of a target that cannot be recommended
+FILTERS = ("min_user_events", "min_item_events")  # what may be left out of a log: users and items of fewer events
+UNKNOWN = -1  # index of an item that the model does not know
 DESCRIPTION = "leave-one-out, all items ranked, seen items excluded, ties against the model"
 
 
@@ -29,7 +34,23 @@ class HeldOut:
 
     users: np.ndarray  # (N) int64 user indices of the Interactions
     histories: list[np.ndarray]  # N item index arrays, oldest first
-    targets: np.ndarray  # (N) int64 item indices
+    targets: np.ndarray  # (N) int64 item indices, UNKNOWN for an item that the model does not know
+
+    @property
+    def unknown_targets(self) -> int:
+        return int(np.count_nonzero(self.targets == UNKNOWN))
+
+    def rows(self, rows: np.ndarray) -> HeldOut:
+        """Only these users."""
+        return HeldOut(self.users[rows], [self.histories[row] for row in rows], self.targets[rows])
+
+    def in_terms_of(self, index: np.ndarray) -> HeldOut:
+        """The same with items renumbered by `index` (V), which has UNKNOWN for those that the model does not know.
+
+        Their events are left out of the inputs, as serving skips them; their targets stay, as UNKNOWN.
+        """
+        renumbered = [index[history] for history in self.histories]
+        return HeldOut(self.users, [history[history != UNKNOWN] for history in renumbered], index[self.targets])
 
 
 def held_out(interactions: Interactions, split: Split) -> HeldOut:
@@ -77,9 +98,10 @@ class Ranks:
 def ranks_of_targets(scores: np.ndarray, targets: np.ndarray, histories: Sequence[np.ndarray]) -> Ranks:
     """Ranks of targets (N) by scores (N, V); `histories` are the N users' inputs.
 
-    A score of NaN ranks before all others, and a target that has it ranks last.
+    A score of NaN ranks before all others, and a target that has it ranks last. An UNKNOWN target has rank MISS.
     """
-    rows = np.arange(len(targets))
+    unknown = targets == UNKNOWN
+    rows, targets = np.arange(len(targets)), np.where(unknown, 0, targets)
     ahead = ~(scores < scores[rows, targets][:, None])  # ties and NaN count against the model
     ahead[rows, targets] = False
     kept = ahead.sum(1) + 1
@@ -87,6 +109,7 @@ def ranks_of_targets(scores: np.ndarray, targets: np.ndarray, histories: Sequenc
     for row, history in enumerate(histories):
         seen = np.unique(history)
         excluded[row] = MISS if targets[row] in seen else kept[row] - ahead[row, seen].sum()
+    excluded[unknown] = kept[unknown] = MISS
     return Ranks(excluded.astype(np.int64), kept.astype(np.int64))
 
 
@@ -99,23 +122,50 @@ def metrics(ranks: np.ndarray) -> dict[str, float]:
     return hit_rates | {f"ndcg@{k}": float(np.where(ranks <= k, gain, 0).mean()) for k in CUTOFFS_NDCG}
 
 
-def report(ranks: Ranks, split: Split) -> dict[str, object]:
-    """The JSON object that every `evaluate` command prints."""
+def report(
+    ranks: Ranks,
+    split: Split,
+    *,
+    unknown_targets: int = 0,
+    log: LogKind = "training log",
+    filters: Mapping[str, int] | None = None,
+) -> dict[str, object]:
+    """The JSON object that every `evaluate` command prints.
+
+    Args:
+        unknown_targets: How many targets the model does not know.
+        filters: What FILTERS were applied to the log; 0 for those that are not given.
+    """
     return {
         "split": split,
         "users": len(ranks.seen_excluded),
         **metrics(ranks.seen_excluded),
         "seen_kept": metrics(ranks.seen_kept),
+        "unknown_targets": unknown_targets,
+        "log": log,
+        **dict.fromkeys(FILTERS, 0),
+        **(filters or {}),
         "protocol": DESCRIPTION,
     }
 
 
-def format_report(result: dict[str, object]) -> str:
+def format_report(result: Mapping[str, Any]) -> str:
     """A report as a small table for people."""
-    names = [name for name in result if "@" in name]
-    kept = result["seen_kept"]
-    assert isinstance(kept, dict)
-    lines = [f"{result['split']} split, {result['users']} users; {result['protocol']}", ""]
-    lines.append(f"{'':>10}  {'seen excluded':>13}  {'seen kept':>9}")
+    names, kept = [name for name in result if "@" in name], result["seen_kept"]
+    lines = [f"{result['split']} split, {result['users']} users; {result['protocol']}", _about_log(result)]
+    if result["unknown_targets"]:
+        lines.append(
+            f"{result['unknown_targets']:,} of {result['users']:,} targets are items that the model does not know: "
+            "they count as misses"
+        )
+    lines += ["", f"{'':>10}  {'seen excluded':>13}  {'seen kept':>9}"]
     lines += [f"{name:>10}  {result[name]:>13.4f}  {kept[name]:>9.4f}" for name in names]
     return "\n".join(lines)
+
+
+def _about_log(result: Mapping[str, Any]) -> str:
+    which = "the log of the training" if result["log"] == "training log" else "another log than that of the training"
+    of_user, of_item = (result[name] for name in FILTERS)
+    if of_user <= 1 and of_item <= 1:
+        return f"{which}, not filtered"
+    return f"{which}, without users of fewer than {of_user} events and items of fewer than {of_item}"

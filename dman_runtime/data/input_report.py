@@ -57,7 +57,7 @@ class InputReport:
     lengths: dict[str, int] = field(default_factory=dict)  # users by number of events
     unknown_items: int | None = None  # distinct items that the bundle does not know; None without a bundle
     unknown_events: int | None = None
-    unknown_examples: list[str] = field(default_factory=list)  # a few of those items
+    unknown_examples: list[str] = field(default_factory=list)  # some of the ids of these items
     unknown_users: int | None = None  # not in the store
     filters: dict[str, int] = field(default_factory=dict)  # the limits, and the users, items and events they removed
     notices: list[Notice] = field(default_factory=list)

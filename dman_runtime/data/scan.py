@@ -179,7 +179,8 @@ class Scan:
         if self._known_items is not None:
             unknown = [row for row, item_id in enumerate(item_ids) if item_id not in self._known_items]
             self.report.unknown_items, self.report.unknown_events = len(unknown), int(counts[unknown].sum())
-            self._add_examples([item_ids[row] for row in unknown[:EXAMPLES]])
+            frequent = sorted(unknown, key=lambda row: -int(counts[row]))
+            self._add_examples([item_ids[row] for row in frequent[:EXAMPLES]])
 
     def note_tallies(self) -> np.ndarray:
         """Puts the counts of a log that was split into the report; returns the lengths of all histories (U,)."""

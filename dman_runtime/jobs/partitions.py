@@ -1,4 +1,4 @@
-"""How jobs cut their work: logs into partitions of users, users into batches of similar history length."""
+"""Limits of jobs, and how they cut their work: logs into partitions of users, users into batches of similar length."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from collections.abc import Iterator
 import numpy as np
 
 USERS_PER_BATCH = 256
+MAX_UNKNOWN = 0.5  # share of the events that may be of items that the bundle does not know
 EVENTS_PER_PARTITION = 5_000_000  # about 300 MB while a partition is read and sorted
 
 

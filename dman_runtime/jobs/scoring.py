@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import re
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 from tqdm import tqdm
@@ -11,11 +13,40 @@ from tqdm import tqdm
 from dman_runtime.data.logs import Log
 from dman_runtime.data.vocabulary import known_events
 from dman_runtime.errors import InputError
+from dman_runtime.jobs.parquet_output import ParquetOutput
 from dman_runtime.jobs.partitions import by_length
 from dman_runtime.model.bundle import Bundle
 from dman_runtime.model.generation import Generation
 from dman_runtime.retrieval.base import NO_ITEMS, Hits
 from dman_runtime.retrieval.exact import search_scores
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+
+IdType = Literal["auto", "text", "integer"]
+_INTEGER = re.compile("0|-?[1-9][0-9]*")
+
+
+@dataclass
+class ScoreResult:
+    users: int = 0  # in the log
+    rows: int = 0  # written
+    popular_users: int = 0  # without an event of a known item: they got the most popular items
+    users_with_nothing: int = 0  # who had every item before, so nothing is left to recommend
+    users_with_fewer_than_k: int = 0  # those with nothing included
+
+    def lines(self, output: Path, k: int) -> list[str]:
+        """For people."""
+        lines = [f"scored {self.users} users into {output}: {self.rows} rows"]
+        if self.popular_users:
+            lines.append(
+                f"{self.popular_users} of {self.users} users have no event of a known item: they got popular items"
+            )
+        if self.users_with_nothing:
+            lines.append(f"{self.users_with_nothing} of {self.users} users have nothing left to recommend")
+        if few := self.users_with_fewer_than_k - self.users_with_nothing:
+            lines.append(f"{few} of {self.users} users have fewer than {k} items left")
+        return lines
 
 
 def score(
@@ -25,78 +56,104 @@ def score(
     *,
     k: int,
     include_seen: bool = False,
-) -> int:
-    """Writes the k best items of every user in a log to a Parquet file; returns the number of users.
+    user_ids: IdType = "auto",
+) -> ScoreResult:
+    """Writes the k best items of every user in a log to a Parquet file.
 
-    Columns: user_id, rank (from 1), item_id, score. The answers are those of a server that was given the same
-    histories. Memory stays bounded by the partition size. Raises InputError.
+    Columns: user_id, rank (from 1), item_id, score, source (model or popular). The answers are those of a server that
+    was given the same histories. Memory stays bounded by the partition size. Raises InputError.
+
+    Args:
+        user_ids: What the ids in the file are. auto: as in the log that the bundle was trained on, in every file.
     """
-    bundle, users_done = generation.bundle, 0
-    with _ParquetOutput(output, bundle) as out, tqdm(unit="user", desc="score", disable=None) as bar:
+    rows_of = _Rows(log, generation.bundle, user_ids)
+    result = ScoreResult()
+    with ParquetOutput(output, rows_of.schema) as out, tqdm(unit="user", desc="score", disable=None) as bar:
         for partition in log.parts():
-            known = known_events(partition, bundle.items.index)
+            known = known_events(partition, generation.bundle.items.index)
             for rows in by_length(np.diff(known.offsets)):
                 histories = [known.history(row).astype(np.int64) for row in rows]
-                users = np.stack([state.user_embedding for state in generation.replay(histories)])
-                seen = [NO_ITEMS if include_seen else history for history in histories]
-                hits = generation.retriever.search(users, k, exclude=seen)
-                for i, history in enumerate(histories):
-                    if not len(history):
-                        hits[i] = search_scores(bundle.items.popularity, k)
-                out.write([known.user_ids[row] for row in rows], hits, integer_users=partition.integer_user_ids)
-                users_done += len(rows)
+                hits = _best(histories, generation, k, include_seen=include_seen)
+                popular = np.array([not len(history) for history in histories])
+                out.write(rows_of.table([known.user_ids[row] for row in rows], hits, popular))
+                _count(result, hits, popular, k)
                 bar.update(len(rows))
-    return users_done
+    return result
 
 
-class _ParquetOutput:
-    """Score rows into a Parquet file that appears under its name only when complete."""
+def _best(histories: list[np.ndarray], generation: Generation, k: int, *, include_seen: bool) -> list[Hits]:
+    """What a server would recommend after these histories."""
+    users = np.stack([state.user_embedding for state in generation.replay(histories)])
+    seen = [NO_ITEMS if include_seen else history for history in histories]
+    hits = generation.retriever.search(users, k, exclude=seen)
+    for i, history in enumerate(histories):
+        if not len(history):
+            hits[i] = search_scores(generation.bundle.items.popularity, k)
+    return hits
 
-    def __init__(self, path: Path, bundle: Bundle) -> None:
-        self._path, self._temporary = path, path.with_name(f".{path.name}.partial")
-        self._item_ids = _id_array(bundle.items.item_ids, integers=bundle.manifest.integer_item_ids)
-        self._writer: Any = None
 
-    def __enter__(self) -> _ParquetOutput:
-        if self._path.is_dir():
-            raise InputError(f"cannot write {self._path}: it is a directory", "choose another file", parameter="output")
-        try:
-            self._temporary.touch()
-        except OSError as error:
-            raise InputError(
-                f"cannot write {self._path}: {error.strerror}", "choose another file", parameter="output"
-            ) from None
-        return self
+def _count(result: ScoreResult, hits: list[Hits], popular: np.ndarray, k: int) -> None:
+    counts = np.array([len(found.items) for found in hits])
+    result.users += len(counts)
+    result.rows += int(counts.sum())
+    result.popular_users += int(popular.sum())
+    result.users_with_nothing += int(np.count_nonzero(counts == 0))
+    result.users_with_fewer_than_k += int(np.count_nonzero(counts < k))
 
-    def write(self, user_ids: list[str], hits: list[Hits], *, integer_users: bool) -> None:
+
+class _Rows:
+    """Turns answers into rows whose types are the same for every file that is scored with a bundle."""
+
+    def __init__(self, log: Log, bundle: Bundle, user_ids: IdType) -> None:
         import pyarrow as pa
-        import pyarrow.parquet as pq
 
-        counts = [len(found.items) for found in hits]
-        table = pa.table(
-            {
-                "user_id": np.repeat(_id_array(user_ids, integers=integer_users), counts),
-                "rank": np.concatenate([np.arange(1, count + 1, dtype=np.int32) for count in counts]),
-                "item_id": self._item_ids[np.concatenate([found.items for found in hits])],
-                "score": np.concatenate([found.scores for found in hits]).astype(np.float32),
-            }
+        recorded = bundle.manifest.data.get("user_ids")  # older bundles have none
+        if user_ids == "auto":
+            user_ids = recorded if recorded in ("text", "integer") else log.options.user_ids
+        self._path, self._integer_users = log.report.path, user_ids == "integer"
+        integer_items = bundle.manifest.integer_item_ids
+        self.schema = pa.schema(
+            [
+                ("user_id", pa.int64() if self._integer_users else pa.string()),
+                ("rank", pa.int32()),
+                ("item_id", pa.int64() if integer_items else pa.string()),
+                ("score", pa.float32()),
+                ("source", pa.string()),
+            ]
         )
-        if self._writer is None:
-            self._writer = pq.ParquetWriter(self._temporary, table.schema, compression="zstd")
-        self._writer.write_table(table)
+        self._items = pa.array(
+            self._ids(bundle.items.item_ids, integers=integer_items), self.schema.field("item_id").type
+        )
 
-    def __exit__(self, failure: type[BaseException] | None, *_: object) -> None:
-        if self._writer is not None:
-            self._writer.close()
-        if failure is None:
-            self._temporary.replace(self._path)
-        else:
-            self._temporary.unlink(missing_ok=True)
+    def table(self, user_ids: list[str], hits: list[Hits], popular: np.ndarray) -> pa.Table:
+        """The rows of B users, whose answers are popular items where `popular` (B) says so."""
+        import pyarrow as pa
 
+        counts = np.array([len(found.items) for found in hits])
+        users = pa.array(self._ids(user_ids, integers=self._integer_users), self.schema.field("user_id").type)
+        columns = [
+            users.take(pa.array(np.repeat(np.arange(len(hits)), counts))),
+            pa.array(np.concatenate([np.arange(1, count + 1, dtype=np.int32) for count in counts])),
+            self._items.take(pa.array(np.concatenate([found.items for found in hits]))),
+            pa.array(np.concatenate([found.scores for found in hits]).astype(np.float32)),
+            pa.array(["model", "popular"]).take(pa.array(np.repeat(popular.astype(np.int8), counts))),
+        ]
+        return pa.Table.from_arrays(columns, schema=self.schema)
 
-def _id_array(ids: list[str], *, integers: bool) -> np.ndarray:
-    """Ids as a column: int64 where they were integers in the log."""
-    try:
-        return np.array([int(i) for i in ids], np.int64) if integers else np.array(ids, object)
-    except OverflowError:
-        raise InputError("an id does not fit a 64-bit integer column", "write the ids as text with a letter") from None
+    def _ids(self, ids: list[str], *, integers: bool) -> list[str] | np.ndarray:
+        """Ids as a column can hold them. Raises InputError for one that is no integer where all must be."""
+        if not integers:
+            return ids
+        for one in ids:
+            if not _INTEGER.fullmatch(one):
+                raise InputError(
+                    f"{self._path}: user id {one!r:.60} is text, but integers were trained on",
+                    "write the ids as in training, or write all of them as text",
+                    parameter="user_ids",
+                )
+        try:
+            return np.array([int(i) for i in ids], np.int64)
+        except OverflowError:
+            raise InputError(
+                "an id does not fit a 64-bit integer column", "write the ids as text", parameter="user_ids"
+            ) from None

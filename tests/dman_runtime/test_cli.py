@@ -165,7 +165,9 @@ def test_score_says_what_it_wrote_and_leaves_out_what_was_seen(
 ) -> None:
     output = tmp_path / "scores.parquet"
     result = run_json(capsys, "score", "--bundle", exact_bundle, "--input", log, "--output", output, "--k", 7)
-    assert result == {"users": 25, "output": str(output), "bundle_id": open_bundle(exact_bundle).bundle_id}
+    assert result.pop("input")["users"] == 25
+    counts = {"users": 25, "rows": 175, "popular_users": 1, "users_with_nothing": 0, "users_with_fewer_than_k": 0}
+    assert result == counts | {"output": str(output), "bundle_id": open_bundle(exact_bundle).bundle_id}
     rankings = scored(output)
     assert rankings.keys() == {*histories, ONLY_UNKNOWN}
     for user, ranking in rankings.items():
@@ -391,7 +393,7 @@ def test_evaluate_on_a_log_of_other_items_is_refused(
 ) -> None:
     log = write_csv(tmp_path / "log.csv", {1: [(900 + n, n) for n in range(9)]})
     message = error_of(capsys, "evaluate", "--bundle", tiny_bundle, "--data", log)
-    assert "no user has three events of known items" in message
+    assert "the model knows none of its items, such as '900', '901', '902'" in message
 
 
 @pytest.mark.parametrize("k", ["0", "-1", str(MAX_K + 1), "many"])

@@ -70,7 +70,10 @@ def test_train_writes_a_run_that_describes_itself(trained_run: Path) -> None:
     assert {p.name for p in trained_run.iterdir()} == expected
     assert run.model_config() == PRESETS["tiny"].model
     assert run.train_config() == replace(PRESETS["tiny"].train, epochs=1, lanes=16)
-    assert run.data_config() == DataConfig()
+    found = {"user_column": "user_id", "item_column": "item_id", "time_column": "timestamp", "order_by": "time"}
+    assert {name: run.config["data"][name] for name in found} == found
+    assert run.config["data"]["user_ids"] == run.config["data"]["item_ids"] == "text"
+    assert (run.data_config().min_user_events, run.data_config().min_item_events) == (5, 5)
     assert len(run.epochs()) == 1
     assert run.best_model().vocabulary == len(run.vocabulary().item_ids) == run.config["dataset"]["items"]
 
@@ -111,7 +114,9 @@ def test_evaluate_without_json_prints_the_table(trained_run: Path, capsys: pytes
 def test_export_records_data_and_metrics_of_the_run(trained_run: Path, trained_bundle: Path) -> None:
     manifest, run = read_manifest(trained_bundle), open_run(trained_run)
     assert manifest.metrics == run.metrics
-    assert manifest.data == run.config["data"] | run.config["dataset"]
+    assert manifest.data == run.config["data"] | run.config["dataset"] | {"input": run.config["input"]}
+    assert manifest.data["user_ids"] == manifest.data["item_ids"] == "text"
+    assert manifest.data["input"]["events"] >= manifest.data["events"] > 1000
 
 
 @pytest.mark.slow
@@ -119,14 +124,15 @@ def test_export_records_data_and_metrics_of_the_run(trained_run: Path, trained_b
     ("items", "choice", "warned"), [(3, "exclude", True), (3, "keep", False), (30, "exclude", False)]
 )
 def test_training_says_when_users_come_back_to_items(
-    items: int, choice: str, warned: bool, tmp_path: Path, caplog: pytest.LogCaptureFixture
+    items: int, choice: str, warned: bool, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     log = tmp_path / "log.csv"
     rows = [f"u{user},{(user + position) % items},{position}" for user in range(12) for position in range(12)]
     log.write_text("\n".join(["user_id,item_id,timestamp", *rows]) + "\n")
-    with caplog.at_level("WARNING", "dman_train.train"):
-        assert train.main(["--data", str(log), "--run", str(tmp_path / "run"), "--seen-items", choice, *QUICK]) == 0
-    assert ("75 % of the events are of items that the user has already seen" in caplog.text) is warned
+    assert train.main(["--data", str(log), "--run", str(tmp_path / "run"), "--seen-items", choice, *QUICK]) == 0
+    warnings = [line for line in capsys.readouterr().out.splitlines() if line.startswith("warning: ")]
+    cause = "75 % of the events are of items that the user has already seen"
+    assert any(cause in line and "(--seen-items)" in line for line in warnings) is warned
 
 
 def test_run_that_is_unfinished_can_be_evaluated(run_copy: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -461,7 +467,9 @@ OTHER: dict[str, Any] = {
     "backprop_segments": 2, "dropout": 0.5, "abstraction_weight": 0.25, "learning_rate": 0.5,
     "abstraction_learning_rate": 0.5, "precision": "bfloat16", "final_learning_rate": 0.5, "weight_decay": 0.5,
     "gradient_clip": 0.5, "user_column": "u", "item_column": "i", "time_column": "t", "position_column": "p",
-    "heads": 1, "ema_decay": 0.5,
+    "heads": 1, "ema_decay": 0.5, "order_by": "file", "time_unit": "ms", "user_ids": "text", "item_ids": "text",
+    "exact_repeats": "keep", "format": "jsonl", "separator": ";", "quote": "none", "header": False,
+    "encoding": "latin-1", "bad_rows": "skip",
 }  # fmt: skip
 NEEDS = {"architecture": {"heads": 1, "long_term": "gated"}}
 

@@ -8,15 +8,17 @@ import numpy as np
 import pytest
 from histories import Histories, make_histories, write_csv
 
-from dman_runtime.data.evaluation import MISS, held_out, metrics
+from dman_runtime.data.evaluation import MISS, Ranks, metrics
 from dman_runtime.data.log_options import ANY_LOG
-from dman_runtime.data.vocabulary import read_known
+from dman_runtime.data.vocabulary import KnownLog, read_known
 from dman_runtime.errors import InputError
 from dman_runtime.jobs import partitions
 from dman_runtime.jobs.evaluating import evaluate, held_out_ranks
 from dman_runtime.model.generation import Generation
 
-NO_FILTER = {"min_user_events": 0, "min_item_events": 0}
+
+def known(path: Path, generation: Generation) -> KnownLog:
+    return read_known(path, generation.bundle.items.index, ANY_LOG)
 
 
 @pytest.fixture(scope="module")
@@ -29,12 +31,12 @@ def known_log(histories: Histories, tmp_path_factory: pytest.TempPathFactory) ->
 def test_ranks_are_those_of_a_replay_user_by_user(
     exact: Generation, known_log: Path, histories: Histories, split: str, last: int
 ) -> None:
-    log = read_known(known_log, exact.bundle.items.index, ANY_LOG, **NO_FILTER)
-    data = held_out(log, split)  # type: ignore[arg-type]
+    log = known(known_log, exact)
+    data = log.held_out(split)  # type: ignore[arg-type]
     found = held_out_ranks(data, exact)
     assert len(data.users) == len(histories)
     for row, user in enumerate(data.users):
-        items = [item - 1 for item, _ in histories[int(log.user_ids[user])]]
+        items = [item - 1 for item, _ in histories[int(log.interactions.user_ids[user])]]
         history, target = np.array(items[:-last]), items[-last]
         (state,) = exact.replay([history])
         scores = exact.bundle.item_embeddings @ state.user_embedding
@@ -46,8 +48,7 @@ def test_ranks_are_those_of_a_replay_user_by_user(
 
 
 def test_ranks_do_not_depend_on_batches(exact: Generation, known_log: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    log = read_known(known_log, exact.bundle.items.index, ANY_LOG, **NO_FILTER)
-    data = held_out(log, "test")
+    data = known(known_log, exact).held_out("test")
     whole = held_out_ranks(data, exact)
     monkeypatch.setattr(partitions, "USERS_PER_BATCH", 5)
     parts = held_out_ranks(data, exact)
@@ -55,27 +56,69 @@ def test_ranks_do_not_depend_on_batches(exact: Generation, known_log: Path, monk
 
 
 def test_evaluate_reports_the_metrics_of_the_ranks(exact: Generation, known_log: Path) -> None:
-    found = evaluate(known_log, exact, split="test", **NO_FILTER)
-    log = read_known(known_log, exact.bundle.items.index, ANY_LOG, **NO_FILTER)
-    ranks = held_out_ranks(held_out(log, "test"), exact)
+    log = known(known_log, exact)
+    found = evaluate(log, exact, split="test")
+    ranks = held_out_ranks(log.held_out("test"), exact)
     assert found["users"] == 24
     expected = metrics(ranks.seen_excluded)
     assert {name: found[name] for name in expected} == expected
 
 
-def test_evaluate_leaves_out_unknown_items_and_short_histories(
+def test_evaluate_skips_unknown_items_in_inputs_and_leaves_out_short_histories(
     exact: Generation, known_log: Path, log: Path, tmp_path: Path
 ) -> None:
-    """The same users and events but for unknown items, which nothing can be said about."""
-    found, expected = (evaluate(path, exact, split="test", **NO_FILTER) for path in (log, known_log))
+    """The same users, targets and events but for unknown items, which serving skips too."""
+    found, expected = (evaluate(known(path, exact), exact, split="test") for path in (log, known_log))
     assert found.pop("seen_kept") == pytest.approx(expected.pop("seen_kept"))  # sums in another order of users
     assert found == pytest.approx(expected)
     histories = make_histories(9, seed=1) | {50: [(1, 1), (2, 2)]}
     short = write_csv(tmp_path / "short.csv", histories)
-    assert evaluate(short, exact, split="test", **NO_FILTER)["users"] == 9
+    assert evaluate(known(short, exact), exact, split="test")["users"] == 9
+
+
+def test_evaluate_counts_unknown_targets_as_misses_and_says_how_many(
+    exact: Generation, known_log: Path, histories: Histories, tmp_path: Path
+) -> None:
+    """Half of the users end with a new item; the targets of the others, and all inputs, stay."""
+    changed = {
+        user: [*events[:-1], (events[-1][0] if user % 2 else 900, events[-1][1])] for user, events in histories.items()
+    }
+    log = known(write_csv(tmp_path / "log.csv", changed), exact)
+    found = evaluate(log, exact, split="test")
+    assert (found["users"], found["unknown_targets"], found["log"]) == (24, 12, "another log")
+    users = [int(user) for user in log.interactions.user_ids]
+    before = known(known_log, exact)
+    ranks = held_out_ranks(before.held_out("test"), exact)
+    pairs = zip(ranks.seen_excluded, ranks.seen_kept, strict=True)
+    by_user = dict(zip(map(int, before.interactions.user_ids), pairs, strict=True))
+    expected = [by_user[user] if user % 2 else (MISS, MISS) for user in users]
+    both = Ranks(*(np.array(column) for column in zip(*expected, strict=True)))
+    assert {name: found[name] for name in metrics(both.seen_excluded)} == pytest.approx(metrics(both.seen_excluded))
+    assert found["seen_kept"] == pytest.approx(metrics(both.seen_kept))
+
+
+@pytest.mark.parametrize("split", ["valid", "test"])
+def test_users_without_a_known_event_before_the_target_are_ranked_by_popularity(
+    exact: Generation, tmp_path: Path, split: str
+) -> None:
+    """As serving does: item i was trained on i times, so item 60 ranks first and item 1 last."""
+    events = {user: [(900, 1), (901, 2), (902, 3), (target, 4)] for user, target in {1: 60, 2: 58, 3: 1}.items()}
+    if split == "valid":
+        events = {user: [*one, (5, 5)] for user, one in events.items()}
+    data = known(write_csv(tmp_path / "log.csv", events), exact).held_out(split)  # type: ignore[arg-type]
+    assert [len(history) for history in data.histories] == [0, 0, 0]
+    ranks = held_out_ranks(data, exact)
+    by_target = dict(zip((data.targets + 1).tolist(), ranks.seen_excluded.tolist(), strict=True))
+    assert by_target == {60: 1, 58: 3, 1: 60}
 
 
 def test_evaluate_of_a_log_of_other_items_is_refused(exact: Generation, tmp_path: Path) -> None:
     log = write_csv(tmp_path / "log.csv", {1: [(900 + n, n) for n in range(9)]})
-    with pytest.raises(InputError, match="no user has three events of known items"):
-        evaluate(log, exact, split="test", **NO_FILTER)
+    with pytest.raises(InputError, match=r"knows none of its items, such as '900', '901', '902'; .* such as '1', '2'"):
+        known(log, exact)
+
+
+def test_evaluate_of_a_log_without_three_events_of_a_user_is_refused(exact: Generation, tmp_path: Path) -> None:
+    log = write_csv(tmp_path / "log.csv", {user: [(1, 1), (2, 2)] for user in range(5)})
+    with pytest.raises(InputError, match="no user has three events"):
+        evaluate(known(log, exact), exact, split="test")
