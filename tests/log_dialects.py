@@ -158,7 +158,7 @@ def line_of(dialect: Dialect, event: Event) -> str:
 
 
 def quoted(value: str, dialect: Dialect) -> str:
-    needs = any(part in value for part in (SEPARATORS[dialect.separator], '"', "\n", "\r", "\\", ":"))
+    needs = any(part in value for part in (SEPARATORS[dialect.separator], '"', "\n", "\r", "\t", "\\", ":"))
     if dialect.quote == "none" or not (needs or dialect.quote_all or value != value.strip()):
         return value
     if dialect.quote == "backslash":
@@ -364,8 +364,8 @@ def _fits(dialect: Dialect, text: str, *, is_id: bool) -> bool:
     if dialect.separator == "blank" and not text:  # two blanks in a row may be one separator
         return False
     if dialect.quote == "none":
-        separator = SEPARATORS[dialect.separator]
-        return not (separator in text or re.search(r"[\r\n]", text) or (separator == "::" and (":" in text)))
+        separators = {"::": ":", "blank": " \t"}.get(dialect.separator, SEPARATORS[dialect.separator])
+        return not re.search(rf"[\r\n{re.escape(separators)}]", text)
     return True
 
 

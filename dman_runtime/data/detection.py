@@ -37,13 +37,15 @@ class Detector:
     def dialect(self) -> Dialect:
         """Raises InputError if the lines have no dialect in common, or fit more than one."""
         fit = self._fit()
-        first = header_end(fit.records)
-        line, *below = (fit.values(number) for number in range(first, min(first + 20, len(fit.records))))
         if fit.bad:
             name = fit.column_name(fit.bad.column, header=self.options.header)
             raise bad_quote_error(self.source, fit.bad, name, 1)
         if fit.ambiguous:
             raise ambiguous_error(self.source, (fit.ambiguous[0] + 1, fit.ambiguous[1] + 1))
+        first = header_end(fit.records)
+        if first == len(fit.records):
+            raise self.source.error("its first lines hold no whole row", "check how it is quoted", parameter="quote")
+        line, *below = (fit.values(number) for number in range(first, min(first + 20, len(fit.records))))
         names, header, remarks = self._names(fit, line)
         remarks += ["an empty last value in every line"] if fit.trailing else []
         remarks += ["lines end with a carriage return alone"] if self.returns else []
@@ -135,7 +137,7 @@ def _is_datum(values: list[str]) -> bool:
 def _looks_like_data(line: list[str], below: list[list[str]]) -> bool:
     """Whether a first line holds a number, a time or a text with digits such as the lines below it hold there."""
     if not below:
-        return _DATUM.fullmatch(line[-1].strip()) is not None
+        return any(_DATUM.fullmatch(value.strip()) for value in line)
     for column, value in enumerate(line):
         others = [values[column].strip() for values in below if column < len(values)]
         shape = _shape(value.strip())

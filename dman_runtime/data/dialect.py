@@ -98,9 +98,12 @@ def one_byte(data: bytes, separator: bytes, *, quoted: bool) -> bytes:
 def values_of(record: bytes, separator: bytes, *, quoted: bool) -> list[str]:
     """The values of one record, after `unescaped` and `one_byte`."""
     text = record.decode("utf-8", "replace")
-    if not quoted:
-        return text.split(separator.decode())
-    return next(csv.reader([text], delimiter=separator.decode(), strict=False), [""])
+    if quoted:
+        try:
+            return next(csv.reader([text], delimiter=separator.decode(), strict=False), [""])
+        except csv.Error:  # a line break beside quotes that make no sense
+            pass
+    return text.split(separator.decode())
 
 
 def header_end(records: Records) -> int:

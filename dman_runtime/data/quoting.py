@@ -49,8 +49,9 @@ class Fit:
         return values_of(text, inner_byte(self.separator), quoted=self.quote != "none")
 
     def column_name(self, column: int, *, header: bool) -> str:
-        names = self.values(header_end(self.records))
-        return names[column].strip() if header and column < len(names) else str(column + 1)
+        header = header and header_end(self.records) < len(self.records)
+        names = self.values(header_end(self.records)) if header else []
+        return names[column].strip() if column < len(names) else str(column + 1)
 
 
 def best_quoting(sample: Sample, separator: bytes) -> Fit:

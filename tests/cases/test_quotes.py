@@ -122,6 +122,21 @@ def test_quotes_of_a_dialect_that_has_them_count(tmp_path: Path, quote: str, wri
     assert read(path)[0] == read(path, with_option)[0] == expected
 
 
+@pytest.mark.parametrize(
+    "text",
+    [
+        '"user_id,item_id,timestamp\na,1,1600000000\n',
+        'user_id,item_id,timestamp\n"a"b,1,1600000000\nc"d,2,1600000001\n',
+        '"a\n',
+        'user_id,item_id"\n,"timestamp\na,1,1600000000\n',
+    ],
+)
+@pytest.mark.parametrize("separator", [",", "::", " "])
+def test_quotes_without_a_meaning_are_named_and_crash_nothing(tmp_path: Path, text: str, separator: str) -> None:
+    error = refused(log_file(tmp_path, text.replace(",", separator), "log.txt"))
+    assert error.parameter in ("quote", "user_column", "no_header")
+
+
 # -- lines of errors ---------------------------------------------------------------------------------------------------
 
 

@@ -67,6 +67,20 @@ def test_what_an_error_advises_cures(
     assert sum(map(len, stored(state).values())) == events
 
 
+@pytest.mark.parametrize("size", [1, 2, 4])
+@pytest.mark.parametrize("separator", [",", ";", "\t"])
+def test_a_folder_of_headerless_files_is_cured_too(
+    commands: Commands, tiny_bundle: Path, tmp_path: Path, size: int, separator: str
+) -> None:
+    """Their first rows would be other columns in each file."""
+    rows = ROWS.replace(",", separator).splitlines(keepends=True)
+    for n in range(0, len(rows), size):
+        log_file(tmp_path / "log", "".join(rows[n : n + size]), f"part-{n}.csv")
+    state = tmp_path / "state"
+    commands.cured(BY_NUMBER, "import", "--bundle", tiny_bundle, "--state", state, "--input", tmp_path / "log")
+    assert sum(map(len, stored(state).values())) == 6
+
+
 @pytest.mark.parametrize("command", ["score", "evaluate", "train"])
 def test_a_headerless_log_is_cured_for_every_command(
     commands: Commands, tiny_bundle: Path, tmp_path: Path, command: str
