@@ -146,17 +146,26 @@ def open_tables(path: str | Path, options: LogOptions = ANY_LOG) -> Tables:
     Finds out how the files are written, from their beginnings. Raises InputError.
     """
     sources, ignored = find_sources(path)
-    return Tables(str(path), [_open_file(source, options) for source in sources], ignored, options)
+    files = []
+    for source in sources:
+        if file := _open_file(source, options):
+            files.append(file)
+        else:  # Spark also compresses parts that hold nothing
+            ignored.append(f"{source.path} (empty)")
+    if not files:
+        raise sources[0].error("the file is empty", _NO_ROWS)
+    return Tables(str(path), files, ignored, options)
 
 
-def _open_file(source: Source, options: LogOptions) -> TableFile:
+def _open_file(source: Source, options: LogOptions) -> TableFile | None:
+    """The file, ready to be read; None if nothing is in it."""
     with source.open() as (stream, packed):
         head = b""
         while len(head) < _SAMPLE_BYTES and (block := stream.read(_SAMPLE_BYTES - len(head))):
             head += block
         complete = not stream.read(1)
     if not head:
-        raise source.error("the file is empty", _NO_ROWS)
+        return None
     if head[257:262] == b"ustar":
         raise source.error("is a tar archive", "unpack it, and give the folder")
     words = [packed] if packed else []

@@ -108,10 +108,10 @@ def asked_for(error: str, answers: Mapping[str, object]) -> dict[str, object]:
     flag = re.search(r"\((--[a-z-]+)\)\s*$", error)
     assert flag, f"no option is named: {error}"
     examples = {f"--{name.replace('_', '-')}": value for name, value in re.findall(r"\b([a-z]+_column) (\d+)", error)}
-    if flag[1] in examples:
-        return examples
-    assert flag[1] in answers, f"{flag[1]} is no cure: {error}"
-    return {flag[1]: answers[flag[1]]} | examples
+    if flag[1].startswith("--no-"):
+        return {flag[1]: None} | examples
+    assert flag[1] in answers or examples, f"nobody can know {flag[1]}: {error}"
+    return examples if flag[1] in examples else {flag[1]: answers[flag[1]]} | examples
 
 
 def read(path: Path, options: LogOptions = ANY_LOG) -> tuple[Read, InputReport]:

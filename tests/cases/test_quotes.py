@@ -7,7 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from cases.commands import Commands, case, log_file, read, refused, stored
+from cases.commands import Commands, Read, case, log_file, read, refused, stored
 
 from dman_runtime.data.log_options import ANY_LOG, LogOptions
 from dman_runtime.errors import InputError
@@ -123,18 +123,24 @@ def test_quotes_of_a_dialect_that_has_them_count(tmp_path: Path, quote: str, wri
 
 
 @pytest.mark.parametrize(
-    "text",
+    ("text", "plain"),
     [
-        '"user_id,item_id,timestamp\na,1,1600000000\n',
-        'user_id,item_id,timestamp\n"a"b,1,1600000000\nc"d,2,1600000001\n',
-        '"a\n',
-        'user_id,item_id"\n,"timestamp\na,1,1600000000\n',
+        ('"user_id,item_id,timestamp\na,1,1600000000\n', {"a": [("1", 1_600_000_000)]}),
+        (
+            'user_id,item_id,timestamp\n"a"b,1,1600000000\nc"d,2,1600000001\n',
+            {'"a"b': [("1", 1_600_000_000)], 'c"d': [("2", 1_600_000_001)]},
+        ),
+        ('"a\n', None),
+        ('user_id,item_id"\n,"timestamp\na,1,1600000000\n', None),
     ],
 )
 @pytest.mark.parametrize("separator", [",", "::", " "])
-def test_quotes_without_a_meaning_are_named_and_crash_nothing(tmp_path: Path, text: str, separator: str) -> None:
-    error = refused(log_file(tmp_path, text.replace(",", separator), "log.txt"))
-    assert error.parameter in ("quote", "user_column", "no_header")
+def test_quotes_without_a_meaning_crash_nothing(tmp_path: Path, text: str, plain: Read | None, separator: str) -> None:
+    path = log_file(tmp_path, text.replace(",", separator), "log.txt")
+    if plain is None:
+        assert refused(path).parameter in ("quote", "user_column", "no_header")
+    else:
+        assert read(path)[0] == plain
 
 
 # -- lines of errors ---------------------------------------------------------------------------------------------------

@@ -29,7 +29,7 @@ def test_the_headerless_log_is_imported_whole_after_the_remedy(
 
 ROWS = "".join(f"h{n % 2},{n},{T + n}\n" for n in range(1, 7))
 HEADER = "user_id,item_id,timestamp\n"
-BY_NUMBER: dict[str, object] = {"--no-header": None, "--user-column": 1, "--item-column": 2, "--time-column": 3}
+BY_NUMBER: dict[str, object] = {"--user-column": 1, "--item-column": 2, "--time-column": 3}
 SICK: dict[str, tuple[bytes, dict[str, object], int]] = {
     "no header": (ROWS.encode(), BY_NUMBER, 6),
     "no header, tabs": (ROWS.replace(",", "\t").encode(), BY_NUMBER, 6),
@@ -95,9 +95,7 @@ def test_a_headerless_log_is_cured_for_every_command(
         commands.cured(BY_NUMBER, command, *where[command])
         return
     said = commands.train(*where["train"])
-    options = [
-        str(one) for pair in ({"--no-header": None} | asked_for(said.err, BY_NUMBER)).items() for one in pair if one
-    ]
+    options = [str(one) for pair in asked_for(said.err, BY_NUMBER).items() for one in pair if one]
     assert "used" in commands.done("train", *where["train"], *options).out
 
 
