@@ -1,4 +1,4 @@
-"""The command `dman-runtime`: serve, status, verify, token, import, score, evaluate, inspect."""
+"""The command `dman-runtime`: serve, status, verify, token, import, export-log, score, evaluate, inspect."""
 
 from __future__ import annotations
 
@@ -33,6 +33,7 @@ def parser() -> Parser:
     _verify_options(_plain_command(commands, "verify", "read everything in a state store and list what is damaged"))
     _token_options(_plain_command(commands, "token", "make a token for a caller"))
     _import_options(_command(commands, "import", "merge the histories of a log into the state store"))
+    _export_log_options(_plain_command(commands, "export-log", "write all histories as a log, to train on or import"))
     _score_options(_command(commands, "score", "write the top K of every user in a log to a Parquet file"))
     _evaluate_options(_command(commands, "evaluate", "leave-one-out metrics of a bundle on a log"))
     _inspect_options(_command(commands, "inspect", "show what a bundle, a state store or a user's state holds"))
@@ -154,6 +155,12 @@ def _unknown_option(p: Parser) -> None:
     )
 
 
+def _export_log_options(p: Parser) -> None:
+    p.flag("--state", type=Path, default=DEFAULT_STATE, help="state directory to read; a server may be using it")
+    p.flag("--output", type=Path, default=Path("log.parquet"), help="Parquet file to write")
+    p.add_argument("--json", action="store_true", help="print the result as JSON on the last line")
+
+
 def _score_options(p: Parser) -> None:
     p.flag("--input", type=Path, default=DEFAULT_LOG, help="interaction log")
     p.flag("--output", type=Path, default=Path("scores.parquet"), help="Parquet file to write")
@@ -199,6 +206,7 @@ def _main(argv: Sequence[str] | None) -> int:
         "verify": _verify,
         "token": _token,
         "import": _import,
+        "export-log": _export_log,
         "score": _score,
         "evaluate": _evaluate,
         "inspect": _inspect,
@@ -291,6 +299,19 @@ def _import(arguments: argparse.Namespace) -> int:
     print(f"imported {result.events} events of {result.users} users into {arguments.state}; {result.summary()}")
     if arguments.json:
         print_json(vars(result) | {"input": log.report.as_dict()})
+    return 0
+
+
+def _export_log(arguments: argparse.Namespace) -> int:
+    from dman_runtime.jobs.exporting import export_log
+    from dman_runtime.store.lmdb import LmdbStore
+
+    with LmdbStore.open(arguments.state, readonly=True) as store:
+        result = export_log(store, arguments.output)
+    print(f"exported {result.summary()} into {arguments.output}")
+    print("".join(f"warning: {text}\n" for text in result.warnings), end="")
+    if arguments.json:
+        print_json(vars(result) | {"output": str(arguments.output)})
     return 0
 
 

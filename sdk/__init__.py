@@ -26,6 +26,7 @@ from sdk._exceptions import (
     UnimplementedError,
     UserNotFoundError,
 )
+from sdk._times import Time, Unit
 from sdk._types import (
     DeletedUser,
     Event,
@@ -65,9 +66,11 @@ __all__ = [
     "ResourceExhaustedError",
     "Source",
     "Status",
+    "Time",
     "UnauthenticatedError",
     "UnavailableError",
     "UnimplementedError",
+    "Unit",
     "UpdateResult",
     "User",
     "UserNotFoundError",

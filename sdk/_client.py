@@ -20,6 +20,7 @@ from sdk import _calls
 from sdk._access import Pem, access
 from sdk._calls import Call, ReplyT, RequestT, ResultT
 from sdk._exceptions import ClientClosedError, DmanError, EventLoopError, error_from_status
+from sdk._proxy import proxy_remedy
 from sdk._retry import Attempts
 from sdk._settings import ARGUMENTS, DEFAULT_RETRIES, DEFAULT_TARGET, DEFAULT_TIMEOUT, positive_seconds, settings
 
@@ -165,6 +166,7 @@ class _ClientBase:
             details=details,
             attempts=attempts,
             request_id=call.request_id,
+            proxy=proxy_remedy(self.target, dict(self._settings.options)),
         )
 
 

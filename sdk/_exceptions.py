@@ -171,12 +171,18 @@ def error_from_status(
     details: str,
     attempts: int = 1,
     request_id: str | None = None,
+    proxy: str = "",
 ) -> DmanError:
-    """The error for a call that ended with `code`. `details` are the server's words, or gRPC's."""
+    """The error for a call that ended with `code`. `details` are the server's words, or gRPC's.
+
+    `proxy` is a sentence about the proxy on the way; errors that it may have caused say it.
+    """
     error_type = ERROR_OF_STATUS.get(code, InternalError)
     tls_failed = error_type is UnavailableError and _TLS_FAILURE.search(details)
     remedy = _TLS_REMEDY if tls_failed else error_type.remedy
     tries = f" after {attempts} attempts" if attempts > 1 else ""
     reason = details.strip().rstrip(".") or "no details given"
     message = f"{method} at {target}: {reason} [{code.name}{tries}]. {remedy}"
+    if proxy and error_type in (UnavailableError, DeadlineExceededError):
+        message += f" {proxy}"
     return error_type(message, code=code, method=method, target=target, details=details, request_id=request_id)

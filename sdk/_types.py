@@ -2,7 +2,9 @@
 
 import dataclasses
 from collections.abc import Iterable, Iterator, Sequence
-from typing import Literal, SupportsIndex, TypeAlias, overload
+from typing import TYPE_CHECKING, Literal, SupportsIndex, TypeAlias, overload
+
+from sdk._times import Time
 
 Id: TypeAlias = str | SupportsIndex
 """A user or an item: text, or an integer of any kind (NumPy's too). Integers are sent as decimal text."""
@@ -13,10 +15,18 @@ Source: TypeAlias = Literal["personalized", "popular", "unknown"]
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Event:
-    """One interaction. `timestamp` is in whole seconds since the epoch; 0 means unknown."""
+    """One interaction. `timestamp` is its time; 0 means unknown.
+
+    In results it is in whole seconds since 1970. You may give any `Time`: a number, or a `datetime` with a time zone.
+    The call that sends the event has a `unit` for numbers.
+    """
 
     item_id: int | str
     timestamp: int = 0
+
+    if TYPE_CHECKING:  # more can be given than results hold
+
+        def __init__(self, item_id: int | str, timestamp: Time = 0) -> None: ...
 
 
 Items: TypeAlias = Id | Event | Iterable[Id | Event]

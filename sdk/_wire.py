@@ -9,10 +9,10 @@ from typing import Any
 
 from protos.dman.v1 import dman_pb2 as pb
 from sdk._exceptions import InvalidArgumentError
+from sdk._times import Unit, whole_seconds
 from sdk._types import Event, Ids, Items
 
 _INT32 = 1 << 31
-_INT64 = 1 << 63
 
 
 def id_text(value: object, name: str, *, kinds: str = "str or int") -> str:
@@ -50,14 +50,17 @@ def id_texts(ids: Ids, name: str) -> list[str]:
     return [id_text(value, f"{name}[{position}]") for position, value in enumerate(values)]
 
 
-def events(items: Items, timestamps: object = None, *, name: str = "items") -> list[pb.Event]:
-    """One item or several, each an id or an Event, oldest first; `timestamps` (seconds) are for ids only."""
+def events(items: Items, timestamps: object = None, *, name: str = "items", unit: Unit | None = None) -> list[pb.Event]:
+    """One item or several, each an id or an Event, oldest first; `timestamps` are for ids only.
+
+    `unit` is what times count that are numbers; None: seconds.
+    """
     if isinstance(items, (set, frozenset, Mapping)):
         raise InvalidArgumentError(f"{name} must be in order, oldest first; {type(items).__name__} has no order.")
     values = _as_list(items, name)
     if timestamps is not None:
         values = _with_timestamps(values, _as_list(timestamps, "timestamps"), name)
-    return [_event(value, f"{name}[{position}]") for position, value in enumerate(values)]
+    return [_event(value, f"{name}[{position}]", unit) for position, value in enumerate(values)]
 
 
 def _with_timestamps(ids: list[Any], timestamps: list[Any], name: str) -> list[Event]:
@@ -70,12 +73,12 @@ def _with_timestamps(ids: list[Any], timestamps: list[Any], name: str) -> list[E
     return [Event(item_id, timestamp) for item_id, timestamp in zip(ids, timestamps, strict=True)]
 
 
-def _event(value: object, name: str) -> pb.Event:
+def _event(value: object, name: str, unit: Unit | None) -> pb.Event:
     if not isinstance(value, Event):
         return pb.Event(item_id=id_text(value, name, kinds="str, int or Event"))
     return pb.Event(
         item_id=id_text(value.item_id, name),
-        timestamp=integer(value.timestamp, f"timestamp of {name} (whole seconds since the epoch)", limit=_INT64),
+        timestamp=whole_seconds(value.timestamp, f"timestamp of {name}", unit),
     )
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import re
 from dataclasses import dataclass
 
@@ -93,17 +92,6 @@ def one_byte(data: bytes, separator: bytes, *, quoted: bool) -> bytes:
     if data.startswith((b" ", b"\t")) or data.endswith((b" ", b"\t")) or any(two in data for two in _DOUBLE_BLANKS):
         return _BLANKS.sub(INNER, _EDGE_BLANKS.sub(b"", data))
     return data.translate(_SINGLE_BLANKS)
-
-
-def values_of(record: bytes, separator: bytes, *, quoted: bool) -> list[str]:
-    """The values of one record, after `unescaped` and `one_byte`."""
-    text = record.decode("utf-8", "replace")
-    if quoted:
-        try:
-            return next(csv.reader([text], delimiter=separator.decode(), strict=False), [""])
-        except csv.Error:  # a line break beside quotes that make no sense
-            pass
-    return text.split(separator.decode())
 
 
 def header_end(records: Records) -> int:

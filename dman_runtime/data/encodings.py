@@ -18,7 +18,12 @@ _MARKS = {  # longer ones first: that of UTF-32 begins with that of UTF-16
     codecs.BOM_UTF16_LE: "utf-16-le",
     codecs.BOM_UTF16_BE: "utf-16-be",
 }
-_ZEROS = {"utf-16-le": (2, {1}), "utf-16-be": (2, {0}), "utf-32-le": (4, {2, 3}), "utf-32-be": (4, {0, 1})}
+_ZEROS = {  # bytes of a character, and those that are zero in ASCII
+    "utf-32-le": (4, {1, 2, 3}),
+    "utf-32-be": (4, {0, 1, 2}),
+    "utf-16-le": (2, {1}),
+    "utf-16-be": (2, {0}),
+}
 
 
 @dataclass(frozen=True)
@@ -58,16 +63,26 @@ def find_encoding(source: Source, head: bytes, option: str) -> Encoding:
 
 def _by_zeros(head: bytes) -> str:
     """UTF-16 and UTF-32 without a mark: most characters of a log are ASCII, and the rest of their bytes is zero."""
-    for codec, (width, zeros) in reversed(_ZEROS.items()):
+    for codec, (width, zeros) in _ZEROS.items():
         text = head[: len(head) // width * width]
         counts = [text[place::width].count(0) for place in range(width)]
         characters = len(text) // width
-        if characters and all(
-            count > characters / 2 if place in zeros else (count == 0 or (width == 4 and place in (1, 2)))
-            for place, count in enumerate(counts)
-        ):
+        least = min(counts[place] for place in zeros)
+        most = max(count for place, count in enumerate(counts) if place not in zeros)
+        if least > characters / 2 and most < characters / 8:
             return codec
     return ""
+
+
+def check_no_nul(source: Source, lines: bytes, first_line: int) -> None:
+    """Raise InputError, with the line, if there is a NUL in text."""
+    if (position := lines.find(b"\0")) >= 0:
+        line = first_line + lines.count(b"\n", 0, position)
+        raise source.error(
+            f"line {line} holds a NUL byte",
+            "give a text file; if it is one, name its encoding",
+            parameter="encoding",
+        )
 
 
 def decoded(source: Source, stream: BinaryIO, encoding: Encoding, block_bytes: int) -> Iterator[bytes]:
@@ -115,7 +130,7 @@ def check_utf8(source: Source, lines: bytes, first_line: int) -> None:
             likely = "windows-1252"
         except UnicodeDecodeError:
             likely = "latin-1"
-        if b"\0" in line:
+        if b"\0" in lines:
             likely = "utf-16"
         raise source.error(
             f"line {number} holds text that is not UTF-8",
@@ -126,11 +141,13 @@ def check_utf8(source: Source, lines: bytes, first_line: int) -> None:
 
 def decoded_sample(source: Source, head: bytes, encoding: Encoding, *, complete: bool) -> bytes:
     """The beginning of a file in UTF-8, checked, without a mark and without a character that is cut off at its end."""
+    sample = head[len(encoding.mark) :]
     if encoding.codec != "utf-8":
         try:
-            return codecs.getincrementaldecoder(encoding.codec)().decode(head[len(encoding.mark) :], complete).encode()
+            sample = codecs.getincrementaldecoder(encoding.codec)().decode(sample, complete).encode()
         except UnicodeError as error:
             raise _not_in_encoding(source, encoding, 1, error) from None
-    sample = head[len(encoding.mark) :]
-    check_utf8(source, sample if complete else sample[: sample.rfind(b"\n") + 1], 1)
+    whole_lines = sample if complete else sample[: sample.rfind(b"\n") + 1]
+    check_no_nul(source, whole_lines, 1)
+    check_utf8(source, whole_lines, 1)
     return sample

@@ -138,21 +138,26 @@ def grouped(
     *,
     integer_user_ids: bool,
     integer_item_ids: bool,
+    positions: np.ndarray | None,
     drop_repeats: bool,
 ) -> tuple[Interactions, int]:
-    """The histories of rows (N), and how many exact repeats were dropped. `keys` order the events of a user."""
+    """The histories of rows (N), and how many exact repeats were dropped.
+
+    `keys` order the events of a user. Events of one user and item with equal times, and equal positions where there are
+    any, are exact repeats.
+    """
     user_ids, user_codes = in_order_of_appearance(users)
     item_ids, item_codes = in_order_of_value(items, integers=integer_item_ids)
     rows = stable_order(keys, user_codes)
     lengths = np.bincount(user_codes, minlength=len(user_ids))
     offsets = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
     events = _taken(item_codes, rows)
-    if times is None:
-        seconds = np.zeros(len(events), np.int64)
-    else:
-        times = times.taken(rows)
-        seconds = times.seconds
-    repeated = exact_repeats(offsets, events, times.keys) if drop_repeats and times is not None else None
+    times = None if times is None else times.taken(rows)
+    seconds = np.zeros(len(events), np.int64) if times is None else times.seconds
+    repeated = None
+    if drop_repeats and times is not None:
+        places = [] if positions is None else [_taken(positions, rows)]
+        repeated = exact_repeats(offsets, events, times.keys + places)
     if repeated is not None:
         kept = ~repeated
         offsets = np.concatenate([[0], np.cumsum(kept)])[offsets]

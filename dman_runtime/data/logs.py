@@ -29,6 +29,7 @@ class Log:
         self.report: InputReport = scan.report
         self.options: LogOptions = scan.found()  # with what was found in place of "auto"
         self._parts = parts
+        self._whole: Interactions | None = None
 
     def parts(self) -> Iterator[Interactions]:
         """The histories in parts of complete users, each of at most `max_rows` events or of one user with more.
@@ -40,8 +41,9 @@ class Log:
 
     def whole(self) -> Interactions:
         """All histories, of a log that was opened without `max_rows`; users in order of first appearance."""
-        (everything,) = self._parts
-        return everything
+        if self._whole is None:
+            (self._whole,) = self._parts
+        return self._whole
 
 
 @contextmanager
@@ -96,6 +98,7 @@ def _histories(scan: Scan, batches: list[Any]) -> Interactions:
         rows.keys,
         integer_user_ids=scan.users.integers,
         integer_item_ids=scan.items.integers,
+        positions=rows.positions,
         drop_repeats=rows.drop_repeats,
     )
     if dropped:

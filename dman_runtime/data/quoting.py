@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from dman_runtime.data.dialect import header_end, inner_byte, one_byte, unescaped, values_of
+from dman_runtime.data.dialect import header_end, inner_byte, one_byte, unescaped
 from dman_runtime.data.log_options import AUTO, LogOptions
 from dman_runtime.data.records import BadQuote, Records, ambiguous_record, bad_quote, quoted_value
 from dman_runtime.errors import InputError
@@ -45,13 +45,12 @@ class Fit:
         return self.share == 1 and self.bad is None
 
     def values(self, record: int) -> list[str]:
-        text = self.records.text_of(record)
-        return values_of(text, inner_byte(self.separator), quoted=self.quote != "none")
+        return [value.decode("utf-8", "replace") for value in self.records.values_of(record)]
 
     def column_name(self, column: int, *, header: bool) -> str:
-        header = header and header_end(self.records) < len(self.records)
-        names = self.values(header_end(self.records)) if header else []
-        return names[column].strip() if column < len(names) else str(column + 1)
+        first = header_end(self.records)
+        names = self.values(first) if header and first < len(self.records) else []
+        return names[column].strip()[:60] if column < len(names) else str(column + 1)
 
 
 def best_quoting(sample: Sample, separator: bytes) -> Fit:

@@ -6,6 +6,7 @@ A separator is one byte.
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -79,6 +80,16 @@ class Records:
     def text_of(self, record: int) -> bytes:
         """The bytes of a record, without its line break."""
         return self.data[int(self.starts[record]) : int(self.text_ends[record])]
+
+    def values_of(self, record: int) -> list[bytes]:
+        """The values of a record, without their quotes."""
+        start, end = int(self.starts[record]), int(self.text_ends[record])
+        low, high = np.searchsorted(self.separators, [start, end])
+        edges = [start - 1, *self.separators[low:high].tolist(), end]
+        values = [self.data[left + 1 : right] for left, right in itertools.pairwise(edges)]
+        if not self.quoted:
+            return values
+        return [value[1:-1].replace(b'""', b'"') if value.startswith(b'"') else value for value in values]
 
     def line_of(self, position: int) -> int:
         """The line of a position, from 0."""

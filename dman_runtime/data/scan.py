@@ -31,6 +31,7 @@ class RowColumns:
     users: pa.ChunkedArray  # int64 or string
     items: pa.ChunkedArray
     times: Times | None
+    positions: np.ndarray | None  # (N,) int64
     keys: list[np.ndarray]  # (N,) int64 each: what orders the events of a user, the first counts most
     drop_repeats: bool
 
@@ -172,7 +173,8 @@ class Scan:
         position = numbers("position", np.int64) if self.positions and not self.positions.why_not else None
         by_position = [] if position is None else [position]
         keys = {"time": by_time + by_position, "position": by_position, "file": []}[self.order_by]
-        return RowColumns(users, items, times, keys, drop_repeats=self.found().exact_repeats == "drop")
+        drop = self.found().exact_repeats == "drop"
+        return RowColumns(users, items, times, position, keys, drop_repeats=drop)
 
     def note_known(self, item_ids: list[str], counts: np.ndarray) -> None:
         """Counts the unknown among all distinct items and their events, of a log that was not split."""

@@ -45,6 +45,11 @@ _FOREIGN = {
 _MAGIC_BYTES = 300  # enough for a tar header
 
 
+def error_of(path: str, cause: str, remedy: str, *, parameter: str = "") -> InputError:
+    """An error that names the path, on one line whatever the names of columns hold."""
+    return InputError(re.sub(r"[\x00-\x1f\x7f]", " ", f"{path}: {cause}"), remedy, parameter=parameter)
+
+
 @dataclass(frozen=True)
 class Source:
     """One table on disk: a file, or a member of a zip archive."""
@@ -63,7 +68,7 @@ class Source:
         return name
 
     def error(self, cause: str, remedy: str, *, parameter: str = "") -> InputError:
-        return InputError(f"{self.path}: {cause}", remedy, parameter=parameter)
+        return error_of(self.path, cause, remedy, parameter=parameter)
 
     @contextmanager
     def open(self) -> Iterator[tuple[BinaryIO, str]]:

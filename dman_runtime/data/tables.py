@@ -18,7 +18,7 @@ from dman_runtime.data.json_rows import JsonRows
 from dman_runtime.data.line_rows import LineReader, Tally
 from dman_runtime.data.log_options import ANY_LOG, AUTO, LogOptions
 from dman_runtime.data.parquet_rows import ParquetReader
-from dman_runtime.data.sources import FORMATS, JSON_LINES, PARQUET, TEXT, Source, find_sources
+from dman_runtime.data.sources import FORMATS, JSON_LINES, PARQUET, TEXT, Source, error_of, find_sources
 from dman_runtime.data.text_rows import TextRows
 from dman_runtime.errors import InputError
 
@@ -110,7 +110,7 @@ class Tables:
         return self._tally.blank_lines
 
     def error(self, cause: str, remedy: str, *, parameter: str = "") -> InputError:
-        return InputError(f"{self.path}: {cause}", remedy, parameter=parameter)
+        return error_of(self.path, cause, remedy, parameter=parameter)
 
     def batches(self, names: list[str]) -> Iterator[Rows]:
         """All rows, file after file, with these columns. Starts again at each call. Raises InputError."""
@@ -222,8 +222,9 @@ def _check_kinds(batch: pa.RecordBatch, file: TableFile, kinds: dict[str, tuple[
         known, path = kinds.get(name, (kind, file.path))
         if column.null_count < len(column):
             if kind != known:
-                raise InputError(
-                    f"column {name!r} holds {kind} in {file.path}, but {known} in {path}",
+                raise error_of(
+                    file.path,
+                    f"column {name!r} holds {kind}, but {known} in {path}",
                     "give files whose columns have the same types",
                 )
             kinds[name] = known, path
@@ -260,8 +261,9 @@ def _common_names(files: list[TableFile]) -> list[str]:
                 remedy, parameter = f"{remedy}, or say what separates them", "separator"
             elif len(file.names) == len(first.names) and not file.typed:
                 remedy, parameter = f"{remedy}, or say that there is no header", "no_header"
-            raise InputError(
-                f"{file.path} has other columns than {first.path}: {', '.join(file.names)[:200]} instead of "
+            raise error_of(
+                file.path,
+                f"has other columns than {first.path}: {', '.join(file.names)[:200]} instead of "
                 f"{', '.join(first.names)[:200]}",
                 remedy,
                 parameter=parameter,

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from dman_runtime.data.dialect import INNER, Dialect, header_end, one_byte, unescaped
-from dman_runtime.data.encodings import Encoding, check_utf8, decoded
+from dman_runtime.data.encodings import Encoding, check_no_nul, check_utf8, decoded
 from dman_runtime.data.quoting import ambiguous_error, check_quotes
 from dman_runtime.data.records import Records, ambiguous_record, quoted_value
 
@@ -65,13 +65,7 @@ class TextStream:
     def _counted(self, lines: bytes) -> bytes:
         first_line = self.lines + 1
         self.lines += _count_lines(lines)
-        if (position := lines.find(b"\0")) >= 0:
-            line = first_line + lines.count(b"\n", 0, position)
-            raise self.source.error(
-                f"line {line} holds a NUL byte",
-                "give a text file; if it is one, name its encoding",
-                parameter="encoding",
-            )
+        check_no_nul(self.source, lines, first_line)
         if self.encoding.codec == "utf-8":
             check_utf8(self.source, lines, first_line)
         return lines

@@ -1,10 +1,9 @@
-"""A Parquet file that appears under its name only when it is complete."""
+"""Parquet files that appear under their name only when they are complete. pyarrow is imported on use only."""
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Self
 
 from dman_runtime.errors import InputError
 
@@ -13,29 +12,32 @@ if TYPE_CHECKING:
 
 
 class ParquetOutput:
-    """Writes tables of one schema, as a context. Without any, the file has the columns and no rows."""
+    """A file that is written table by table, as a context; until its end it is `.NAME.partial` beside its place.
+
+    Without any table the file has the columns and no rows. Raises InputError where it cannot be written.
+    """
 
     def __init__(self, path: Path, schema: pa.Schema) -> None:
         self._path, self._temporary = path, path.with_name(f".{path.name}.partial")
         self._schema = schema
 
-    def __enter__(self) -> ParquetOutput:
+    def __enter__(self) -> Self:
         import pyarrow.parquet as pq
 
         if self._path.is_dir():
-            raise self._error("it is a directory")
+            raise InputError(f"cannot write {self._path}: it is a directory", "choose another file", parameter="output")
         try:
             self._writer = pq.ParquetWriter(self._temporary, self._schema, compression="zstd")
         except OSError as error:
-            raise self._error(os.strerror(error.errno) if error.errno else "unknown error") from None
+            raise self._error(error) from None
         return self
 
     def write(self, table: pa.Table) -> None:
-        """Raises InputError if the file cannot be written any more."""
+        """Appends rows, which have the schema of the file."""
         try:
             self._writer.write_table(table)
         except OSError as error:
-            raise self._error(os.strerror(error.errno) if error.errno else "unknown error") from None
+            raise self._error(error) from None
 
     def __exit__(self, failure: type[BaseException] | None, *_: object) -> None:
         try:
@@ -44,9 +46,11 @@ class ParquetOutput:
                 self._temporary.replace(self._path)
         except OSError as error:
             if failure is None:
-                raise self._error(os.strerror(error.errno) if error.errno else "unknown error") from None
+                raise self._error(error) from None
         finally:
             self._temporary.unlink(missing_ok=True)
 
-    def _error(self, reason: str) -> InputError:
-        return InputError(f"cannot write {self._path}: {reason}", "choose another file", parameter="output")
+    def _error(self, error: OSError) -> InputError:
+        return InputError(
+            f"cannot write {self._path}: {error.strerror or error}", "choose another file", parameter="output"
+        )

@@ -21,6 +21,7 @@ from dman_runtime.data.evaluation import MISS, metrics
 from dman_runtime.model.bundle import open_bundle
 from dman_runtime.requests import MAX_K
 from dman_runtime.serving.app import App
+from dman_runtime.store.base import Write
 from dman_runtime.store.lmdb import LmdbStore
 from dman_runtime.store.lmdb_layout import FORMAT_VERSION
 from dman_train import evaluate as train_evaluate
@@ -155,6 +156,76 @@ def test_import_refuses_to_overwrite_what_a_server_changes_meanwhile(
     monkeypatch.setattr(LmdbStore, "commit", lambda self, writes: [write.user_id for write in writes])
     message = error_of(capsys, "import", "--bundle", exact_bundle, "--state", tmp_path / "state", "--input", log)
     assert "a server keeps updating users of this file" in message
+
+
+# -- export-log ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+def test_export_log_of_a_store_that_is_served_imports_as_the_same_histories(
+    exact_bundle: Path, log: Path, mixed_histories: Histories, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    state, output = tmp_path / "state", tmp_path / "log.parquet"
+    run("import", "--bundle", exact_bundle, "--state", state, "--input", log)
+    with running_server(exact_bundle, state) as (address, _), Client(address, timeout=30) as client:
+        client.update("1", [Event("5", timestamp=90_000)])
+        events = sum(map(len, mixed_histories.values())) + 1
+        found = run_json(capsys, "export-log", "--state", state, "--output", output)
+        client.update("1", [Event("6", timestamp=90_001)])
+    assert (found["events"], found["users"], found["output"]) == (events, 25, str(output))
+    assert (found["user_ids"], found["item_ids"], found["warnings"]) == ("integer", "integer", [])
+    run("import", "--bundle", exact_bundle, "--state", tmp_path / "new", "--input", output)
+    expected = {**mixed_histories, 1: [*mixed_histories[1], (5, 90_000)]}
+    assert stored_histories(tmp_path / "new") == expected
+
+
+def test_export_log_says_what_it_wrote(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with LmdbStore.open(tmp_path / "state") as store:
+        items, times = store.add_items(["a", "b", "a"]), np.array([5, 0, 7])
+        store.commit([Write("anna", 0, {}, items, times)])
+    run("export-log", "--state", tmp_path / "state", "--output", tmp_path / "log.parquet")
+    first, second = capsys.readouterr().out.splitlines()
+    assert first == f"exported 3 events of 1 users, 2 items into {tmp_path / 'log.parquet'}"
+    assert second == "warning: 1 events without a time were written with that of the event before"
+    assert "does not exist" in error_of(capsys, "export-log", "--state", tmp_path / "nowhere")
+    message = error_of(capsys, "export-log", "--state", tmp_path / "state", "--output", tmp_path / "log.csv")
+    assert message.endswith("let its name end in .parquet (--output)")
+
+
+# -- address space ---------------------------------------------------------------------------------------------------
+
+LIMITED = """
+import resource, sys
+from dman_runtime import cli
+resource.setrlimit(resource.RLIMIT_AS, (16_000_000 << 10, 16_000_000 << 10))
+sys.exit(cli.main(sys.argv[1:]))
+"""
+
+
+def run_limited(*arguments: object) -> tuple[int, str]:
+    """A command as under `ulimit -v 16000000`, and what it writes to stderr."""
+    command = [sys.executable, "-c", LIMITED, *map(str, arguments)]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=120, check=False)
+    return done.returncode, done.stderr
+
+
+@pytest.mark.slow
+def test_commands_work_in_little_address_space_or_name_an_option_that_they_take(
+    exact_bundle: Path, log: Path, tmp_path: Path
+) -> None:
+    state = tmp_path / "state"
+    run("import", "--bundle", exact_bundle, "--state", state, "--input", log)  # with the map of a server
+    one_user = ("inspect", "--bundle", exact_bundle, "--state", state, "--user", "1")
+    export = ("export-log", "--state", state, "--output", tmp_path / "log.parquet")
+    for command in (one_user[:-2], one_user, ("verify", "--state", state), export):
+        code, message = run_limited(*command)
+        assert code == 0, message
+    command = ("import", "--bundle", exact_bundle, "--state", state, "--input", log)
+    code, message = run_limited(*command)
+    assert code == 2
+    assert message.endswith("address space; lower the map size or raise `ulimit -v` (--map-size-mib)\n")
+    code, message = run_limited(*command, "--map-size-mib", "1024")
+    assert code == 0, message
 
 
 # -- score -----------------------------------------------------------------------------------------------------------
@@ -457,7 +528,7 @@ def test_wrong_usage_is_refused_with_a_pointer_to_help(
 # -- options ---------------------------------------------------------------------------------------------------------
 
 POSITIONAL = {"token": ["shop"]}
-COMMANDS = ["serve", "status", "verify", "token", "import", "score", "evaluate", "inspect"]
+COMMANDS = ["serve", "status", "verify", "token", "import", "export-log", "score", "evaluate", "inspect"]
 
 
 def options_of(command: str) -> list[argparse.Action]:
@@ -500,7 +571,7 @@ def test_every_option_with_a_value_has_its_dman_variable(command: str, monkeypat
         if option.nargs == 0 or option.dest == "help":
             continue
         variable = f"DMAN_{option.dest.upper()}"
-        value = option.choices[-1] if isinstance(option.choices, list) else "3"
+        value = option.choices[-1] if isinstance(option.choices, list | tuple) else "3"
         with monkeypatch.context() as patch:
             patch.setenv(variable, value)
             found = getattr(cli.parser().parse_args([command, *POSITIONAL.get(command, [])]), option.dest)

@@ -59,8 +59,6 @@ async def test_update_takes_one_item_or_several(
         ("update", ("anna", np.array([[1], [2]])), {}, r"items\[0\] must be str, int or Event, not ndarray"),
         ("update", ("anna", [1, 2]), {"timestamps": [1]}, "timestamps must have one value for each of items"),
         ("update", ("anna", [Event(1)]), {"timestamps": [1]}, "timestamps go with ids"),
-        ("update", ("anna", 1), {"timestamps": 1.5}, "whole seconds.* must be an integer, not float"),
-        ("update", ("anna", Event(1, 2**63)), {}, "out of range"),
         ("update", ("anna", [1]), {"request_id": ""}, "request_id must not be empty"),
         ("update", ("anna", [1]), {"timeout": 0}, "timeout must be a positive number"),
         ("update_many", ([("anna", [1]), ("bob", [1, None])],), {}, r"updates\[1\]\.items\[1\] must be"),

@@ -13,7 +13,7 @@ from contract.processes import finish, start
 from dman_runtime.errors import StoreUnavailableError
 from dman_runtime.jobs.verifying import format_report, verify_store
 from dman_runtime.store import lmdb_verify
-from dman_runtime.store.base import Write
+from dman_runtime.store.base import INTEGER, TEXT, IdTypes, Write
 from dman_runtime.store.history import CHUNK_EVENTS, StoredHead, add_seen, pack_head, seed_of, unpack_head, unpack_seen
 from dman_runtime.store.lmdb import LmdbStore
 
@@ -31,6 +31,7 @@ def path(tmp_path: Path) -> Path:
     with LmdbStore.open(tmp_path / "state", map_size=64 << 20) as store:
         store.add_items([f"item-{number}" for number in range(100)])
         store.add_generation("bundle")
+        store.remember_id_types(IdTypes(TEXT, INTEGER))
         for user_id in (*USERS, "deleted"):
             events = events_of(user_id)
             store.commit([Write(user_id, 0, {1: b"one", 2: bytes(9000)}, events, events, range(40))])
@@ -90,6 +91,7 @@ def test_nothing_to_verify_is_an_error(tmp_path: Path) -> None:
 HEAD, CHUNK_1 = b"a" + bytes(5), b"a\0\0\0\0\1"
 DAMAGE: dict[str, tuple[str, bytes, Callable[[bytes], bytes | None], str]] = {
     "generations": ("meta", b"generations", flipped, "meta: the list of generations is damaged"),
+    "id types": ("meta", b"id_types", flipped, "meta: the entry that says what the ids are is damaged"),
     "item": ("items", b"\0\0\0\7", flipped, "item 00000007: an entry of the item table is damaged"),
     "missing item": ("items", b"\0\0\0\7", removed, "item 7 is missing"),
     "item number": ("item_numbers", b"item-7", flipped, "item item-7: an entry of the item table is damaged"),

@@ -332,7 +332,7 @@ def test_reader_without_address_space_is_told_what_its_command_takes(
 
     store.close()
     monkeypatch.setattr(lmdb, "open", opened)
-    with pytest.raises(StoreUnavailableError, match="address space; raise `ulimit -v`$") as caught:
+    with pytest.raises(StoreUnavailableError, match=r"address space; raise `ulimit -v`$") as caught:
         LmdbStore.open(store.path, readonly=True)
     assert caught.value.parameter == ""
 

@@ -12,9 +12,10 @@ import pytest
 from dman_runtime.errors import StoreDamagedError
 from dman_runtime.store import files
 from dman_runtime.store import lmdb as lmdb_module
-from dman_runtime.store.base import Write
+from dman_runtime.store.base import INTEGER, TEXT, IdTypes, Write
 from dman_runtime.store.history import CHUNK_EVENTS, pack_record, seed_of
 from dman_runtime.store.lmdb import LmdbStore
+from dman_runtime.store.lmdb_layout import pack_text
 from dman_runtime.store.lmdb_reads import LmdbSnapshot
 
 
@@ -330,3 +331,17 @@ def reopened(store: LmdbStore) -> LmdbStore:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(files, "_CHECKED_BYTES", 0)
         return LmdbStore.open(store.path)
+
+
+@pytest.mark.parametrize(
+    "value",
+    [b"", b"{}", b'{"items": "text", "users": "text"}', b'{"items": "text", "users": 1}\0', b"[1, 2]\0", b"\xff\0"],
+)
+def test_id_types_are_checked(store: LmdbStore, value: bytes) -> None:
+    text, end, _ = value.partition(b"\0")
+    put(store, "meta", b"id_types", pack_text(text, 0) if end else value)
+    with pytest.raises(StoreDamagedError, match="what the ids are is damaged"):
+        store.id_types()
+    store.remember_id_types(IdTypes(TEXT, INTEGER))
+    assert store.id_types() == IdTypes(TEXT, INTEGER)
+    assert contents(store)["meta"][b"id_types"] == pack_text(b'{"items": "integer", "users": "text"}', 0)
