@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 
@@ -46,9 +47,13 @@ def ring_bundle(bundle_of: Rename) -> Path:
 
 
 @pytest.fixture(scope="session")
-def small_bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def small_bundle(shared: Callable[[str, Callable[[Path], object]], Path]) -> Path:
     """For the items p00 to p11: users soon have had everything."""
-    path = tmp_path_factory.mktemp("small") / "bundle"
-    vocabulary = Vocabulary(SMALL_ITEMS, False, np.arange(1, 13), {})
-    export_bundle(random_model(TINY, 12), vocabulary, path, data={"user_ids": "text", "item_ids": "text"})
-    return path
+
+    def export(path: Path) -> None:
+        vocabulary = Vocabulary(SMALL_ITEMS, False, np.arange(1, 13), {})
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            export_bundle(random_model(TINY, 12), vocabulary, path, data={"user_ids": "text", "item_ids": "text"})
+
+    return shared("small-bundle", export)

@@ -26,7 +26,7 @@ def evaluated(commands: Commands, bundle: Path, path: Path, *options: object) ->
 
 def test_targets_that_no_training_could_know_are_misses(commands: Commands, ring_bundle: Path) -> None:
     result = evaluated(commands, ring_bundle, case("evaluate-drops-unknown-targets/newitems.csv"))
-    assert (result["users"], result["unknown_targets"], result["HR@10"], result["NDCG@10"]) == (120, 120, 0, 0)
+    assert (result["users"], result["unknown_targets"], result["hr@10"], result["ndcg@10"]) == (120, 120, 0, 0)
     assert result["input"]["unknown_events"] == 120
 
 
@@ -62,10 +62,10 @@ def test_as_many_targets_are_misses_as_are_unknown(
     assert (result["users"], result["unknown_targets"]) == (10, unknown)
     if unknown < 10:  # the others rank as they do alone
         alone = evaluated(commands, ring_bundle, log_file(tmp_path, log_of(known), "known.csv"))
-        for name in ("HR@10", "NDCG@10"):
+        for name in ("hr@10", "ndcg@10"):
             assert result[name] == pytest.approx(alone[name] * (10 - unknown) / 10)
     else:
-        assert result["HR@10"] == result["NDCG@10"] == 0
+        assert result["hr@10"] == result["ndcg@10"] == 0
 
 
 def test_unknown_items_in_the_inputs_are_skipped_and_counted(
@@ -75,7 +75,7 @@ def test_unknown_items_in_the_inputs_are_skipped_and_counted(
     mixed = {user: [items[0], "x1", *items[1:3], "x2", *items[3:]] for user, items in events.items()}
     plain = evaluated(commands, ring_bundle, log_file(tmp_path, log_of(events)))
     found = evaluated(commands, ring_bundle, log_file(tmp_path, log_of(mixed), "mixed.csv"))
-    assert (found["HR@10"], found["NDCG@10"], found["users"]) == (plain["HR@10"], plain["NDCG@10"], plain["users"])
+    assert (found["hr@10"], found["ndcg@10"], found["users"]) == (plain["hr@10"], plain["ndcg@10"], plain["users"])
     assert (found["input"]["unknown_items"], found["input"]["unknown_events"]) == (2, 20)
 
 
