@@ -137,7 +137,7 @@ def _is_datum(values: list[str]) -> bool:
 def _looks_like_data(line: list[str], below: list[list[str]]) -> bool:
     """Whether a first line holds a number, a time or a text with digits such as the lines below it hold there."""
     if not below:
-        return _DATUM.fullmatch(line[-1].strip()) is not None
+        return any(_DATUM.fullmatch(value.strip()) for value in line)
     for column, value in enumerate(line):
         others = [values[column].strip() for values in below if column < len(values)]
         shape = _shape(value.strip())

@@ -52,9 +52,10 @@ def find_encoding(source: Source, head: bytes, option: str) -> Encoding:
         raise InputError(
             f"encoding {option!r:.60} is not known", "give one such as utf-16 or windows-1252", parameter="encoding"
         )
-    if mark and not _MARKS[mark].startswith(codec.name):
+    name = codec.name.removesuffix("-sig")  # Python's name for UTF-8 with a mark
+    if mark and not _MARKS[mark].startswith(name):
         raise source.error(
-            f"begins with the mark of {_MARKS[mark].upper()}, but the encoding is given as {codec.name}",
+            f"begins with the mark of {_MARKS[mark].upper()}, but the encoding is given as {name}",
             "leave the encoding out, or give that of the mark",
             parameter="encoding",
         )

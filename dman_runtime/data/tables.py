@@ -88,8 +88,9 @@ class Tables:
 
     def __init__(self, path: str, files: list[TableFile], ignored: list[str], options: LogOptions) -> None:
         self.path, self.files, self.ignored = path, files, ignored
-        self.names = _common_names(files)
-        self.looks_headerless = files[0].looks_headerless
+        self.looks_headerless = any(file.looks_headerless for file in files)
+        # names that are data differ for that reason, which is said when columns are looked for
+        self.names = files[0].names if self.looks_headerless else _common_names(files)
         self.first_line = list(files[0].first_line)
         self._skip = options.bad_rows == "skip"
         self._tally = Tally(self._skip)
@@ -116,6 +117,7 @@ class Tables:
         for name in names:
             if self.names.count(name) != 1:
                 raise self._no_such_column(name)
+        _common_names(self.files)
         self._tally = tally = Tally(self._skip)
         kinds: dict[str, tuple[str, str]] = {}
         for file in self.files:
@@ -131,7 +133,7 @@ class Tables:
             return self.error(
                 f"{count} columns are named {name!r}: its first line looks like a row",
                 "say that there is no header",
-                parameter="header",
+                parameter="no_header",
             )
         if count:
             return self.error(f"{count} columns are named {name!r}", "keep one of them")
@@ -144,17 +146,26 @@ def open_tables(path: str | Path, options: LogOptions = ANY_LOG) -> Tables:
     Finds out how the files are written, from their beginnings. Raises InputError.
     """
     sources, ignored = find_sources(path)
-    return Tables(str(path), [_open_file(source, options) for source in sources], ignored, options)
+    files = []
+    for source in sources:
+        if file := _open_file(source, options):
+            files.append(file)
+        else:  # Spark also compresses parts that hold nothing
+            ignored.append(f"{source.path} (empty)")
+    if not files:
+        raise sources[0].error("the file is empty", _NO_ROWS)
+    return Tables(str(path), files, ignored, options)
 
 
-def _open_file(source: Source, options: LogOptions) -> TableFile:
+def _open_file(source: Source, options: LogOptions) -> TableFile | None:
+    """The file, ready to be read; None if nothing is in it."""
     with source.open() as (stream, packed):
         head = b""
         while len(head) < _SAMPLE_BYTES and (block := stream.read(_SAMPLE_BYTES - len(head))):
             head += block
         complete = not stream.read(1)
     if not head:
-        raise source.error("the file is empty", _NO_ROWS)
+        return None
     if head[257:262] == b"ustar":
         raise source.error("is a tar archive", "unpack it, and give the folder")
     words = [packed] if packed else []
@@ -245,10 +256,16 @@ def _common_names(files: list[TableFile]) -> list[str]:
         return list(dict.fromkeys(name for file in files for name in file.names))
     for file in files[1:]:
         if sorted(file.names) != sorted(first.names):
+            remedy, parameter = "give files with the same columns", ""
+            if file.dialect != first.dialect:
+                remedy, parameter = f"{remedy}, or say what separates them", "separator"
+            elif len(file.names) == len(first.names) and not file.typed:
+                remedy, parameter = f"{remedy}, or say that there is no header", "no_header"
             raise error_of(
                 file.path,
                 f"has other columns than {first.path}: {', '.join(file.names)[:200]} instead of "
                 f"{', '.join(first.names)[:200]}",
-                "give files with the same columns",
+                remedy,
+                parameter=parameter,
             )
     return first.names
