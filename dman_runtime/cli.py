@@ -1,4 +1,4 @@
-"""The options of `dman-runtime` and its commands: serve, status, verify, token, import, export-log, score, evaluate, inspect."""
+"""The options of `dman-runtime` and of its commands; what they do is in `commands`."""
 
 from __future__ import annotations
 
