@@ -92,10 +92,12 @@ def export_log(store: StateStore, output: Path) -> ExportResult:
     """
     if output.suffix.lower() != ".parquet":
         raise InputError(f"{output} is not named as a Parquet file", "let its name end in .parquet", parameter="output")
-    columns = _decided(store)
-    while True:  # three times at most: each time one column gets wider
+    columns: _Columns | None = None
+    while True:  # four times at most: each time one column gets wider
         try:
-            return _write(store, output, columns)
+            with ParquetOutput(output) as out:  # first of all: what cannot be written is refused at once
+                columns = columns or _decided(store)
+                return _write(store, out, columns)
         except _ChangedError as changed:
             columns = changed.columns
 
@@ -114,16 +116,16 @@ def _decided(store: StateStore) -> _Columns:
     return columns.fitted("users", types.users, unfit_user).fitted("items", types.items, unfit_item)
 
 
-def _write(store: StateStore, output: Path, columns: _Columns) -> ExportResult:
+def _write(store: StateStore, out: ParquetOutput, columns: _Columns) -> ExportResult:
     result, items = ExportResult(user_ids=columns.users, item_ids=columns.items), _ItemSet()
-    with ParquetOutput(output) as out:
+    for user_ids, histories in _batches(store, "export"):
+        out.write_table(_table(store, user_ids, histories, columns, result))
+        result.users += len(user_ids)
+        for numbers, _ in histories:
+            result.events += len(numbers)
+            items.add(numbers)
+    if not result.users:
         out.write_table(columns.schema().empty_table())
-        for user_ids, histories in _batches(store, "export"):
-            out.write_table(_table(store, user_ids, histories, columns, result))
-            result.users += len(user_ids)
-            for numbers, _ in histories:
-                result.events += len(numbers)
-                items.add(numbers)
     result.items = items.count()
     result.warnings = [*columns.warnings, *_time_warnings(result)]
     return result
