@@ -12,6 +12,7 @@ class DmanError(Exception):
         ├── InvalidArgumentError     (also ValueError)       the request can never succeed as it is
         ├── ClientClosedError        (also RuntimeError)     the client was used after close()
         ├── EventLoopError           (also RuntimeError)     an AsyncClient was used outside its event loop
+        ├── ForkError                (also RuntimeError)     gRPC cannot work in this forked process
         └── CallError                                        a call was made and failed
             ├── UserNotFoundError    (also LookupError)      nothing is stored about the user
             ├── DeadlineExceededError  (also TimeoutError)   no answer within the timeout
@@ -70,6 +71,15 @@ class EventLoopError(DmanError, RuntimeError):
         self, message: str = "This AsyncClient belongs to another event loop. Create one client for each loop."
     ) -> None:
         super().__init__(message)
+
+
+class ForkError(DmanError, RuntimeError):
+    """gRPC cannot work in this process, because of how it was forked. An update may have been applied."""
+
+    remedy = 'Start processes with the method "spawn" or "forkserver", or fork before the first call.'
+
+    def __init__(self, message: str, *, request_id: str | None = None) -> None:
+        super().__init__(f"{message} {self.remedy}", request_id=request_id)
 
 
 class CallError(DmanError):
