@@ -17,7 +17,7 @@ class DmanError(Exception):
             ├── UserNotFoundError    (also LookupError)      nothing is stored about the user
             ├── DeadlineExceededError  (also TimeoutError)   no answer within the timeout
             ├── UnavailableError     (also ConnectionError)  no server, TLS failed, or the server is stopping
-            ├── ConflictError                                others kept changing the same user
+            ├── ConflictError                                others kept changing the same user, or rewrote a history
             ├── ResourceExhaustedError                       message too large, store full, over a limit, overloaded
             ├── UnauthenticatedError                         the token is missing or not valid
             ├── PermissionDeniedError  (also PermissionError)  the token may not do this
@@ -108,7 +108,10 @@ class UnavailableError(CallError, ConnectionError):
 
 
 class ConflictError(CallError):
-    """Other writers kept changing the same user. Nothing was stored. The server tried until the deadline."""
+    """Other writers kept changing the same user. Nothing was stored. The server tried until the deadline.
+
+    Or a history was rewritten while it was read.
+    """
 
     remedy = "Send it again: an update with the request_id of this error."
 

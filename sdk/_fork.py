@@ -2,7 +2,7 @@
 
 A forked child has the memory of gRPC and none of its threads. Measured with grpcio 1.85.1 on Linux:
 
-- A child of a process without calls under way opens a channel of its own and works: 300 of 300. While threads were
+- A child of a process without calls under way opens a channel of its own and works: 400 of 400. While threads were
   calling, 1 child in 30 hung, and next to a busy AsyncClient 1 in 12 was aborted: gRPC then skips its own preparations.
   So a fork waits until no call is under way, and calls wait for the fork.
 - Where the parent has used grpc.aio, whose poller is a thread, every call of an AsyncClient in the child hangs.
