@@ -82,7 +82,7 @@ def _evaluate_run(arguments: argparse.Namespace) -> tuple[dict[str, object], Kno
     vocabulary, model = run.vocabulary(), run.best_model()
     index = {item_id: i for i, item_id in enumerate(vocabulary.item_ids)}
     path = arguments.data or Path(run.config["dataset"]["path"])
-    log = _read(arguments, path, index, run.config["data"] | run.config["dataset"])
+    log = _read(arguments, path, index, run.data_record)
     if hasattr(model, "user_table") and not log.as_trained:
         raise UsageError(
             f"{run.path} holds a vector for each user of its training log, and ranks for no others",

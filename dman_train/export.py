@@ -26,7 +26,7 @@ from dman_train.config import to_dict
 from dman_train.graphs import OPSET, export_graphs, graph_errors, state_shape
 from dman_train.model import DMAN
 from dman_train.replay import replay
-from dman_train.run import Run, RunError, open_run
+from dman_train.run import RunError, open_run
 from dman_train.vocabulary import Vocabulary
 
 logger = logging.getLogger(__name__)
@@ -77,15 +77,9 @@ def _export(arguments: argparse.Namespace) -> dict[str, Any]:
         arguments.out,
         state_dtype=arguments.state_dtype,
         tolerance=arguments.tolerance,
-        data=_about_data(run),
+        data=run.data_record,
         metrics=run.metrics or {},
     )
-
-
-def _about_data(run: Run) -> dict[str, Any]:
-    """How the training log was read, which one it was, and what was understood of it."""
-    config = run.config
-    return config["data"] | config["dataset"] | {name: config[name] for name in ("input",) if name in config}
 
 
 def export_bundle(

@@ -92,7 +92,7 @@ def _warn_of_repeats(report: InputReport, interactions: Interactions) -> None:
         report.notice(text, parameter="seen_items", weight=60)
     distinct = np.diff(np.concatenate([[0], np.cumsum(~seen)])[interactions.offsets])
     done = int(np.count_nonzero(distinct == len(interactions.item_ids)))
-    if done > MANY_DONE * interactions.num_users:
+    if done > MANY_DONE * interactions.num_users and len(interactions.item_ids) > 1:
         text = (
             f"{done:,} of {interactions.num_users:,} users have had all {len(interactions.item_ids):,} items: nothing "
             "is left to recommend to them"

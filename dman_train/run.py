@@ -68,6 +68,12 @@ class Run:
         return config
 
     @property
+    def data_record(self) -> dict[str, Any]:
+        """How the training log was read, which one it was, and what was understood of it: `data` of a bundle."""
+        config = self.config
+        return config["data"] | config["dataset"] | {name: config[name] for name in ("input",) if name in config}
+
+    @property
     def metrics(self) -> dict[str, Any] | None:
         """Final metrics, or None while the run is unfinished. Raises RunError."""
         if not (self.path / "metrics.json").exists():

@@ -9,20 +9,22 @@ import functools
 import inspect
 import logging
 import time
-from collections.abc import Callable, Coroutine, Iterable
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterable, Iterator
 from types import TracebackType
 from typing import Any, Concatenate, ParamSpec, Self, TypeVar
 
 import grpc
 
 from protos.dman.v1.dman_pb2_grpc import OperationsStub, RecommenderStub
-from sdk import _calls
+from sdk import _calls, _history
 from sdk._access import Pem, access
 from sdk._calls import Call, ReplyT, RequestT, ResultT
 from sdk._exceptions import ClientClosedError, DmanError, EventLoopError, error_from_status
+from sdk._history import Pages
 from sdk._proxy import proxy_remedy
 from sdk._retry import Attempts
 from sdk._settings import ARGUMENTS, DEFAULT_RETRIES, DEFAULT_TARGET, DEFAULT_TIMEOUT, positive_seconds, settings
+from sdk._types import Event
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -52,12 +54,32 @@ def _awaitable(
     return method
 
 
-def _copy_signature(method: Any, build: Callable[..., Any], owner: str) -> None:
+def _iterating(build: Callable[P, Pages]) -> Callable[Concatenate["Client", P], Iterator[Event]]:
+    """A method of Client from the function that plans its calls."""
+
+    def method(self: "Client", /, *args: P.args, **kwargs: P.kwargs) -> Iterator[Event]:
+        return self._iterate(build(*args, **kwargs))
+
+    _copy_signature(method, build, "Client", Iterator[Event])
+    return method
+
+
+def _async_iterating(build: Callable[P, Pages]) -> Callable[Concatenate["AsyncClient", P], AsyncIterator[Event]]:
+    """A method of AsyncClient from the function that plans its calls."""
+
+    def method(self: "AsyncClient", /, *args: P.args, **kwargs: P.kwargs) -> AsyncIterator[Event]:
+        return self._iterate(build(*args, **kwargs))
+
+    _copy_signature(method, build, "AsyncClient", AsyncIterator[Event])
+    return method
+
+
+def _copy_signature(method: Any, build: Callable[..., Any], owner: str, result_type: Any = None) -> None:
     """Makes help() and inspect show `method` as if it were written by hand: the parameters of `build` after self."""
     functools.update_wrapper(method, build, assigned=("__name__", "__doc__"))
     del method.__wrapped__
     method.__qualname__ = f"{owner}.{build.__name__}"
-    result_type = build.__annotations__["return"].__args__[-1]  # of Call[request, reply, result]
+    result_type = result_type or build.__annotations__["return"].__args__[-1]  # of Call[request, reply, result]
     method.__annotations__ = {**build.__annotations__, "return": result_type}
     signature = inspect.signature(build)
     self_parameter = inspect.Parameter("self", inspect.Parameter.POSITIONAL_OR_KEYWORD)
@@ -198,6 +220,7 @@ class Client(_ClientBase):
     recommend = _blocking(_calls.recommend)
     recommend_many = _blocking(_calls.recommend_many)
     user = _blocking(_calls.user)
+    history = _iterating(_history.history)
     delete_user = _blocking(_calls.delete_user)
     status = _blocking(_calls.status)
 
@@ -236,6 +259,10 @@ class Client(_ClientBase):
             else:
                 return self._result(call, reply)
 
+    def _iterate(self, pages: Pages) -> Iterator[Event]:
+        while (call := pages.next_call()) is not None:
+            yield from self._run(call)
+
 
 class AsyncClient(_ClientBase):
     """A connection to a DMAN server for asyncio: the methods of `Client` as coroutines.
@@ -260,6 +287,7 @@ class AsyncClient(_ClientBase):
     recommend = _awaitable(_calls.recommend)
     recommend_many = _awaitable(_calls.recommend_many)
     user = _awaitable(_calls.user)
+    history = _async_iterating(_history.history)
     delete_user = _awaitable(_calls.delete_user)
     status = _awaitable(_calls.status)
 
@@ -322,3 +350,8 @@ class AsyncClient(_ClientBase):
                 ) from None  # close() cancels running calls, not their tasks
             else:
                 return self._result(call, reply)
+
+    async def _iterate(self, pages: Pages) -> AsyncIterator[Event]:
+        while (call := pages.next_call()) is not None:
+            for event in await self._run(call):
+                yield event

@@ -1,6 +1,6 @@
 """Turns replies into results. ValueError: the reply makes no sense."""
 
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterable
 from typing import Protocol, TypeVar
 
 from protos.dman.v1 import dman_pb2 as pb
@@ -64,10 +64,14 @@ def recommendations(reply: pb.RecommendReply) -> Recommendations:
     )
 
 
+def events(stored: Iterable[tuple[str, int]], *, integer_item_ids: bool) -> list[Event]:
+    """Ids and times of a history, which may hold ids that the bundle does not know."""
+    item_id = _integer_or_text if integer_item_ids else str
+    return [Event(item_id(text), timestamp) for text, timestamp in stored]
+
+
 def user(reply: pb.GetUserReply) -> User:
-    item_id = (
-        _integer_or_text if reply.integer_item_ids else str
-    )  # a history may hold ids that the bundle does not know
+    recent = [(event.item_id, event.timestamp) for event in reply.recent_events]
     return User(
         user_id=reply.user_id,
         event_count=reply.event_count,
@@ -75,7 +79,7 @@ def user(reply: pb.GetUserReply) -> User:
         segment_fill=reply.segment_fill,
         absorbed_segments=reply.absorbed_segments,
         state_bytes=reply.state_bytes,
-        recent_events=tuple(Event(item_id(event.item_id), event.timestamp) for event in reply.recent_events),
+        recent_events=tuple(events(recent, integer_item_ids=reply.integer_item_ids)),
         bundle_id=reply.bundle_id,
     )
 

@@ -112,21 +112,36 @@ LAYERS = {
     "retrieval": set(),
     "model": {"data", "errors", "retrieval"},
     "store": {"data", "errors"},
+    "history": {"errors", "requests", "store"},
     "opened": {"model", "requests", "store"},
+    "merging": {"store"},
+    "id_types": {"errors", "model", "store"},
     "ranking": {"model", "opened", "requests", "retrieval"},
-    "engine": {"errors", "model", "opened", "ranking", "requests", "retrieval", "store"},
+    "engine": {"errors", "merging", "model", "opened", "ranking", "requests", "retrieval", "store"},
     "waiting": {"errors", "opened", "requests"},
     "batcher": {"engine", "errors", "metrics", "model", "opened", "requests", "waiting"},
     "problems": set(),
-    "api": {"access", "batcher", "engine", "errors", "log_lines", "metrics", "problems", "requests", "waiting"},
+    "api": {
+        "access",
+        "batcher",
+        "engine",
+        "errors",
+        "history",
+        "log_lines",
+        "metrics",
+        "problems",
+        "requests",
+        "waiting",
+    },
     "options": {"errors", "log_lines"},
-    "jobs": {"data", "engine", "errors", "model", "retrieval", "store"},
+    "jobs": {"data", "engine", "errors", "id_types", "merging", "model", "opened", "retrieval", "store"},
     "serving": {
         "access",
         "api",
         "batcher",
         "engine",
         "errors",
+        "id_types",
         "log_lines",
         "metrics",
         "model",
@@ -160,7 +175,7 @@ def test_what_answers_requests_knows_the_interface_of_stores_and_no_store() -> N
     found = {
         dotted(file): name
         for file, names in imports_of("dman_runtime").items()
-        if dotted(file).split(".")[-1] in ("engine", "opened", "batcher", "recommender", "importing")
+        if dotted(file).split(".")[-1] in ("engine", "history", "opened", "batcher", "recommender", "importing")
         for name in names
         if within(name, "dman_runtime.store") and not within(name, "dman_runtime.store", "dman_runtime.store.base")
     }
@@ -215,7 +230,7 @@ def test_training_reaches_no_part_of_the_server_not_even_through_others() -> Non
         ("grpc_reflection", {"api.standard"}),
         ("multiprocessing", {"serving.cluster", "serving.slot"}),
         ("prometheus_client", {"serving.metrics_server", "serving.prometheus"}),
-        ("tqdm", {"jobs.evaluating", "jobs.importing", "jobs.scoring"}),
+        ("tqdm", {"jobs.evaluating", "jobs.exporting", "jobs.importing", "jobs.scoring"}),
         ("torch", set()),
         ("sdk", {"jobs.asking"}),
         ("matplotlib", set()),
@@ -231,8 +246,9 @@ def test_lmdb_is_imported_by_the_store_only() -> None:
 
 
 @pytest.mark.slow
-def test_log_files_are_read_by_the_data_part_and_scores_written_by_their_job() -> None:
-    assert {name.split(".")[0] for name in importers("dman_runtime", "pyarrow") - {"jobs.scoring"}} == {"data"}
+def test_log_files_are_read_by_the_data_part_and_tables_written_by_their_jobs() -> None:
+    writers = {"jobs.exporting", "jobs.parquet_output", "jobs.scoring"}
+    assert {name.split(".")[0] for name in importers("dman_runtime", "pyarrow") - writers} == {"data"}
 
 
 @pytest.mark.parametrize("module", ["engine", "opened", "requests", "batcher"])

@@ -88,7 +88,7 @@ def served_ranks(address: str, data: HeldOut, item_ids: list[str]) -> np.ndarray
 def compare(arguments: argparse.Namespace) -> dict[str, Any]:
     run, generation = open_run(arguments.run), Generation.open(arguments.bundle)
     bundle = generation.bundle
-    trained = run.config["data"] | run.config["dataset"]
+    trained = run.data_record
     log = read_known(
         arguments.data or Path(trained["path"]), bundle.items.index, options_of_training(trained), trained=trained
     )

@@ -17,6 +17,7 @@ _ROLE_OF_METHOD: dict[str, Role | None] = {
     "/dman.v1.Recommender/Recommend": "read",
     "/dman.v1.Recommender/BatchRecommend": "read",
     "/dman.v1.Recommender/GetUser": "read",
+    "/dman.v1.Recommender/GetHistory": "read",
     "/dman.v1.Recommender/Update": "write",
     "/dman.v1.Recommender/BatchUpdate": "write",
     "/dman.v1.Recommender/DeleteUser": "admin",

@@ -4,8 +4,8 @@
     shop        read         sha256:<64 hex digits, the SHA-256 of the token>
     ingest      write        cn:<common name of a client certificate>
 
-- Roles: `read` allows Recommend, BatchRecommend and GetUser; `write` allows Update and BatchUpdate; `admin` allows
-  everything. `write` does not allow reading: what feeds events in need not see what comes out.
+- Roles: `read` allows Recommend, BatchRecommend, GetUser and GetHistory; `write` allows Update and BatchUpdate; `admin`
+  allows everything. `write` does not allow reading: what feeds events in need not see what comes out.
 - Blank lines, and lines that start with `#`, are skipped. There is no comment behind a caller.
 - A name may have several lines, such as an old and a new token; each line has its own roles. A hash or a common name
   stands once.

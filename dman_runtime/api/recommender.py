@@ -17,8 +17,10 @@ from dman_runtime.api.door import LARGE_BYTES, Call, Method, rest_since
 from dman_runtime.batcher import Batcher
 from dman_runtime.engine import Engine
 from dman_runtime.errors import RefusedError, UserNotFoundError
+from dman_runtime.history import history_page
 from dman_runtime.metrics import NO_METRICS, Metrics
 from dman_runtime.requests import (
+    MAX_EVENTS,
     Answer,
     Query,
     Update,
@@ -85,6 +87,7 @@ class RecommenderService:
                 pb.RecommendRequest,
             ),
             method("GetUser", pb.GetUserRequest, lambda request: max(0, request.recent_events) // 100),
+            method("GetHistory", pb.GetHistoryRequest, lambda request: max(0, _limit(request)) // 100),
             method("DeleteUser", pb.DeleteUserRequest, lambda _: 1),
         ]
 
@@ -143,7 +146,7 @@ class RecommenderService:
         few = 0 <= request.recent_events <= FEW
         info = await self._on(self._bulk, not few, self._user, request)
         if info is None:
-            raise UserNotFoundError(f"no user {request.user_id!r}", "one exists from its first update on")
+            raise _no_user(request.user_id)
         events = zip(info.recent_item_ids, info.recent_timestamps, strict=True)
         return pb.GetUserReply(
             user_id=request.user_id,
@@ -154,6 +157,20 @@ class RecommenderService:
             absorbed_segments=info.absorbed_segments,
             state_bytes=info.state_bytes,
             recent_events=[pb.Event(item_id=item_id, timestamp=time) for item_id, time in events],
+            integer_item_ids=self._integer_item_ids,
+        )
+
+    async def GetHistory(self, request: pb.GetHistoryRequest, call: Call) -> pb.GetHistoryReply:
+        limit = _limit(request)
+        read = functools.partial(history_page, self._engine.store, request.user_id, start=request.start, limit=limit)
+        page = await self._on(self._bulk, limit > FEW, read)
+        if page is None:
+            raise _no_user(request.user_id)
+        return pb.GetHistoryReply(
+            bundle_id=self._bundle_id,
+            history_count=page.history_count,
+            item_ids=page.item_ids,
+            timestamps=page.timestamps,
             integer_item_ids=self._integer_item_ids,
         )
 
@@ -279,6 +296,14 @@ def _query(request: pb.RecommendRequest) -> Query:
         candidates=request.candidate_item_ids or None,
         what_if=[event.item_id for event in request.what_if_events] if request.what_if_events else (),
     )
+
+
+def _limit(request: pb.GetHistoryRequest) -> int:
+    return request.limit if request.HasField("limit") else MAX_EVENTS
+
+
+def _no_user(user_id: str) -> UserNotFoundError:
+    return UserNotFoundError(f"no user {user_id!r}", "one exists from its first update on")
 
 
 def _weight_of_updates(updates: Sequence[pb.UpdateRequest]) -> int:

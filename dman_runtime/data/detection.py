@@ -44,7 +44,7 @@ class Detector:
             raise ambiguous_error(self.source, (fit.ambiguous[0] + 1, fit.ambiguous[1] + 1))
         first = header_end(fit.records)
         if first == len(fit.records):
-            raise self.source.error("its first lines hold no whole row", "check how it is quoted", parameter="quote")
+            raise self.source.error("its first lines hold nothing but blanks", "give rows")
         line, *below = (fit.values(number) for number in range(first, min(first + 20, len(fit.records))))
         names, header, remarks = self._names(fit, line)
         remarks += ["an empty last value in every line"] if fit.trailing else []

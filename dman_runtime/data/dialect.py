@@ -5,14 +5,13 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 
+import numpy as np
+
 from dman_runtime.data.records import Records
 from dman_runtime.errors import InputError
 
 SEPARATORS = {"comma": b",", "tab": b"\t", "semicolon": b";", "pipe": b"|", "::": b"::", "blanks": b" "}
-_BLANKS = re.compile(rb"[ \t]+")
-_EDGE_BLANKS = re.compile(rb"(?m)^[ \t]+|[ \t]+(?=\r?$)")
-_DOUBLE_BLANKS = (b"  ", b" \t", b"\t ", b"\t\t", b"\n ", b"\n\t", b" \n", b"\t\n", b" \r", b"\t\r")
-_SINGLE_BLANKS = bytes.maketrans(b" \t", b"\x1f\x1f")
+_BLANKS = bytes.maketrans(b" \t", b"\x1f\x1f")
 _ESCAPES = re.compile(rb'\\([\\"])')
 _QUOTED_OR = {b"::": re.compile(rb'("[^"]*")|::'), b" ": re.compile(rb'("[^"]*")|[ \t]+')}
 INNER = b"\x1f"  # stands for separators of several bytes
@@ -89,9 +88,22 @@ def one_byte(data: bytes, separator: bytes, *, quoted: bool) -> bytes:
         return re.sub(rb"(?m)^\x1f|\x1f(?=\r?$)", b"", data) if separator == b" " else data
     if separator == b"::":
         return data.replace(b"::", INNER)
-    if data.startswith((b" ", b"\t")) or data.endswith((b" ", b"\t")) or any(two in data for two in _DOUBLE_BLANKS):
-        return _BLANKS.sub(INNER, _EDGE_BLANKS.sub(b"", data))
-    return data.translate(_SINGLE_BLANKS)
+    return _single_blanks(data).translate(_BLANKS)
+
+
+def _single_blanks(data: bytes) -> bytes:
+    """The text with one blank for several, and none at the beginning or the end of a line."""
+    text = np.frombuffer(data, np.uint8)
+    blank = (text == ord(" ")) | (text == ord("\t"))
+    newline = text == ord("\n")
+    before = np.append(True, blank[:-1] | newline[:-1])  # a blank or the beginning of a line
+    extra = blank & before
+    if extra.any():
+        text = text[~extra]
+        blank = (text == ord(" ")) | (text == ord("\t"))
+    end = np.append((text[1:] == ord("\n")) | (text[1:] == ord("\r")), True)
+    last = blank & end
+    return text[~last].tobytes() if last.any() else data if len(text) == len(data) else text.tobytes()
 
 
 def header_end(records: Records) -> int:

@@ -32,10 +32,11 @@ class Encoding:
 
     codec: str  # Python's name
     mark: bytes = b""  # the byte order mark at the beginning
+    given: str = ""  # what the option calls it
 
     @property
     def words(self) -> str:
-        return self.codec.upper() + (" with a byte order mark" if self.mark else "")
+        return (self.given or self.codec.upper()) + (" with a byte order mark" if self.mark else "")
 
 
 def find_encoding(source: Source, head: bytes, option: str) -> Encoding:
@@ -58,7 +59,7 @@ def find_encoding(source: Source, head: bytes, option: str) -> Encoding:
             "leave the encoding out, or give that of the mark",
             parameter="encoding",
         )
-    return Encoding(_MARKS[mark] if mark else name, mark)
+    return Encoding(_MARKS[mark] if mark else codec.name, mark, option)
 
 
 def _by_zeros(head: bytes) -> str:
@@ -110,9 +111,7 @@ def decoded(source: Source, stream: BinaryIO, encoding: Encoding, block_bytes: i
 def _not_in_encoding(source: Source, encoding: Encoding, line: int, error: UnicodeError) -> InputError:
     if isinstance(error, UnicodeDecodeError):
         line += bytes(error.object[: error.start]).decode(encoding.codec, "ignore").count("\n")
-    return source.error(
-        f"line {line} is not {encoding.codec.upper()}", "name the file's encoding", parameter="encoding"
-    )
+    return source.error(f"line {line} is not {encoding.words}", "name the file's encoding", parameter="encoding")
 
 
 def check_utf8(source: Source, lines: bytes, first_line: int) -> None:

@@ -157,11 +157,6 @@ class JsonRows:
         records = Records(piece.data, b"\n", quoted=False)
         return records.first_lines[~records.blank]
 
-    def bad_row_error(self, bad: BadRecord) -> InputError:
-        return self.source.error(
-            f"line {bad.line} {bad.problem}", "correct it, or leave such rows out", parameter="bad_rows"
-        )
-
 
 def _object(line: bytes) -> dict[str, Any] | str:
     """The JSON object in a line, or what is wrong with it."""

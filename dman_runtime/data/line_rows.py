@@ -31,6 +31,8 @@ class BadRecord:
 
     line: int  # of the file, from 1
     problem: str  # "has 3 values instead of 4: 'a,b,c'"
+    remedy: str = "correct it, or leave such rows out (skip)"
+    parameter: str = "bad_rows"
 
 
 @dataclass(frozen=True)
@@ -78,8 +80,6 @@ class LineFormat(Protocol):
         """The line, from 0 in the piece, on which each record begins that is not blank."""
         ...
 
-    def bad_row_error(self, bad: BadRecord) -> InputError: ...
-
 
 class LineReader:
     """Reads one file that has lines."""
@@ -96,7 +96,8 @@ class LineReader:
         rows, bad_rows, lines, first_line = 0, 0, 0, 0
         for piece, parsed in _in_order(self.format.pieces(stream), self.format.parser(names)):
             if parsed.bad and not tally.skip:
-                raise self.format.bad_row_error(parsed.bad[0])
+                bad = parsed.bad[0]
+                raise self.source.error(f"line {bad.line} {bad.problem}", bad.remedy, parameter=bad.parameter)
             if parsed.error:
                 raise parsed.error
             if parsed.rows + len(parsed.bad) + len(parsed.blank) != piece.rows:

@@ -103,7 +103,7 @@ def _measured(sample: Sample, separator: bytes, quote: str) -> Fit:
     quoted, byte = quote != "none", inner_byte(separator)
     data = unescaped(sample.data) if quote == "backslash" else sample.data
     records = Records(one_byte(data, separator, quoted=quoted), byte, quoted=quoted)
-    bad = bad_quote(records, complete=sample.complete)
+    bad = bad_quote(records, complete=sample.complete or bool(records.blank.all()))
     width, trailing, share = _columns(records, header=sample.options.header)
     ambiguous = None
     if quoted and sample.options.quote == AUTO and not records.outside.all():
@@ -146,7 +146,7 @@ def check_quotes(source: Source, records: Records, names: tuple[str, ...], first
 
 def bad_quote_error(source: Source, bad: BadQuote, column: str, first_line: int) -> InputError:
     place = f"line {first_line + bad.line}{f', column {column}' if column else ''}"
-    return source.error(f"{place}: {bad.problem}", "read it without quotes, or correct it", parameter="quote")
+    return source.error(f"{place}: {bad.problem}", "read it without quotes (none), or correct it", parameter="quote")
 
 
 def ambiguous_error(source: Source, lines: tuple[int, int]) -> InputError:

@@ -12,7 +12,6 @@ from dman_runtime.data.encodings import Encoding
 from dman_runtime.data.line_rows import BadRecord, Parsed
 from dman_runtime.data.records import Records
 from dman_runtime.data.text_stream import Piece, TextStream
-from dman_runtime.errors import InputError
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -92,7 +91,8 @@ class TextRows:
             line = piece.first_line + int(records.first_lines[number])
             text = records.text_of(number)
             if text.strip(b" \t"):
-                bad.append(BadRecord(line, self._problem(int(records.columns[number]), text)))
+                problem = self._problem(int(records.columns[number]), text)
+                bad.append(BadRecord(line, problem, **self._remedy(text, share=float(wrong.mean()))))
             else:
                 blank.append(line)
         sizes = np.diff(np.append(records.ends + 1, len(piece.data)), prepend=0)[: len(records)]
@@ -112,11 +112,14 @@ class TextRows:
         count = f"{values} value{'s' if values > 1 else ''} instead of {len(self.names)}"
         return f"has {count}: {shown!r}"
 
+    def _remedy(self, text: bytes, *, share: float) -> dict[str, str]:
+        """What may cure a wrong number of values, where it is more than one bad line."""
+        if share > 0.5:
+            return {"remedy": "give the separator, if this is not one row as it should be", "parameter": "separator"}
+        if b'"' in text and not self.dialect.quoted:
+            return {"remedy": "read it with quotes (double), or correct it", "parameter": "quote"}
+        return {}
+
     def row_lines(self, piece: Piece) -> np.ndarray:
         records = Records(piece.data, self.dialect.byte, quoted=self.dialect.quoted)
         return records.first_lines[~records.blank]
-
-    def bad_row_error(self, bad: BadRecord) -> InputError:
-        return self.source.error(
-            f"line {bad.line} {bad.problem}", "correct it, or leave such rows out", parameter="bad_rows"
-        )

@@ -75,7 +75,7 @@ def read_known(
 
     Args:
         index: Item id -> item index of the model.
-        trained: What run or bundle recorded of the training log: its filters and its fingerprint.
+        trained: What run or bundle recorded of the training log: its filters, fingerprint and input report.
         filters: The least events of a user or an item, by name, where they were asked for.
     """
     asked, trained = filters or {}, trained or {}
@@ -85,7 +85,7 @@ def read_known(
     with open_log(path, options, known_items=index) as log:
         _require_a_known_event(log.report, index)
         usual = {name: _limit(trained, name) for name in FILTERS}
-        kept = _as_trained(log, usual, trained.get("fingerprint"))
+        kept = _as_trained(log, usual, trained)
         kind: LogKind = "another log" if kept is None else "training log"
         chosen = (NO_FILTERS if kept is None else usual) | dict(asked)
         if kept is None or chosen != usual:
@@ -101,13 +101,16 @@ def _limit(trained: Mapping[str, Any], name: str) -> int:
     return limit if isinstance(limit, int) else 0
 
 
-def _as_trained(log: Log, filters: Mapping[str, int], fingerprint: object) -> Interactions | None:
+def _as_trained(log: Log, filters: Mapping[str, int], trained: Mapping[str, Any]) -> Interactions | None:
     """The log with the filters of the training, if that gives the events of the training."""
+    understood = trained.get("input")
+    if isinstance(understood, dict) and understood.get("events") != log.report.events:
+        return None  # the filters would also remove what has come since, such as new items
     try:
         kept = filtered(log, **filters)
     except InputError:
         return None  # nothing is left
-    return kept if kept.fingerprint() == fingerprint else None
+    return kept if kept.fingerprint() == trained.get("fingerprint") else None
 
 
 def _require_a_known_event(report: InputReport, index: Mapping[str, int]) -> None:

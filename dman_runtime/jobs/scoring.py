@@ -121,16 +121,16 @@ class _Rows:
                 ("source", pa.string()),
             ]
         )
-        self._items = pa.array(
-            self._ids(bundle.items.item_ids, integers=integer_items), self.schema.field("item_id").type
-        )
+        item_ids = bundle.items.item_ids
+        item_values = _integers(item_ids, f"{bundle.path}: item id") if integer_items else item_ids
+        self._items = pa.array(item_values, self.schema.field("item_id").type)
 
     def table(self, user_ids: list[str], hits: list[Hits], popular: np.ndarray) -> pa.Table:
         """The rows of B users, whose answers are popular items where `popular` (B) says so."""
         import pyarrow as pa
 
         counts = np.array([len(found.items) for found in hits])
-        users = pa.array(self._ids(user_ids, integers=self._integer_users), self.schema.field("user_id").type)
+        users = pa.array(self._users(user_ids), self.schema.field("user_id").type)
         columns = [
             users.take(pa.array(np.repeat(np.arange(len(hits)), counts))),
             pa.array(np.concatenate([np.arange(1, count + 1, dtype=np.int32) for count in counts])),
@@ -140,9 +140,9 @@ class _Rows:
         ]
         return pa.Table.from_arrays(columns, schema=self.schema)
 
-    def _ids(self, ids: list[str], *, integers: bool) -> list[str] | np.ndarray:
-        """Ids as a column can hold them. Raises InputError for one that is no integer where all must be."""
-        if not integers:
+    def _users(self, ids: list[str]) -> list[str] | np.ndarray:
+        """Raises InputError for an id that is no integer where all must be."""
+        if not self._integer_users:
             return ids
         for one in ids:
             if not _INTEGER.fullmatch(one):
@@ -151,9 +151,13 @@ class _Rows:
                     "write the ids as in training, or write all of them as text",
                     parameter="user_ids",
                 )
-        try:
-            return np.array([int(i) for i in ids], np.int64)
-        except OverflowError:
-            raise InputError(
-                "an id does not fit a 64-bit integer column", "write the ids as text", parameter="user_ids"
-            ) from None
+        return _integers(ids, f"{self._path}: user id", "user_ids")
+
+
+def _integers(ids: list[str], what: str, parameter: str = "") -> np.ndarray:
+    values = [int(one) for one in ids]
+    for value in values:
+        if not -(1 << 63) <= value < 1 << 63:
+            cause = f"{what} '{value}' does not fit a 64-bit integer column"
+            raise InputError(cause, "write the ids as text", parameter=parameter)
+    return np.array(values, np.int64)

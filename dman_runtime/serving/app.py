@@ -73,7 +73,6 @@ class App:
             config.port,
         )
         engine = Engine(self.generation, self._store)
-        remember_id_types(self._store, self.generation.bundle.manifest)
         self._updates = Batcher(engine, metrics=metrics)
         # On CUDA all graph runs belong on one thread.
         on_cuda = self.generation.graphs.on_cuda
@@ -97,6 +96,7 @@ class App:
 
     async def __aenter__(self) -> App:
         config = self._config
+        remember_id_types(self._store, self.generation.bundle.manifest)
         self._admission = Admission(max_requests=config.max_concurrent, max_bytes=config.max_in_flight_mib << 20)
         status = OperationsService(self.generation.bundle_id, self.problems, self._admission, lambda: self.cluster)
         self._health = Health(("", recommender.SERVICE_NAME))

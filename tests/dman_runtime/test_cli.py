@@ -252,6 +252,25 @@ def test_score_with_seen_items_ranks_them_too(exact_bundle: Path, log: Path, tmp
     assert {len(ranking) for ranking in scored(output).values()} == {TINY_ITEMS}
 
 
+def test_score_says_how_many_users_have_nothing_left(
+    exact_bundle: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    everything = [(item, item) for item in range(1, TINY_ITEMS + 1)]
+    log = write_csv(tmp_path / "log.csv", {1: everything, 2: everything, 3: everything[:5]})
+    run("score", "--bundle", exact_bundle, "--input", log, "--output", tmp_path / "s.parquet", "--k", 3)
+    assert capsys.readouterr().out.splitlines()[-2:] == [
+        f"scored 3 users into {tmp_path / 's.parquet'}: 3 rows", "2 of 3 users have nothing left to recommend",
+    ]  # fmt: skip
+    assert {row["user_id"] for row in pq.read_table(tmp_path / "s.parquet").to_pylist()} == {3}
+
+
+def test_score_with_text_ids_writes_text_for_a_bundle_that_has_integers(exact_bundle: Path, tmp_path: Path) -> None:
+    log, output = tmp_path / "log.csv", tmp_path / "s.parquet"
+    log.write_text("user_id,item_id\n12,1\n13,2\n")
+    run("score", "--bundle", exact_bundle, "--input", log, "--output", output, "--user-ids", "text")
+    assert set(pq.read_table(output)["user_id"].to_pylist()) == {"12", "13"}
+
+
 def test_score_that_fails_keeps_the_old_file(
     exact_bundle: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -288,6 +307,23 @@ def test_evaluate_equals_what_a_client_of_a_live_server_finds(
     assert 0 < expected["hr@10"] < expected["hr@50"] < 1  # there is something to get wrong
     assert {name: found[name] for name in expected} == pytest.approx(expected, abs=0.001)
     assert found["seen_kept"] == pytest.approx(expected_kept, abs=0.001)
+
+
+def test_evaluate_says_how_many_targets_are_unknown_and_filters_only_if_asked_to(
+    exact_bundle: Path, histories: Histories, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    log = write_csv(tmp_path / "log.csv", {user: [*events, (900 + user, 10**6)] for user, events in histories.items()})
+    command = ("evaluate", "--bundle", exact_bundle, "--data", log)
+    run(*command)
+    out = capsys.readouterr().out
+    assert "24 of 24 targets are items that the model does not know: they count as misses" in out
+    assert "another log than that of the training, not filtered" in out
+    found = run_json(capsys, *command)
+    assert (found["users"], found["unknown_targets"], found["hr@200"]) == (24, 24, 0.0)
+    found = run_json(capsys, *command, "--min-item-events", 2)
+    assert (found["unknown_targets"], found["min_item_events"], found["log"]) == (0, 2, "another log")
+    assert found["input"]["filters"]["items"] == 24
+    assert "(--min-user-events)" in error_of(capsys, *command, "--min-user-events", -1)
 
 
 @pytest.mark.slow
@@ -417,6 +453,38 @@ def error_of(capsys: pytest.CaptureFixture[str], *arguments: object) -> str:
     lines = capsys.readouterr().err.splitlines()
     assert len(lines) == 1 and lines[0].startswith("error: ")
     return lines[0]
+
+
+@pytest.mark.parametrize("command", ["import", "score"])
+def test_log_of_unknown_items_is_refused_until_told_to_go_on(
+    exact_bundle: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], command: str
+) -> None:
+    log = write_csv(tmp_path / "log.csv", {user: [(1, 1), (901, 2), (902, 3)] for user in range(5)})
+    arguments = command_on(command, log, exact_bundle, tmp_path)
+    message = error_of(capsys, *arguments)
+    assert "66.7% of the events are of items that the bundle does not know, such as '901', '902'" in message
+    assert "its items are such as '1', '2', '3'" in message and message.endswith("(--max-unknown)")
+    assert [path.name for path in tmp_path.iterdir()] == ["log.csv"]
+    assert "choose 0 to 1" in error_of(capsys, *arguments, "--max-unknown", 2)
+    result = run_json(capsys, *arguments, "--max-unknown", 0.7)
+    assert (result["users"], result["input"]["unknown_events"]) == (5, 10)
+
+
+@pytest.mark.parametrize("command", ["import", "score", "evaluate"])
+def test_dry_run_says_what_was_understood_and_stops(
+    exact_bundle: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], command: str
+) -> None:
+    histories = {user: [(1, 1), (901, 2), (902, 3)] for user in range(5)}
+    log = write_csv(tmp_path / "log.csv", histories)
+    arguments = [*command_on(command, log, exact_bundle, tmp_path), "--dry-run"]
+    run(*arguments)
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].split()[:2] == ["input", str(log)]
+    assert lines[-1].startswith("unknown") and "2 of 3 items are not in the bundle" in lines[-1]
+    found = run_json(capsys, *arguments)
+    assert (found["path"], found["events"], found["unknown_items"]) == (str(log), 15, 2)
+    assert found["unknown_examples"] == ["901", "902"]
+    assert [path.name for path in tmp_path.iterdir()] == ["log.csv"]
 
 
 BAD_LOGS = {

@@ -6,6 +6,7 @@ from dataclasses import replace
 
 import pytest
 
+from dman_runtime.errors import StoreFullError
 from dman_runtime.id_types import remember_id_types
 from dman_runtime.model.generation import Generation
 from dman_runtime.store.base import INTEGER, TEXT, UNKNOWN, IdTypes
@@ -38,3 +39,13 @@ def test_store_is_not_written_where_nothing_differs(exact: Generation, monkeypat
         remember_id_types(store, exact.bundle.manifest)
         monkeypatch.setattr(store, "remember_id_types", lambda types: pytest.fail("was written again"))
         remember_id_types(store, exact.bundle.manifest)
+
+
+def test_store_without_room_serves_all_the_same(exact: Generation, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(_: IdTypes) -> None:
+        raise StoreFullError("the state store is full")
+
+    with MemoryStore() as store:
+        monkeypatch.setattr(store, "remember_id_types", full)
+        remember_id_types(store, exact.bundle.manifest)
+        assert store.id_types() == IdTypes(UNKNOWN, UNKNOWN)

@@ -72,7 +72,7 @@ def test_train_writes_a_run_that_describes_itself(trained_run: Path) -> None:
     assert run.train_config() == replace(PRESETS["tiny"].train, epochs=1, lanes=16)
     found = {"user_column": "user_id", "item_column": "item_id", "time_column": "timestamp", "order_by": "time"}
     assert {name: run.config["data"][name] for name in found} == found
-    assert run.config["data"]["user_ids"] == run.config["data"]["item_ids"] == "text"
+    assert (run.config["data"]["user_ids"], run.config["data"]["item_ids"]) == ("text", "integer")
     assert (run.data_config().min_user_events, run.data_config().min_item_events) == (5, 5)
     assert len(run.epochs()) == 1
     assert run.best_model().vocabulary == len(run.vocabulary().item_ids) == run.config["dataset"]["items"]
@@ -115,7 +115,7 @@ def test_export_records_data_and_metrics_of_the_run(trained_run: Path, trained_b
     manifest, run = read_manifest(trained_bundle), open_run(trained_run)
     assert manifest.metrics == run.metrics
     assert manifest.data == run.config["data"] | run.config["dataset"] | {"input": run.config["input"]}
-    assert manifest.data["user_ids"] == manifest.data["item_ids"] == "text"
+    assert (manifest.data["user_ids"], manifest.data["item_ids"]) == ("text", "integer")
     assert manifest.data["input"]["events"] >= manifest.data["events"] > 1000
 
 
@@ -133,6 +133,100 @@ def test_training_says_when_users_come_back_to_items(
     warnings = [line for line in capsys.readouterr().out.splitlines() if line.startswith("warning: ")]
     cause = "75 % of the events are of items that the user has already seen"
     assert any(cause in line and "(--seen-items)" in line for line in warnings) is warned
+
+
+def test_train_prints_what_it_understood_and_stores_it(
+    small_log: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = tmp_path / "run"
+    found = last_json(capsys, train.main, "--data", small_log, "--run", run, *QUICK, "--min-item-events", "30")["input"]
+    assert open_run(run).config["input"] == found
+    assert found["filters"]["items"] > 0 and (found["user_ids"], found["item_ids"]) == ("text", "integer")
+
+
+def test_dry_run_prints_the_report_with_its_warnings_and_leaves_no_run(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    log, items, run = tmp_path / "log.csv", tmp_path / "items.csv", tmp_path / "run"
+    rows = [f"u{user},i{(user + n) % 40},{n}" for user in range(60) for n in range(8)] + ["once,i1,0"] * 100
+    log.write_text("\n".join(["user_id,item_id,timestamp", *rows, *(f"v{n},i1,{n}" for n in range(90))]) + "\n")
+    items.write_text("item_id,title\n1.0,One\n")
+    command = ["--data", str(log), "--items", str(items), "--run", str(run), "--dry-run"]
+    assert train.main(command) == 0
+    out = capsys.readouterr().out
+    assert "removed 90 users" in out
+    assert "warning: filters remove 90 of 151 users" in out
+    assert "warning: 0 of 40 items have a title" in out and "(--items)" in out
+    found = last_json(capsys, train.main, *command)
+    assert (found["path"], found["filters"]["users"]) == (str(log), 90)
+    assert any("0 of 40 items have a title" in line for line in found["warnings"])
+    assert not run.exists()
+
+
+@pytest.mark.slow
+def test_run_reads_its_log_again_as_it_was_found_although_the_columns_were_named(
+    small_log: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    log, run = tmp_path / "log.csv", tmp_path / "run"
+    log.write_text(small_log.read_text().replace("user_id,item_id,timestamp", "who,what,when", 1))
+    names = ["--user-column", "who", "--item-column", "what", "--time-column", "when"]
+    trained = last_json(capsys, train.main, "--data", log, "--run", run, *QUICK, *names)
+    assert open_run(run).config["data"] | {"user_column": "who", "order_by": "time"} == open_run(run).config["data"]
+    found = last_json(capsys, evaluate.main, "--run", run)
+    assert (found["log"], found["min_user_events"]) == ("training log", 5)
+    assert {name: found[name] for name in found if "@" in name} == pytest.approx(
+        {name: trained["test"][name] for name in found if "@" in name}
+    )
+
+
+@pytest.fixture
+def older_run(run_copy: Path) -> Path:
+    """A run as earlier versions wrote it: defaults as they were, and no report."""
+    config = json.loads((run_copy / "config.json").read_text())
+    del config["input"]
+    names = {"user_column": "user_id", "item_column": "item_id", "time_column": "timestamp"}
+    config["data"] = names | {"position_column": "position", "min_user_events": 5, "min_item_events": 5}
+    (run_copy / "config.json").write_text(json.dumps(config))
+    return run_copy
+
+
+@pytest.mark.slow
+def test_older_run_can_be_evaluated_and_exported(
+    older_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert open_run(older_run).data_config() == DataConfig()
+    metrics = open_run(older_run).metrics
+    found = last_json(capsys, evaluate.main, "--run", older_run)
+    assert metrics is not None and found["log"] == "training log"
+    assert found["hr@10"] == pytest.approx(metrics["test"]["hr@10"], abs=1e-6)
+    assert export.main(["--run", str(older_run), "--out", str(tmp_path / "bundle")]) == 0
+    found = last_json(capsys, evaluate.main, "--bundle", tmp_path / "bundle", "--provider", "cpu")
+    assert found["log"] == "training log"
+
+
+@pytest.mark.slow
+def test_older_run_resumes_on_its_log(older_run: Path, small_log: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (older_run / "metrics.json").unlink()
+    message = assert_one_line_error(capsys, train.main, "--data", small_log, "--run", older_run, "--resume")
+    assert "has no checkpoint" in message  # so data and configuration were accepted
+
+
+def test_evaluate_on_another_log_counts_unknown_targets_and_does_not_filter(
+    small_log: Path, trained_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    lines = small_log.read_text().splitlines()
+    users = sorted({line.split(",")[0] for line in lines[1:]})
+    new = [f"{user},{100_000 + n},{2_000_000_000 + n}" for n, user in enumerate(users)]
+    (tmp_path / "log.csv").write_text("\n".join([*lines, *new]) + "\n")
+    found = last_json(capsys, evaluate.main, "--run", trained_run, "--data", tmp_path / "log.csv")
+    assert (found["log"], found["min_user_events"]) == ("another log", 0)
+    assert found["unknown_targets"] == found["users"] == len(users)
+    assert found["hr@200"] == found["seen_kept"]["hr@200"] == 0.0
+    assert found["input"]["unknown_items"] >= len(users)
+    found = last_json(
+        capsys, evaluate.main, "--run", trained_run, "--data", tmp_path / "log.csv", "--min-item-events", "5"
+    )
+    assert (found["log"], found["unknown_targets"], found["min_item_events"]) == ("another log", 0, 5)
 
 
 def test_run_that_is_unfinished_can_be_evaluated(run_copy: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -177,6 +271,16 @@ def test_baseline_resumes_to_the_weights_of_one_run(
     assert train.main(["--resume", "--run", str(tmp_path / "run")], presets=BASELINE_PRESETS) == 0
     resumed, whole = (open_run(path).best_model().state_dict() for path in (tmp_path / "run", baseline_run))
     assert all(torch.equal(resumed[name], weight) for name, weight in whole.items())
+
+
+def test_baseline_with_vectors_of_users_ranks_for_no_other_log(
+    baseline_run: Path, small_log: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    log = tmp_path / "log.csv"
+    log.write_text("\n".join(small_log.read_text().splitlines()[:-50]))
+    for other in (["--data", str(log)], ["--min-user-events", "1"]):
+        assert evaluate.main(["--run", str(baseline_run), *other]) == 2
+        assert "holds a vector for each user of its training log" in capsys.readouterr().err
 
 
 def test_baseline_cannot_be_exported_or_interpreted(

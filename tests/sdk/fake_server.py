@@ -102,6 +102,10 @@ class Recorder(pb_grpc.RecommenderServicer, pb_grpc.OperationsServicer):
     def GetUser(self, request: pb.GetUserRequest, context: Any) -> pb.GetUserReply:
         return self._answer("GetUser", request, context, USER_REPLY)
 
+    def GetHistory(self, request: pb.GetHistoryRequest, context: Any) -> pb.GetHistoryReply:
+        reply = pb.GetHistoryReply(bundle_id="b1", history_count=3, item_ids=["7", "8", "x"], timestamps=[100, 0, 5])
+        return self._answer("GetHistory", request, context, reply)
+
     def DeleteUser(self, request: pb.DeleteUserRequest, context: Any) -> pb.DeleteUserReply:
         reply = pb.DeleteUserReply(existed=True, event_count=45, bundle_id="b1")
         return self._answer("DeleteUser", request, context, reply)

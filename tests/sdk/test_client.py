@@ -125,6 +125,6 @@ def test_both_clients_have_the_same_names() -> None:
     def public(kind: type) -> set[str]:
         return {name for name in dir(kind) if not name.startswith("_")}
 
-    assert public(Client) == public(AsyncClient) == {*METHODS, "close", "target"}
+    assert public(Client) == public(AsyncClient) == {*METHODS, "close", "history", "target"}
     assert inspect.signature(Client) == inspect.signature(AsyncClient)
     assert inspect.signature(Client.recommend).return_annotation is Recommendations

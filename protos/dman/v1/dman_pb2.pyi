@@ -453,6 +453,77 @@ class GetUserReply(_message.Message):
 Global___GetUserReply: _TypeAlias = GetUserReply  # noqa: Y015
 
 @_typing.final
+class GetHistoryRequest(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    USER_ID_FIELD_NUMBER: _builtins.int
+    START_FIELD_NUMBER: _builtins.int
+    LIMIT_FIELD_NUMBER: _builtins.int
+    user_id: _builtins.str
+    start: _builtins.int
+    """Position of the first event to return; the oldest is at 0."""
+    limit: _builtins.int
+    """How many events to return at most: 1 to 10000; 10000 when absent."""
+    def __init__(
+        self,
+        *,
+        user_id: _builtins.str = ...,
+        start: _builtins.int = ...,
+        limit: _builtins.int | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_limit", b"_limit", "limit", b"limit"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_limit", b"_limit", "limit", b"limit", "start", b"start", "user_id", b"user_id"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__limit: _TypeAlias = _typing.Literal["limit"]  # noqa: Y015
+    _WhichOneofArgType__limit: _TypeAlias = _typing.Literal["_limit", b"_limit"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__limit) -> _WhichOneofReturnType__limit | None: ...
+
+Global___GetHistoryRequest: _TypeAlias = GetHistoryRequest  # noqa: Y015
+
+@_typing.final
+class GetHistoryReply(_message.Message):
+    """Updates append, and move no event to another position. Who deletes a user, or imports older events of one, does. To
+    notice that between two calls, ask again for the last events of the call before, and compare.
+    """
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    BUNDLE_ID_FIELD_NUMBER: _builtins.int
+    HISTORY_COUNT_FIELD_NUMBER: _builtins.int
+    ITEM_IDS_FIELD_NUMBER: _builtins.int
+    TIMESTAMPS_FIELD_NUMBER: _builtins.int
+    INTEGER_ITEM_IDS_FIELD_NUMBER: _builtins.int
+    bundle_id: _builtins.str
+    history_count: _builtins.int
+    """Events of the user that are stored. Where `start` is not below, the reply has no events."""
+    integer_item_ids: _builtins.bool
+    @_builtins.property
+    def item_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """Of the events at `start` and after it, oldest first."""
+
+    @_builtins.property
+    def timestamps(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
+        """As many: seconds since the epoch; 0 when unknown."""
+
+    def __init__(
+        self,
+        *,
+        bundle_id: _builtins.str = ...,
+        history_count: _builtins.int = ...,
+        item_ids: _abc.Iterable[_builtins.str] | None = ...,
+        timestamps: _abc.Iterable[_builtins.int] | None = ...,
+        integer_item_ids: _builtins.bool = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["bundle_id", b"bundle_id", "history_count", b"history_count", "integer_item_ids", b"integer_item_ids", "item_ids", b"item_ids", "timestamps", b"timestamps"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___GetHistoryReply: _TypeAlias = GetHistoryReply  # noqa: Y015
+
+@_typing.final
 class DeleteUserRequest(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 

@@ -30,7 +30,7 @@ class RecommenderStub:
     bundle: it holds every event, also those of items that the bundle does not know.
 
     Errors (google.rpc codes): INVALID_ARGUMENT for a request that can never succeed as sent, NOT_FOUND for
-    GetUser of an unknown user, RESOURCE_EXHAUSTED for a message over the size limit, a full state store, a caller over
+    GetUser and GetHistory of an unknown user, RESOURCE_EXHAUSTED for a message over the size limit, a full state store, a caller over
     its limits or an overloaded server, ABORTED when other workers kept changing the same users, UNAUTHENTICATED without
     a valid token where the server wants one, PERMISSION_DENIED for a token whose roles do not allow the call, UNAVAILABLE
     while stopping or when the state store fails, INTERNAL otherwise; the last two name a reference to the server's log.
@@ -67,6 +67,11 @@ class RecommenderStub:
                 request_serializer=protos_dot_dman_dot_v1_dot_dman__pb2.GetUserRequest.SerializeToString,
                 response_deserializer=protos_dot_dman_dot_v1_dot_dman__pb2.GetUserReply.FromString,
                 _registered_method=True)
+        self.GetHistory = channel.unary_unary(
+                '/dman.v1.Recommender/GetHistory',
+                request_serializer=protos_dot_dman_dot_v1_dot_dman__pb2.GetHistoryRequest.SerializeToString,
+                response_deserializer=protos_dot_dman_dot_v1_dot_dman__pb2.GetHistoryReply.FromString,
+                _registered_method=True)
         self.DeleteUser = channel.unary_unary(
                 '/dman.v1.Recommender/DeleteUser',
                 request_serializer=protos_dot_dman_dot_v1_dot_dman__pb2.DeleteUserRequest.SerializeToString,
@@ -79,7 +84,7 @@ class RecommenderServicer:
     bundle: it holds every event, also those of items that the bundle does not know.
 
     Errors (google.rpc codes): INVALID_ARGUMENT for a request that can never succeed as sent, NOT_FOUND for
-    GetUser of an unknown user, RESOURCE_EXHAUSTED for a message over the size limit, a full state store, a caller over
+    GetUser and GetHistory of an unknown user, RESOURCE_EXHAUSTED for a message over the size limit, a full state store, a caller over
     its limits or an overloaded server, ABORTED when other workers kept changing the same users, UNAUTHENTICATED without
     a valid token where the server wants one, PERMISSION_DENIED for a token whose roles do not allow the call, UNAVAILABLE
     while stopping or when the state store fails, INTERNAL otherwise; the last two name a reference to the server's log.
@@ -120,6 +125,13 @@ class RecommenderServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def GetHistory(self, request, context):
+        """A part of what is stored of a user's history, oldest first. Histories of any length are read in several calls.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def DeleteUser(self, request, context):
         """Forgets a user: history and everything made of it. Deleting an unknown user succeeds with `existed` false.
         """
@@ -155,6 +167,11 @@ def add_RecommenderServicer_to_server(servicer, server):
                     request_deserializer=protos_dot_dman_dot_v1_dot_dman__pb2.GetUserRequest.FromString,
                     response_serializer=protos_dot_dman_dot_v1_dot_dman__pb2.GetUserReply.SerializeToString,
             ),
+            'GetHistory': grpc.unary_unary_rpc_method_handler(
+                    servicer.GetHistory,
+                    request_deserializer=protos_dot_dman_dot_v1_dot_dman__pb2.GetHistoryRequest.FromString,
+                    response_serializer=protos_dot_dman_dot_v1_dot_dman__pb2.GetHistoryReply.SerializeToString,
+            ),
             'DeleteUser': grpc.unary_unary_rpc_method_handler(
                     servicer.DeleteUser,
                     request_deserializer=protos_dot_dman_dot_v1_dot_dman__pb2.DeleteUserRequest.FromString,
@@ -173,7 +190,7 @@ class Recommender:
     bundle: it holds every event, also those of items that the bundle does not know.
 
     Errors (google.rpc codes): INVALID_ARGUMENT for a request that can never succeed as sent, NOT_FOUND for
-    GetUser of an unknown user, RESOURCE_EXHAUSTED for a message over the size limit, a full state store, a caller over
+    GetUser and GetHistory of an unknown user, RESOURCE_EXHAUSTED for a message over the size limit, a full state store, a caller over
     its limits or an overloaded server, ABORTED when other workers kept changing the same users, UNAUTHENTICATED without
     a valid token where the server wants one, PERMISSION_DENIED for a token whose roles do not allow the call, UNAVAILABLE
     while stopping or when the state store fails, INTERNAL otherwise; the last two name a reference to the server's log.
@@ -304,6 +321,33 @@ class Recommender:
             '/dman.v1.Recommender/GetUser',
             protos_dot_dman_dot_v1_dot_dman__pb2.GetUserRequest.SerializeToString,
             protos_dot_dman_dot_v1_dot_dman__pb2.GetUserReply.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def GetHistory(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/dman.v1.Recommender/GetHistory',
+            protos_dot_dman_dot_v1_dot_dman__pb2.GetHistoryRequest.SerializeToString,
+            protos_dot_dman_dot_v1_dot_dman__pb2.GetHistoryReply.FromString,
             options,
             channel_credentials,
             insecure,

@@ -31,7 +31,7 @@ class RecommenderStub:
     bundle: it holds every event, also those of items that the bundle does not know.
 
     Errors (google.rpc codes): INVALID_ARGUMENT for a request that can never succeed as sent, NOT_FOUND for
-    GetUser of an unknown user, RESOURCE_EXHAUSTED for a message over the size limit, a full state store, a caller over
+    GetUser and GetHistory of an unknown user, RESOURCE_EXHAUSTED for a message over the size limit, a full state store, a caller over
     its limits or an overloaded server, ABORTED when other workers kept changing the same users, UNAUTHENTICATED without
     a valid token where the server wants one, PERMISSION_DENIED for a token whose roles do not allow the call, UNAVAILABLE
     while stopping or when the state store fails, INTERNAL otherwise; the last two name a reference to the server's log.
@@ -51,6 +51,8 @@ class RecommenderStub:
     """Several recommendations in one round trip, replies in the order of the requests."""
     GetUser: _grpc.UnaryUnaryMultiCallable[_dman_pb2.GetUserRequest, _dman_pb2.GetUserReply]
     """What is stored about a user, with the most recent events."""
+    GetHistory: _grpc.UnaryUnaryMultiCallable[_dman_pb2.GetHistoryRequest, _dman_pb2.GetHistoryReply]
+    """A part of what is stored of a user's history, oldest first. Histories of any length are read in several calls."""
     DeleteUser: _grpc.UnaryUnaryMultiCallable[_dman_pb2.DeleteUserRequest, _dman_pb2.DeleteUserReply]
     """Forgets a user: history and everything made of it. Deleting an unknown user succeeds with `existed` false."""
 
@@ -60,7 +62,7 @@ class RecommenderAsyncStub(RecommenderStub):
     bundle: it holds every event, also those of items that the bundle does not know.
 
     Errors (google.rpc codes): INVALID_ARGUMENT for a request that can never succeed as sent, NOT_FOUND for
-    GetUser of an unknown user, RESOURCE_EXHAUSTED for a message over the size limit, a full state store, a caller over
+    GetUser and GetHistory of an unknown user, RESOURCE_EXHAUSTED for a message over the size limit, a full state store, a caller over
     its limits or an overloaded server, ABORTED when other workers kept changing the same users, UNAUTHENTICATED without
     a valid token where the server wants one, PERMISSION_DENIED for a token whose roles do not allow the call, UNAVAILABLE
     while stopping or when the state store fails, INTERNAL otherwise; the last two name a reference to the server's log.
@@ -77,6 +79,8 @@ class RecommenderAsyncStub(RecommenderStub):
     """Several recommendations in one round trip, replies in the order of the requests."""
     GetUser: _aio.UnaryUnaryMultiCallable[_dman_pb2.GetUserRequest, _dman_pb2.GetUserReply]  # type: ignore[assignment]
     """What is stored about a user, with the most recent events."""
+    GetHistory: _aio.UnaryUnaryMultiCallable[_dman_pb2.GetHistoryRequest, _dman_pb2.GetHistoryReply]  # type: ignore[assignment]
+    """A part of what is stored of a user's history, oldest first. Histories of any length are read in several calls."""
     DeleteUser: _aio.UnaryUnaryMultiCallable[_dman_pb2.DeleteUserRequest, _dman_pb2.DeleteUserReply]  # type: ignore[assignment]
     """Forgets a user: history and everything made of it. Deleting an unknown user succeeds with `existed` false."""
 
@@ -85,7 +89,7 @@ class RecommenderServicer(metaclass=_abc_1.ABCMeta):
     bundle: it holds every event, also those of items that the bundle does not know.
 
     Errors (google.rpc codes): INVALID_ARGUMENT for a request that can never succeed as sent, NOT_FOUND for
-    GetUser of an unknown user, RESOURCE_EXHAUSTED for a message over the size limit, a full state store, a caller over
+    GetUser and GetHistory of an unknown user, RESOURCE_EXHAUSTED for a message over the size limit, a full state store, a caller over
     its limits or an overloaded server, ABORTED when other workers kept changing the same users, UNAUTHENTICATED without
     a valid token where the server wants one, PERMISSION_DENIED for a token whose roles do not allow the call, UNAVAILABLE
     while stopping or when the state store fails, INTERNAL otherwise; the last two name a reference to the server's log.
@@ -130,6 +134,14 @@ class RecommenderServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_dman_pb2.GetUserReply, _abc.Awaitable[_dman_pb2.GetUserReply]]:
         """What is stored about a user, with the most recent events."""
+
+    @_abc_1.abstractmethod
+    def GetHistory(
+        self,
+        request: _dman_pb2.GetHistoryRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_dman_pb2.GetHistoryReply, _abc.Awaitable[_dman_pb2.GetHistoryReply]]:
+        """A part of what is stored of a user's history, oldest first. Histories of any length are read in several calls."""
 
     @_abc_1.abstractmethod
     def DeleteUser(

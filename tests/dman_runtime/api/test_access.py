@@ -33,6 +33,7 @@ ROLES = {  # None: anybody
     "/dman.v1.Recommender/Recommend": "read",
     "/dman.v1.Recommender/BatchRecommend": "read",
     "/dman.v1.Recommender/GetUser": "read",
+    "/dman.v1.Recommender/GetHistory": "read",
     "/dman.v1.Recommender/DeleteUser": "admin",
     "/dman.v1.Operations/GetStatus": "admin",
     "/grpc.health.v1.Health/Check": None,
@@ -46,6 +47,7 @@ REQUESTS: dict[str, Any] = {
     "Update": pb.UpdateRequest(user_id="anna", events=[pb.Event(item_id="1")]),
     "BatchUpdate": pb.BatchUpdateRequest(updates=[pb.UpdateRequest(user_id="bert")]),
     "GetUser": pb.GetUserRequest(user_id="known"),
+    "GetHistory": pb.GetHistoryRequest(user_id="known"),
     "DeleteUser": pb.DeleteUserRequest(user_id="nobody"),
     "ServerReflectionInfo": reflection_pb2.ServerReflectionRequest(list_services=""),
 }  # the others may be empty

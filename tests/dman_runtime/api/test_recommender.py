@@ -22,7 +22,7 @@ from dman_runtime.access.limits import Limits
 from dman_runtime.api import recommender
 from dman_runtime.api.admission import Admission
 from dman_runtime.api.door import Door
-from dman_runtime.api.recommender import FEW, SERVICE_NAME, RecommenderService
+from dman_runtime.api.recommender import FEW, MAX_REPLY_BYTES, SERVICE_NAME, RecommenderService
 from dman_runtime.batcher import Batcher
 from dman_runtime.engine import Engine
 from dman_runtime.errors import StoreUnavailableError
@@ -71,11 +71,16 @@ INVALID = grpc.StatusCode.INVALID_ARGUMENT
 
 
 @pytest.mark.parametrize("user_id", BAD_USER_IDS.values(), ids=BAD_USER_IDS)
-@pytest.mark.parametrize("rpc", ["Update", "GetUser", "DeleteUser", "Recommend"])
+@pytest.mark.parametrize("rpc", ["Update", "GetUser", "GetHistory", "DeleteUser", "Recommend"])
 def test_bad_user_id_is_an_invalid_argument(stub: RecommenderStub, rpc: str, user_id: str) -> None:
     if rpc == "Recommend" and not user_id:
         return  # anonymous
-    kind = {"Update": pb.UpdateRequest, "GetUser": pb.GetUserRequest, "DeleteUser": pb.DeleteUserRequest}
+    kind: dict[str, type[Any]] = {
+        "Update": pb.UpdateRequest,
+        "GetUser": pb.GetUserRequest,
+        "GetHistory": pb.GetHistoryRequest,
+        "DeleteUser": pb.DeleteUserRequest,
+    }
     request = kind.get(rpc, pb.RecommendRequest)(user_id=user_id)
     assert "1 to 400 bytes" in refused(getattr(stub, rpc), request, INVALID)
 
@@ -124,6 +129,9 @@ TOO_MUCH: dict[str, tuple[str, Any, str]] = {
         f"at most {MAX_BATCH}",
     ),
     "recent events": ("GetUser", pb.GetUserRequest(user_id="u", recent_events=MAX_EVENTS + 1), f"0 to {MAX_EVENTS}"),
+    "page": ("GetHistory", pb.GetHistoryRequest(user_id="u", limit=MAX_EVENTS + 1), f"limit of 1 to {MAX_EVENTS}"),
+    "empty page": ("GetHistory", pb.GetHistoryRequest(user_id="u", limit=0), f"limit of 1 to {MAX_EVENTS}"),
+    "negative page": ("GetHistory", pb.GetHistoryRequest(user_id="u", limit=-1), f"limit of 1 to {MAX_EVENTS}"),
     "negative recent events": ("GetUser", pb.GetUserRequest(user_id="u", recent_events=-1), f"0 to {MAX_EVENTS}"),
 }
 
@@ -162,6 +170,7 @@ def test_bad_request_in_a_batch_is_named_by_its_position_and_nothing_is_stored(s
 def test_unknown_user_is_not_found_and_deleting_one_succeeds(stub: RecommenderStub) -> None:
     details = refused(stub.GetUser, pb.GetUserRequest(user_id="nobody"), grpc.StatusCode.NOT_FOUND)
     assert "no user 'nobody'" in details
+    assert refused(stub.GetHistory, pb.GetHistoryRequest(user_id="nobody"), grpc.StatusCode.NOT_FOUND) == details
     reply = stub.DeleteUser(pb.DeleteUserRequest(user_id="nobody"))
     assert (reply.existed, reply.event_count) == (False, 0) and reply.bundle_id
 
@@ -201,6 +210,38 @@ def test_replies_carry_what_the_contract_says(stub: RecommenderStub, tiny: Gener
     deleted = stub.DeleteUser(pb.DeleteUserRequest(user_id="replies"))
     assert (deleted.existed, deleted.event_count) == (True, 13)
     assert stub.Recommend(pb.RecommendRequest(user_id="replies")).source == pb.SOURCE_POPULAR
+
+
+def test_a_history_is_read_in_parts_of_any_size(stub: RecommenderStub, tiny: Generation) -> None:
+    items = [str(1 + n % 70) for n in range(500)]  # also of items that the bundle does not know
+    request = update_request("long", *items)
+    for n, event in enumerate(request.events):
+        event.timestamp = 1000 + n
+    stub.Update(request)
+
+    def page(**fields: int) -> list[tuple[str, int]]:
+        reply = stub.GetHistory(pb.GetHistoryRequest(user_id="long", **fields))
+        assert (reply.history_count, reply.bundle_id, reply.integer_item_ids) == (500, tiny.bundle_id, True)
+        return [*zip(reply.item_ids, reply.timestamps, strict=True)]
+
+    events = [(item, 1000 + n) for n, item in enumerate(items)]
+    assert page() == events
+    assert page(limit=1) == events[:1] and page(start=499) == events[499:]
+    assert page(start=120, limit=FEW) == events[120 : 120 + FEW]  # on the event loop; the others on the bulk thread
+    for start in (500, 501, 2**64 - 1):
+        assert page(start=start) == []
+    for size in (1, 7, 333):
+        assert [event for start in range(0, 500, size) for event in page(start=start, limit=size)] == events
+
+
+def test_a_part_of_10_000_events_with_the_longest_ids_is_one_reply(stub: RecommenderStub) -> None:
+    longest = [f"{n:05}" + "ü" * 197 + "!" for n in range(MAX_EVENTS)]
+    assert {len(item.encode()) for item in longest} == {400}
+    stub.Update(update_request("longest", *longest))
+    stub.Update(update_request("longest", 1))
+    reply = stub.GetHistory(pb.GetHistoryRequest(user_id="longest"))
+    assert (reply.history_count, [*reply.item_ids]) == (MAX_EVENTS + 1, longest)
+    assert reply.ByteSize() < MAX_REPLY_BYTES
 
 
 def test_batches_answer_in_order_and_apply_same_user_updates_in_order(stub: RecommenderStub) -> None:
@@ -300,6 +341,7 @@ ALL_CALLS: dict[str, Any] = {
     "Recommend": pb.RecommendRequest(user_id="anna"),
     "BatchRecommend": pb.BatchRecommendRequest(requests=[pb.RecommendRequest(user_id="anna")]),
     "GetUser": pb.GetUserRequest(user_id="anna"),
+    "GetHistory": pb.GetHistoryRequest(user_id="anna"),
     "DeleteUser": pb.DeleteUserRequest(user_id="anna"),
 }
 
@@ -310,6 +352,7 @@ def test_broken_engine_is_internal_with_a_reference_to_the_log_and_nothing_else(
 ) -> None:
     for method in ("open_updates", "open_queries", "user", "delete"):
         monkeypatch.setattr(engine, method, raising(RuntimeError("secret in /work/secret.py")))
+    monkeypatch.setattr(recommender, "history_page", raising(RuntimeError("secret in /work/secret.py")))
     with served(engine) as stub, caplog.at_level(logging.ERROR):
         details = refused(getattr(stub, rpc), ALL_CALLS[rpc], grpc.StatusCode.INTERNAL)
     found = re.fullmatch(r"internal error; the server's log has the cause under reference ([0-9a-f]{12})", details)

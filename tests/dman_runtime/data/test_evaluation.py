@@ -10,6 +10,8 @@ from hypothesis import strategies as st
 
 from dman_runtime.data.evaluation import (
     MISS,
+    UNKNOWN,
+    HeldOut,
     Ranks,
     format_report,
     held_out,
@@ -59,6 +61,24 @@ def test_ranks_of_a_batch_equal_those_of_its_rows() -> None:
     assert ranks.seen_excluded.dtype == ranks.seen_kept.dtype == np.int64
 
 
+def test_a_target_that_the_model_does_not_know_is_a_miss_in_both_rankings_and_changes_no_other_rank() -> None:
+    scores = np.array([[0.9, 0.1, 0.5], [0.9, 0.1, 0.5], [0.1, 0.2, 0.3]])
+    ranks = ranks_of_targets(scores, np.array([2, UNKNOWN, 2]), [np.array([0]), np.array([1]), np.array([], np.int64)])
+    assert ranks.seen_excluded.tolist() == [1, MISS, 1]
+    assert ranks.seen_kept.tolist() == [2, MISS, 1]
+
+
+def test_held_out_events_in_terms_of_a_model_skip_unknown_inputs_and_keep_unknown_targets() -> None:
+    data = HeldOut(np.array([0, 4, 9]), [np.array([0, 1, 2]), np.array([1]), np.array([3, 3])], np.array([3, 0, 1]))
+    known = data.in_terms_of(np.array([7, UNKNOWN, 5, 6], np.int32))
+    assert known.users.tolist() == [0, 4, 9]
+    assert [history.tolist() for history in known.histories] == [[7, 5], [], [6, 6]]
+    assert known.targets.tolist() == [6, 7, UNKNOWN]
+    assert (data.unknown_targets, known.unknown_targets) == (0, 1)
+    last = known.rows(np.array([2]))
+    assert (last.users.tolist(), last.histories[0].tolist(), last.targets.tolist()) == ([9], [6, 6], [UNKNOWN])
+
+
 def test_ranks_concatenate_and_return_to_order() -> None:
     parts = [Ranks(np.array([3, 1]), np.array([4, 2])), Ranks(np.array([MISS]), np.array([1]))]
     back = Ranks.concatenate(parts).reordered(np.array([2, 0, 1]))
@@ -94,6 +114,19 @@ def test_report_has_seen_excluded_first_and_seen_kept_beside_it() -> None:
     assert lines[0].startswith("valid split, 2 users")
     assert [line.split() for line in lines if "hr@100" in line] == [["hr@100", "0.5000", "1.0000"]]
     assert format_report(report(Ranks.concatenate([]), "test"))
+
+
+def test_report_says_which_log_it_is_about_what_was_left_out_and_how_many_targets_are_unknown() -> None:
+    ranks = Ranks(np.array([1, MISS]), np.array([1, MISS]))
+    lines = format_report(report(ranks, "test", unknown_targets=1, log="another log")).splitlines()
+    assert lines[1] == "another log than that of the training, not filtered"
+    assert lines[2] == "1 of 2 targets are items that the model does not know: they count as misses"
+    result = report(ranks, "test", filters={"min_user_events": 5, "min_item_events": 2})
+    assert (result["log"], result["unknown_targets"]) == ("training log", 0)
+    lines = format_report(result).splitlines()
+    assert lines[1:3] == [
+        "the log of the training, without users of fewer than 5 events and items of fewer than 2", ""
+    ]  # fmt: skip
 
 
 def log_of(*lengths: int) -> Interactions:
