@@ -59,7 +59,7 @@ def find_encoding(source: Source, head: bytes, option: str) -> Encoding:
             "leave the encoding out, or give that of the mark",
             parameter="encoding",
         )
-    return Encoding(_MARKS[mark] if mark else codec.name, mark, option)
+    return Encoding(_MARKS[mark] if mark else name, mark, option)
 
 
 def _by_zeros(head: bytes) -> str:

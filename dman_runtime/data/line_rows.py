@@ -93,7 +93,7 @@ class LineReader:
     def batches(self, names: list[str], tally: Tally) -> Iterator[pa.RecordBatch]:
         """All rows in order. Raises InputError unless each line is a row, part of one, blank, or in the tally."""
         stream = self.format.stream()
-        rows, bad_rows, lines, first_line = 0, 0, 0, 0
+        rows, bad_rows, lines = 0, 0, 0
         for piece, parsed in _in_order(self.format.pieces(stream), self.format.parser(names)):
             if parsed.bad and not tally.skip:
                 bad = parsed.bad[0]
@@ -103,13 +103,13 @@ class LineReader:
             if parsed.rows + len(parsed.bad) + len(parsed.blank) != piece.rows:
                 raise self._lost(piece.rows, parsed, piece)
             self._account(parsed, piece, tally)
-            first_line = first_line or piece.first_line
             rows, bad_rows, lines = rows + parsed.rows, bad_rows + len(parsed.bad), lines + piece.lines
             if parsed.batch is not None:
                 yield parsed.batch
-        if first_line and lines + first_line - 1 != stream.lines:
+        tally.blank_lines += stream.header_blank
+        if lines + stream.header_lines != stream.lines:
             raise self.source.error(
-                f"has {stream.lines} lines, but {lines + first_line - 1} were read", "report this as an error"
+                f"has {stream.lines} lines, but {lines + stream.header_lines} were read", "report this as an error"
             )
         if bad_rows and not rows:
             raise self.source.error(

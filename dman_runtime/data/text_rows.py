@@ -51,6 +51,7 @@ class TextRows:
     def _batch(self, piece: Piece, columns: list[int]) -> pa.RecordBatch | None:
         """The columns as text; None if some record has another number of values."""
         import pyarrow as pa
+        import pyarrow.compute as pc
         from pyarrow import csv
 
         dialect = self.dialect
@@ -75,7 +76,7 @@ class TextRows:
         except pa.ArrowInvalid:
             return None
         batch = table.combine_chunks().to_batches()[0]
-        if dialect.trailing and batch.column(len(kept)).cast(pa.binary()).nbytes > 4 * (len(batch) + 1) + 8:
+        if dialect.trailing and pc.max(pc.binary_length(batch.column(len(kept)))).as_py():
             return None
         return batch.select(list(range(len(kept))))
 
@@ -109,6 +110,8 @@ class TextRows:
     def _problem(self, values: int, text: bytes) -> str:
         shown = text.replace(self.dialect.byte, self.dialect.separator).decode("utf-8", "replace")
         shown = shown if len(shown) <= _SHOWN else f"{shown[:_SHOWN]}..."
+        if self.dialect.trailing and values < self.dialect.width:
+            return f"has no separator at its end, or too few values: {shown!r}"
         count = f"{values} value{'s' if values > 1 else ''} instead of {len(self.names)}"
         return f"has {count}: {shown!r}"
 

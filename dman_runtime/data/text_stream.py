@@ -43,6 +43,8 @@ class TextStream:
     def __init__(self, source: Source, encoding: Encoding, *, returns: bool = False) -> None:
         self.source, self.encoding, self.returns = source, encoding, returns
         self.lines = 0  # of the file, counted as they are read
+        self.header_lines = 0  # of the header and of blank lines just before it: in no piece
+        self.header_blank = 0  # of these, blank lines
 
     def whole_lines(self) -> Iterator[bytes]:
         """The file in pieces of whole lines."""
@@ -108,6 +110,7 @@ class TextStream:
         lines = int(records.last_lines[number]) + 1
         data = piece.data[int(records.ends[number]) + 1 :]
         inner = lines - number - 1
+        self.header_lines, self.header_blank = lines, number
         return Piece(
             data, piece.first_line + lines, piece.lines - lines, piece.blank - number, piece.inner - inner
         ), False
