@@ -1,24 +1,16 @@
-"""The command `dman-runtime`: serve, status, verify, token, import, export-log, score, evaluate, inspect."""
+"""The options of `dman-runtime` and of its commands; what they do is in `commands`."""
 
 from __future__ import annotations
 
-import argparse
-import json
 import sys
 from collections.abc import Sequence
-from dataclasses import fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from dman_runtime.data.log_options import AUTO, LogOptions, options_of_training
-from dman_runtime.errors import UsageError
-from dman_runtime.jobs.partitions import EVENTS_PER_PARTITION, MAX_UNKNOWN
-from dman_runtime.options import Parser, configure_logging, overridden, print_json, run_command
-from dman_runtime.serving.config import ServeConfig
-
-if TYPE_CHECKING:
-    from dman_runtime.data.input_report import InputReport
-    from dman_runtime.model.generation import Generation
+from dman_runtime.commands import COMMANDS
+from dman_runtime.data.log_options import LogOptions
+from dman_runtime.jobs.partitions import MAX_UNKNOWN
+from dman_runtime.options import Parser, configure_logging, run_command
 
 DEFAULT_BUNDLE, DEFAULT_STATE, DEFAULT_LOG = Path("bundle"), Path("state"), Path("data/log.csv")
 DEFAULT_MAP_SIZE_MIB = 64 << 10  # of address space; the disk holds only what is used
@@ -200,175 +192,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _main(argv: Sequence[str] | None) -> int:
     arguments = parser().parse_args(argv)
     configure_logging(verbose=arguments.verbose, json=getattr(arguments, "log_format", "text") == "json")
-    commands = {
-        "serve": _serve,
-        "status": _status,
-        "verify": _verify,
-        "token": _token,
-        "import": _import,
-        "export-log": _export_log,
-        "score": _score,
-        "evaluate": _evaluate,
-        "inspect": _inspect,
-    }
-    return commands[arguments.command](arguments)
-
-
-def _serve(arguments: argparse.Namespace) -> int:
-    from dman_runtime.serving.supervisor import serve
-
-    names = {field.name for field in fields(ServeConfig)}
-    return serve(ServeConfig(**{name: value for name, value in vars(arguments).items() if name in names}))
-
-
-def _status(arguments: argparse.Namespace) -> int:
-    from dman_runtime.jobs.asking import ask_status, format_status
-
-    status = ask_status(
-        arguments.target,
-        token_file=arguments.token_file,
-        ca=arguments.ca,
-        client_cert=arguments.client_cert,
-        client_key=arguments.client_key,
-        timeout=arguments.timeout,
-    )
-    print(format_status(status))
-    if arguments.json:
-        print_json(status)
-    return 0 if status["ready"] and not status["problems"] else 1
-
-
-def _verify(arguments: argparse.Namespace) -> int:
-    from dman_runtime.jobs.verifying import format_report, verify_store
-
-    report = verify_store(arguments.state)
-    print(format_report(report))
-    if arguments.json:
-        print_json(report.as_dict())
-    return report.exit_status
-
-
-def _token(arguments: argparse.Namespace) -> int:
-    from dman_runtime.access.tokens import new_token
-
-    token, line = new_token(arguments.name, arguments.roles.split(","))
-    print(f"token, shown this once: {token}")
-    print(f"line for the token file: {line}")
-    return 0
-
-
-def _log(arguments: argparse.Namespace, path: Path, generation: Generation, *, max_rows: int | None) -> Any:
-    """The log that a command reads, as the bundle's training read its own but for the options given."""
-    from dman_runtime.data.logs import open_log
-
-    bundle = generation.bundle
-    options = overridden(options_of_training(bundle.manifest.data), arguments)
-    return open_log(path, options, known_items=bundle.items.index, max_rows=max_rows)
-
-
-def _goes_on(arguments: argparse.Namespace, report: InputReport, generation: Generation) -> bool:
-    """Prints what was understood of a log. Returns whether the command does more than that. Raises InputError."""
-    from dman_runtime.jobs.input import notice_other_ids, require_known
-
-    notice_other_ids(report, generation.bundle)
-    print(report.table(), flush=True)
-    if not arguments.dry_run and hasattr(arguments, "max_unknown"):
-        require_known(report, generation.bundle, arguments.max_unknown)
-    if arguments.dry_run and arguments.json:
-        print_json(report.as_dict())
-    return not arguments.dry_run
-
-
-def _generation(arguments: argparse.Namespace) -> Generation:
-    from dman_runtime.model.generation import Generation
-
-    return Generation.open(arguments.bundle, provider=arguments.provider, threads=arguments.encoder_threads)
-
-
-def _import(arguments: argparse.Namespace) -> int:
-    from dman_runtime.engine import Engine
-    from dman_runtime.jobs.importing import import_histories
-    from dman_runtime.store.lmdb import LmdbStore
-
-    generation = _generation(arguments)
-    with _log(arguments, arguments.input, generation, max_rows=EVENTS_PER_PARTITION) as log:
-        if not _goes_on(arguments, log.report, generation):
-            return 0
-        with LmdbStore.open(arguments.state, map_size=arguments.map_size_mib << 20) as store:
-            result = import_histories(log, Engine(generation, store))
-    print(f"imported {result.events} events of {result.users} users into {arguments.state}; {result.summary()}")
-    if arguments.json:
-        print_json(vars(result) | {"input": log.report.as_dict()})
-    return 0
-
-
-def _export_log(arguments: argparse.Namespace) -> int:
-    from dman_runtime.jobs.exporting import export_log
-    from dman_runtime.store.lmdb import LmdbStore
-
-    with LmdbStore.open(arguments.state, readonly=True) as store:
-        result = export_log(store, arguments.output)
-    print(f"exported {result.summary()} into {arguments.output}")
-    print("".join(f"warning: {text}\n" for text in result.warnings), end="")
-    if arguments.json:
-        print_json(vars(result) | {"output": str(arguments.output)})
-    return 0
-
-
-def _score(arguments: argparse.Namespace) -> int:
-    from dman_runtime.jobs.scoring import score
-    from dman_runtime.requests import MAX_K
-
-    if not 1 <= arguments.k <= MAX_K:
-        raise UsageError(f"k is {arguments.k}", f"choose 1 to {MAX_K}", parameter="k")
-    generation = _generation(arguments)
-    with _log(arguments, arguments.input, generation, max_rows=EVENTS_PER_PARTITION) as log:
-        if not _goes_on(arguments, log.report, generation):
-            return 0
-        options = {"include_seen": arguments.include_seen, "user_ids": getattr(arguments, "user_ids", AUTO)}
-        result = score(log, arguments.output, generation, k=arguments.k, **options)
-    print("\n".join(result.lines(arguments.output, arguments.k)))
-    if arguments.json:
-        about = {"output": str(arguments.output), "bundle_id": generation.bundle_id}
-        print_json(vars(result) | about | {"input": log.report.as_dict()})
-    return 0
-
-
-def _evaluate(arguments: argparse.Namespace) -> int:
-    from dman_runtime.data.evaluation import FILTERS, format_report
-    from dman_runtime.data.vocabulary import read_known
-    from dman_runtime.jobs.evaluating import evaluate
-
-    filters = {name: value for name in FILTERS if (value := getattr(arguments, name)) is not None}
-    generation = _generation(arguments)
-    trained = generation.bundle.manifest.data
-    options = overridden(options_of_training(trained), arguments)
-    log = read_known(arguments.data, generation.bundle.items.index, options, trained=trained, filters=filters)
-    if not _goes_on(arguments, log.report, generation):
-        return 0
-    result = evaluate(log, generation, split=arguments.split)
-    print(f"\n{format_report(result)}")
-    if arguments.json:
-        print_json(result | {"bundle_id": generation.bundle_id, "input": log.report.as_dict()})
-    return 0
-
-
-def _inspect(arguments: argparse.Namespace) -> int:
-    from dman_runtime.jobs.inspecting import inspect_bundle, inspect_store, inspect_user
-
-    if arguments.user is not None and arguments.state is None:
-        raise UsageError("a user needs the store that holds the state", "name its directory", parameter="state")
-    if arguments.user is not None:
-        result = inspect_user(arguments.bundle, arguments.state, arguments.user)
-    else:
-        result = {"bundle": inspect_bundle(arguments.bundle)}
-        if arguments.state is not None:
-            result["state"] = inspect_store(arguments.state)
-    if arguments.json:
-        print_json(result)
-    else:
-        print(json.dumps(result, indent=2, ensure_ascii=False))
-    return 0
+    return COMMANDS[arguments.command](arguments)
 
 
 if __name__ == "__main__":

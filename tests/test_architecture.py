@@ -149,7 +149,8 @@ LAYERS = {
         "problems",
         "store",
     },
-    "cli": {"access", "data", "engine", "errors", "jobs", "model", "options", "requests", "serving", "store"},
+    "commands": {"access", "data", "engine", "errors", "jobs", "model", "options", "requests", "serving", "store"},
+    "cli": {"commands", "data", "jobs", "options"},
     "__main__": {"cli"},
 }
 
@@ -181,14 +182,14 @@ def test_what_answers_requests_knows_the_interface_of_stores_and_no_store() -> N
     }
     assert found == {}
     assert importers("dman_runtime", "dman_runtime.store.lmdb") == {
-        "cli", "jobs.inspecting", "jobs.verifying", "serving.app", "store.lmdb_verify",
+        "commands", "jobs.inspecting", "jobs.verifying", "serving.app", "store.lmdb_verify",
     }  # fmt: skip
     assert importers("dman_runtime", "dman_runtime.store.memory") == set()  # for tests
 
 
 def test_nothing_but_the_command_imports_the_server() -> None:
     outside = {name for name in importers("dman_runtime", "dman_runtime.serving") if not within(name, "serving")}
-    assert outside == {"cli"}
+    assert outside == {"commands"}
 
 
 TRAINING_MAY_IMPORT = ("data", "errors", "jobs.evaluating", "model", "options", "retrieval")
@@ -211,7 +212,7 @@ def test_training_imports_only_what_it_shares_with_the_runtime() -> None:
 def test_training_reaches_no_part_of_the_server_not_even_through_others() -> None:
     graph = import_graph("dman_runtime", "dman_train", "protos")
     reached = set().union(*(reachable(graph, name) for name in graph if within(name, "dman_train")))
-    serving = [f"dman_runtime.{name}" for name in ("engine", "batcher", "api", "serving", "store", "cli")]
+    serving = [f"dman_runtime.{name}" for name in ("engine", "batcher", "api", "serving", "store", "cli", "commands")]
     assert {name for name in reached if within(name, *serving, "protos")} == set()
 
 

@@ -7,10 +7,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from dman_runtime.data.files.sources import Source
 from dman_runtime.data.ids import RULE, id_problem
 from dman_runtime.data.interactions import ItemInfo
 from dman_runtime.data.log_options import LogOptions
-from dman_runtime.data.sources import Source
 from dman_runtime.data.tables import Rows, Tables, open_tables, quoted
 from dman_runtime.errors import InputError
 

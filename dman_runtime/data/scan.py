@@ -10,12 +10,12 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from dman_runtime.data.columns import BadRows, IdColumn, PositionColumn
+from dman_runtime.data.hash_counts import HashCounts
 from dman_runtime.data.input_report import InputReport
 from dman_runtime.data.log_options import AUTO, NONE, LogOptions
 from dman_runtime.data.roles import find_roles
 from dman_runtime.data.spill import HASH
 from dman_runtime.data.tables import Rows, Tables, open_tables
-from dman_runtime.data.tally import Tally
 from dman_runtime.data.times import TimeColumn, Times
 
 if TYPE_CHECKING:
@@ -50,7 +50,7 @@ class Scan:
         self.times = TimeColumn(roles.time, options.time_unit) if roles.time else None
         self.positions = PositionColumn(roles.position, named=roles.position_is_named) if roles.position else None
         self._known_items = known_items
-        self._user_tally, self._item_tally, self._unknown_tally = Tally(), Tally(), Tally()
+        self._user_tally, self._item_tally, self._unknown_tally = HashCounts(), HashCounts(), HashCounts()
         self.was_split = False
         self.order_by = self._order()
 
@@ -130,7 +130,7 @@ class Scan:
         }
         return pa.RecordBatch.from_arrays(list(columns.values()), names=list(columns))
 
-    def _tallied(self, column: IdColumn, tally: Tally, ids: pa.DictionaryArray) -> np.ndarray:
+    def _tallied(self, column: IdColumn, tally: HashCounts, ids: pa.DictionaryArray) -> np.ndarray:
         """The hash of each row's id, (N,) uint64; the same id has another one in another process."""
         column.note_distinct(ids.dictionary, self.tables.path)
         distinct = np.array([hash(text) for text in ids.dictionary.to_pylist()], np.int64).view(np.uint64)

@@ -11,15 +11,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
-from dman_runtime.data.detection import Detector
-from dman_runtime.data.encodings import decoded_sample, find_encoding
+from dman_runtime.data.files.detection import Detector
+from dman_runtime.data.files.encodings import decoded_sample, find_encoding
+from dman_runtime.data.files.json_rows import JsonRows
+from dman_runtime.data.files.line_rows import LineReader, Tally
+from dman_runtime.data.files.parquet_rows import ParquetReader
+from dman_runtime.data.files.sources import FORMATS, JSON_LINES, PARQUET, TEXT, Source, error_of, find_sources
+from dman_runtime.data.files.text_rows import TextRows
 from dman_runtime.data.input_report import BadRow
-from dman_runtime.data.json_rows import JsonRows
-from dman_runtime.data.line_rows import LineReader, Tally
 from dman_runtime.data.log_options import ANY_LOG, AUTO, LogOptions
-from dman_runtime.data.parquet_rows import ParquetReader
-from dman_runtime.data.sources import FORMATS, JSON_LINES, PARQUET, TEXT, Source, error_of, find_sources
-from dman_runtime.data.text_rows import TextRows
 from dman_runtime.errors import InputError
 
 if TYPE_CHECKING:

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
 
 from dman_runtime.data.grouping import exact_repeats, in_order_of_appearance, in_order_of_value, stable_order
-from dman_runtime.data.tally import Tally
+from dman_runtime.data.hash_counts import HashCounts
 
 INT64 = st.integers(-(2**63), 2**63 - 1)
 KEYS = st.one_of(st.integers(-3, 3), st.integers(1_600_000_000, 1_700_000_000), INT64)
@@ -66,7 +66,7 @@ def test_exact_repeats_are_all_but_the_first_of_equal_events(users: list[list[tu
 
 @given(st.lists(st.lists(st.integers(0, 2**64 - 1) | st.integers(0, 5))))
 def test_tally_counts_each_hash(batches: list[list[int]]) -> None:
-    tally = Tally()
+    tally = HashCounts()
     for batch in batches:
         tally.add(np.array(batch, np.uint64))
     everything = [one for batch in batches for one in batch]
@@ -75,7 +75,7 @@ def test_tally_counts_each_hash(batches: list[list[int]]) -> None:
 
 @pytest.mark.slow
 def test_tally_of_many_batches_stays_small() -> None:
-    tally = Tally()
+    tally = HashCounts()
     random = np.random.default_rng(0)
     for _ in range(50):
         tally.add(random.integers(0, 100_000, 100_000).astype(np.uint64))

@@ -7,16 +7,16 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from dman_runtime.data.dialect import Dialect
-from dman_runtime.data.encodings import Encoding
-from dman_runtime.data.line_rows import BadRecord, Parsed
-from dman_runtime.data.records import Records
-from dman_runtime.data.text_stream import Piece, TextStream
+from dman_runtime.data.files.dialect import Dialect
+from dman_runtime.data.files.encodings import Encoding
+from dman_runtime.data.files.line_rows import BadRecord, Parsed
+from dman_runtime.data.files.records import Records
+from dman_runtime.data.files.text_stream import Piece, TextStream
 
 if TYPE_CHECKING:
     import pyarrow as pa
 
-    from dman_runtime.data.sources import Source
+    from dman_runtime.data.files.sources import Source
 
 _SHOWN = 80  # characters of a bad line
 

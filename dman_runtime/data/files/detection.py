@@ -7,13 +7,13 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from dman_runtime.data.dialect import SEPARATORS, Dialect, header_end, separator_of
+from dman_runtime.data.files.dialect import SEPARATORS, Dialect, header_end, separator_of
+from dman_runtime.data.files.quoting import Fit, Sample, ambiguous_error, bad_quote_error, best_quoting
 from dman_runtime.data.log_options import AUTO, LogOptions
-from dman_runtime.data.quoting import Fit, Sample, ambiguous_error, bad_quote_error, best_quoting
 from dman_runtime.errors import InputError
 
 if TYPE_CHECKING:
-    from dman_runtime.data.sources import Source
+    from dman_runtime.data.files.sources import Source
 
 _MOVIELENS = {"u.data": b"\t", "ratings.dat": b"::"}
 _RATING_NAMES = ("user_id", "item_id", "rating", "timestamp")

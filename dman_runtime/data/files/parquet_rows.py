@@ -8,13 +8,13 @@ from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING
 
-from dman_runtime.data.line_rows import Tally
+from dman_runtime.data.files.line_rows import Tally
 
 if TYPE_CHECKING:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    from dman_runtime.data.sources import Source
+    from dman_runtime.data.files.sources import Source
 
 _BATCH_ROWS = 1 << 17
 

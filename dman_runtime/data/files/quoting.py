@@ -7,13 +7,13 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from dman_runtime.data.dialect import header_end, inner_byte, one_byte, unescaped
+from dman_runtime.data.files.dialect import header_end, inner_byte, one_byte, unescaped
+from dman_runtime.data.files.records import BadQuote, Records, ambiguous_record, bad_quote, quoted_value
 from dman_runtime.data.log_options import AUTO, LogOptions
-from dman_runtime.data.records import BadQuote, Records, ambiguous_record, bad_quote, quoted_value
 from dman_runtime.errors import InputError
 
 if TYPE_CHECKING:
-    from dman_runtime.data.sources import Source
+    from dman_runtime.data.files.sources import Source
 
 
 @dataclass(frozen=True)

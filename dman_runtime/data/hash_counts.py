@@ -7,7 +7,7 @@ import numpy as np
 _GROWTH = 2  # what is new is merged when it is this many times what was merged before
 
 
-class Tally:
+class HashCounts:
     """Two ids are taken for one if their hashes are equal: among ten million, with a chance of one in 300,000."""
 
     def __init__(self) -> None:

@@ -13,7 +13,7 @@ import pyarrow.parquet as pq
 import pytest
 from table_files import packed, read, write_bytes
 
-from dman_runtime.data.sources import find_sources
+from dman_runtime.data.files.sources import find_sources
 from dman_runtime.data.tables import open_tables
 from dman_runtime.errors import InputError
 

@@ -8,13 +8,13 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from dman_runtime.data.dialect import INNER, Dialect, header_end, one_byte, unescaped
-from dman_runtime.data.encodings import Encoding, check_no_nul, check_utf8, decoded
-from dman_runtime.data.quoting import ambiguous_error, check_quotes
-from dman_runtime.data.records import Records, ambiguous_record, quoted_value
+from dman_runtime.data.files.dialect import INNER, Dialect, header_end, one_byte, unescaped
+from dman_runtime.data.files.encodings import Encoding, check_no_nul, check_utf8, decoded
+from dman_runtime.data.files.quoting import ambiguous_error, check_quotes
+from dman_runtime.data.files.records import Records, ambiguous_record, quoted_value
 
 if TYPE_CHECKING:
-    from dman_runtime.data.sources import Source
+    from dman_runtime.data.files.sources import Source
 
 BLOCK_BYTES = 1 << 20  # fits into the cache of a processor
 MAX_RECORD_BYTES = 64 << 20

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from dman_runtime.data.records import Records
+from dman_runtime.data.files.records import Records
 from dman_runtime.errors import InputError
 
 SEPARATORS = {"comma": b",", "tab": b"\t", "semicolon": b";", "pipe": b"|", "::": b"::", "blanks": b" "}

@@ -12,14 +12,14 @@ from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 
+from dman_runtime.data.files.text_stream import Piece, TextStream
 from dman_runtime.data.input_report import BadRow
-from dman_runtime.data.text_stream import Piece, TextStream
 from dman_runtime.errors import InputError
 
 if TYPE_CHECKING:
     import pyarrow as pa
 
-    from dman_runtime.data.sources import Source
+    from dman_runtime.data.files.sources import Source
 
 _KEPT_BAD_ROWS = 5
 _PARSERS = max(2, min(4, os.cpu_count() or 2))

@@ -7,8 +7,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import BinaryIO
 
+from dman_runtime.data.files.sources import Source
 from dman_runtime.data.log_options import AUTO
-from dman_runtime.data.sources import Source
 from dman_runtime.errors import InputError
 
 _MARKS = {  # longer ones first: that of UTF-32 begins with that of UTF-16

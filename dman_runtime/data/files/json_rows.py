@@ -8,16 +8,16 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from dman_runtime.data.encodings import Encoding
-from dman_runtime.data.line_rows import BadRecord, Parsed
-from dman_runtime.data.records import Records
-from dman_runtime.data.text_stream import Piece, TextStream
+from dman_runtime.data.files.encodings import Encoding
+from dman_runtime.data.files.line_rows import BadRecord, Parsed
+from dman_runtime.data.files.records import Records
+from dman_runtime.data.files.text_stream import Piece, TextStream
 from dman_runtime.errors import InputError
 
 if TYPE_CHECKING:
     import pyarrow as pa
 
-    from dman_runtime.data.sources import Source
+    from dman_runtime.data.files.sources import Source
 
 _TEXT, _INTEGER, _FLOAT, _BOOLEAN, _NESTED = "text", "an integer", "a number with a point", "true or false", "nested"
 _KINDS = {str: _TEXT, int: _INTEGER, float: _FLOAT, bool: _BOOLEAN, list: _NESTED, dict: _NESTED}
