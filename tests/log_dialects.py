@@ -254,7 +254,7 @@ Histories = dict[str, list[tuple[str, int]]]  # user -> (item, seconds since 197
 
 
 def expected_log(dialect: Dialect, events: list[Event], *, exact_repeats: str = "auto") -> tuple[Histories, int]:
-    """Histories, and how many exact repeats were left out: by time, then by position, then by row."""
+    """Histories by time, then by position, then by row, and how many exact repeats were left out."""
     keep = exact_repeats == "keep" or (exact_repeats == "auto" and (not dialect.timed or dialect.time_form == "date"))
 
     def order(event: Event) -> tuple[int, int]:
@@ -266,7 +266,7 @@ def expected_log(dialect: Dialect, events: list[Event], *, exact_repeats: str = 
         own = [event for event in events if event.user.strip() == user]
         for number, event in enumerate(sorted(own, key=order)):
             item, time = event.item.strip(), event.time if dialect.timed else 0
-            key = number if keep else (item, time)
+            key = number if keep else (item, time, order(event)[1])
             left_out += key in kept
             kept.setdefault(key, (item, time // 10**9))
         found[user] = list(kept.values())
@@ -419,9 +419,9 @@ def written_logs(
         one = kind.filter(lambda text: _fits(chosen, text, is_id=True))
         return draw(st.lists(one, min_size=1, max_size=4, unique_by=str.strip))
 
-    def padded(text: str) -> st.SearchStrategy[str]:
+    def with_blanks(texts: list[str]) -> list[str]:
         room = chosen.parquet_ids != "integer" and _fits(chosen, " ", is_id=False)
-        return st.just(text) if not room else st.sampled_from((text,) * 15 + (f" {text}",))
+        return texts * 15 + [f" {text}" for text in texts] if room else texts
 
     users, items = ids(), ids()
     step = resolution(chosen.time_form)
@@ -432,8 +432,8 @@ def written_logs(
     titles = [title for title in _TITLES if _fits(chosen, title, is_id=False)]
     row = st.builds(
         Event,
-        user=st.sampled_from(users).flatmap(padded),
-        item=st.sampled_from(items).flatmap(padded),
+        user=st.sampled_from(with_blanks(users)),
+        item=st.sampled_from(with_blanks(items)),
         time=st.sampled_from(times),
         position=st.integers(-1, 3),
         title=st.sampled_from(titles),

@@ -86,7 +86,9 @@ def read_asked(path: Path, log: WrittenLog) -> tuple[Histories, InputReport]:
             if headerless:
                 assert not log.dialect.header, f"the columns have their usual names: {error}"
             given = {one: getattr(truth, one) for one in asked}
-            assert given != {one: getattr(options, one) for one in asked}, f"the option does not cure: {error}"
+            if headerless and given == {one: getattr(options, one) for one in asked}:  # the columns that it lists tell
+                given = {"separator": truth.separator}
+            assert given != {one: getattr(options, one) for one in given}, f"the option does not cure: {error}"
             options = replace(options, **given)
     raise AssertionError("asks for ever more options")
 
