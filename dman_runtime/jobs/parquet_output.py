@@ -14,8 +14,8 @@ if TYPE_CHECKING:
 class ParquetOutput:
     """A file that is written table by table, as a context; until its end it is `.NAME.partial` beside its place.
 
-    The file has the schema that is given, also without any table, or that of its first table. Raises InputError where it
-    cannot be written.
+    The file has the schema that is given, also without any table, or that of its first table. Raises InputError where
+    it cannot be written.
     """
 
     def __init__(self, path: Path, schema: pa.Schema | None = None) -> None:
