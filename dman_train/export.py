@@ -60,6 +60,12 @@ def _main(argv: Sequence[str] | None) -> int:
     configure_logging()
     result = _export(arguments)
     print(f"bundle {result['bundle_id']} in {arguments.out}, torch-to-ONNX error {result['max_relative_error']:.1e}")
+    bundle = "" if arguments.out == DEFAULT_OUT else f" --bundle {arguments.out}"
+    log = result.pop("log")
+    print(
+        f"\nnext: dman-runtime score{bundle} --input {log}"
+        f"\n  or: dman-runtime import{bundle} --input {log}, then dman-runtime serve{bundle}"
+    )
     if arguments.json:
         print_json(result)
     return 0
@@ -71,7 +77,7 @@ def _export(arguments: argparse.Namespace) -> dict[str, Any]:
         logger.warning("%s is not finished; exporting its best epoch so far", run.path)
     if not run.family.has_state:
         raise RunError(f"{run.path} is a run of a {run.family.name}", "export a run of a DMAN", parameter="run")
-    return export_bundle(
+    result = export_bundle(
         cast(DMAN, run.best_model()),
         run.vocabulary(),
         arguments.out,
@@ -80,6 +86,7 @@ def _export(arguments: argparse.Namespace) -> dict[str, Any]:
         data=run.data_record,
         metrics=run.metrics or {},
     )
+    return result | {"log": run.config["dataset"]["path"]}
 
 
 def export_bundle(

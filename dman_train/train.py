@@ -287,6 +287,8 @@ def _finish(run: Run, interactions: Interactions, input_report: InputReport, *, 
     run.write_json("metrics.json", result)
     (run.path / "checkpoint.pt").unlink(missing_ok=True)
     print(format_report(result["test"]))
+    if run.family.has_state:
+        print(f"\nnext: python -m dman_train.export{f' --run {run.path}' if run.path != DEFAULT_RUN else ''}")
     if as_json:
         print_json(result | {"input": input_report.as_dict()})
 

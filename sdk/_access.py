@@ -27,12 +27,29 @@ _PRIVATE_KEY = re.compile(r"-----BEGIN (\w+ )?PRIVATE KEY-----.*?-----END (\w+ )
 _HOST = re.compile(r"(?:dns:(?:///)?)?(?:\[([0-9a-fA-F:.]+)\]|([^\[\]:/%]+))(?::\d+)?")
 
 
+@dataclass(frozen=True, slots=True, repr=False)  # no repr: it would show the key
+class Tls:
+    """PEM content; None: the public authorities, or no certificate of the client's own."""
+
+    authorities: bytes | None
+    certificate: bytes | None
+    key: bytes | None
+
+
 @dataclass(frozen=True, slots=True, repr=False)  # no repr: it would show the token
 class Access:
     """How a client gets in, made by `access`. Without `credentials` the connection is plain text."""
 
-    credentials: grpc.ChannelCredentials | None
+    tls: Tls | None
+    given: grpc.ChannelCredentials | None  # `channel_credentials`, in place of `tls`
     metadata: Metadata
+
+    @property
+    def credentials(self) -> grpc.ChannelCredentials | None:
+        """For a new channel. Made when one is opened: gRPC starts with them, and a fork before that is harmless."""
+        if self.tls is None:
+            return self.given
+        return grpc.ssl_channel_credentials(self.tls.authorities, self.tls.key, self.tls.certificate)
 
 
 def access(
@@ -52,7 +69,7 @@ def access(
         raise InvalidArgumentError(f"target must be an address such as 'localhost:50051', not {target!r}.")
     _check_flags(tls, insecure)
     files = _TlsFiles(ca_certificate, client_certificate, client_key)
-    credentials = channel_credentials
+    encryption = None
     if channel_credentials is not None:
         if tls is not None or files.given:
             raise InvalidArgumentError(
@@ -62,14 +79,14 @@ def access(
         if files.given:
             raise InvalidArgumentError(f"{files.given}= needs TLS; leave tls=False out.")
     elif tls or files.given:
-        credentials = files.credentials()
+        encryption = files.content()
     sent = _checked_metadata(metadata)
     if token is not None:
         if _authorizes(sent):
             raise InvalidArgumentError("token= and metadata 'authorization' exclude each other.")
         sent = (*sent, ("authorization", f"Bearer {_checked_token(token)}"))
-    _check_secrecy(target, sent, encrypted=credentials is not None, insecure=insecure)
-    return Access(credentials, sent)
+    _check_secrecy(target, sent, encrypted=encryption is not None or channel_credentials is not None, insecure=insecure)
+    return Access(encryption, channel_credentials, sent)
 
 
 def is_local(target: str) -> bool:
@@ -142,7 +159,7 @@ class _TlsFiles:
         names = ("ca_certificate", "client_certificate", "client_key")
         return next((name for name in names if getattr(self, name) is not None), "")
 
-    def credentials(self) -> grpc.ChannelCredentials:
+    def content(self) -> Tls:
         if (self.client_certificate is None) != (self.client_key is None):
             raise InvalidArgumentError("client_certificate= and client_key= go together; give both or neither.")
         authorities = certificate = key = None
@@ -152,7 +169,7 @@ class _TlsFiles:
             certificate = _certificates(self.client_certificate, "client_certificate")
             key = _private_key(self.client_key)
             _check_pair(certificate, key)
-        return grpc.ssl_channel_credentials(authorities, key, certificate)
+        return Tls(authorities, certificate, key)
 
 
 def _certificates(pem: Pem, name: str) -> bytes:

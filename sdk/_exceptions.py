@@ -12,11 +12,12 @@ class DmanError(Exception):
         ├── InvalidArgumentError     (also ValueError)       the request can never succeed as it is
         ├── ClientClosedError        (also RuntimeError)     the client was used after close()
         ├── EventLoopError           (also RuntimeError)     an AsyncClient was used outside its event loop
+        ├── ForkError                (also RuntimeError)     gRPC cannot work in this forked process
         └── CallError                                        a call was made and failed
             ├── UserNotFoundError    (also LookupError)      nothing is stored about the user
             ├── DeadlineExceededError  (also TimeoutError)   no answer within the timeout
             ├── UnavailableError     (also ConnectionError)  no server, TLS failed, or the server is stopping
-            ├── ConflictError                                others kept changing the same user
+            ├── ConflictError                                others kept changing the same user, or rewrote a history
             ├── ResourceExhaustedError                       message too large, store full, over a limit, overloaded
             ├── UnauthenticatedError                         the token is missing or not valid
             ├── PermissionDeniedError  (also PermissionError)  the token may not do this
@@ -72,6 +73,15 @@ class EventLoopError(DmanError, RuntimeError):
         super().__init__(message)
 
 
+class ForkError(DmanError, RuntimeError):
+    """gRPC cannot work in this process, because of how it was forked. An update may have been applied."""
+
+    remedy = 'Start processes with the method "spawn" or "forkserver", or fork before the first call.'
+
+    def __init__(self, message: str, *, request_id: str | None = None) -> None:
+        super().__init__(f"{message} {self.remedy}", request_id=request_id)
+
+
 class CallError(DmanError):
     """A call was made and failed; `code` holds the gRPC status."""
 
@@ -98,7 +108,10 @@ class UnavailableError(CallError, ConnectionError):
 
 
 class ConflictError(CallError):
-    """Other writers kept changing the same user. Nothing was stored. The server tried until the deadline."""
+    """Other writers kept changing the same user. Nothing was stored. The server tried until the deadline.
+
+    Or a history was rewritten while it was read.
+    """
 
     remedy = "Send it again: an update with the request_id of this error."
 

@@ -52,7 +52,7 @@ class Attempts:
     def start(self) -> float:
         """Counts one more attempt. Returns the seconds it may take: all that are left."""
         self.count += 1
-        return self._seconds_left()
+        return self.seconds_left()
 
     def delay_after(self, code: grpc.StatusCode) -> float | None:
         """Seconds to wait before the next attempt, or None to give up."""
@@ -60,7 +60,7 @@ class Attempts:
             return None
         delay = self._jitter() * self._longest_delay
         self._longest_delay = min(MAX_DELAY, 2 * self._longest_delay)
-        return delay if delay + SHORTEST_ATTEMPT <= self._seconds_left() else None
+        return delay if delay + SHORTEST_ATTEMPT <= self.seconds_left() else None
 
-    def _seconds_left(self) -> float:
+    def seconds_left(self) -> float:
         return max(0.0, self._deadline - self._clock())

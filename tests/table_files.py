@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import bz2
-import codecs
 import gzip
 import io
 import zipfile
@@ -179,7 +178,3 @@ def reference_rows(text: str, separator: str, quote: str) -> list[list[str]]:
             value += here
         position += step
     return rows
-
-
-def boms() -> tuple[bytes, ...]:
-    return codecs.BOM_UTF8, codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE

@@ -73,6 +73,8 @@ Written by `make docs` from the code. Do not edit.
 
 - An option whose row names a variable takes its default from that environment variable when it is set:
   `DMAN_PORT=50052 dman-runtime serve`. An option on the command line wins.
+- A variable of the form `DMAN_PORT=tcp://10.0.0.1:50051`, which Kubernetes and Docker set for a service called `dman`,
+  is ignored with a warning.
 - A field of a config with the default `True` or `False` is a pair of options, such as `--random-first-segment` and
   `--no-random-first-segment`. Its variable takes `true` or `false`.
 - An option with the default `off` takes no value and has no variable.

@@ -35,7 +35,6 @@ class ExportResult:
     users: int = 0  # with at least one event
     items: int = 0
     filled_times: int = 0  # unknown times that were written as the time of the event before
-    repeated_events: int = 0  # with the user, item and time of another event
     user_ids: str = TEXT  # or INTEGER
     item_ids: str = TEXT
     warnings: list[str] = field(default_factory=list)
@@ -92,10 +91,12 @@ def export_log(store: StateStore, output: Path) -> ExportResult:
     """
     if output.suffix.lower() != ".parquet":
         raise InputError(f"{output} is not named as a Parquet file", "let its name end in .parquet", parameter="output")
-    columns = _decided(store)
-    while True:  # three times at most: each time one column gets wider
+    columns: _Columns | None = None
+    while True:  # four times at most: each time one column gets wider
         try:
-            return _write(store, output, columns)
+            with ParquetOutput(output) as out:  # first of all: what cannot be written is refused at once
+                columns = columns or _decided(store)
+                return _write(store, out, columns)
         except _ChangedError as changed:
             columns = changed.columns
 
@@ -114,15 +115,16 @@ def _decided(store: StateStore) -> _Columns:
     return columns.fitted("users", types.users, unfit_user).fitted("items", types.items, unfit_item)
 
 
-def _write(store: StateStore, output: Path, columns: _Columns) -> ExportResult:
+def _write(store: StateStore, out: ParquetOutput, columns: _Columns) -> ExportResult:
     result, items = ExportResult(user_ids=columns.users, item_ids=columns.items), _ItemSet()
-    with ParquetOutput(output, columns.schema()) as out:
-        for user_ids, histories in _batches(store, "export"):
-            out.write(_table(store, user_ids, histories, columns, result))
-            result.users += len(user_ids)
-            for numbers, _ in histories:
-                result.events += len(numbers)
-                items.add(numbers)
+    for user_ids, histories in _batches(store, "export"):
+        out.write(_table(store, user_ids, histories, columns, result))
+        result.users += len(user_ids)
+        for numbers, _ in histories:
+            result.events += len(numbers)
+            items.add(numbers)
+    if not result.users:
+        out.write(columns.schema().empty_table())
     result.items = items.count()
     result.warnings = [*columns.warnings, *_time_warnings(result)]
     return result
@@ -131,11 +133,6 @@ def _write(store: StateStore, output: Path, columns: _Columns) -> ExportResult:
 def _time_warnings(result: ExportResult) -> Iterator[str]:
     if result.filled_times:
         yield f"{result.filled_times} events without a time were written with that of the event before"
-    if result.repeated_events:
-        yield (
-            f"{result.repeated_events} events have the user, item and time of another one; keep exact repeats when you "
-            "read the file"
-        )
 
 
 def _batches(store: StateStore, what: str) -> Iterator[tuple[list[str], list[Events]]]:
@@ -160,7 +157,7 @@ def _batches(store: StateStore, what: str) -> Iterator[tuple[list[str], list[Eve
 def _table(
     store: StateStore, user_ids: list[str], histories: list[Events], columns: _Columns, result: ExportResult
 ) -> pa.Table:
-    """The rows of some users. Counts what was filled in and what is repeated. Raises _ChangedError."""
+    """The rows of some users. Counts what was filled in. Raises _ChangedError."""
     import pyarrow as pa
 
     lengths = np.array([len(numbers) for numbers, _ in histories])
@@ -173,20 +170,11 @@ def _table(
     if columns.times:
         times = np.concatenate([filled_times(found, first_known(found, 0)) for _, found in histories])
         result.filled_times += int(np.count_nonzero(times)) - sum(int(np.count_nonzero(t)) for _, t in histories)
-        result.repeated_events += _repeated(users, items, times)
         arrays["timestamp"] = times
     elif any(found.any() for _, found in histories):
         raise _ChangedError(replace(columns, times=True))
     arrays["position"] = np.arange(len(users)) - np.repeat(np.cumsum(lengths) - lengths, lengths)
     return pa.table(arrays, schema=columns.schema())
-
-
-def _repeated(users: NDArray[Any], items: NDArray[Any], times: NDArray[Any]) -> int:
-    """How many events equal another one that is counted as the first."""
-    order = np.lexsort((times, items, users))
-    return int(
-        np.logical_and.reduce([column[order][1:] == column[order][:-1] for column in (users, items, times)]).sum()
-    )
 
 
 def _ids(which: Literal["users", "items"], ids: list[str], columns: _Columns) -> pa.Array:

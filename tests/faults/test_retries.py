@@ -42,30 +42,43 @@ with socket.create_server(("127.0.0.1", 0)) as silent, Client(f"127.0.0.1:{silen
 MAX_MESSAGE_BYTES = 16 << 20
 _RESTARTS = 5
 _CLIENTS_OF_RESTARTS = """
-import asyncio, sys
+import asyncio, sys, threading
 from collections import Counter
-from sdk import AsyncClient, DmanError
-errors, calls = Counter(), 0
-async def run(client, user, over):
-    global calls
+from sdk import AsyncClient, Client, DmanError
+errors, calls = Counter(), Counter()
+settings = dict(timeout=100, retries=1000)
+async def run_async(client, user, over):
     while not over.is_set():
         try:
-            await (client.update(user, [1]) if calls % 4 == 0 else client.recommend(user))
+            await (client.update(user, [1]) if calls["async"] % 4 == 0 else client.recommend(user))
         except DmanError as error:
-            errors[type(error).__name__] += 1
-        calls += 1
+            errors[f"AsyncClient: {error}"] += 1
+        calls["async"] += 1
+def run(client, user, over):
+    while not over.is_set():
+        try:
+            client.update(user, [1]) if calls["sync"] % 4 == 0 else client.recommend(user)
+        except DmanError as error:
+            errors[f"Client: {error}"] += 1
+        calls["sync"] += 1
 async def main():
-    over = asyncio.Event()
-    clients = [AsyncClient(sys.argv[1], timeout=30, retries=1000) for _ in range(8)]
-    tasks = [asyncio.create_task(run(clients[n % 8], f"user {n}", over)) for n in range(200)]
+    over = threading.Event()
+    clients = [AsyncClient(sys.argv[1], **settings) for _ in range(8)]
+    tasks = [asyncio.create_task(run_async(clients[n % 8], f"user {n}", over)) for n in range(200)]
+    client = Client(sys.argv[1], **settings)
+    threads = [threading.Thread(target=run, args=(client, f"other {n}", over)) for n in range(8)]
+    for thread in threads:
+        thread.start()
     print("running", flush=True)
     await asyncio.to_thread(sys.stdin.readline)
     over.set()
     await asyncio.gather(*tasks)
+    for thread in threads:
+        await asyncio.to_thread(thread.join)
     for client in clients:
         await client.close()
 asyncio.run(main())
-assert calls > 1000, calls
+assert calls["async"] > 1000 and calls["sync"] > 20, calls
 print(dict(errors))
 """
 
@@ -142,7 +155,7 @@ def test_a_graceful_restart_shows_nobody_an_error(start: Start, root: Path) -> N
             server.stop()
             server.start()
     finally:
-        found, errors = client.communicate("enough\n", timeout=60)
+        found, errors = client.communicate("enough\n", timeout=150)
     assert found.strip() == "{}", errors
 
 

@@ -164,7 +164,8 @@ def _object(line: bytes) -> dict[str, Any] | str:
         values = json.loads(line, object_pairs_hook=_unique)
         if not isinstance(values, dict):
             return "is not a JSON object"
-        json.dumps(values, ensure_ascii=False).encode()  # halves of surrogate pairs have no encoding
+        if b"\\u" in line:
+            json.dumps(values, ensure_ascii=False).encode()  # halves of surrogate pairs have no encoding
     except _TwiceError as error:
         return f"has the key {error} twice"
     except (ValueError, RecursionError):

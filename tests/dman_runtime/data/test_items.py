@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 
 import pyarrow as pa
@@ -58,6 +59,37 @@ def test_bad_item_file_is_refused(tmp_path: Path, name: str, content: str, cause
         read_items(text_log(tmp_path, content, name))
     assert cause in str(raised.value)
     assert remedy in str(raised.value)
+
+
+def test_items_read_movielens_movies_in_utf8_too(tmp_path: Path) -> None:
+    path = text_log(tmp_path, "1::Misérables: Les::Drama\n2::Up::\n", "movies.dat")
+    assert read_items(path) == {"1": ItemInfo("Misérables: Les", {"genres": "Drama"}), "2": ItemInfo("Up", {})}
+
+
+def test_items_say_that_a_file_is_read_as_latin_1(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO)
+    (tmp_path / "movies.dat").write_bytes("1::é::Drama\n".encode("latin-1"))
+    assert read_items(tmp_path / "movies.dat")["1"].title == "é"
+    assert "movies.dat is not UTF-8: it is read as Latin-1" in caplog.text
+
+
+def test_items_come_from_json_lines_and_folders(tmp_path: Path) -> None:
+    text_log(tmp_path, '{"item_id": 7, "title": "Up", "year": 2009}\n', "part-1.json")
+    text_log(tmp_path, '{"item_id": 8, "title": null}\n', "part-2.json")
+    assert read_items(tmp_path) == {"7": ItemInfo("Up", {"year": "2009"}), "8": ItemInfo("", {})}
+
+
+def test_blanks_around_item_ids_are_taken_off(tmp_path: Path) -> None:
+    assert list(read_items(text_log(tmp_path, "item_id,title\n a ,x\n"))) == ["a"]
+    with pytest.raises(InputError, match="line 3: item 'a' appears a second time"):
+        read_items(text_log(tmp_path, "item_id,title\n a ,x\na,y\n"))
+
+
+@pytest.mark.parametrize("values", [[1.5], [True]])
+def test_items_whose_ids_are_no_ids_are_refused(tmp_path: Path, values: list[object]) -> None:
+    pq.write_table(pa.table({"item_id": values, "title": ["x"]}), tmp_path / "items.parquet")
+    with pytest.raises(InputError, match="column 'item_id' has type"):
+        read_items(tmp_path / "items.parquet")
 
 
 @pytest.mark.skipif(not MOVIELENS.is_dir(), reason="MovieLens-1M is not here")
