@@ -296,10 +296,10 @@ class Malformed(Exception):
 def strict_rows(text: str, separator: str, quote: str) -> list[TextRow]:
     """The rows of a text as Python's csv reads them when it is strict; blank lines are left out. Raises Malformed."""
     written = SEPARATORS[separator]
-    if len(written) > 1:
+    if separator in ("::", "blank"):
         if _STAND_IN in text:
             raise Malformed(1)
-        text, written = text.replace(written, _STAND_IN), _STAND_IN
+        text, written = _with_stand_in(text, separator, quoted=quote != "none"), _STAND_IN
     if quote == "none":
         reader = csv.reader(io.StringIO(text, newline=""), delimiter=written, quoting=csv.QUOTE_NONE)
     else:
@@ -319,6 +319,16 @@ def strict_rows(text: str, separator: str, quote: str) -> list[TextRow]:
     except csv.Error:
         raise Malformed(line) from None
     return rows
+
+
+def _with_stand_in(text: str, separator: str, *, quoted: bool) -> str:
+    """The text with one character for each separator outside of quotes. Blanks around lines are none."""
+    pattern = "::" if separator == "::" else "[ \\t]+"
+    if quoted:
+        pattern = f'("[^"]*")|{pattern}'
+    text = re.sub(pattern, lambda found: (quoted and found[1]) or _STAND_IN, text)
+    edge = f"^{_STAND_IN}|{_STAND_IN}(?=\\r?$)"
+    return re.sub(edge, "", text, flags=re.MULTILINE) if separator == "blank" else text
 
 
 def even_width(rows: list[TextRow]) -> bool:
@@ -425,7 +435,8 @@ def written_logs(
 
     users, items = ids(), ids()
     step = resolution(chosen.time_form)
-    seconds = st.integers(1_000_000_000, 1_750_000_000).map(lambda n: n * 10**9 + n * 7919 % 10**9)
+    seconds = st.integers(1_000_000_000, 1_750_000_000).filter(lambda n: n % 86_400 != 0)  # else they may be only dates
+    seconds = seconds.map(lambda n: n * 10**9 + n * 7919 % 10**9)
     if chosen.time_form == "s" and draw(st.booleans()):
         seconds = st.integers(-3, 100_000).filter(lambda n: n % 86_400 != 0).map(lambda n: n * 10**9)
     times = draw(st.lists(seconds.map(lambda n: n // step * step), min_size=1, max_size=4))
