@@ -10,6 +10,7 @@ from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from dman_runtime.data.filters import FILTERS, Filters
 from dman_runtime.data.log_options import AUTO, LogOptions, options_of_training
 from dman_runtime.errors import UsageError
 from dman_runtime.jobs.partitions import EVENTS_PER_PARTITION, MAX_UNKNOWN
@@ -130,7 +131,9 @@ def _map_option(p: Parser) -> None:
     )
 
 
-def _log_options(p: Parser) -> None:
+def _log_options(p: Parser, *, any_items: bool = False) -> None:
+    if not any_items:
+        p.flag("--max-unknown", type=float, default=MAX_UNKNOWN, help="largest share of events of unknown items")
     p.add_argument("--dry-run", action="store_true", help="read the log, say what was understood, and stop")
     p.config_flags(LogOptions, title="log (default: as in training)")
 
@@ -144,20 +147,10 @@ def _import_options(p: Parser) -> None:
         default="skip",
         help="users already in the store: leave them as they are, or append the events of the file",
     )
-    _unknown_option(p)
     _log_options(p)
     _encoder_options(p)
     _map_option(p)
     p.add_argument("--json", action="store_true", help="print the result as JSON on the last line")
-
-
-def _unknown_option(p: Parser) -> None:
-    p.flag(
-        "--max-unknown",
-        type=float,
-        default=MAX_UNKNOWN,
-        help="largest share of events of items that the bundle does not know, from 0 to 1; above it, nothing is done",
-    )
 
 
 def _score_options(p: Parser) -> None:
@@ -165,7 +158,6 @@ def _score_options(p: Parser) -> None:
     p.flag("--output", type=Path, default=Path("scores.parquet"), help="Parquet file to write")
     p.flag("--k", type=int, default=100, help="items per user")
     p.add_argument("--include-seen", action="store_true", help="do not leave out items in the user's history")
-    _unknown_option(p)
     _log_options(p)
     _encoder_options(p)
     p.add_argument("--json", action="store_true", help="print the result as JSON on the last line")
@@ -174,14 +166,8 @@ def _score_options(p: Parser) -> None:
 def _evaluate_options(p: Parser) -> None:
     p.flag("--data", type=Path, default=DEFAULT_LOG, help="interaction log")
     p.flag("--split", choices=["valid", "test"], default="test", help="which held-out event to predict")
-    for name, what in (("--min-user-events", "users"), ("--min-item-events", "items")):
-        p.flag(
-            name,
-            type=int,
-            default=None,
-            help=f"leave out {what} with fewer events; without it, as in training for the log of the training only",
-        )
-    _log_options(p)
+    p.config_flags(Filters, title="filters (default: as in training for the log of the training, else none)")
+    _log_options(p, any_items=True)
     _encoder_options(p)
     p.add_argument("--json", action="store_true", help="print the metrics as JSON on the last line")
 
@@ -270,10 +256,10 @@ def _goes_on(arguments: argparse.Namespace, report: InputReport, generation: Gen
 
     notice_other_ids(report, generation.bundle)
     print(report.table(), flush=True)
-    if not arguments.dry_run and hasattr(arguments, "max_unknown"):
-        require_known(report, generation.bundle, arguments.max_unknown)
     if arguments.dry_run and arguments.json:
         print_json(report.as_dict())
+    elif not arguments.dry_run and hasattr(arguments, "max_unknown"):
+        require_known(report, generation.bundle, arguments.max_unknown)
     return not arguments.dry_run
 
 
@@ -317,17 +303,17 @@ def _score(arguments: argparse.Namespace) -> int:
         result = score(log, arguments.output, generation, k=arguments.k, **options)
     print("\n".join(result.lines(arguments.output, arguments.k)))
     if arguments.json:
-        about = {"output": str(arguments.output), "bundle_id": generation.bundle_id}
-        print_json(vars(result) | about | {"input": log.report.as_dict()})
+        about = {"output": str(arguments.output), "bundle_id": generation.bundle_id, "input": log.report.as_dict()}
+        print_json(vars(result) | about)
     return 0
 
 
 def _evaluate(arguments: argparse.Namespace) -> int:
-    from dman_runtime.data.evaluation import FILTERS, format_report
+    from dman_runtime.data.evaluation import format_report
     from dman_runtime.data.vocabulary import read_known
     from dman_runtime.jobs.evaluating import evaluate
 
-    filters = {name: value for name in FILTERS if (value := getattr(arguments, name)) is not None}
+    filters = {name: getattr(arguments, name) for name in FILTERS if hasattr(arguments, name)}
     generation = _generation(arguments)
     trained = generation.bundle.manifest.data
     options = overridden(options_of_training(trained), arguments)

@@ -232,7 +232,8 @@ def test_lmdb_is_imported_by_the_store_only() -> None:
 
 @pytest.mark.slow
 def test_log_files_are_read_by_the_data_part_and_scores_written_by_their_job() -> None:
-    assert {name.split(".")[0] for name in importers("dman_runtime", "pyarrow") - {"jobs.scoring"}} == {"data"}
+    writers = {"jobs.scoring", "jobs.parquet_output"}
+    assert {name.split(".")[0] for name in importers("dman_runtime", "pyarrow") - writers} == {"data"}
 
 
 @pytest.mark.parametrize("module", ["engine", "opened", "requests", "batcher"])
