@@ -7,23 +7,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-<<<<<<< HEAD
 from dman_runtime.commands import COMMANDS
+from dman_runtime.data.filters import Filters
 from dman_runtime.data.log_options import LogOptions
 from dman_runtime.jobs.partitions import MAX_UNKNOWN
 from dman_runtime.options import Parser, configure_logging, run_command
-=======
-from dman_runtime.data.filters import FILTERS, Filters
-from dman_runtime.data.log_options import AUTO, LogOptions, options_of_training
-from dman_runtime.errors import UsageError
-from dman_runtime.jobs.partitions import EVENTS_PER_PARTITION, MAX_UNKNOWN
-from dman_runtime.options import Parser, configure_logging, overridden, print_json, run_command
-from dman_runtime.serving.config import ServeConfig
-
-if TYPE_CHECKING:
-    from dman_runtime.data.input_report import InputReport
-    from dman_runtime.model.generation import Generation
->>>>>>> h-edges
 
 DEFAULT_BUNDLE, DEFAULT_STATE, DEFAULT_LOG = Path("bundle"), Path("state"), Path("data/log.csv")
 DEFAULT_MAP_SIZE_MIB = 64 << 10  # of address space; the disk holds only what is used
@@ -146,30 +134,10 @@ def _log_options(p: Parser, *, any_items: bool = False) -> None:
 def _import_options(p: Parser) -> None:
     p.flag("--state", type=Path, default=DEFAULT_STATE, help="state directory; created when absent")
     p.flag("--input", type=Path, default=DEFAULT_LOG, help="interaction log")
-<<<<<<< HEAD
-    _unknown_option(p)
-=======
-    p.flag(
-        "--existing",
-        choices=["skip", "append"],
-        default="skip",
-        help="users already in the store: leave them as they are, or append the events of the file",
-    )
->>>>>>> h-edges
     _log_options(p)
     _encoder_options(p)
     _map_option(p)
     p.add_argument("--json", action="store_true", help="print the result as JSON on the last line")
-
-
-<<<<<<< HEAD
-def _unknown_option(p: Parser) -> None:
-    p.flag(
-        "--max-unknown",
-        type=float,
-        default=MAX_UNKNOWN,
-        help="largest share of events of items that the bundle does not know, from 0 to 1; above it, nothing is done",
-    )
 
 
 def _export_log_options(p: Parser) -> None:
@@ -178,8 +146,6 @@ def _export_log_options(p: Parser) -> None:
     p.add_argument("--json", action="store_true", help="print the result as JSON on the last line")
 
 
-=======
->>>>>>> h-edges
 def _score_options(p: Parser) -> None:
     p.flag("--input", type=Path, default=DEFAULT_LOG, help="interaction log")
     p.flag("--output", type=Path, default=Path("scores.parquet"), help="Parquet file to write")
@@ -212,168 +178,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _main(argv: Sequence[str] | None) -> int:
     arguments = parser().parse_args(argv)
     configure_logging(verbose=arguments.verbose, json=getattr(arguments, "log_format", "text") == "json")
-<<<<<<< HEAD
     return COMMANDS[arguments.command](arguments)
-=======
-    commands = {
-        "serve": _serve,
-        "status": _status,
-        "verify": _verify,
-        "token": _token,
-        "import": _import,
-        "score": _score,
-        "evaluate": _evaluate,
-        "inspect": _inspect,
-    }
-    return commands[arguments.command](arguments)
-
-
-def _serve(arguments: argparse.Namespace) -> int:
-    from dman_runtime.serving.supervisor import serve
-
-    names = {field.name for field in fields(ServeConfig)}
-    return serve(ServeConfig(**{name: value for name, value in vars(arguments).items() if name in names}))
-
-
-def _status(arguments: argparse.Namespace) -> int:
-    from dman_runtime.jobs.asking import ask_status, format_status
-
-    status = ask_status(
-        arguments.target,
-        token_file=arguments.token_file,
-        ca=arguments.ca,
-        client_cert=arguments.client_cert,
-        client_key=arguments.client_key,
-        timeout=arguments.timeout,
-    )
-    print(format_status(status))
-    if arguments.json:
-        print_json(status)
-    return 0 if status["ready"] and not status["problems"] else 1
-
-
-def _verify(arguments: argparse.Namespace) -> int:
-    from dman_runtime.jobs.verifying import format_report, verify_store
-
-    report = verify_store(arguments.state)
-    print(format_report(report))
-    if arguments.json:
-        print_json(report.as_dict())
-    return report.exit_status
-
-
-def _token(arguments: argparse.Namespace) -> int:
-    from dman_runtime.access.tokens import new_token
-
-    token, line = new_token(arguments.name, arguments.roles.split(","))
-    print(f"token, shown this once: {token}")
-    print(f"line for the token file: {line}")
-    return 0
-
-
-def _log(arguments: argparse.Namespace, path: Path, generation: Generation, *, max_rows: int | None) -> Any:
-    """The log that a command reads, as the bundle's training read its own but for the options given."""
-    from dman_runtime.data.logs import open_log
-
-    bundle = generation.bundle
-    options = overridden(options_of_training(bundle.manifest.data), arguments)
-    return open_log(path, options, known_items=bundle.items.index, max_rows=max_rows)
-
-
-def _goes_on(arguments: argparse.Namespace, report: InputReport, generation: Generation) -> bool:
-    """Prints what was understood of a log. Returns whether the command does more than that. Raises InputError."""
-    from dman_runtime.jobs.input import notice_other_ids, require_known
-
-    notice_other_ids(report, generation.bundle)
-    print(report.table(), flush=True)
-    if arguments.dry_run and arguments.json:
-        print_json(report.as_dict())
-    elif not arguments.dry_run and hasattr(arguments, "max_unknown"):
-        require_known(report, generation.bundle, arguments.max_unknown)
-    return not arguments.dry_run
-
-
-def _generation(arguments: argparse.Namespace) -> Generation:
-    from dman_runtime.model.generation import Generation
-
-    return Generation.open(arguments.bundle, provider=arguments.provider, threads=arguments.encoder_threads)
-
-
-def _import(arguments: argparse.Namespace) -> int:
-    from dman_runtime.engine import Engine
-    from dman_runtime.jobs.importing import import_histories
-    from dman_runtime.store.lmdb import LmdbStore
-
-    generation = _generation(arguments)
-    with _log(arguments, arguments.input, generation, max_rows=EVENTS_PER_PARTITION) as log:
-        if not _goes_on(arguments, log.report, generation):
-            return 0
-        with LmdbStore.open(arguments.state, map_size=arguments.map_size_mib << 20) as store:
-            result = import_histories(log, Engine(generation, store), existing=arguments.existing)
-    print(
-        f"imported {result.events} events of {result.users} users into {arguments.state}; {result.skipped_users} users "
-        f"were there already, {result.unknown_events} events are of items that the bundle does not know"
-    )
-    if arguments.json:
-        print_json(vars(result) | {"input": log.report.as_dict()})
-    return 0
-
-
-def _score(arguments: argparse.Namespace) -> int:
-    from dman_runtime.jobs.scoring import score
-    from dman_runtime.requests import MAX_K
-
-    if not 1 <= arguments.k <= MAX_K:
-        raise UsageError(f"k is {arguments.k}", f"choose 1 to {MAX_K}", parameter="k")
-    generation = _generation(arguments)
-    with _log(arguments, arguments.input, generation, max_rows=EVENTS_PER_PARTITION) as log:
-        if not _goes_on(arguments, log.report, generation):
-            return 0
-        options = {"include_seen": arguments.include_seen, "user_ids": getattr(arguments, "user_ids", AUTO)}
-        result = score(log, arguments.output, generation, k=arguments.k, **options)
-    print("\n".join(result.lines(arguments.output, arguments.k)))
-    if arguments.json:
-        about = {"output": str(arguments.output), "bundle_id": generation.bundle_id, "input": log.report.as_dict()}
-        print_json(vars(result) | about)
-    return 0
-
-
-def _evaluate(arguments: argparse.Namespace) -> int:
-    from dman_runtime.data.evaluation import format_report
-    from dman_runtime.data.vocabulary import read_known
-    from dman_runtime.jobs.evaluating import evaluate
-
-    filters = {name: getattr(arguments, name) for name in FILTERS if hasattr(arguments, name)}
-    generation = _generation(arguments)
-    trained = generation.bundle.manifest.data
-    options = overridden(options_of_training(trained), arguments)
-    log = read_known(arguments.data, generation.bundle.items.index, options, trained=trained, filters=filters)
-    if not _goes_on(arguments, log.report, generation):
-        return 0
-    result = evaluate(log, generation, split=arguments.split)
-    print(f"\n{format_report(result)}")
-    if arguments.json:
-        print_json(result | {"bundle_id": generation.bundle_id, "input": log.report.as_dict()})
-    return 0
-
-
-def _inspect(arguments: argparse.Namespace) -> int:
-    from dman_runtime.jobs.inspecting import inspect_bundle, inspect_store, inspect_user
-
-    if arguments.user is not None and arguments.state is None:
-        raise UsageError("a user needs the store that holds the state", "name its directory", parameter="state")
-    if arguments.user is not None:
-        result = inspect_user(arguments.bundle, arguments.state, arguments.user)
-    else:
-        result = {"bundle": inspect_bundle(arguments.bundle)}
-        if arguments.state is not None:
-            result["state"] = inspect_store(arguments.state)
-    if arguments.json:
-        print_json(result)
-    else:
-        print(json.dumps(result, indent=2, ensure_ascii=False))
-    return 0
->>>>>>> h-edges
 
 
 if __name__ == "__main__":

@@ -247,13 +247,8 @@ def test_lmdb_is_imported_by_the_store_only() -> None:
 
 
 @pytest.mark.slow
-<<<<<<< HEAD
 def test_log_files_are_read_by_the_data_part_and_tables_written_by_their_jobs() -> None:
     writers = {"jobs.exporting", "jobs.parquet_output", "jobs.scoring"}
-=======
-def test_log_files_are_read_by_the_data_part_and_scores_written_by_their_job() -> None:
-    writers = {"jobs.scoring", "jobs.parquet_output"}
->>>>>>> h-edges
     assert {name.split(".")[0] for name in importers("dman_runtime", "pyarrow") - writers} == {"data"}
 
 
