@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from dman_runtime.commands import COMMANDS
+from dman_runtime.data.filters import Filters
 from dman_runtime.data.log_options import LogOptions
 from dman_runtime.jobs.partitions import MAX_UNKNOWN
 from dman_runtime.options import Parser, configure_logging, run_command
@@ -123,7 +124,9 @@ def _map_option(p: Parser) -> None:
     )
 
 
-def _log_options(p: Parser) -> None:
+def _log_options(p: Parser, *, any_items: bool = False) -> None:
+    if not any_items:
+        p.flag("--max-unknown", type=float, default=MAX_UNKNOWN, help="largest share of events of unknown items")
     p.add_argument("--dry-run", action="store_true", help="read the log, say what was understood, and stop")
     p.config_flags(LogOptions, title="log (default: as in training)")
 
@@ -131,20 +134,10 @@ def _log_options(p: Parser) -> None:
 def _import_options(p: Parser) -> None:
     p.flag("--state", type=Path, default=DEFAULT_STATE, help="state directory; created when absent")
     p.flag("--input", type=Path, default=DEFAULT_LOG, help="interaction log")
-    _unknown_option(p)
     _log_options(p)
     _encoder_options(p)
     _map_option(p)
     p.add_argument("--json", action="store_true", help="print the result as JSON on the last line")
-
-
-def _unknown_option(p: Parser) -> None:
-    p.flag(
-        "--max-unknown",
-        type=float,
-        default=MAX_UNKNOWN,
-        help="largest share of events of items that the bundle does not know, from 0 to 1; above it, nothing is done",
-    )
 
 
 def _export_log_options(p: Parser) -> None:
@@ -158,7 +151,6 @@ def _score_options(p: Parser) -> None:
     p.flag("--output", type=Path, default=Path("scores.parquet"), help="Parquet file to write")
     p.flag("--k", type=int, default=100, help="items per user")
     p.add_argument("--include-seen", action="store_true", help="do not leave out items in the user's history")
-    _unknown_option(p)
     _log_options(p)
     _encoder_options(p)
     p.add_argument("--json", action="store_true", help="print the result as JSON on the last line")
@@ -167,14 +159,8 @@ def _score_options(p: Parser) -> None:
 def _evaluate_options(p: Parser) -> None:
     p.flag("--data", type=Path, default=DEFAULT_LOG, help="interaction log")
     p.flag("--split", choices=["valid", "test"], default="test", help="which held-out event to predict")
-    for name, what in (("--min-user-events", "users"), ("--min-item-events", "items")):
-        p.flag(
-            name,
-            type=int,
-            default=None,
-            help=f"leave out {what} with fewer events; without it, as in training for the log of the training only",
-        )
-    _log_options(p)
+    p.config_flags(Filters, title="filters (default: as in training for the log of the training, else none)")
+    _log_options(p, any_items=True)
     _encoder_options(p)
     p.add_argument("--json", action="store_true", help="print the metrics as JSON on the last line")
 

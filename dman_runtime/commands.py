@@ -9,6 +9,7 @@ from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from dman_runtime.data.filters import FILTERS
 from dman_runtime.data.log_options import AUTO, options_of_training
 from dman_runtime.errors import UsageError
 from dman_runtime.jobs.partitions import EVENTS_PER_PARTITION
@@ -78,10 +79,10 @@ def _goes_on(arguments: argparse.Namespace, report: InputReport, generation: Gen
 
     notice_other_ids(report, generation.bundle)
     print(report.table(), flush=True)
-    if not arguments.dry_run and hasattr(arguments, "max_unknown"):
-        require_known(report, generation.bundle, arguments.max_unknown)
     if arguments.dry_run and arguments.json:
         print_json(report.as_dict())
+    elif not arguments.dry_run and hasattr(arguments, "max_unknown"):
+        require_known(report, generation.bundle, arguments.max_unknown)
     return not arguments.dry_run
 
 
@@ -141,11 +142,11 @@ def score(arguments: argparse.Namespace) -> int:
 
 
 def evaluate(arguments: argparse.Namespace) -> int:
-    from dman_runtime.data.evaluation import FILTERS, format_report
+    from dman_runtime.data.evaluation import format_report
     from dman_runtime.data.vocabulary import read_known
     from dman_runtime.jobs.evaluating import evaluate as evaluate_log
 
-    filters = {name: value for name in FILTERS if (value := getattr(arguments, name)) is not None}
+    filters = {name: getattr(arguments, name) for name in FILTERS if hasattr(arguments, name)}
     generation = _generation(arguments)
     trained = generation.bundle.manifest.data
     options = overridden(options_of_training(trained), arguments)

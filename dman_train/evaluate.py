@@ -15,7 +15,8 @@ from typing import Any, cast
 
 import numpy as np
 
-from dman_runtime.data.evaluation import FILTERS, HeldOut, format_report, report
+from dman_runtime.data.evaluation import HeldOut, format_report, report
+from dman_runtime.data.filters import FILTERS
 from dman_runtime.data.log_options import options_of_training
 from dman_runtime.data.vocabulary import KnownLog, read_known
 from dman_runtime.errors import UsageError
@@ -65,12 +66,14 @@ def _main(argv: Sequence[str] | None) -> int:
 
 
 def _read(arguments: argparse.Namespace, path: Path, index: Mapping[str, int], trained: dict[str, Any]) -> KnownLog:
-    """The log, read as in training but for the options given; prints what was understood of it."""
+    """The log, read as in training but for the options given."""
     config = overridden(DataConfig(**asdict(options_of_training(trained))), arguments)
     given = {name: getattr(config, name) for name in FILTERS if hasattr(arguments, name)}
-    log = read_known(path, index, config, trained=trained, filters=given)
+    return read_known(path, index, config, trained=trained, filters=given)
+
+
+def _print_report(log: KnownLog) -> None:
     print(log.report.table(), end="\n\n", flush=True)
-    return log
 
 
 def _evaluate_run(arguments: argparse.Namespace) -> tuple[dict[str, object], KnownLog]:
@@ -97,6 +100,7 @@ def _evaluate_run(arguments: argparse.Namespace) -> tuple[dict[str, object], Kno
         segments = arguments.user is not None
         histories = [history for history in data.histories if len(history)]
         write_interpretation(cast(DMAN, model), histories, arguments.interpret, about=about, segments=segments)
+    _print_report(log)
     ranks = all_ranks(model, data, popularity=vocabulary.counts)
     unknown = data.unknown_targets
     return report(ranks, arguments.split, unknown_targets=unknown, log=log.kind, filters=log.filters), log
@@ -124,6 +128,7 @@ def _evaluate_bundle(arguments: argparse.Namespace) -> tuple[dict[str, object], 
     if arguments.data is None and not isinstance(trained.get("path"), str):
         raise UsageError(f"{bundle.path} does not record its training data", "give the log", parameter="data")
     log = _read(arguments, arguments.data or Path(trained["path"]), bundle.items.index, trained)
+    _print_report(log)
     return evaluate_bundle(log, generation, split=arguments.split), log
 
 

@@ -17,7 +17,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from dman_runtime.data.evaluation import FILTERS, Split, format_report, held_out, report
+from dman_runtime.data.evaluation import Split, format_report, held_out, report
+from dman_runtime.data.filters import FILTERS
 from dman_runtime.data.input_report import InputReport
 from dman_runtime.data.interactions import Interactions, ItemInfo
 from dman_runtime.data.items import read_items

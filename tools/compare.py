@@ -58,8 +58,8 @@ def live_server(bundle: Path) -> Iterator[str]:
         process = subprocess.Popen(
             [*command, "--state", state], stdout=subprocess.PIPE, text=True, env=dict(os.environ)
         )
+        assert process.stdout is not None
         try:
-            assert process.stdout is not None
             ready = process.stdout.readline()
             if " on " not in ready:
                 raise BundleError("the server did not start; see the messages above")
@@ -67,6 +67,7 @@ def live_server(bundle: Path) -> Iterator[str]:
         finally:
             process.terminate()
             process.wait(timeout=60)
+            process.stdout.close()
 
 
 def served_ranks(address: str, data: HeldOut, item_ids: list[str]) -> np.ndarray:

@@ -31,7 +31,7 @@ from dman_train.config import (
 )
 from tools import compare, generate, gpu_check, loadgen, records, report, tune
 from tools.bench import __main__ as bench
-from tools.bench import training, versus
+from tools.bench import reading, training, versus
 from tools.bench.report import table, write_page
 from tools.soak import __main__ as soak
 
@@ -97,6 +97,7 @@ def parsers() -> Iterator[argparse.ArgumentParser]:
     yield bench._parser()
     yield training._parser()
     yield versus._parser()
+    yield reading._parser()
     yield soak._parser()
     yield gpu_check.parser()
     yield records.parser()

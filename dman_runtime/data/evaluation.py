@@ -16,6 +16,7 @@ from typing import Any, Literal
 
 import numpy as np
 
+from dman_runtime.data.filters import FILTERS
 from dman_runtime.data.interactions import Interactions
 
 Split = Literal["valid", "test"]
@@ -23,7 +24,6 @@ LogKind = Literal["training log", "another log"]
 CUTOFFS_HR = (10, 50, 100, 200)
 CUTOFFS_NDCG = (10, 50, 100)
 MISS = np.iinfo(np.int64).max  # rank of a target that cannot be recommended
-FILTERS = ("min_user_events", "min_item_events")  # what may be left out of a log: users and items of fewer events
 UNKNOWN = -1  # index of an item that the model does not know
 DESCRIPTION = "leave-one-out, all items ranked, seen items excluded, ties against the model"
 

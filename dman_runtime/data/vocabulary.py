@@ -9,7 +9,8 @@ from typing import Any
 
 import numpy as np
 
-from dman_runtime.data.evaluation import FILTERS, UNKNOWN, HeldOut, LogKind, Split, held_out
+from dman_runtime.data.evaluation import UNKNOWN, HeldOut, LogKind, Split, held_out
+from dman_runtime.data.filters import FILTERS
 from dman_runtime.data.input_report import InputReport
 from dman_runtime.data.interactions import Interactions
 from dman_runtime.data.log_options import LogOptions

@@ -12,9 +12,9 @@ import pytest
 from dman_runtime.data.evaluation import HeldOut, held_out, metrics
 from dman_train.baselines.counts import RECENT, count_ranks, most_popular, transitions
 from dman_train.config import DataConfig
+from dman_train.data import load
 from dman_train.interpret import LENGTH_GROUPS
 from dman_train.run import Run
-from dman_train.train import load
 from tools import records
 from tools.record_file import Record, read_records
 from tools.records import RANK_LIMIT
