@@ -299,7 +299,7 @@ def strict_rows(text: str, separator: str, quote: str) -> list[TextRow]:
     if separator in ("::", "blank"):
         if _STAND_IN in text:
             raise Malformed(1)
-        text, written = _with_stand_in(text, separator, quoted=quote != "none"), _STAND_IN
+        text, written = _with_stand_in(text, separator, quote), _STAND_IN
     if quote == "none":
         reader = csv.reader(io.StringIO(text, newline=""), delimiter=written, quoting=csv.QUOTE_NONE)
     else:
@@ -321,12 +321,11 @@ def strict_rows(text: str, separator: str, quote: str) -> list[TextRow]:
     return rows
 
 
-def _with_stand_in(text: str, separator: str, *, quoted: bool) -> str:
+def _with_stand_in(text: str, separator: str, quote: str) -> str:
     """The text with one character for each separator outside of quotes. Blanks around lines are none."""
     pattern = "::" if separator == "::" else "[ \\t]+"
-    if quoted:
-        pattern = f'("[^"]*")|{pattern}'
-    text = re.sub(pattern, lambda found: (quoted and found[1]) or _STAND_IN, text)
+    values = {"double": '("[^"]*")|', "backslash": r'("(?:[^"\\]|\\.)*")|'}.get(quote, "()")
+    text = re.sub(values + pattern, lambda found: found[1] or _STAND_IN, text, flags=re.DOTALL)
     edge = f"^{_STAND_IN}|{_STAND_IN}(?=\\r?$)"
     return re.sub(edge, "", text, flags=re.MULTILINE) if separator == "blank" else text
 

@@ -53,6 +53,7 @@ class TableFile:
     looks_headerless: bool = False
     first_line: tuple[str, ...] = ()
     free_keys: bool = False  # a row may lack columns
+    quotes: str = ""  # what they mean in it: none, double or backslash; empty without any, and where that was given
     rows: int = 0  # known after reading
 
     @property
@@ -154,6 +155,7 @@ def open_tables(path: str | Path, options: LogOptions = ANY_LOG) -> Tables:
             ignored.append(f"{source.path} (empty)")
     if not files:
         raise sources[0].error("the file is empty", _NO_ROWS)
+    _require_one_quoting(files)
     return Tables(str(path), files, ignored, options)
 
 
@@ -182,7 +184,23 @@ def _open_file(source: Source, options: LogOptions) -> TableFile | None:
     detected = Detector(source, options, sample, complete=complete).dialect()
     file = _table_file(source, LineReader(source, TextRows(source, encoding, detected)), words)
     file.looks_headerless, file.first_line = detected.looks_headerless, detected.first_line
+    file.quotes = detected.quote if detected.has_quotes and not detected.quote_given else ""
     return file
+
+
+def _require_one_quoting(files: list[TableFile]) -> None:
+    """Raise InputError if quotes belong to values in one file and enclose values in another."""
+    by_meaning = {file.quotes: file for file in reversed(files)}
+    plain = by_meaning.pop("none", None)
+    by_meaning.pop("", None)
+    if plain and by_meaning:
+        other = next(iter(by_meaning.values()))
+        raise error_of(
+            plain.path,
+            f"quotes mean nothing in it ({plain.dialect}), but enclose values in {other.path}",
+            "say how values are quoted in all files, none if quotes belong to them",
+            parameter="quote",
+        )
 
 
 def _table_file(source: Source, reader: Reader, words: list[str]) -> TableFile:

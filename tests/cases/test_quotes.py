@@ -108,6 +108,30 @@ def test_a_lone_quote_in_one_of_many_files_swallows_nothing(tmp_path: Path) -> N
     assert [one["rows"] for one in report.files] == [4, 4, 4]
 
 
+def test_quotes_have_one_meaning_in_all_files_of_a_log(tmp_path: Path) -> None:
+    """Else "a" would be one user in one file, and a the same user in another."""
+    folder = tmp_path / "log"
+    header = "user_id,item_id,timestamp\n"
+    log_file(folder, f'{header}"a",1,1600000000\n', "part-0.csv")
+    log_file(folder, f'{header}"a",2,1600000001\n"b,2,1600000001\n', "part-1.csv")
+    assert refused(folder).parameter == "quote"
+    log_file(folder, f'{header}"b,2,1600000001\n', "part-1.csv")
+    error = refused(folder)
+    assert error.parameter == "quote"
+    assert "part-0.csv" in error.cause
+    assert "part-1.csv" in error.cause
+    assert list(read(folder, NO_QUOTES)[0]) == ['"a"', '"b']
+
+
+@pytest.mark.parametrize("separator", [",", ";", "|", "\t", "::", " "])
+def test_a_line_break_in_the_very_first_value_hides_no_separator(tmp_path: Path, separator: str) -> None:
+    text = '"two\nlines",a,1\n"two\nlines",b,2\n"x",c,3\n'.replace(",", separator)
+    by_number = LogOptions(header=False, user_column="2", item_column="3", time_column="none")
+    assert read(log_file(tmp_path, text, "log.txt"), by_number)[0] == {
+        user: [(item, 0)] for user, item in ("a1", "b2", "c3")
+    }
+
+
 def test_an_id_may_hold_a_lone_quote(tmp_path: Path) -> None:
     path = log_file(tmp_path, 'user_id\titem_id\ttimestamp\n"a\t12"\t1600000000\nb\t"\t1600000001\n', "log.tsv")
     assert read(path)[0] == {'"a': [('12"', 1_600_000_000)], "b": [('"', 1_600_000_001)]}

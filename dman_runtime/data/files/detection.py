@@ -60,6 +60,7 @@ class Detector:
             looks_headerless=header and _looks_like_data(line, below),
             first_line=tuple(line),
             quote_remark=fit.remark,
+            has_quotes=b'"' in self.sample.data,
             remarks=tuple(remarks),
         )
 
@@ -81,7 +82,7 @@ class Detector:
     def _fit(self) -> Fit:
         if self.options.separator != AUTO:
             return best_quoting(self.sample, separator_of(self.options.separator))
-        first = self.sample.data.lstrip(b"\r\n").split(b"\n", 1)[0]
+        first = self._first_record()
         present = [one for one in SEPARATORS.values() if one in first or (one == b" " and b"\t" in first.strip(b"\t"))]
         fits = [best_quoting(self.sample, one) for one in present]
         fits = [fit for fit in fits if fit.width > 1]
@@ -107,6 +108,14 @@ class Detector:
         if named:
             raise self._inconsistent(max(named, key=lambda fit: fit.share))
         return best_quoting(self.sample, b",")  # one column
+
+    def _first_record(self) -> bytes:
+        """All that the first row can be: to where its line ends and quotes that it opens are closed."""
+        data = self.sample.data.lstrip(b"\r\n")
+        end = data.find(b"\n")
+        while end >= 0 and data.count(b'"', 0, end) % 2:
+            end = data.find(b"\n", end + 1)
+        return data[:end] if end >= 0 else data
 
     def _undecided(self, fits: list[Fit]) -> InputError:
         ways = " and ".join(f"{_name(fit.separator)} ({fit.width} columns)" for fit in fits)

@@ -42,6 +42,7 @@ class Dialect:
     looks_headerless: bool = False
     first_line: tuple[str, ...] = ()
     quote_remark: str = ""  # for people: why there are no quotes
+    has_quotes: bool = False  # in the first lines
     remarks: tuple[str, ...] = ()  # for people: what was found besides
 
     @property

@@ -86,7 +86,7 @@ def test_columns_that_are_missing_or_twice_there_are_refused(tmp_path: Path) -> 
     assert [rows.batch.to_pydict() for rows in tables.batches(["b"])] == [{"b": ["y"]}]
     with pytest.raises(InputError, match="its first line looks like a row") as raised:
         list(table(tmp_path, "1,1\n2,2\n").batches(["1"]))
-    assert raised.value.parameter == "header"
+    assert raised.value.parameter == "no_header"
 
 
 def test_header_without_rows_is_a_table_without_rows(tmp_path: Path) -> None:
