@@ -275,10 +275,10 @@ def _common_names(files: list[TableFile]) -> list[str]:
     for file in files[1:]:
         if sorted(file.names) != sorted(first.names):
             remedy, parameter = "give files with the same columns", ""
-            if file.dialect != first.dialect:
-                remedy, parameter = f"{remedy}, or say what separates them", "separator"
-            elif len(file.names) == len(first.names) and not file.typed:
+            if not file.typed and len(file.names) == len(first.names):
                 remedy, parameter = f"{remedy}, or say that there is no header", "no_header"
+            elif not file.typed:
+                remedy, parameter = f"{remedy}, or say what separates them", "separator"
             raise error_of(
                 file.path,
                 f"has other columns than {first.path}: {', '.join(file.names)[:200]} instead of "
