@@ -9,7 +9,7 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -67,9 +67,16 @@ def _main(argv: Sequence[str] | None) -> int:
 
 def _read(arguments: argparse.Namespace, path: Path, index: Mapping[str, int], trained: dict[str, Any]) -> KnownLog:
     """The log, read as in training but for the options given."""
-    config = overridden(DataConfig(**asdict(options_of_training(trained))), arguments)
+    config = overridden(_trained_config(trained), arguments)
     given = {name: getattr(config, name) for name in FILTERS if hasattr(arguments, name)}
     return read_known(path, index, config, trained=trained, filters=given)
+
+
+def _trained_config(trained: dict[str, Any]) -> DataConfig:
+    """How the training log was read. Raises ConfigError for what no training can have recorded."""
+    names = {field.name for field in fields(DataConfig)}
+    recorded = DataConfig(**{name: value for name, value in trained.items() if name in names})
+    return replace(recorded, **asdict(options_of_training(trained)))
 
 
 def _print_report(log: KnownLog) -> None:
@@ -125,6 +132,7 @@ def _evaluate_bundle(arguments: argparse.Namespace) -> tuple[dict[str, object], 
     generation = Generation.open(arguments.bundle, provider=arguments.provider)
     bundle = generation.bundle
     trained = bundle.manifest.data
+    _trained_config(trained)  # before a missing path is complained of, as this says more
     if arguments.data is None and not isinstance(trained.get("path"), str):
         raise UsageError(f"{bundle.path} does not record its training data", "give the log", parameter="data")
     log = _read(arguments, arguments.data or Path(trained["path"]), bundle.items.index, trained)

@@ -11,6 +11,7 @@ from dman_runtime.data.files.sources import Source
 from dman_runtime.data.ids import RULE, id_problem
 from dman_runtime.data.interactions import ItemInfo
 from dman_runtime.data.log_options import LogOptions
+from dman_runtime.data.roles import OWN_NAMES, candidates
 from dman_runtime.data.tables import Rows, Tables, open_tables, quoted
 from dman_runtime.errors import InputError
 
@@ -25,15 +26,28 @@ _MOVIELENS_NAMES = ("item_id", "title", "genres")  # what a line of movies.dat h
 def read_items(path: str | Path, *, item_column: str = "item_id", title_column: str = "title") -> dict[str, ItemInfo]:
     """Titles and attributes by external item id, in file order. Raises InputError.
 
+    Where there is no such item column, one called item_id, or the only one with another well-known name, is taken.
     Every other column is an attribute, as text; the values of a list are joined by "|". Blanks around ids are taken
     off, as in logs.
     """
     if Source("", Path(path)).name.endswith(".dat"):
         return _movielens_items(path)
     tables = open_tables(path)
-    _require(tables, item_column, "name the column that holds the items", parameter="item_column")
+    item_column = _item_column(tables, item_column)
     _require(tables, title_column, f"rename the column that holds the titles to {title_column!r}")
     return _items(tables, tables.names, item_column, title_column)
+
+
+def _item_column(tables: Tables, wanted: str) -> str:
+    known = candidates(tables, "item")
+    found = next((name for name in (wanted, OWN_NAMES["item"]) if name in tables.names), None)
+    if found is None and len(known) == 1:
+        found = known[0]
+    if found is None:
+        _require(tables, wanted, "name the column that holds the items", parameter="item_column")
+    elif found != wanted:
+        _log.warning("%s has no column %r: %r is taken for the items", tables.path, wanted, found)
+    return found or wanted
 
 
 def _movielens_items(path: str | Path) -> dict[str, ItemInfo]:

@@ -71,34 +71,34 @@ def _named(tables: Tables, role: str, name: str) -> str | None:
     remedy = f"name the column that holds the {role}s"
     if role in ("time", "position"):
         remedy += f", or {NONE}"
-    candidates = _candidates(tables, role)
-    if len(candidates) == 1:
-        remedy += f"; {candidates[0]} looks like it"
+    if len(known := candidates(tables, role)) == 1:
+        remedy += f"; {known[0]} looks like it"
     raise tables.error(f"no column {name!r}; it has: {', '.join(tables.names)[:300]}", remedy, parameter=parameter)
 
 
-def _candidates(tables: Tables, role: str) -> list[str]:
+def candidates(tables: Tables, role: str) -> list[str]:
+    """The columns whose names are well known for a role."""
     return [name for name in tables.names if re.sub(r"[^a-z0-9]", "", name.lower()) in _KNOWN[role]]
 
 
 def _recognised(tables: Tables, role: str, report: InputReport) -> str | None:
     if OWN_NAMES[role] in tables.names:
         return OWN_NAMES[role]
-    candidates = _candidates(tables, role)
-    if len(candidates) > 1:
+    known = candidates(tables, role)
+    if len(known) > 1:
         raise tables.error(
-            f"{' and '.join(candidates)} may both hold the {role}s",
+            f"{' and '.join(known)} may both hold the {role}s",
             "name the one that does" + (f", or {NONE}" if role == "time" else ""),
             parameter=f"{role}_column",
         )
-    if not candidates:
+    if not known:
         return None
     report.notice(
-        f"no column {OWN_NAMES[role]!r}: {candidates[0]!r} is taken for the {role}s, by its name",
+        f"no column {OWN_NAMES[role]!r}: {known[0]!r} is taken for the {role}s, by its name",
         parameter=f"{role}_column",
         weight=60 if role == "time" else 20,
     )
-    return candidates[0]
+    return known[0]
 
 
 def _missing(tables: Tables, role: str, options: LogOptions) -> InputError:

@@ -97,3 +97,13 @@ def test_movielens_items_have_their_titles() -> None:
     items = read_items(MOVIELENS / "items.csv")
     assert len(items) == 3883
     assert items["2"] == ItemInfo("Jumanji (1995)", {"genres": "Adventure|Children's|Fantasy"})
+
+
+@pytest.mark.parametrize("column", ["item_id", "movieId", "asin"])
+def test_item_column_may_have_another_known_name_than_in_the_log(
+    tmp_path: Path, column: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    path = tmp_path / "items.csv"
+    path.write_text(f"{column},title\n7,Seven\n")
+    assert read_items(path, item_column="itemid")["7"].title == "Seven"
+    assert f"has no column 'itemid': '{column}' is taken for the items" in caplog.text
