@@ -75,9 +75,9 @@ def _log(arguments: argparse.Namespace, path: Path, generation: Generation, *, m
 
 def _goes_on(arguments: argparse.Namespace, report: InputReport, generation: Generation) -> bool:
     """Prints what was understood of a log. Returns whether the command does more than that. Raises InputError."""
-    from dman_runtime.jobs.input import notice_other_ids, require_known
+    from dman_runtime.jobs.input import notice_differences, require_known
 
-    notice_other_ids(report, generation.bundle)
+    notice_differences(report, generation.bundle)
     print(report.table(), flush=True)
     if arguments.dry_run and arguments.json:
         print_json(report.as_dict())

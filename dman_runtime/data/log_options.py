@@ -68,7 +68,7 @@ def options_of_training(data: dict[str, Any]) -> LogOptions:
     What belongs to a file and not to the events (dialect, encoding, bad rows) is not taken over.
     """
     names = {"user_column", "item_column", "time_column", "position_column", "order_by", "user_ids", "item_ids"}
-    names |= {"time_unit", "exact_repeats"}
+    names |= {"exact_repeats"}  # not the unit of times: each file shows its own
     known = {name: data[name] for name in names if isinstance(data.get(name), str)}
     if "order_by" not in known:  # written before columns were recorded as they were found: their defaults mean nothing
         defaults = {"user_column": "user_id", "item_column": "item_id"}

@@ -9,8 +9,13 @@ from dman_runtime.jobs.partitions import MAX_UNKNOWN
 from dman_runtime.model.bundle import Bundle
 
 
-def notice_other_ids(report: InputReport, bundle: Bundle) -> None:
-    """Adds a notice where items can be unknown only because their ids are of another type."""
+def notice_differences(report: InputReport, bundle: Bundle) -> None:
+    """Adds a notice for what is written in another way than in the log of the training."""
+    trained = bundle.manifest.data.get("input")  # older bundles have none
+    unit = trained.get("time_unit") if isinstance(trained, dict) else None
+    if report.time_unit and isinstance(unit, str) and unit and unit != report.time_unit:
+        text = f"times are {report.time_unit} here, and were {unit[:30]} in the log of the training"
+        report.notice(text, parameter="time_unit", weight=70)
     if bundle.manifest.integer_item_ids and report.item_ids == "text":
         text = "item ids are text here and integers in the bundle: items whose ids are no integers are unknown"
         report.notice(text, parameter="item_ids", weight=60)

@@ -134,7 +134,7 @@ def test_found_options_read_the_next_log_alike(tmp_path: Path) -> None:
     again = options_of_training({name: getattr(first.options, name) for name in vars(first.options)})
     assert again == LogOptions(
         user_column="visitorid", item_column="itemid", time_column="timestamp", position_column="none",
-        order_by="time", time_unit="ms", user_ids="text", item_ids="integer", exact_repeats="drop",
+        order_by="time", user_ids="text", item_ids="integer", exact_repeats="drop",
     )  # fmt: skip
     with pytest.raises(InputError, match="no column 'visitorid'; it has: user_id"):
         opened(text_log(tmp_path, HEADER + "a,1,5\n"), user_column=again.user_column)
@@ -143,4 +143,4 @@ def test_found_options_read_the_next_log_alike(tmp_path: Path) -> None:
 def test_records_of_earlier_versions_mean_their_defaults() -> None:
     old = {"user_column": "user_id", "item_column": "sku", "time_column": "timestamp", "position_column": "position"}
     assert options_of_training(old) == LogOptions(item_column="sku")
-    assert options_of_training(old | {"time_unit": "weeks"}) == LogOptions()
+    assert options_of_training(old | {"order_by": "weeks"}) == LogOptions()

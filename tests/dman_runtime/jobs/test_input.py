@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -11,7 +12,7 @@ from log_files import text_log
 from dman_runtime.data.input_report import InputReport
 from dman_runtime.data.logs import open_log
 from dman_runtime.errors import InputError, UsageError
-from dman_runtime.jobs.input import notice_other_ids, require_known
+from dman_runtime.jobs.input import notice_differences, require_known
 from dman_runtime.model.generation import Generation
 
 
@@ -64,5 +65,19 @@ def test_limit_that_is_no_share_is_refused(exact: Generation, tmp_path: Path, li
 def test_text_items_are_noticed_where_the_bundle_has_integers(exact: Generation, tmp_path: Path) -> None:
     for text, noticed in (("u,1\nu,x\n", True), ("u,1\nu,2\n", False)):
         report = report_of(text_log(tmp_path, f"user_id,item_id\n{text}"), exact)
-        notice_other_ids(report, exact.bundle)
+        notice_differences(report, exact.bundle)
         assert any("item ids are text here" in line and "(--item-ids)" in line for line in report.warnings()) is noticed
+
+
+@pytest.mark.parametrize(
+    ("recorded", "noticed"),
+    [({"time_unit": "milliseconds"}, True), ({"time_unit": "seconds"}, False), ({}, False), (7, False)],
+)
+def test_another_unit_than_that_of_the_training_is_noticed(
+    exact: Generation, tmp_path: Path, recorded: object, noticed: bool
+) -> None:
+    manifest = replace(exact.bundle.manifest, data=exact.bundle.manifest.data | {"input": recorded})
+    report = report_of(text_log(tmp_path, "user_id,item_id,timestamp\nu,1,1600000000\n"), exact)
+    notice_differences(report, replace(exact.bundle, manifest=manifest))
+    lines = [line for line in report.warnings() if "times are seconds here, and were milliseconds" in line]
+    assert bool(lines) is noticed
