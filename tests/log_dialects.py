@@ -8,9 +8,10 @@ import datetime
 import gzip
 import io
 import json
+import math
 import re
 import zipfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from decimal import Decimal
 from pathlib import Path
@@ -440,14 +441,16 @@ def written_logs(
         seconds = st.integers(-3, 100_000).filter(lambda n: n % 86_400 != 0).map(lambda n: n * 10**9)
     times = draw(st.lists(seconds.map(lambda n: n // step * step), min_size=1, max_size=4))
     titles = [title for title in _TITLES if _fits(chosen, title, is_id=False)]
-    row = st.builds(
-        Event,
-        user=st.sampled_from(with_blanks(users)),
-        item=st.sampled_from(with_blanks(items)),
-        time=st.sampled_from(times),
-        position=st.integers(-1, 3),
-        title=st.sampled_from(titles),
-    )
+    columns: tuple[Sequence[Any], ...] = (with_blanks(users), with_blanks(items), times, range(-1, 4), titles)
+
+    def event(number: int) -> Event:
+        values = []
+        for column in columns:
+            number, place = divmod(number, len(column))
+            values.append(column[place])
+        return Event(*values)
+
+    row = st.integers(0, math.prod(map(len, columns)) - 1).map(event)  # one draw a row: many draws are slow
     parts = draw(st.lists(st.lists(row, min_size=1, max_size=12), min_size=1, max_size=max_parts))
     text = chosen.format != "parquet"
     blank_lines = draw(st.lists(st.integers(0, 14), max_size=2)) if text and draw(st.integers(0, 3)) == 0 else []

@@ -189,18 +189,17 @@ def _open_file(source: Source, options: LogOptions) -> TableFile | None:
 
 
 def _require_one_quoting(files: list[TableFile]) -> None:
-    """Raise InputError if quotes belong to values in one file and enclose values in another."""
-    by_meaning = {file.quotes: file for file in reversed(files)}
-    plain = by_meaning.pop("none", None)
-    by_meaning.pop("", None)
-    if plain and by_meaning:
-        other = next(iter(by_meaning.values()))
-        raise error_of(
-            plain.path,
-            f"quotes mean nothing in it ({plain.dialect}), but enclose values in {other.path}",
-            "say how values are quoted in all files, none if quotes belong to them",
-            parameter="quote",
-        )
+    """Raise InputError if quotes, or backslashes beside them, mean one thing in a file and another in the next."""
+    quoted_files = [file for file in files if file.quotes]
+    for file in quoted_files:
+        first = quoted_files[0]
+        if file.quotes != first.quotes:
+            raise error_of(
+                file.path,
+                f"its quotes have another meaning than those of {first.path}: {file.dialect}, and {first.dialect}",
+                "say how values are quoted in all files, none if quotes belong to them",
+                parameter="quote",
+            )
 
 
 def _table_file(source: Source, reader: Reader, words: list[str]) -> TableFile:
@@ -275,10 +274,10 @@ def _common_names(files: list[TableFile]) -> list[str]:
     for file in files[1:]:
         if sorted(file.names) != sorted(first.names):
             remedy, parameter = "give files with the same columns", ""
-            if file.dialect != first.dialect:
-                remedy, parameter = f"{remedy}, or say what separates them", "separator"
-            elif len(file.names) == len(first.names) and not file.typed:
+            if not file.typed and len(file.names) == len(first.names):
                 remedy, parameter = f"{remedy}, or say that there is no header", "no_header"
+            elif not file.typed:
+                remedy, parameter = f"{remedy}, or say what separates them", "separator"
             raise error_of(
                 file.path,
                 f"has other columns than {first.path}: {', '.join(file.names)[:200]} instead of "

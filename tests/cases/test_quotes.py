@@ -123,6 +123,16 @@ def test_quotes_have_one_meaning_in_all_files_of_a_log(tmp_path: Path) -> None:
     assert list(read(folder, NO_QUOTES)[0]) == ['"a"', '"b']
 
 
+def test_backslashes_have_one_meaning_in_all_files_of_a_log(tmp_path: Path) -> None:
+    """Nothing in the first file says that two backslashes are one."""
+    folder = tmp_path / "log"
+    header = "user_id,item_id,timestamp\n"
+    log_file(folder, f'{header}"a\\\\b",1,1600000000\n', "part-0.csv")
+    log_file(folder, f'{header}"a\\\\b",2,1600000001\n"say \\"hi\\"",2,1600000001\n', "part-1.csv")
+    assert refused(folder).parameter == "quote"
+    assert list(read(folder, replace(ANY_LOG, quote="backslash"))[0]) == ["a\\b", 'say "hi"']
+
+
 @pytest.mark.parametrize("separator", [",", ";", "|", "\t", "::", " "])
 def test_a_line_break_in_the_very_first_value_hides_no_separator(tmp_path: Path, separator: str) -> None:
     text = '"two\nlines",a,1\n"two\nlines",b,2\n"x",c,3\n'.replace(",", separator)

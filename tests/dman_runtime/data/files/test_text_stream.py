@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from table_files import Written, packed, reference_rows, rows_of, write_bytes, written_tables
 
 from dman_runtime.data import tables as tables_module
-from dman_runtime.data import text_stream
+from dman_runtime.data.files import text_stream
 from dman_runtime.data.files.line_rows import LineReader
 from dman_runtime.data.files.sources import Source
 from dman_runtime.data.files.text_rows import TextRows
