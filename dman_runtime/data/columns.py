@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from dman_runtime.data.ids import CONTROL_CHARACTERS, MAX_ID_BYTES, RULE, id_problem
+from dman_runtime.data.ids import CONTROL_CHARACTERS, MAX_ID_BYTES, RULE, id_problem, is_integer_id
+from dman_runtime.data.ids import INTEGER as INTEGER_FORM
 from dman_runtime.data.input_report import BadRow
 from dman_runtime.data.tables import Rows, quoted
 from dman_runtime.errors import InputError
@@ -20,7 +21,6 @@ if TYPE_CHECKING:
     import pyarrow as pa
 
 INTEGER, TEXT = "integer", "text"
-_INTEGER = r"^(0|-?[1-9][0-9]*)$"
 _WHOLE_FLOAT = r"^-?[0-9]+\.0+$"  # pandas writes an integer column like this if it has missing values
 _POWERS_OF_TEN = 10 ** np.arange(1, 19, dtype=np.int64)
 
@@ -148,7 +148,7 @@ class IdColumn:
         import pyarrow as pa
         import pyarrow.compute as pc
 
-        integer = pc.match_substring_regex(values, _INTEGER)
+        integer = pc.match_substring_regex(values, INTEGER_FORM)
         other = pc.invert(integer).to_numpy(zero_copy_only=False)
         if bad.mask is not None:
             other &= ~bad.mask
@@ -157,7 +157,7 @@ class IdColumn:
             if (numbers := _canonical_integers(usable)) is not None:
                 self.mostly_integers = True
                 return numbers
-            other = np.array([len(text) > 18 and not -(2**63) <= int(text) < 2**63 for text in usable.to_pylist()])
+            other = np.array([not is_integer_id(text) for text in usable.to_pylist()])
         row = int(np.argmax(other))
         text = values[row].as_py()
         if self.wanted == INTEGER:
@@ -202,7 +202,7 @@ class IdColumn:
         if not self._whole_float and (data == ord(".")).any():
             self._whole_float = first(_WHOLE_FLOAT)
         if not self._whole_number:
-            self._whole_number = first(_INTEGER)
+            self._whole_number = first(INTEGER_FORM)
         if self._whole_float and self._whole_number:
             raise InputError(
                 f"{where}: {self.name} holds {self._whole_number} and {self._whole_float}: whole numbers in two forms",

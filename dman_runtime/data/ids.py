@@ -8,6 +8,12 @@ MAX_ID_BYTES = 400  # in UTF-8
 RULE = f"use ids of 1 to {MAX_ID_BYTES} bytes without control characters"
 CONTROL_CHARACTERS = r"[\x00-\x1f\x7f-\x9f]"  # Unicode category Cc, as Python's and Arrow's regular expressions read it
 _CONTROL = re.compile(CONTROL_CHARACTERS)
+INTEGER = r"^(0|-?[1-9][0-9]*)$"  # in plain decimal, for Python and Arrow
+
+
+def is_integer_id(text: str) -> bool:
+    """Whether an id is an integer in plain decimal that fits 64 bits, so that text and integer are one to one."""
+    return re.match(INTEGER, text) is not None and -(1 << 63) <= int(text) < 1 << 63
 
 
 def id_problem(text: str) -> str | None:

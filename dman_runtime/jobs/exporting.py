@@ -16,6 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 from tqdm import tqdm
 
+from dman_runtime.data.ids import is_integer_id
 from dman_runtime.errors import InputError
 from dman_runtime.jobs.parquet_output import ParquetOutput
 from dman_runtime.merging import filled_times, first_known
@@ -189,15 +190,7 @@ def _ids(which: Literal["users", "items"], ids: list[str], columns: _Columns) ->
 
 def _misfit(ids: Sequence[str]) -> str | None:
     """The first id that is not written as an integer of 64 bits is."""
-    return next((text for text in ids if not _is_integer(text)), None)
-
-
-def _is_integer(text: str) -> bool:
-    try:
-        number = int(text)
-    except ValueError:
-        return False
-    return -(2**63) <= number < 2**63 and str(number) == text
+    return next((text for text in ids if not is_integer_id(text)), None)
 
 
 class _ItemSet:

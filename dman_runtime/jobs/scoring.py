@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
@@ -10,6 +9,7 @@ from typing import TYPE_CHECKING, Literal
 import numpy as np
 from tqdm import tqdm
 
+from dman_runtime.data.ids import is_integer_id
 from dman_runtime.data.logs import Log
 from dman_runtime.data.vocabulary import known_events
 from dman_runtime.errors import InputError
@@ -24,7 +24,6 @@ if TYPE_CHECKING:
     import pyarrow as pa
 
 IdType = Literal["auto", "text", "integer"]
-_INTEGER = re.compile("0|-?[1-9][0-9]*")
 
 
 @dataclass
@@ -141,23 +140,15 @@ class _Rows:
         return pa.Table.from_arrays(columns, schema=self.schema)
 
     def _users(self, ids: list[str]) -> list[str] | np.ndarray:
-        """Raises InputError for an id that is no integer where all must be."""
-        if not self._integer_users:
-            return ids
-        for one in ids:
-            if not _INTEGER.fullmatch(one):
-                raise InputError(
-                    f"{self._path}: user id {one!r:.60} is text, but integers were trained on",
-                    "write the ids as in training, or write all of them as text",
-                    parameter="user_ids",
-                )
-        return _integers(ids, f"{self._path}: user id", "user_ids")
+        return _integers(ids, f"{self._path}: user id", "user_ids") if self._integer_users else ids
 
 
 def _integers(ids: list[str], what: str, parameter: str = "") -> np.ndarray:
-    values = [int(one) for one in ids]
-    for value in values:
-        if not -(1 << 63) <= value < 1 << 63:
-            cause = f"{what} '{value}' does not fit a 64-bit integer column"
-            raise InputError(cause, "write the ids as text", parameter=parameter)
-    return np.array(values, np.int64)
+    """Ids (N) as int64. Raises InputError for one that is none, where the training decided that all are."""
+    if (misfit := next((text for text in ids if not is_integer_id(text)), None)) is not None:
+        raise InputError(
+            f"{what} {misfit!r:.60} is no integer of 64 bits, but integers were trained on",
+            "write the ids as in training, or all of them as text",
+            parameter=parameter,
+        )
+    return np.array([int(text) for text in ids], np.int64)

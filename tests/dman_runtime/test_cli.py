@@ -560,13 +560,14 @@ def test_score_into_a_directory_is_refused(
     assert list(tmp_path.parent.glob(".*.partial")) == []
 
 
-def test_score_of_ids_beyond_64_bits_is_refused(
+def test_score_of_ids_beyond_64_bits_writes_text(
     tiny_bundle: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (tmp_path / "log.csv").write_text(f"user_id,item_id\n{2**64},1\n5,2\n")
-    message = error_of(capsys, *command_on("score", tmp_path / "log.csv", tiny_bundle, tmp_path))
-    assert "does not fit a 64-bit integer column" in message
-    assert not (tmp_path / "s.parquet").exists()
+    run_json(capsys, *command_on("score", tmp_path / "log.csv", tiny_bundle, tmp_path))
+    users = pq.read_table(tmp_path / "s.parquet")["user_id"]
+    assert users.type == pa.string()
+    assert set(users.to_pylist()) == {str(2**64), "5"}
 
 
 @pytest.mark.slow
