@@ -103,6 +103,7 @@ def import_(arguments: argparse.Namespace) -> int:
             return 0
         with LmdbStore.open(arguments.state, map_size=arguments.map_size_mib << 20) as store:
             result = import_histories(log, Engine(generation, store))
+    log.report.unknown_users = result.new_users
     print(f"imported {result.events} events of {result.users} users into {arguments.state}; {result.summary()}")
     if arguments.json:
         print_json(vars(result) | {"input": log.report.as_dict()})
