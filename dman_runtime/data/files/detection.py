@@ -95,9 +95,10 @@ class Detector:
         rivals = [
             fit for fit in named if fit.share >= _FITS and (fit.perfect or not perfect or fit.width >= perfect[0].width)
         ]
+        blank = [fit for fit in fits if fit.separator == b" " and fit.perfect]
+        rivals = [fit for fit in rivals if not (blank and fit.bad)]
         if len(rivals) > 1:
             raise self._undecided(rivals)
-        blank = [fit for fit in fits if fit.separator == b" " and fit.perfect]
         halves = [fit for fit in named if fit.share >= 0.5]
         if rivals or (not blank and len(halves) == 1):
             return (rivals or halves)[0]
