@@ -98,6 +98,13 @@ def test_quotes_that_open_and_close_over_rows_swallow_none_silently(
     assert_nothing_is_swallowed(path, {4, 9})
 
 
+def test_blanks_separate_where_another_character_leaves_quotes_without_a_meaning(tmp_path: Path) -> None:
+    text = '"2020-09-13 12:26:40" i1 a|b\n"2020-09-13 12:26:41" i2 a|b\n'
+    by_number = LogOptions(header=False, user_column="3", item_column="2", time_column="1", quote="double")
+    found = read(log_file(tmp_path, text, "log.txt"), by_number)[0]
+    assert found == {"a|b": [("i1", 1_600_000_000), ("i2", 1_600_000_001)]}
+
+
 def test_a_lone_quote_in_one_of_many_files_swallows_nothing(tmp_path: Path) -> None:
     header, *lines = text_of({3: '"Heroes', 11: '"Heroes'}).splitlines(keepends=True)
     folder = tmp_path / "log"

@@ -86,7 +86,8 @@ class Detector:
         present = [one for one in SEPARATORS.values() if one in first or (one == b" " and b"\t" in first.strip(b"\t"))]
         fits = [best_quoting(self.sample, one) for one in present]
         fits = [fit for fit in fits if fit.width > 1]
-        named = [fit for fit in fits if fit.separator != b" "]
+        blank = [fit for fit in fits if fit.separator == b" " and fit.perfect]
+        named = [fit for fit in fits if fit.separator != b" " and not (blank and fit.bad)]
         perfect = [fit for fit in named if fit.perfect]
         expected = b"\t" if self.source.name.endswith((".tsv", ".inter")) else _MOVIELENS.get(self.source.name)
         for fit in perfect:
@@ -97,7 +98,6 @@ class Detector:
         ]
         if len(rivals) > 1:
             raise self._undecided(rivals)
-        blank = [fit for fit in fits if fit.separator == b" " and fit.perfect]
         halves = [fit for fit in named if fit.share >= 0.5]
         if rivals or (not blank and len(halves) == 1):
             return (rivals or halves)[0]
