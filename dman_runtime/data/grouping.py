@@ -160,7 +160,7 @@ def grouped(
         repeated = exact_repeats(offsets, events, times.keys + places)
     if repeated is not None:
         kept = ~repeated
-        offsets = np.concatenate([[0], np.cumsum(kept)])[offsets]
+        offsets = offsets - np.searchsorted(np.flatnonzero(repeated), offsets)
         events, seconds = events[kept], seconds[kept]
     interactions = Interactions(
         user_ids=list(map(str, user_ids.to_pylist())),

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import argparse
 import ast
-import re
 import importlib
 import pickle
 import pkgutil
+import re
 from collections.abc import Iterator
 from pathlib import Path
 

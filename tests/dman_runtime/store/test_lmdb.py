@@ -10,9 +10,8 @@ import numpy as np
 import pytest
 
 from dman_runtime.errors import StoreDamagedError
-from dman_runtime.store import files
+from dman_runtime.store import files, lmdb_users
 from dman_runtime.store import lmdb as lmdb_module
-from dman_runtime.store import lmdb_users
 from dman_runtime.store.base import INTEGER, TEXT, IdTypes, Write
 from dman_runtime.store.history import CHUNK_EVENTS, pack_record, seed_of
 from dman_runtime.store.lmdb import LmdbStore
