@@ -50,13 +50,13 @@ def _count_rows(scan: Scan) -> None:
     if unusable:
         share = unusable / max(1, report.rows)
         report.notice(
-            f"{unusable:,} of {report.rows:,} rows ({share:.1%}) cannot be used and were left out",
+            f"left out because they cannot be used: {unusable:,} of {report.rows:,} rows ({share:.1%})",
             parameter="bad_rows",
             weight=50,
         )
     if count := report.left_out.get(EXACT_REPEATS):
         report.notice(
-            f"{count:,} rows have the same user, item and time as another and were left out",
+            f"left out as exact repeats (same user, item, time and position): {count:,} of {report.rows:,} rows",
             parameter="exact_repeats",
             weight=30,
         )
@@ -78,7 +78,7 @@ def _describe_ids(scan: Scan, first: Interactions) -> None:
 
 def _warn_of_ids(column: IdColumn, report: InputReport) -> None:
     if column.trimmed:
-        report.notice(f"{column.trimmed:,} {column.role} ids had blanks around them, which were removed", weight=25)
+        report.notice(f"blanks around {column.role} ids were removed: {column.trimmed:,}", weight=25)
     if column.why_text and column.mostly_integers:
         report.notice(
             f"all {column.role} ids are text, although most are integers: {column.why_text}",
@@ -119,7 +119,7 @@ def _describe_times(scan: Scan) -> None:
     if (found := times.range()) is not None:
         report.first_time, report.last_time = found
     if example := times.early_example():
-        report.notice(f"{times.early:,} times are before 1990, such as {example}", parameter="time_unit", weight=40)
+        report.notice(f"times before 1990: {times.early:,}, such as {example}", parameter="time_unit", weight=40)
     if unit := times.other_unit():
         report.notice(
             f"in {NAMES[times.unit]} all times are before 1990, and in {NAMES[unit]} they would be recent",

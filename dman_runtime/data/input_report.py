@@ -103,7 +103,7 @@ class InputReport:
         yield "times", self._times()
         yield "events", f"{self.events:,} of {self.users:,} users and {self.items:,} items"
         yield "repeats", f"{self.repeats:.1%} of the events are of items that the user already had"
-        yield "histories", ", ".join(f"{count:,} of {group}" for group, count in self.lengths.items())
+        yield "histories", self._lengths()
         yield "filters", self._filters()
         yield "unknown", self._unknown()
 
@@ -120,6 +120,10 @@ class InputReport:
         if self.first_time is None or self.last_time is None:
             return ""
         return f"{self.time_unit}, {_utc(self.first_time)} to {_utc(self.last_time)}"
+
+    def _lengths(self) -> str:
+        groups = ", ".join(f"{group}: {count:,}" for group, count in self.lengths.items())
+        return f"users by number of events: {groups}" if groups else ""
 
     def _filters(self) -> str:
         if not self.filters:

@@ -88,7 +88,7 @@ def test_blanks_around_ids_never_make_a_second_user(tmp_path: Path, blank: str) 
     (whole,), report = read(log_of(tmp_path, ["a", blank.format("a"), "a"]))
     assert whole.user_ids == ["a"]
     assert report["trimmed_ids"] == 2
-    assert "1 user ids had blanks around them, which were removed" in report["warnings"]
+    assert "blanks around user ids were removed: 1" in report["warnings"]
     (whole,), _ = read(log_of(tmp_path, ["5", blank.format("5"), "7"]))
     assert (whole.user_ids, whole.integer_user_ids) == (["5", "7"], True)
 
@@ -115,7 +115,7 @@ def test_unusable_ids_are_bad_rows(tmp_path: Path, bad: str, problem: str, cause
     assert whole.user_ids == ["a", "b"]
     assert (report["rows"], report["events"], report["left_out"]) == (3, 2, {cause: 1})
     assert "line 3" in report["bad_rows"][0]["place"]
-    assert any("1 of 3 rows (33.3%) cannot be used and were left out" in text for text in report["warnings"])
+    assert any("cannot be used: 1 of 3 rows (33.3%)" in text for text in report["warnings"])
 
 
 def test_a_log_without_a_usable_row_is_refused(tmp_path: Path) -> None:

@@ -122,7 +122,7 @@ def test_small_numbers_only_order(tmp_path: Path) -> None:
 
 def test_few_times_before_1990_are_named(tmp_path: Path) -> None:
     _, report = read(log_of(tmp_path, START, 0, START))
-    assert report["warnings"] == [f"1 times are before 1990, such as 0 in {tmp_path}/log.csv: line 3 (--time-unit)"]
+    assert report["warnings"] == [f"times before 1990: 1, such as 0 in {tmp_path}/log.csv: line 3 (--time-unit)"]
 
 
 def test_unit_that_was_named_is_taken_and_contradiction_is_said(tmp_path: Path) -> None:
