@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import ast
+import re
 import importlib
 import pickle
 import pkgutil
@@ -123,9 +124,17 @@ def test_parameters_that_the_sources_name_are_options_of_a_command() -> None:
     for path in SOURCES:
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
             if isinstance(node, ast.keyword) and node.arg == "parameter":
-                named |= {(path.name, text) for text in texts(node.value) if text}
-    assert {text for _, text in named} >= {"port", "state", "provider", "output", "map_size_mib"}
-    assert sorted((name, text) for name, text in named if text not in options) == []
+                named |= {(path.name, text) for text in parameters(node.value) if text}
+    assert {text for _, text in named} >= {"port", "state", "provider", "output", "map_size_mib", ".+_column"}
+    unknown = [(name, text) for name, text in named if not any(re.fullmatch(text, option) for option in options)]
+    assert sorted(unknown) == []
+
+
+def parameters(value: ast.expr) -> list[str]:
+    """The names, or for an f-string a pattern of the name, that an expression may be."""
+    if not isinstance(value, ast.JoinedStr):
+        return texts(value)
+    return ["".join(str(part.value) if isinstance(part, ast.Constant) else ".+" for part in value.values)]
 
 
 @pytest.mark.slow

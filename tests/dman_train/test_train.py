@@ -148,7 +148,9 @@ def test_dry_run_prints_the_report_with_its_warnings_and_leaves_no_run(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     log, items, run = tmp_path / "log.csv", tmp_path / "items.csv", tmp_path / "run"
-    rows = [f"u{user},i{(user + n) % 40},{n}" for user in range(60) for n in range(8)] + ["once,i1,0"] * 100
+    rows = [f"u{user},i{(user + n) % 40},{n}" for user in range(60) for n in range(8)] + [
+        f"once,i1,{n}" for n in range(100)
+    ]
     log.write_text("\n".join(["user_id,item_id,timestamp", *rows, *(f"v{n},i1,{n}" for n in range(90))]) + "\n")
     items.write_text("item_id,title\n1.0,One\n")
     command = ["--data", str(log), "--items", str(items), "--run", str(run), "--dry-run"]
@@ -216,7 +218,7 @@ def test_evaluate_on_another_log_counts_unknown_targets_and_does_not_filter(
 ) -> None:
     lines = small_log.read_text().splitlines()
     users = sorted({line.split(",")[0] for line in lines[1:]})
-    new = [f"{user},{100_000 + n},{2_000_000_000 + n}" for n, user in enumerate(users)]
+    new = [f"{user},{100_000 + n},{1_750_000_000 + n}" for n, user in enumerate(users)]
     (tmp_path / "log.csv").write_text("\n".join([*lines, *new]) + "\n")
     found = last_json(capsys, evaluate.main, "--run", trained_run, "--data", tmp_path / "log.csv")
     assert (found["log"], found["min_user_events"]) == ("another log", 0)

@@ -17,7 +17,7 @@ def test_the_ways_agree_on_a_log_with_unknown_targets_and_inputs(
     assert export.main(["--run", str(trained_run), "--out", str(tmp_path / "bundle")]) == 0
     lines = small_log.read_text().splitlines()
     users = sorted({line.split(",")[0] for line in lines[1:]})
-    late = [f"{user},{100_000 + n},{2_000_000_000 + n}" for n, user in enumerate(users[: len(users) // 2])]
+    late = [f"{user},{100_000 + n},{1_750_000_000 + n}" for n, user in enumerate(users[: len(users) // 2])]
     new = [f"stranger,{200_000 + n},{n}" for n in range(3)]  # without any known event
     (tmp_path / "log.csv").write_text("\n".join([*lines, *late, *new]) + "\n")
     options = ["--run", str(trained_run), "--bundle", str(tmp_path / "bundle"), "--data", str(tmp_path / "log.csv")]

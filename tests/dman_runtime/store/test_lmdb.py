@@ -12,6 +12,7 @@ import pytest
 from dman_runtime.errors import StoreDamagedError
 from dman_runtime.store import files
 from dman_runtime.store import lmdb as lmdb_module
+from dman_runtime.store import lmdb_users
 from dman_runtime.store.base import INTEGER, TEXT, IdTypes, Write
 from dman_runtime.store.history import CHUNK_EVENTS, pack_record, seed_of
 from dman_runtime.store.lmdb import LmdbStore
@@ -87,8 +88,8 @@ def test_commit_of_seen_items_leaves_the_seen_set_alone(store: LmdbStore) -> Non
     before = contents(store)["seen"]
     puts: list[Any] = []
     with pytest.MonkeyPatch.context() as patch:
-        original = lmdb_module.add_seen
-        patch.setattr(lmdb_module, "add_seen", lambda *args: puts.append(original(*args)) or puts[-1])
+        original = lmdb_users.add_seen
+        patch.setattr(lmdb_users, "add_seen", lambda *args: puts.append(original(*args)) or puts[-1])
         store.commit([write("a", version_of(store, "a"), [5] * CHUNK_EVENTS)])
     assert puts == [None]
     assert contents(store)["seen"] == before
