@@ -272,6 +272,8 @@ def check_place(error: InputError, before: bytes, after: bytes, dialect: Dialect
         except Malformed as malformed:
             allowed.add(malformed.line)
             continue
+        # a value may begin above the damage that it now reaches
+        allowed |= {row.first_line for row in rows if allowed & {*range(row.first_line, row.last_line + 1)}}
         widths = [len(row.values) for row in rows]
         allowed |= {row.first_line for row, width in zip(rows, widths, strict=True) if width != widths[0]}
     assert set(lines) & allowed, f"{error}: not {lines} but {sorted(allowed)}"
