@@ -130,7 +130,8 @@ class TimeColumn:
                 self._require_form(_NUMBERS, rows)
                 return as_numbers
         as_words = _iso_nanoseconds(values)
-        if self._form == _WORDS or _misses(as_words) < _misses(as_numbers):
+        # where as many are either, words: what is left of a date that was cut off is a number
+        if self._form == _WORDS or len(values) > _misses(as_words) <= _misses(as_numbers):
             self._require_form(_WORDS, rows)
             return as_words
         if _misses(as_numbers) < len(values):

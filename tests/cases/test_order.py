@@ -236,6 +236,12 @@ def test_numbers_and_words_do_not_mix(tmp_path: Path, times: tuple[str, str]) ->
     assert times[1] in error.cause
 
 
+def test_a_date_that_was_cut_off_is_named_and_not_the_whole_one(tmp_path: Path) -> None:
+    error = refused(log_file(tmp_path, "user_id,item_id,timestamp\na,1,2020-09-13T12:26:40\na,2,2020"))
+    assert "line 3" in error.cause
+    assert "'2020'" in error.cause
+
+
 @pytest.mark.parametrize("time", ["4102444800", "2099-01-01", "99999999999999999"])
 def test_times_beyond_the_next_year_are_refused(tmp_path: Path, time: str) -> None:
     error = refused(log_file(tmp_path, f"user_id,item_id,timestamp\na,1,{time}\n"))

@@ -179,7 +179,7 @@ def test_quotes_of_a_dialect_that_has_them_count(tmp_path: Path, quote: str, wri
 def test_quotes_without_a_meaning_crash_nothing(tmp_path: Path, text: str, plain: Read | None, separator: str) -> None:
     path = log_file(tmp_path, text.replace(",", separator), "log.txt")
     if plain is None:
-        assert refused(path).parameter in ("quote", "user_column", "no_header")
+        assert refused(path).parameter in ("quote", "user_column", "no_header", "bad_rows")
     else:
         assert read(path)[0] == plain
 
@@ -221,6 +221,20 @@ def test_lines_count_also_inside_of_quoted_values_and_where_they_are_blank(tmp_p
     before = '"q0",9,"three\nlines\nlong",1600000009\n\n\n'
     path = log_file(tmp_path, with_bad_row(4, "q0,1,x,never", before=before))
     assert re.search(r"\bline 9\b", refused(path).cause)
+
+
+@pytest.mark.parametrize("name", ["log.tsv", "log.csv"])
+def test_a_short_row_beside_lone_quotes_is_named_once_quotes_are_none(tmp_path: Path, name: str) -> None:
+    separator = "\t" if name == "log.tsv" else ","
+    text = text_of({3: '"Heroes', 7: '12" mix', 11: 'Heroes"'}, separator)
+    path = log_file(tmp_path, f"{text}q0{separator}9\n", name)
+    error = refused(path)
+    assert error.parameter == "quote"
+    assert re.search(r"\bline (3|7|11)\b", error.cause)
+    assert re.search(r"\bline 14\b", refused(path, NO_QUOTES).cause)
+    found, report = read(path, replace(NO_QUOTES, bad_rows="skip"))
+    assert found == EXPECTED
+    assert (report.rows, report.events) == (13, 12)
 
 
 def test_the_first_five_bad_rows_are_shown_and_all_are_counted(tmp_path: Path) -> None:

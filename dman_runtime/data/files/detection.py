@@ -106,7 +106,10 @@ class Detector:
         if len(halves) + len(blank) > 1:
             raise self._undecided(halves + blank)
         if named:
-            raise self._inconsistent(max(named, key=lambda fit: fit.share))
+            best = max(named, key=lambda fit: fit.share)
+            if best.bad:  # it may be why the numbers of values differ
+                return best
+            raise self._inconsistent(best)
         return best_quoting(self.sample, b",")  # one column
 
     def _first_record(self) -> bytes:

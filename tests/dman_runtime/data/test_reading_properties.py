@@ -73,6 +73,8 @@ def read(path: Path, options: LogOptions, *, max_rows: int | None = None) -> tup
 def read_asked(path: Path, log: WrittenLog) -> tuple[Histories, InputReport]:
     """Reads without options, and with those that the errors ask for: a reader may refuse, but must say what to do."""
     truth, options = log.dialect.options(), ANY_LOG
+    if truth.encoding == "latin-1":  # its bytes may be UTF-8 too
+        options = replace(options, encoding="latin-1")
     for _ in range(8):
         try:
             return read(path, options)
@@ -248,6 +250,9 @@ def test_a_damaged_file_is_refused_at_its_line_or_read_as_it_now_is(
     event("read")
     separator, quote, header = dialect_of(report)
     rows = strict_rows(after.decode(), separator, quote)
+    if "an empty last value in every line" in report.files[0]["dialect"]:
+        assert not any(row.values[-1] for row in rows[1:])
+        rows = [rows[0], *(replace(row, values=row.values[:-1]) for row in rows[1:])]
     assert even_width(rows)
     assert found == histories_of(rows, report)
     assert report.rows == len(rows) - header
@@ -267,6 +272,8 @@ def check_place(error: InputError, before: bytes, after: bytes, dialect: Dialect
         except Malformed as malformed:
             allowed.add(malformed.line)
             continue
+        # a value may begin above the damage that it now reaches
+        allowed |= {row.first_line for row in rows if allowed & {*range(row.first_line, row.last_line + 1)}}
         widths = [len(row.values) for row in rows]
         allowed |= {row.first_line for row, width in zip(rows, widths, strict=True) if width != widths[0]}
     assert set(lines) & allowed, f"{error}: not {lines} but {sorted(allowed)}"
@@ -285,7 +292,7 @@ def dialect_of(report: InputReport) -> tuple[str, str, bool]:
 def histories_of(rows: list[TextRow], report: InputReport) -> Histories:
     """The rows of a table with a header as histories, in plain Python."""
     header = [name.strip() for name in rows[0].values]
-    places = {role: header.index(name) for role, name in report.columns.items() if name != "none"}
+    places = {role: header.index(name.strip()) for role, name in report.columns.items() if name != "none"}
     events = []
     for row in rows[1:]:
         user, item = (row.values[places[role]] for role in ("user", "item"))
