@@ -96,7 +96,10 @@ def options_of(parser: argparse.ArgumentParser) -> set[str]:
             for child in action.choices.values():
                 found |= options_of(child)
         elif action.option_strings:
-            found.add(action.dest)
+            found |= {
+                action.dest,
+                *(one.lstrip("-").replace("-", "_") for one in action.option_strings),
+            }  # also --no-...
     return found
 
 
