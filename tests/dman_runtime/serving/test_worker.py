@@ -84,7 +84,9 @@ def test_sigterm_waits_for_a_long_update_and_exits_with_0(exact_bundle: Path, tm
         with Client(address, retries=0, timeout=60) as client, ThreadPoolExecutor(1) as pool:
             client.update("other", [1])  # connected
             waiting = pool.submit(client.update, "long", [1 + n % TINY_ITEMS for n in range(10_000)])
-            time.sleep(0.2)  # until the update has arrived
+            deadline = time.monotonic() + 20
+            while client.status().bytes_in_flight < 10_000 and time.monotonic() < deadline:  # until it has arrived
+                time.sleep(0.01)
             process.terminate()
             in_flight = not waiting.done()
             assert waiting.result(60).event_count == 10_000
