@@ -21,6 +21,8 @@ if TYPE_CHECKING:
     import pyarrow as pa
 
 INTEGER, TEXT = "integer", "text"
+# Unicode category Zs, and the tab; other control characters around an id make it unusable instead.
+_BLANKS = " \t\u00a0\u1680\u2000\u2001\u2002\u2003\u2004\u2005\u2006\u2007\u2008\u2009\u200a\u202f\u205f\u3000"
 _WHOLE_FLOAT = r"^-?[0-9]+\.0+$"  # pandas writes an integer column like this if it has missing values
 _POWERS_OF_TEN = 10 ** np.arange(1, 19, dtype=np.int64)
 
@@ -134,7 +136,7 @@ class IdColumn:
         values = values.fill_null("")
         data, offsets = text_buffers(values)
         if _blank_edges(data, offsets):
-            trimmed = pc.utf8_trim_whitespace(values)
+            trimmed = pc.utf8_trim(values, characters=_BLANKS)
             self.trimmed += pc.sum(pc.not_equal(trimmed, values)).as_py()
             values = trimmed
             data, offsets = text_buffers(values)

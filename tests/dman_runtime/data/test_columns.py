@@ -99,6 +99,7 @@ def test_blanks_around_ids_never_make_a_second_user(tmp_path: Path, blank: str) 
         ("", "user_id has no value", "without user id"),
         ("   ", "user_id has no value", "without user id"),
         ("a\x07", r"user_id 'a\x07' holds control characters", "with an unusable user id"),
+        ("a\x1f", r"user_id 'a\x1f' holds control characters", "with an unusable user id"),
         ("\u0085a\u0085b", "holds control characters", "with an unusable user id"),
         ("é" * 201, "is longer than 400 bytes", "with an unusable user id"),
     ],
