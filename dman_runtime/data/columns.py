@@ -21,8 +21,10 @@ if TYPE_CHECKING:
     import pyarrow as pa
 
 INTEGER, TEXT = "integer", "text"
-# Unicode category Zs, and the tab; other control characters around an id make it unusable instead.
-_BLANKS = " \t\u00a0\u1680\u2000\u2001\u2002\u2003\u2004\u2005\u2006\u2007\u2008\u2009\u200a\u202f\u205f\u3000"
+# Unicode category Z, and the tab; other control characters around an id make it unusable instead.
+_BLANKS = (
+    " \t\u00a0\u1680\u2000\u2001\u2002\u2003\u2004\u2005\u2006\u2007\u2008\u2009\u200a\u2028\u2029\u202f\u205f\u3000"
+)
 _WHOLE_FLOAT = r"^-?[0-9]+\.0+$"  # pandas writes an integer column like this if it has missing values
 _POWERS_OF_TEN = 10 ** np.arange(1, 19, dtype=np.int64)
 

@@ -83,7 +83,7 @@ def test_integers_that_became_floats_are_refused_by_name(tmp_path: Path) -> None
         read(parquet_log(tmp_path, user_id=[1.0], item_id=[1]))
 
 
-@pytest.mark.parametrize("blank", [" {}", "{} ", "  {}  ", "\u00a0{}", "{}\u3000"])
+@pytest.mark.parametrize("blank", [" {}", "{} ", "  {}  ", "\u00a0{}", "{}\u3000", "\u2028{}", "{}\t"])
 def test_blanks_around_ids_never_make_a_second_user(tmp_path: Path, blank: str) -> None:
     (whole,), report = read(log_of(tmp_path, ["a", blank.format("a"), "a"]))
     assert whole.user_ids == ["a"]
