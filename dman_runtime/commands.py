@@ -5,12 +5,12 @@ from __future__ import annotations
 import argparse
 import json
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from dataclasses import fields
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from dman_runtime.data.filters import FILTERS
-from dman_runtime.data.log_options import AUTO, options_of_training
+from dman_runtime.data.log_options import LogOptions, options_of_training
 from dman_runtime.errors import UsageError
 from dman_runtime.jobs.partitions import EVENTS_PER_PARTITION
 from dman_runtime.options import overridden, print_json
@@ -18,6 +18,7 @@ from dman_runtime.serving.config import ServeConfig
 
 if TYPE_CHECKING:
     from dman_runtime.data.input_report import InputReport
+    from dman_runtime.data.logs import Log
     from dman_runtime.model.generation import Generation
 
 
@@ -64,13 +65,18 @@ def token(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def _log(arguments: argparse.Namespace, path: Path, generation: Generation, *, max_rows: int | None) -> Any:
-    """The log that a command reads, as the bundle's training read its own but for the options given."""
+def _log_options(arguments: argparse.Namespace, generation: Generation) -> LogOptions:
+    """A command reads a log as the bundle's training read its own, but for the options given."""
+    options: LogOptions = overridden(options_of_training(generation.bundle.manifest.data), arguments)
+    return options
+
+
+def _input(arguments: argparse.Namespace, generation: Generation) -> AbstractContextManager[Log]:
+    """The log of a command that works on it part by part."""
     from dman_runtime.data.logs import open_log
 
-    bundle = generation.bundle
-    options = overridden(options_of_training(bundle.manifest.data), arguments)
-    return open_log(path, options, known_items=bundle.items.index, max_rows=max_rows)
+    options, known = _log_options(arguments, generation), generation.bundle.items.index
+    return open_log(arguments.input, options, known_items=known, max_rows=EVENTS_PER_PARTITION)
 
 
 def _goes_on(arguments: argparse.Namespace, report: InputReport, generation: Generation) -> bool:
@@ -98,7 +104,7 @@ def import_(arguments: argparse.Namespace) -> int:
     from dman_runtime.store.lmdb import LmdbStore
 
     generation = _generation(arguments)
-    with _log(arguments, arguments.input, generation, max_rows=EVENTS_PER_PARTITION) as log:
+    with _input(arguments, generation) as log:
         if not _goes_on(arguments, log.report, generation):
             return 0
         with LmdbStore.open(arguments.state, map_size=arguments.map_size_mib << 20) as store:
@@ -130,11 +136,10 @@ def score(arguments: argparse.Namespace) -> int:
     if not 1 <= arguments.k <= MAX_K:
         raise UsageError(f"k is {arguments.k}", f"choose 1 to {MAX_K}", parameter="k")
     generation = _generation(arguments)
-    with _log(arguments, arguments.input, generation, max_rows=EVENTS_PER_PARTITION) as log:
+    with _input(arguments, generation) as log:
         if not _goes_on(arguments, log.report, generation):
             return 0
-        options = {"include_seen": arguments.include_seen, "user_ids": getattr(arguments, "user_ids", AUTO)}
-        result = score_log(log, arguments.output, generation, k=arguments.k, **options)
+        result = score_log(log, arguments.output, generation, k=arguments.k, include_seen=arguments.include_seen)
     print("\n".join(result.lines(arguments.output, arguments.k)))
     if arguments.json:
         about = {"output": str(arguments.output), "bundle_id": generation.bundle_id}
@@ -149,9 +154,8 @@ def evaluate(arguments: argparse.Namespace) -> int:
 
     filters = {name: getattr(arguments, name) for name in FILTERS if hasattr(arguments, name)}
     generation = _generation(arguments)
-    trained = generation.bundle.manifest.data
-    options = overridden(options_of_training(trained), arguments)
-    log = read_known(arguments.data, generation.bundle.items.index, options, trained=trained, filters=filters)
+    bundle, options = generation.bundle, _log_options(arguments, generation)
+    log = read_known(arguments.data, bundle.items.index, options, trained=bundle.manifest.data, filters=filters)
     if not _goes_on(arguments, log.report, generation):
         return 0
     result = evaluate_log(log, generation, split=arguments.split)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ import pyarrow.parquet as pq
 from hypothesis import strategies as st
 
 from dman_runtime.data.interactions import Interactions
-from dman_runtime.data.log_options import ANY_LOG, LogOptions
+from dman_runtime.data.log_options import ANY_LOG, LogOptions, options_of_training
 from dman_runtime.data.logs import open_log
 from dman_runtime.engine import Engine
 from dman_runtime.jobs import partitions, scoring
@@ -100,6 +101,8 @@ def import_log(path: Path, engine: Engine, options: LogOptions = ANY_LOG) -> Imp
 
 
 def score_log(path: Path, output: Path, generation: Generation, **options: Any) -> scoring.ScoreResult:
-    """Scores a file as the command does."""
-    with open_log(path, max_rows=partitions.EVENTS_PER_PARTITION) as log:
+    """Scores a file as the command does; `user_ids` is that option."""
+    given = options_of_training(generation.bundle.manifest.data)
+    given = replace(given, user_ids=options.pop("user_ids", given.user_ids))
+    with open_log(path, given, max_rows=partitions.EVENTS_PER_PARTITION) as log:
         return scoring.score(log, output, generation, **options)

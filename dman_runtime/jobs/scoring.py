@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
 import numpy as np
 from tqdm import tqdm
 
-from dman_runtime.data.ids import is_integer_id
+from dman_runtime.data.ids import INTEGER, is_integer_id
 from dman_runtime.data.logs import Log
 from dman_runtime.data.vocabulary import known_events
 from dman_runtime.errors import InputError
@@ -22,8 +22,6 @@ from dman_runtime.retrieval.exact import search_scores
 
 if TYPE_CHECKING:
     import pyarrow as pa
-
-IdType = Literal["auto", "text", "integer"]
 
 
 @dataclass
@@ -55,17 +53,14 @@ def score(
     *,
     k: int,
     include_seen: bool = False,
-    user_ids: IdType = "auto",
 ) -> ScoreResult:
     """Writes the k best items of every user in a log to a Parquet file.
 
     Columns: user_id, rank (from 1), item_id, score, source (model or popular). The answers are those of a server that
-    was given the same histories. Memory stays bounded by the partition size. Raises InputError.
-
-    Args:
-        user_ids: What the ids in the file are. auto: as in the log that the bundle was trained on, in every file.
+    was given the same histories. Users have the type that the log was read with (`options_of_training` gives that of
+    the bundle), items that of the bundle. Memory stays bounded by the partition size. Raises InputError.
     """
-    rows_of = _Rows(log, generation.bundle, user_ids)
+    rows_of = _Rows(log, generation.bundle)
     result = ScoreResult()
     with ParquetOutput(output, rows_of.schema) as out, tqdm(unit="user", desc="score", disable=None) as bar:
         for partition in log.parts():
@@ -103,13 +98,10 @@ def _count(result: ScoreResult, hits: list[Hits], popular: np.ndarray, k: int) -
 class _Rows:
     """Turns answers into rows whose types are the same for every file that is scored with a bundle."""
 
-    def __init__(self, log: Log, bundle: Bundle, user_ids: IdType) -> None:
+    def __init__(self, log: Log, bundle: Bundle) -> None:
         import pyarrow as pa
 
-        recorded = bundle.manifest.data.get("user_ids")  # older bundles have none
-        if user_ids == "auto":
-            user_ids = recorded if recorded in ("text", "integer") else log.options.user_ids
-        self._path, self._integer_users = log.report.path, user_ids == "integer"
+        self._integer_users = log.options.user_ids == INTEGER
         integer_items = bundle.manifest.integer_item_ids
         self.schema = pa.schema(
             [
@@ -121,7 +113,7 @@ class _Rows:
             ]
         )
         item_ids = bundle.items.item_ids
-        item_values = _integers(item_ids, f"{bundle.path}: item id") if integer_items else item_ids
+        item_values = _integers(item_ids, bundle) if integer_items else item_ids
         self._items = pa.array(item_values, self.schema.field("item_id").type)
 
     def table(self, user_ids: list[str], hits: list[Hits], popular: np.ndarray) -> pa.Table:
@@ -129,7 +121,8 @@ class _Rows:
         import pyarrow as pa
 
         counts = np.array([len(found.items) for found in hits])
-        users = pa.array(self._users(user_ids), self.schema.field("user_id").type)
+        user_values = [int(user_id) for user_id in user_ids] if self._integer_users else user_ids
+        users = pa.array(user_values, self.schema.field("user_id").type)
         columns = [
             users.take(pa.array(np.repeat(np.arange(len(hits)), counts))),
             pa.array(np.concatenate([np.arange(1, count + 1, dtype=np.int32) for count in counts])),
@@ -139,16 +132,12 @@ class _Rows:
         ]
         return pa.Table.from_arrays(columns, schema=self.schema)
 
-    def _users(self, ids: list[str]) -> list[str] | np.ndarray:
-        return _integers(ids, f"{self._path}: user id", "user_ids") if self._integer_users else ids
 
-
-def _integers(ids: list[str], what: str, parameter: str = "") -> np.ndarray:
-    """Ids (N) as int64. Raises InputError for one that is none, where the training decided that all are."""
-    if (misfit := next((text for text in ids if not is_integer_id(text)), None)) is not None:
+def _integers(item_ids: list[str], bundle: Bundle) -> np.ndarray:
+    """The item ids (V) of a bundle as int64. Raises InputError for one that is none."""
+    if (misfit := next((text for text in item_ids if not is_integer_id(text)), None)) is not None:
         raise InputError(
-            f"{what} {misfit!r:.60} is no integer of 64 bits, but integers were trained on",
+            f"{bundle.path}: item id {misfit!r:.60} is no integer of 64 bits, but integers were trained on",
             "write the ids as in training, or all of them as text",
-            parameter=parameter,
         )
-    return np.array([int(text) for text in ids], np.int64)
+    return np.array([int(text) for text in item_ids], np.int64)

@@ -174,7 +174,7 @@ def test_integer_users_of_a_bundle_are_integers_or_refused_by_name(exact: Genera
     score_log(text_log(tmp_path, "user_id,item_id\n-5,1\n12,1\n"), tmp_path / "s.parquet", integers, k=1)
     users = pq.read_table(tmp_path / "s.parquet")["user_id"]
     assert users.type == pa.int64() and sorted(users.to_pylist()) == [-5, 12]
-    for bad in ("anna", "007", str(2**63)):
+    for bad in ("anna", "007", "7.0", str(2**63)):
         log = text_log(tmp_path, f"user_id,item_id\n12,1\n{bad},1\n", "bad.csv")
         with pytest.raises(InputError, match=rf"bad\.csv.*'{bad}'") as error:
             score_log(log, tmp_path / "bad.parquet", integers, k=1)
