@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import logging
 
+from dman_runtime.data.ids import INTEGER, TEXT
 from dman_runtime.errors import StoreFullError
 from dman_runtime.model.manifest import Manifest
-from dman_runtime.store.base import INTEGER, TEXT, IdTypes, StateStore
+from dman_runtime.store.base import IdTypes, StateStore
 
 logger = logging.getLogger(__name__)
 

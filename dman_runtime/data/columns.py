@@ -11,20 +11,24 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from dman_runtime.data.ids import CONTROL_CHARACTERS, MAX_ID_BYTES, RULE, id_problem, is_integer_id
-from dman_runtime.data.ids import INTEGER as INTEGER_FORM
-from dman_runtime.data.input_report import BadRow
-from dman_runtime.data.tables import Rows, quoted
+from dman_runtime.data.ids import (
+    BLANKS,
+    CONTROL_CHARACTERS,
+    INTEGER,
+    INTEGER_FORM,
+    MAX_ID_BYTES,
+    RULE,
+    TEXT,
+    id_problem,
+    is_integer_id,
+)
+from dman_runtime.data.input_report import EXAMPLES, BadRow
+from dman_runtime.data.tables import Rows, is_text_type, quoted
 from dman_runtime.errors import InputError
 
 if TYPE_CHECKING:
     import pyarrow as pa
 
-INTEGER, TEXT = "integer", "text"
-# Unicode category Z, and the tab; other control characters around an id make it unusable instead.
-_BLANKS = (
-    " \t\u00a0\u1680\u2000\u2001\u2002\u2003\u2004\u2005\u2006\u2007\u2008\u2009\u200a\u2028\u2029\u202f\u205f\u3000"
-)
 _WHOLE_FLOAT = r"^-?[0-9]+\.0+$"  # pandas writes an integer column like this if it has missing values
 _POWERS_OF_TEN = 10 ** np.arange(1, 19, dtype=np.int64)
 
@@ -46,7 +50,7 @@ class BadRows:
             return
         self.mask = new if self.mask is None else self.mask | new
         self.causes[cause] = self.causes.get(cause, 0) + count
-        for row in np.flatnonzero(new)[:5].tolist():
+        for row in np.flatnonzero(new)[:EXAMPLES].tolist():
             self.examples.append((self._rows.first_row + row, problem(row), remedy))
         self.examples.sort()
 
@@ -72,7 +76,6 @@ class IdColumn:
         self.trimmed = 0
         self.why_text = ""
         self.mostly_integers = False  # before the first id that is none
-        self._types: dict[str, str] = {}  # text or integer -> a file that has it, of files with types
         self._whole_float = self._whole_number = ""  # examples
         self._only_floats = True
 
@@ -88,13 +91,12 @@ class IdColumn:
         if pa.types.is_dictionary(values.type):
             values = values.dictionary_decode()
         if pa.types.is_integer(values.type):
-            return self._numbers(values, rows, bad)
-        if not is_text(values.type):
+            return self._numbers(values, bad)
+        if not is_text_type(values.type):
             cause = f"{rows.file.path}: column {self.name!r} has type {values.type}"
             raise InputError(cause, "write the ids as integers or text", parameter=f"{self.role}_column")
         values = _as_utf8(values, self.name, rows)
         if rows.file.typed:
-            self._require_type(TEXT, rows)
             if self.wanted != INTEGER:
                 self._turn_to_text(f"{rows.file.path} has them as text")
         elif self.integers and (numbers := _canonical_integers(values)) is not None:
@@ -102,11 +104,10 @@ class IdColumn:
             return numbers
         return self._texts(values, rows, bad)
 
-    def _numbers(self, values: pa.Array, rows: Rows, bad: BadRows) -> pa.Array:
+    def _numbers(self, values: pa.Array, bad: BadRows) -> pa.Array:
         import pyarrow as pa
         import pyarrow.compute as pc
 
-        self._require_type(INTEGER, rows)
         self._add_missing(values, bad)
         if values.type == pa.uint64() and pc.max(values).as_py() > np.iinfo(np.int64).max:
             self._turn_to_text("one does not fit 64 bits")
@@ -117,14 +118,6 @@ class IdColumn:
         if values.null_count:
             missing = values.is_null().to_numpy(zero_copy_only=False)
             bad.add(missing, f"without {self.role} id", lambda _: f"{self.name} has no value", "fill it in")
-
-    def _require_type(self, kind: str, rows: Rows) -> None:
-        self._types.setdefault(kind, rows.file.path)
-        if len(self._types) > 1:
-            raise InputError(
-                f"column {self.name!r} is text in {self._types[TEXT]} and integer in {self._types[INTEGER]}",
-                "write the ids of all files as one type",
-            )
 
     def _turn_to_text(self, why: str) -> None:
         if self.integers:
@@ -138,7 +131,7 @@ class IdColumn:
         values = values.fill_null("")
         data, offsets = text_buffers(values)
         if _blank_edges(data, offsets):
-            trimmed = pc.utf8_trim(values, characters=_BLANKS)
+            trimmed = pc.utf8_trim(values, characters=BLANKS)
             self.trimmed += pc.sum(pc.not_equal(trimmed, values)).as_py()
             values = trimmed
             data, offsets = text_buffers(values)
@@ -255,7 +248,7 @@ def parsed(values: pa.Array, kind: pa.DataType) -> tuple[np.ndarray, np.ndarray 
 
     if pa.types.is_dictionary(values.type):
         values = values.dictionary_decode()
-    if is_text(values.type):
+    if is_text_type(values.type):
         values = values.cast(pa.string())
         values = pc.utf8_trim_whitespace(values) if _blank_edges(*text_buffers(values.fill_null(""))) else values
     try:
@@ -285,12 +278,6 @@ def _as_utf8(values: pa.Array, name: str, rows: Rows) -> pa.Array:
         cause = f"{rows.file.path}: column {name!r} holds text that is not UTF-8"
         raise InputError(cause, "write it as UTF-8") from None
     return values
-
-
-def is_text(kind: pa.DataType) -> bool:
-    import pyarrow as pa
-
-    return kind in (pa.string(), pa.large_string(), pa.string_view(), pa.binary(), pa.large_binary())
 
 
 def text_buffers(values: pa.Array) -> tuple[np.ndarray, np.ndarray]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from dman_runtime.data.columns import IdColumn
-from dman_runtime.data.input_report import InputReport, length_groups
+from dman_runtime.data.input_report import EXAMPLES, InputReport, length_groups
 from dman_runtime.data.interactions import Interactions
 from dman_runtime.data.roles import ROLES
 from dman_runtime.data.scan import Scan
@@ -44,8 +44,7 @@ def _count_rows(scan: Scan) -> None:
     report.blank_lines = tables.blank_lines
     if tables.bad_row_count:
         report.left_out = {"that cannot be read": tables.bad_row_count} | report.left_out
-        report.bad_rows = (tables.bad_rows + report.bad_rows)[:5]
-    report.events = report.rows - report.left_out_rows
+        report.bad_rows = (tables.bad_rows + report.bad_rows)[:EXAMPLES]
     unusable = report.left_out_rows - report.left_out.get(EXACT_REPEATS, 0)
     if unusable:
         share = unusable / max(1, report.rows)

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 MAX_WARNINGS = 3
+EXAMPLES = 5  # of bad rows and of unknown items
 LENGTH_BOUNDS = (1, 2, 5, 10, 20, 50, 100, 200, 500, 1_000, 10_000)  # lower ends of the groups of histories
 
 
@@ -41,7 +42,6 @@ class InputReport:
     blank_lines: int = 0
     left_out: dict[str, int] = field(default_factory=dict)  # rows by cause
     bad_rows: list[BadRow] = field(default_factory=list)  # the first of those that cannot be read
-    events: int = 0  # rows minus those left out
     users: int = 0
     items: int = 0
     columns: dict[str, str] = field(default_factory=dict)  # user, item, time, position: name
@@ -63,6 +63,11 @@ class InputReport:
     notices: list[Notice] = field(default_factory=list)
 
     @property
+    def events(self) -> int:
+        """Rows that are used."""
+        return self.rows - self.left_out_rows
+
+    @property
     def left_out_rows(self) -> int:
         return sum(self.left_out.values())
 
@@ -81,7 +86,11 @@ class InputReport:
 
     def as_dict(self) -> dict[str, Any]:
         """Everything, as JSON can hold it."""
-        return asdict(self) | {"unknown_share": self.unknown_share, "warnings": self.warnings()}
+        return (
+            asdict(self)
+            | {name: getattr(self, name) for name in ("events", "unknown_share")}
+            | {"warnings": self.warnings()}
+        )
 
     def table(self) -> str:
         """For people: one fact a line, then the warnings."""

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dman_runtime.data.files.sources import Source
-from dman_runtime.data.ids import RULE, id_problem
+from dman_runtime.data.ids import BLANKS, RULE, id_problem
 from dman_runtime.data.interactions import ItemInfo
 from dman_runtime.data.log_options import LogOptions
 from dman_runtime.data.roles import OWN_NAMES, candidates
@@ -106,7 +106,7 @@ def _ids(rows: Rows, values: pa.Array, name: str) -> Iterator[str]:
     if not (pa.types.is_integer(kind) or kind in (pa.string(), pa.large_string(), pa.string_view())):
         raise InputError(f"{rows.file.path}: column {name!r} has type {kind}", "write the ids as integers or text")
     for number, value in enumerate(values.to_pylist()):
-        text = "" if value is None else str(value).strip(" \t")
+        text = "" if value is None else str(value).strip(BLANKS)
         if problem := id_problem(text):
             raise InputError(
                 f"{rows.file.where(rows.first_row + number)}: {name} {quoted(text)} {problem}",

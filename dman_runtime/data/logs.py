@@ -103,7 +103,6 @@ def _histories(scan: Scan, batches: list[Any]) -> Interactions:
     )
     if dropped:
         scan.report.left_out[EXACT_REPEATS] = scan.report.left_out.get(EXACT_REPEATS, 0) + dropped
-        scan.report.events -= dropped
     return interactions
 
 

@@ -11,7 +11,7 @@ import numpy as np
 
 from dman_runtime.data.columns import BadRows, IdColumn, PositionColumn
 from dman_runtime.data.hash_counts import HashCounts
-from dman_runtime.data.input_report import InputReport
+from dman_runtime.data.input_report import EXAMPLES, InputReport
 from dman_runtime.data.log_options import AUTO, NONE, LogOptions
 from dman_runtime.data.roles import find_roles
 from dman_runtime.data.spill import HASH
@@ -20,8 +20,6 @@ from dman_runtime.data.times import TimeColumn, Times
 
 if TYPE_CHECKING:
     import pyarrow as pa
-
-EXAMPLES = 5  # of bad rows
 
 
 @dataclass(frozen=True)

@@ -247,12 +247,18 @@ def _check_kinds(batch: pa.RecordBatch, file: TableFile, kinds: dict[str, tuple[
             kinds[name] = known, path
 
 
+def is_text_type(kind: pa.DataType) -> bool:
+    import pyarrow as pa
+
+    return kind in (pa.string(), pa.large_string(), pa.string_view(), pa.binary(), pa.large_binary())
+
+
 def _kind(arrow_type: pa.DataType) -> str:
     """What the values of a type are, whatever their size and encoding."""
     import pyarrow as pa
 
     kind = arrow_type.value_type if pa.types.is_dictionary(arrow_type) else arrow_type
-    if kind in (pa.string(), pa.large_string(), pa.string_view(), pa.binary(), pa.large_binary()):
+    if is_text_type(kind):
         return "text"
     if pa.types.is_integer(kind):
         return "integers"

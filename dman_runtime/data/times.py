@@ -13,9 +13,9 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from dman_runtime.data.columns import BadRows, is_text, parsed
+from dman_runtime.data.columns import BadRows, parsed
 from dman_runtime.data.log_options import AUTO
-from dman_runtime.data.tables import Rows, TableFile, quoted
+from dman_runtime.data.tables import Rows, TableFile, is_text_type, quoted
 from dman_runtime.errors import InputError
 
 if TYPE_CHECKING:
@@ -71,7 +71,7 @@ class TimeColumn:
         self.name = name
         self._unit = unit
         self._form = ""  # numbers or words, the same in the whole log
-        self._form_at = ""
+        self._form_at: tuple[TableFile, int] | None = None  # a row that has it
         self._found: dict[int, tuple[TableFile, int, object]] = {}  # class of a time -> the first row that has it
         self.early = 0  # times before 1990
         self.only_dates = True
@@ -111,7 +111,7 @@ class TimeColumn:
         if pa.types.is_timestamp(kind) or pa.types.is_date(kind):
             self._require_form(_WORDS, rows)
             return _nanoseconds(values)
-        if is_text(kind):
+        if is_text_type(kind):
             return self._from_text(values, rows)
         if not (pa.types.is_integer(kind) or pa.types.is_floating(kind) or pa.types.is_decimal(kind)):
             cause = f"{rows.file.path}: column {self.name!r} has type {kind}"
@@ -139,12 +139,13 @@ class TimeColumn:
         return as_numbers
 
     def _require_form(self, form: str, rows: Rows) -> None:
-        at = rows.file.where(rows.first_row) if form != self._form else ""
-        if not self._form:
-            self._form, self._form_at = form, at
+        if self._form_at is None:
+            self._form, self._form_at = form, (rows.file, rows.first_row)
         elif self._form != form:
+            file, row = self._form_at
             raise InputError(
-                f"{self.name} holds {self._form} from {self._form_at} on and {form} from {at} on",
+                f"{self.name} holds {self._form} from {file.where(row)} on and {form} from "
+                f"{rows.file.where(rows.first_row)} on",
                 "write all times in one way",
             )
 
@@ -152,14 +153,9 @@ class TimeColumn:
 
     def _edges(self) -> list[int]:
         """Ends of the ranges that are plausible: even classes lie between them, odd ones in them."""
-        units = (
-            [UNITS["ns"]]
-            if self._form == _WORDS
-            else [UNITS.get(self._unit, 0)]
-            if self._unit != AUTO
-            else UNITS.values()
-        )
-        return [edge * factor for factor in units for edge in (_FIRST, self._late)]
+        known = self._form == _WORDS or self._unit != AUTO
+        factors = [UNITS[self.unit]] if known else UNITS.values()
+        return [edge * factor for factor in factors for edge in (_FIRST, self._late)]
 
     def _classify(self, numbers: np.ndarray, rows: Rows, bad: BadRows) -> None:
         """Notes in which units the times are plausible. Those that lie after the next year in all are bad rows."""

@@ -104,14 +104,16 @@ def _limit(trained: Mapping[str, Any], name: str) -> int:
 
 def _as_trained(log: Log, filters: Mapping[str, int], trained: Mapping[str, Any]) -> Interactions | None:
     """The log with the filters of the training, if that gives the events of the training."""
-    understood = trained.get("input")
+    understood, fingerprint = trained.get("input"), trained.get("fingerprint")
+    if not fingerprint:
+        return None  # nothing is known of the log of the training
     if isinstance(understood, dict) and understood.get("events") != log.report.events:
         return None  # the filters would also remove what has come since, such as new items
     try:
         kept = filtered(log, **filters)
     except InputError:
         return None  # nothing is left
-    return kept if kept.fingerprint() == trained.get("fingerprint") else None
+    return kept if kept.fingerprint() == fingerprint else None
 
 
 def _require_a_known_event(report: InputReport, index: Mapping[str, int]) -> None:

@@ -16,11 +16,11 @@ import numpy as np
 from numpy.typing import NDArray
 from tqdm import tqdm
 
-from dman_runtime.data.ids import is_integer_id
+from dman_runtime.data.ids import INTEGER, TEXT, is_integer_id
 from dman_runtime.errors import InputError
 from dman_runtime.jobs.parquet_output import ParquetOutput
 from dman_runtime.merging import filled_times, first_known
-from dman_runtime.store.base import INTEGER, TEXT, UNKNOWN, Events, StateStore
+from dman_runtime.store.base import UNKNOWN, Events, StateStore
 
 if TYPE_CHECKING:
     import pyarrow as pa

@@ -28,7 +28,7 @@ from typing import NamedTuple, Protocol, Self
 import numpy as np
 from numpy.typing import NDArray
 
-from dman_runtime.data.ids import RULE, id_problem
+from dman_runtime.data.ids import INTEGER, RULE, TEXT, id_problem
 
 REMEMBER_SECONDS = 24 * 3600  # the id of an applied update is remembered at least so long
 Events = tuple[NDArray[np.uint32], NDArray[np.int64]]  # item numbers (N) and timestamps (N), oldest first
@@ -64,7 +64,7 @@ class IdTypes(NamedTuple):
     items: str
 
 
-INTEGER, TEXT, UNKNOWN = "integer", "text", ""
+UNKNOWN = ""
 UNKNOWN_TYPES = IdTypes(UNKNOWN, UNKNOWN)
 
 

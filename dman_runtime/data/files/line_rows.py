@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Protocol
 import numpy as np
 
 from dman_runtime.data.files.text_stream import Piece, TextStream
-from dman_runtime.data.input_report import BadRow
+from dman_runtime.data.input_report import EXAMPLES, BadRow
 from dman_runtime.errors import InputError
 
 if TYPE_CHECKING:
@@ -21,7 +21,6 @@ if TYPE_CHECKING:
 
     from dman_runtime.data.files.sources import Source
 
-_KEPT_BAD_ROWS = 5
 _PARSERS = max(2, min(4, os.cpu_count() or 2))
 
 
@@ -119,7 +118,7 @@ class LineReader:
     def _account(self, parsed: Parsed, piece: Piece, tally: Tally) -> None:
         tally.blank_lines += piece.blank + len(parsed.blank)
         tally.bad_row_count += len(parsed.bad)
-        for bad in parsed.bad[: max(0, _KEPT_BAD_ROWS - len(tally.bad_rows))]:
+        for bad in parsed.bad[: max(0, EXAMPLES - len(tally.bad_rows))]:
             tally.bad_rows.append(BadRow(f"{self.source.path}: line {bad.line}", bad.problem))
         if piece.first_line > self._left_out_up_to:
             self._left_out.extend(sorted([*(bad.line for bad in parsed.bad), *parsed.blank]))

@@ -46,8 +46,8 @@ class TextStream:
         self.header_lines = 0  # of the header and of blank lines just before it: in no piece
         self.header_blank = 0  # of these, blank lines
 
-    def whole_lines(self) -> Iterator[bytes]:
-        """The file in pieces of whole lines."""
+    def whole_lines(self) -> Iterator[tuple[bytes, int]]:
+        """The file in pieces of whole lines, and how many lines each has."""
         rest: list[bytes] = []
         with self.source.open() as (stream, _):
             for raw in decoded(self.source, stream, self.encoding, BLOCK_BYTES):
@@ -64,19 +64,18 @@ class TextStream:
             if last := b"".join(rest):
                 yield self._counted(last)
 
-    def _counted(self, lines: bytes) -> bytes:
-        first_line = self.lines + 1
-        self.lines += _count_lines(lines)
+    def _counted(self, lines: bytes) -> tuple[bytes, int]:
+        first_line, count = self.lines + 1, _count_lines(lines)
+        self.lines += count
         check_no_nul(self.source, lines, first_line)
         if self.encoding.codec == "utf-8":
             check_utf8(self.source, lines, first_line)
-        return lines
+        return lines, count
 
     def json_pieces(self) -> Iterator[Piece]:
         """The file in pieces of whole lines, each a row unless it is blank."""
-        for lines in self.whole_lines():
+        for lines, count in self.whole_lines():
             data = lines.replace(b"\r\n", b"\n") if b"\r" in lines else lines
-            count = _count_lines(data)
             blank = _count_blank(data) if _may_be_blank(data) else 0
             yield Piece(data, self.lines - count + 1, count, blank, 0)
 
@@ -85,15 +84,17 @@ class TextStream:
         checks = _Checks(self.source, dialect)
         header_pending = dialect.header
         open_record = b""  # its first lines
-        for lines in self.whole_lines():
+        for lines, count in self.whole_lines():
+            before = open_record.count(b"\n")
             data = open_record + (unescaped(lines) if dialect.quote == "backslash" else lines)
-            first_line = self.lines - _count_lines(data) + 1
+            first_line = self.lines - count - before + 1
             cut = _end_of_records(data) if dialect.quoted and b'"' in data else len(data)
             data, open_record = data[:cut], data[cut:]
+            kept = data.count(b"\n") if open_record else before + count
             if len(open_record) > MAX_RECORD_BYTES:
-                checks.unclosed(open_record, first_line + _count_lines(data))
+                checks.unclosed(open_record, first_line + kept)
             if data:
-                piece = checks.piece(data, first_line)
+                piece = checks.piece(data, first_line, kept)
                 if header_pending:
                     piece, header_pending = self._without_header(piece, dialect)
                 if piece.data:
@@ -122,13 +123,14 @@ class _Checks:
     def __init__(self, source: Source, dialect: Dialect) -> None:
         self.source, self.dialect = source, dialect
 
-    def piece(self, raw: bytes, first_line: int) -> Piece:
+    def piece(self, raw: bytes, first_line: int, lines: int) -> Piece:
+        """Checked records of so many lines."""
         dialect = self.dialect
         if dialect.byte == INNER and INNER in raw:
             line = first_line + raw.count(b"\n", 0, raw.index(INNER))
             raise self.source.error(f"line {line} holds the control character 0x1f", "remove it")
         data = one_byte(raw, dialect.separator, quoted=dialect.quoted)
-        lines, inner = _count_lines(data), 0
+        inner = 0
         has_quotes = b'"' in data
         if has_quotes and dialect.quoted:
             records = Records(data, dialect.byte, quoted=True)
