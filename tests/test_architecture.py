@@ -115,7 +115,7 @@ LAYERS = {
     "history": {"errors", "requests", "store"},
     "opened": {"model", "requests", "store"},
     "merging": {"store"},
-    "id_types": {"errors", "model", "store"},
+    "id_types": {"data", "errors", "model", "store"},
     "ranking": {"model", "opened", "requests", "retrieval"},
     "engine": {"errors", "merging", "model", "opened", "ranking", "requests", "retrieval", "store"},
     "waiting": {"errors", "opened", "requests"},

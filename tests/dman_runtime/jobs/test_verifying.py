@@ -169,7 +169,7 @@ with LmdbStore.open(sys.argv[1], map_size=64 << 20) as store:
     items = store.add_items([f"item-{number}" for number in range(100)])
     print("ready", flush=True)
     number = 0
-    while not os.path.exists(sys.argv[1] + "/stop"):
+    while number <= 20 or not os.path.exists(sys.argv[1] + "/stop"):
         user = f"busy-{number % 7}"
         (found,) = store.get_many([user], 1)
         if number % 10 == 9:
@@ -190,5 +190,6 @@ def test_store_that_a_server_writes_to_is_sound(path: Path, monkeypatch: pytest.
     monkeypatch.setattr(lmdb_verify, "_PIECE", 5)
     for _ in range(20):
         assert verify_store(path).problems == ()
+    assert process.poll() is None, "it stopped before the checks did"
     (path / "stop").touch()
     assert int(finish(process)) > 20
