@@ -113,12 +113,13 @@ class BaselineConfig:
 class TrainConfig:
     """How the weights are trained. Raises ConfigError."""
 
-    loss: Literal["auto", "full", "sampled", "negatives"] = option(
+    loss: Literal["auto", "full", "sampled", "negatives", "negatives-softmax"] = option(
         "auto",
-        "full: softmax over all items; sampled: softmax over shared negatives, with logQ correction; negatives: the "
-        "paper's binary loss with a few negatives per event; auto: full up to 50,000 items, else sampled",
+        "full: softmax over all items; sampled: softmax over shared negatives, with logQ correction; negatives: binary "
+        "loss with a few negatives per event; negatives-softmax: eq. 9 over the target and a few negatives per event; "
+        "auto: full up to 50,000 items, else sampled",
     )
-    negatives: int = option(1024, "number of negatives: per batch for loss=sampled, per event for loss=negatives")
+    negatives: int = option(1024, "number of negatives: per batch for loss=sampled, else per event")
     memory_training: Literal["alternating", "joint"] = option(
         "joint", "what trains f_abs: alternating: eq. 5 only; joint: eq. 5, and eq. 9 through the memory"
     )
@@ -128,6 +129,7 @@ class TrainConfig:
     lanes: int = option(128, "users trained side by side; a batch has lanes x T events")
     learning_rate: float = option(4e-3, "Adam step size, except for f_abs; try 1e-3 if only the far past matters")
     abstraction_learning_rate: float = option(4e-3, "Adam step size of f_abs")
+    adam_beta2: float = option(0.98, "decay per step of Adam's mean of squared gradients; 0.999 is Adam's own default")
     warmup_steps: int = option(200, "steps over which the learning rate rises to its full value")
     final_learning_rate: float = option(0.1, "learning rate at the end, as a share of the full one (cosine)")
     weight_decay: float = option(0.0, "decoupled weight decay")
@@ -141,10 +143,11 @@ class TrainConfig:
     )
     epochs: int = option(8, "passes over the training events")
     patience: int = option(4, "stop after this many epochs without a better validation NDCG@10")
-    seen_items: Literal["exclude", "exclude-from-ranking", "keep"] = option(
+    seen_items: Literal["exclude", "exclude-from-ranking", "keep-target", "keep"] = option(
         "exclude",
         "items the user has already seen: exclude: neither negatives in the loss nor ranked in validation; "
-        "exclude-from-ranking: still used as negatives; keep: both, for logs where users return to items",
+        "exclude-from-ranking: still used as negatives; keep-target: the same, but a target that was seen is ranked "
+        "(the paper's protocol); keep: both, for logs where users return to items",
     )
     evaluation_users: int = option(0, "users validated after each epoch; 0: all")
     random_first_segment: bool = option(True, "vary the length of a user's first segment, so that all shifts occur")
@@ -159,7 +162,7 @@ class TrainConfig:
             self, 0.0, 1.0, "final_learning_rate", "learning_rate", "abstraction_learning_rate", "weight_decay"
         )
         _check_range(self, 0.0, 1e6, "gradient_clip", "abstraction_weight")
-        _check_range(self, 0.0, 0.999999, "ema_decay")
+        _check_range(self, 0.0, 0.999999, "ema_decay", "adam_beta2")
         _check_switch(self, "random_first_segment")
         if self.backprop_segments > 1 and self.memory_training != "joint":
             raise ConfigError(

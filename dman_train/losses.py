@@ -1,8 +1,9 @@
-"""Eq. 9: the loss of the next item, in three forms. Knows no model: it gets user embeddings and an item table.
+"""Eq. 9: the loss of the next item, in four forms. Knows no model: it gets user embeddings and an item table.
 
 - full: softmax over all items,
 - sampled: softmax over negatives shared by the batch, drawn from the flattened unigram, with logQ correction,
-- negatives: the paper's binary loss with a few uniform negatives per position.
+- negatives-softmax: eq. 9 with a sum over the target and a few uniform negatives per position,
+- negatives: the binary classification that the paper's text also names, with the same negatives.
 
 Symbols: B pieces of histories, T positions each, P real positions among them, D width, V items, n negatives.
 """
@@ -52,7 +53,7 @@ class NextItemLoss(nn.Module):
             self.register_buffer("proposal", (proposal / proposal.sum()).float(), persistent=False)
 
     def draw_negatives(self, shape: tuple[int, ...], generator: torch.Generator) -> Tensor | None:
-        """Negatives of one step: (n) if sampled, `shape` + (n) for the binary loss, None for the full softmax."""
+        """Negatives of one step: (n) if sampled, None for the full softmax, else `shape` + (n)."""
         if self.kind == "full":
             return None
         if self.kind == "sampled":
@@ -90,7 +91,10 @@ class NextItemLoss(nn.Module):
         if self.kind == "sampled":
             return self._sampled_softmax(users, table, positive, negatives, left_out)
         scores = torch.einsum("pd,pnd->pn", users, F.embedding(drawn, table)).float()
-        return (F.softplus(-positive) + F.softplus(scores).masked_fill(left_out, 0.0).sum(-1)).sum()
+        scores = scores.masked_fill(left_out, float("-inf"))
+        if self.kind == "negatives-softmax":
+            return (torch.logsumexp(torch.cat([positive[:, None], scores], 1), 1) - positive).sum()
+        return (F.softplus(-positive) + F.softplus(scores).sum(-1)).sum()
 
     def _sampled_softmax(
         self, users: Tensor, table: Tensor, positive: Tensor, negatives: Tensor, left_out: Tensor

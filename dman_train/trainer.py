@@ -58,7 +58,9 @@ class Trainer:
         self._step_module = DistributedDataParallel(self.learner) if self.world > 1 else self.learner
         self.schedule, groups = self.learner.schedule, self.learner.parameter_groups()
         self.optimisers: list[torch.optim.Optimizer] = [
-            torch.optim.AdamW(parameters, lr=rate, betas=(0.9, 0.98), weight_decay=config.weight_decay, fused=True)
+            torch.optim.AdamW(
+                parameters, lr=rate, betas=(0.9, config.adam_beta2), fused=True, weight_decay=config.weight_decay
+            )
             for parameters, rate in groups
         ]
         self._rates = [rate for _, rate in groups]

@@ -1,4 +1,4 @@
-"""Eq. 9 in its three forms, each against a hand computation, and the items that a user has already seen."""
+"""Eq. 9 in its four forms, each against a hand computation, and the items that a user has already seen."""
 
 from __future__ import annotations
 
@@ -79,6 +79,20 @@ def test_negatives_loss_equals_hand_computation_and_masks_accidental_hits() -> N
     second = -math.log(sigmoid(0)) - 2 * math.log(1 - sigmoid(1.5)) - math.log(1 - sigmoid(-0.5))
     found = loss(USERS, TABLE, TARGETS, negatives=negatives, items=ITEMS, real=REAL, seen_before=None)
     assert found.item() == pytest.approx(first + second, rel=1e-5)
+
+
+def test_softmax_over_negatives_equals_hand_computation_and_masks_accidental_hits() -> None:
+    """Eq. 9 with the sum over the target and its own negatives; a drawn target is not counted twice."""
+    loss = loss_of("negatives-softmax", negatives=3)
+    negatives = torch.tensor([[[0, 3, 1], [4, 4, 0]]])
+    users, targets = USERS.double(), TARGETS.tolist()
+    expected = 0.0
+    for row, target in enumerate(targets):
+        score = [float(users[row] @ item) for item in TABLE.double()]
+        drawn = [j for j in negatives[0, row].tolist() if j != target]
+        expected -= score[target] - math.log(math.exp(score[target]) + sum(math.exp(score[j]) for j in drawn))
+    found = loss(USERS, TABLE, TARGETS, negatives=negatives, items=ITEMS, real=REAL, seen_before=None)
+    assert found.item() == pytest.approx(expected, rel=1e-6)
 
 
 def test_negatives_loss_ignores_draws_of_padded_positions() -> None:
