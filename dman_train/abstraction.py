@@ -1,4 +1,4 @@
-"""f_abs: how a memory absorbs a segment (eq. 4). By routing (eq. 6-7), or, for an ablation, as a queue.
+"""f_abs: how a memory absorbs a segment (eq. 4). By routing (eq. 6-8), or, for an ablation, as a queue.
 
 Symbols as in `dman_train.model`; each module is the f_abs of one layer.
 """
@@ -16,33 +16,37 @@ MASKED = -1e9  # added to the logit of what must not be read
 
 
 class RoutingAbstraction(nn.Module):
-    """f_abs by dynamic routing (eq. 6-7): primaries x = M_old || H, interest capsules o = M_new.
+    """f_abs by dynamic routing (eq. 6-8): primaries x = M_old || H, interest capsules o = M_new.
 
-    a_ij = softmax_j(b_ij), s_j = sum_i a_ij W_ij x_i, b_ij += o_j . W_ij x_i. The votes W_ij x_i are computed only
+    b_ij = o_j . W_ij x_i, a_ij = softmax_j(b_ij), s_j = sum_i a_ij W_ij x_i. The votes W_ij x_i are computed only
     for routing="full"; otherwise s_j = W_j sum_i a_ij x_i and b_ij = (W_j^T o_j) . x_i, which is the same. Capsules
-    start from the old slots, so that slot j stays slot j. LayerNorm replaces squash on both sides.
+    start from the old slots, so that slot j stays slot j. Architecture `paper`: o_j = squash(s_j), and nothing else.
+    Architecture `plus`: LayerNorm on both sides instead of squash, logits are scaled and add up over the iterations.
     """
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         width, slots = config.width, config.memory_slots
-        self.full = config.routing == "full"
+        self.full, self.literal = config.routing == "full", config.architecture == "paper"
         self.iterations, self.over_slots = config.routing_iterations, config.routing_softmax == "slots"
         leading = (slots + config.segment_length, slots) if self.full else (slots,)
         # Near the identity, so that an untrained f_abs clusters its input instead of destroying it.
         self.maps = nn.Parameter(torch.eye(width).repeat(*leading, 1, 1) + torch.randn(*leading, width, width) * 0.02)
-        self.norm_primaries, self.norm_capsules = nn.LayerNorm(width), nn.LayerNorm(width)
+        if not self.literal:
+            self.norm_primaries, self.norm_capsules = nn.LayerNorm(width), nn.LayerNorm(width)
 
     def forward(self, memory: Tensor, hidden: Tensor, lengths: Tensor | None = None) -> Tensor:
         """(B, m, D) memory and (B, T, D) hidden -> (B, m, D). Only the last `lengths` (B) rows of hidden count."""
-        x = self.norm_primaries(torch.cat([memory, hidden], dim=1))  # (B, m+T, D)
+        x = torch.cat([memory, hidden], dim=1)  # (B, m+T, D)
+        x = x if self.literal else self.norm_primaries(x)
         valid = None if lengths is None else valid_primaries(memory.shape[1], hidden.shape[1], lengths)
         votes = torch.einsum("bnd,njde->bjne", x, self.maps) if self.full else None  # (B, m, m+T, D)
-        capsules, logits = self.norm_capsules(memory), x.new_zeros(())
+        capsules, logits = memory if self.literal else self.norm_capsules(memory), x.new_zeros(())
         for _ in range(self.iterations):
-            logits = logits + self._agreement(capsules, x, votes) / math.sqrt(x.shape[-1])  # (B, m, m+T)
-            coupling = self._coupling(logits, valid)
-            capsules = self.norm_capsules(self._combine(coupling, x, votes))
+            agreement = self._agreement(capsules, x, votes)  # (B, m, m+T)
+            logits = agreement if self.literal else logits + agreement / math.sqrt(x.shape[-1])
+            capsules = self._combine(self._coupling(logits, valid), x, votes)
+            capsules = squash(capsules) if self.literal else self.norm_capsules(capsules)
         return capsules
 
     def _agreement(self, capsules: Tensor, x: Tensor, votes: Tensor | None) -> Tensor:
@@ -74,6 +78,12 @@ class FifoAbstraction(nn.Module):
         position = lengths[:, None] + torch.arange(slots, device=lengths.device)  # (B, m) in the valid rows of M || H
         source = torch.where(position < slots, position, position + segment - lengths[:, None])
         return torch.cat([memory, hidden], dim=1).gather(1, source[..., None].expand(-1, -1, memory.shape[2]))
+
+
+def squash(s: Tensor) -> Tensor:
+    """Eq. 8: the direction of each vector (..., D), with length |s|^2 / (1 + |s|^2)."""
+    length = torch.linalg.vector_norm(s, dim=-1, keepdim=True)
+    return s * (length / (1 + length.square()))
 
 
 def valid_primaries(slots: int, segment: int, lengths: Tensor) -> Tensor:

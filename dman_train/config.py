@@ -242,12 +242,14 @@ class Preset:
     train: TrainConfig
 
 
+PAPER_MODEL = ModelConfig(
+    architecture="paper", heads=1, long_term="gated", dropout=0.1, memory_slots=20, routing_iterations=3
+)
 PRESETS = {
     "default": Preset(ModelConfig(), TrainConfig()),
+    # The equations, with settings that validation chose.
     "paper": Preset(
-        ModelConfig(
-            architecture="paper", heads=1, long_term="gated", dropout=0.1, memory_slots=20, routing_iterations=3
-        ),
+        PAPER_MODEL,
         TrainConfig(
             loss="negatives",
             negatives=5,
@@ -257,7 +259,29 @@ PRESETS = {
             abstraction_learning_rate=1e-3,
             epochs=30,
             ema_decay=0.0,
-            seen_items="exclude-from-ranking",
+            seen_items="keep-target",
+        ),
+    ),
+    # The equations with the settings of the text, and nothing that it does not name. 50 epochs are those of MovieLens.
+    "paper-literal": Preset(
+        replace(PAPER_MODEL, dropout=0.0),
+        TrainConfig(
+            loss="negatives-softmax",
+            negatives=5,
+            memory_training="alternating",
+            abstraction_every=1,
+            lanes=128,
+            learning_rate=1e-3,
+            abstraction_learning_rate=1e-3,
+            adam_beta2=0.999,
+            warmup_steps=0,
+            final_learning_rate=1.0,
+            gradient_clip=0.0,
+            ema_decay=0.0,
+            epochs=50,
+            patience=50,
+            random_first_segment=False,
+            seen_items="keep-target",
         ),
     ),
     "tiny": Preset(

@@ -64,13 +64,21 @@ class LaneState:
         return {f.name: getattr(self, f.name) for f in fields(self)}
 
 
+class _Judged(NamedTuple):
+    """The absorption that eq. 5 judges in a step, on every n-th lane."""
+
+    old: Tensor  # (B/n, L, m, D) the memory before it
+    new: Tensor  # (B/n, L, m, D) after it, attached to f_abs
+    hidden: Tensor  # (B/n, L, T, D) the absorbed segment, right-aligned
+    lengths: Tensor  # (B/n) its real rows; 0 where nothing is absorbed
+
+
 class _Memories(NamedTuple):
-    """Memories at a step. (B, L, m, D), except the two of eq. 5, which are (B/n, L, m, D): every n-th lane."""
+    """Memories (B, L, m, D) at a step."""
 
     window_start: Tensor  # after the oldest absorption in the window: the next step starts from it
-    old: Tensor  # of eq. 5: before the newest absorption
-    new: Tensor  # of eq. 5: after it, attached to f_abs
     read: Tensor  # what this segment attends to; attached to f_abs if eq. 9 trains it
+    judged: _Judged
 
 
 class LaneLearner(Learner):
@@ -103,10 +111,10 @@ class LaneLearner(Learner):
         context_lengths = state.context_lengths if self.model.config.recurrent else torch.zeros_like(lengths)
         encoding = self.model.encode(item_embeddings, state.context, context_lengths, memories.read)
         likelihood = self.likelihood(encoding.user_embedding, self.model.item_table(), inputs)
-        reconstructed = (real & (state.absorbed_lengths[-1] > 0)[:, None])[self._abstraction_lanes]
-        abstraction = self._abstraction_loss(state, memories, encoding, reconstructed)
+        reconstructed = real[self._abstraction_lanes] & (memories.judged.lengths > 0)[:, None]
+        abstraction = self._abstraction_loss(memories.judged, encoding, reconstructed)
         losses = Losses(likelihood, real.sum(), abstraction, reconstructed.sum())
-        return losses, _next_state(state, memories, encoding, lengths)
+        return losses, _next_state(state, memories, encoding, lengths, recurrent=self.model.config.recurrent)
 
     def parameter_groups(self) -> list[tuple[list[nn.Parameter], float]]:
         """All but f_abs, and f_abs if it has parameters."""
@@ -133,16 +141,28 @@ class LaneLearner(Learner):
         model = self.model
         # f_abs sees the initial slots detached, so that eq. 5 cannot reach them; reading them directly does train them.
         first = torch.where(state.initial[:, None, None, None], model.initial_memory.detach(), state.memory)
-        joint, lanes = self.config.memory_training == "joint", self._abstraction_lanes
+        joint = self.config.memory_training == "joint"
         with torch.set_grad_enabled(joint and torch.is_grad_enabled()):
             chain = self._chain(first, state.absorbed, state.absorbed_lengths)
-        if joint:
-            new = chain[-1][lanes]
-        else:
-            new = self._chain(first[lanes], state.absorbed[:, lanes], state.absorbed_lengths[:, lanes])[-1]
         untouched = (state.initial & (state.absorbed_lengths == 0).all(0))[:, None, None, None]
         read = torch.where(untouched, model.initial_memory, chain[-1])
-        return _Memories(window_start=chain[1].detach(), old=chain[-2][lanes].detach(), new=new, read=read)
+        return _Memories(window_start=chain[1].detach(), read=read, judged=self._judged(state, chain, joint))
+
+    def _judged(self, state: LaneState, chain: list[Tensor], joint: bool) -> _Judged:
+        """Architecture `paper`: the absorption of H_{n-1}, which follows this segment S_n. Else the one before it.
+
+        The text judges H_{n-1} by the hidden states of S_n. The queries that read a memory are those of the segment
+        after its absorption. Without recurrence, H_{n-1} is absorbed before S_n, so that both are the same.
+        """
+        lanes, config = self._abstraction_lanes, self.model.config
+        if config.architecture == "paper" and config.recurrent:
+            old, hidden, lengths = chain[-1], state.context, state.context_lengths
+        else:
+            old, hidden, lengths = chain[-2], state.absorbed[-1], state.absorbed_lengths[-1]
+            if joint:
+                return _Judged(old[lanes].detach(), chain[-1][lanes], hidden[lanes], lengths[lanes])
+        old, hidden, lengths = old[lanes].detach(), hidden[lanes], lengths[lanes]
+        return _Judged(old, self._chain(old, hidden[None], lengths[None])[-1], hidden, lengths)
 
     def _chain(self, memory: Tensor, absorbed: Tensor, absorbed_lengths: Tensor) -> list[Tensor]:
         """(B, L, m, D) `memory`, and the memory after each of N absorptions; fields as in LaneState."""
@@ -157,31 +177,34 @@ class LaneLearner(Learner):
         """The lanes that eq. 5 is computed on. Every lane gets every user in turn."""
         return slice(None, None, self.config.abstraction_every)
 
-    def _abstraction_loss(self, state: LaneState, memories: _Memories, encoding: Encoding, positions: Tensor) -> Tensor:
+    def _abstraction_loss(self, judged: _Judged, encoding: Encoding, positions: Tensor) -> Tensor:
         """Eq. 5 on its lanes, over the `positions` (B/n, T) that count."""
         if not self.model.abstraction_parameters():
             return encoding.user_embedding.new_zeros(())
         lanes = self._abstraction_lanes
         return self.model.abstraction_loss(
-            old_memory=memories.old,
-            new_memory=memories.new,
-            hidden=state.absorbed[-1, lanes],
-            lengths=state.absorbed_lengths[-1, lanes],
-            memory_queries=[queries[lanes] for queries in encoding.memory_queries],
+            old_memory=judged.old,
+            new_memory=judged.new,
+            hidden=judged.hidden,
+            lengths=judged.lengths,
+            queries=[queries[lanes] for queries in self.model.abstraction_queries(encoding)],
             query_mask=positions,
         )
 
 
-def _next_state(state: LaneState, memories: _Memories, encoding: Encoding, lengths: Tensor) -> LaneState:
-    """Shifts H_n into the context and H_{n-1} into the segments to absorb."""
-    newest = state.context[None]
+def _next_state(
+    state: LaneState, memories: _Memories, encoding: Encoding, lengths: Tensor, *, recurrent: bool
+) -> LaneState:
+    """H_n becomes the context, and H_{n-1} is to be absorbed; without recurrence H_n, as no query reads it later."""
+    context = _right_aligned(encoding.hidden.detach(), lengths)
+    newest, newest_lengths = (state.context, state.context_lengths) if recurrent else (context, lengths)
     return LaneState(
-        context=_right_aligned(encoding.hidden.detach(), lengths),
+        context=context,
         context_lengths=lengths,
         memory=memories.window_start,
         initial=state.initial & (state.absorbed_lengths[0] == 0),
-        absorbed=torch.cat([state.absorbed[1:], newest]) if len(state.absorbed) > 1 else newest,
-        absorbed_lengths=torch.cat([state.absorbed_lengths[1:], state.context_lengths[None]]),
+        absorbed=torch.cat([state.absorbed[1:], newest[None]]) if len(state.absorbed) > 1 else newest[None],
+        absorbed_lengths=torch.cat([state.absorbed_lengths[1:], newest_lengths[None]]),
     )
 
 

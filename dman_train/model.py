@@ -182,12 +182,15 @@ class DMAN(nn.Module):
         self.distance_bias = nn.Parameter(torch.zeros(depth, config.heads, 2 * config.segment_length))
         self.short_term, self.norm_short = self._branch(reads_memory=config.merged)
         if config.has_memory:
-            self.initial_memory = nn.Parameter(torch.randn(depth, config.memory_slots, width))
+            # Of the length that f_abs gives to slots: squash keeps it below 1, LayerNorm at sqrt(D).
+            slot_scale = 1 / math.sqrt(width) if config.architecture == "paper" else 1.0
+            self.initial_memory = nn.Parameter(torch.randn(depth, config.memory_slots, width) * slot_scale)
             if config.merged:
                 self.slot_bias = nn.Parameter(torch.zeros(depth, config.heads, config.memory_slots))
             else:
                 self.long_term, self.norm_long = self._branch(reads_memory=True)
-                self.gate_short, self.gate_long = nn.Linear(width, width), nn.Linear(width, width, bias=False)
+                self.gate_short = nn.Linear(width, width, bias=config.architecture != "paper")
+                self.gate_long = nn.Linear(width, width, bias=False)
             self.abstraction = nn.ModuleList(
                 FifoAbstraction() if config.variant == "fifo" else RoutingAbstraction(config) for _ in range(depth)
             )
@@ -290,6 +293,17 @@ class DMAN(nn.Module):
         """The parameters of f_abs, which eq. 5 trains."""
         return list(self.abstraction.parameters()) if self.config.has_memory else []
 
+    def abstraction_queries(self, encoding: Encoding) -> list[Tensor]:
+        """L x (B, Q*H, D) without gradient: what eq. 5 compares the two memories with.
+
+        Architecture `paper`: the hidden states of the segment as queries of the short-term attention, as the text has
+        it. Architecture `plus`: the queries that read the memory.
+        """
+        if self.config.architecture == "plus":
+            return [queries.detach() for queries in encoding.memory_queries]
+        layers = zip(_blocks(self.short_term), encoding.hidden.unbind(1), strict=True)
+        return [block.attention.queries_in_source_space(hidden).detach() for block, hidden in layers]
+
     def abstraction_loss(
         self,
         *,
@@ -297,28 +311,28 @@ class DMAN(nn.Module):
         new_memory: Tensor,
         hidden: Tensor,
         lengths: Tensor,
-        memory_queries: list[Tensor],
+        queries: list[Tensor],
         query_mask: Tensor,
     ) -> Tensor:
         """Eq. 5: the new memory should read like the old memory together with the absorbed segment.
 
-        Squared error, mean over layers and width, summed over the positions that count.
-        Gradient reaches f_abs only, through `new_memory`: weights of the attention, queries and target are detached.
+        Squared error, summed over the positions that count. Architecture `paper`: summed over layers and width, as in
+        the text; `plus`: their mean. Gradient reaches f_abs only, through `new_memory`: the weights of the attention,
+        queries and target are detached.
 
         Args:
             old_memory, new_memory: (B, L, m, D); hidden: (B, L, T, D), its last `lengths` (B) rows real.
-            memory_queries: L x (B, S*H, D), `Encoding.memory_queries`.
+            queries: L x (B, S*H, D), `abstraction_queries`.
             query_mask: (B, S) bool, the positions that count.
         """
-        slots, segment = old_memory.shape[2], hidden.shape[2]
+        literal, slots, segment = self.config.architecture == "paper", old_memory.shape[2], hidden.shape[2]
         bias = torch.where(valid_primaries(slots, segment, lengths), 0.0, MASKED)[:, None, None]  # (B, 1, 1, m+T)
         total = new_memory.new_zeros(())
-        for layer, block in enumerate(self.memory_blocks):
+        for layer, block in enumerate(_blocks(self.short_term) if literal else self.memory_blocks):
             sources = torch.cat([old_memory[:, layer], hidden[:, layer]], dim=1)
-            query, new = memory_queries[layer].detach(), new_memory[:, layer]
-            difference = _frozen_read_difference(block, query, new, sources.detach(), bias)
-            total = total + (difference.float().square().mean(-1) * query_mask).sum()
-        return total / self.config.layers
+            difference = _frozen_read_difference(block, queries[layer], new_memory[:, layer], sources.detach(), bias)
+            total = total + (difference.float().square().sum(-1) * query_mask).sum()
+        return total if literal else total / (self.config.layers * self.config.width)
 
 
 def at_position(x: Tensor, position: Tensor) -> Tensor:

@@ -34,15 +34,17 @@ def replay(model: DMAN, histories: Sequence[np.ndarray], on_segment: OnSegment |
         context, memory_now = context[:active], memory[:active]
         new = padded[:active, start : start + T]
         last = (sorted_lengths[:active] - start).clamp(max=T) - 1
-        visible = torch.full((active,), context.shape[2] if config.recurrent else 0, device=device)
+        visible = torch.full((active,), context.shape[2], device=device)
         encoding = model.encode(model.embed(new), context, visible, memory_now, last)
         users[:active] = encoding.user_embedding[:, 0]
         if on_segment is not None:
             on_segment(order[:active], memory_now, encoding)
         closed = int((sorted_lengths >= start + T).sum())
-        if start and closed:
-            memory[:closed] = model.abstract(memory_now[:closed], context[:closed])
-        context = encoding.hidden
+        absorbed = context if config.recurrent else encoding.hidden
+        if closed and absorbed.shape[2]:
+            memory[:closed] = model.abstract(memory_now[:closed], absorbed[:closed])
+        if config.recurrent:
+            context = encoding.hidden
     unsort = torch.argsort(order)
     return users[unsort], memory[unsort]
 

@@ -39,9 +39,14 @@ class StateShape:
     dtype: str  # what hidden states and memory are stored as
 
     @property
+    def closed_segments(self) -> int:
+        """How many closed segments the context holds before the memory absorbs them."""
+        return 1 if self.recurrent else 0
+
+    @property
     def context_limit(self) -> int:
-        """Most positions a context can hold: a closed segment and an open one."""
-        return 2 * self.segment_length
+        """Most positions a context can hold: its closed segments and an open one."""
+        return (self.closed_segments + 1) * self.segment_length
 
 
 @dataclass(frozen=True)

@@ -50,7 +50,7 @@ def head_bytes(shape: StateShape) -> int:
 
 def max_record_bytes(shape: StateShape) -> int:
     """Bytes of the largest record: one event before a segment closes, with a memory."""
-    positions, value_bytes = 2 * shape.segment_length - 1, np.dtype(shape.dtype).itemsize
+    positions, value_bytes = shape.context_limit - 1, np.dtype(shape.dtype).itemsize
     hidden, memory = (shape.layers - 1) * positions, shape.layers * shape.memory_slots
     return head_bytes(shape) + 4 * positions + value_bytes * (hidden + memory) * shape.width
 

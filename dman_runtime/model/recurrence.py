@@ -91,8 +91,7 @@ def _encode(pieces: Sequence[Piece], *, bundle: Bundle, graphs: Graphs) -> list[
         if count := contexts[row]:
             context[row, 0, -count:] = bundle.item_embeddings[state.recent[:count]]
             context[row, 1:, -count:] = state.hidden[:, :count]
-    visible = contexts if shape.recurrent else [state.segment_fill for state, _ in pieces]
-    embeddings, hidden = graphs.encode(new, np.array(lengths, np.int64), context, np.array(visible, np.int64), memory)
+    embeddings, hidden = graphs.encode(new, np.array(lengths, np.int64), context, np.array(contexts, np.int64), memory)
     closing = []
     for row, (state, items) in enumerate(pieces):
         begin, end = contexts[row], contexts[row] + lengths[row]
@@ -106,9 +105,12 @@ def _encode(pieces: Sequence[Piece], *, bundle: Bundle, graphs: Graphs) -> list[
 
 
 def _close_segments(states: Sequence[State], *, bundle: Bundle, graphs: Graphs) -> None:
-    """Where the open segment is full: absorb the one before it (eq. 4) and keep the full one as context."""
+    """Where the open segment is full: absorb the oldest of the context (eq. 4) and keep what remains.
+
+    With recurrence the oldest is the segment before the full one, without it the full one itself.
+    """
     shape = states[0].shape
-    segment = shape.segment_length
+    segment, kept = shape.segment_length, shape.context_limit - shape.segment_length
     if shape.memory_slots:
         closed = np.empty((len(states), shape.layers, segment, shape.width), np.float32)
         memory = np.empty((len(states), *bundle.initial_memory.shape), np.float32)
@@ -119,8 +121,8 @@ def _close_segments(states: Sequence[State], *, bundle: Bundle, graphs: Graphs) 
         for state, new_memory in zip(states, graphs.abstract(memory, closed).astype(shape.dtype), strict=True):
             state.memory = new_memory
     for state in states:
-        state.recent[:segment] = state.recent[segment:]
-        state.hidden[:, :segment] = state.hidden[:, segment:]
+        state.recent[:kept] = state.recent[segment:]
+        state.hidden[:, :kept] = state.hidden[:, segment:]
 
 
 def replay(histories: Sequence[np.ndarray], *, bundle: Bundle, graphs: Graphs) -> list[State]:

@@ -1,6 +1,7 @@
 """A user's state: what a history leaves behind under one model. numpy only.
 
-Symbols: T segment length, m memory slots, L layers, D width. A history is cut into segments of T events from its head.
+Symbols: T segment length, m memory slots, L layers, D width, C the most context (2T, or T without recurrence).
+A history is cut into segments of T events from its head.
 The state holds the hidden states of the open segment and of the closed one before it (the *context*), the memory, which
 stands for everything older, and the user embedding. Its size does not depend on the length of the history.
 """
@@ -15,14 +16,14 @@ from dman_runtime.model.bundle import Bundle, StateShape
 
 
 def absorbed_segments(event_count: int, shape: StateShape) -> int:
-    """Segments in the memory: all closed ones but the last."""
-    return max(0, event_count // shape.segment_length - 1)
+    """Segments in the memory: all closed ones, except those in the context."""
+    return max(0, event_count // shape.segment_length - shape.closed_segments)
 
 
 def context_length(event_count: int, shape: StateShape) -> int:
-    """Positions that a state keeps hidden states of: the open segment and the closed one before it."""
+    """Positions with hidden states in the context: the open segment and, with recurrence, the closed one before it."""
     closed, fill = divmod(event_count, shape.segment_length)
-    return fill + (shape.segment_length if closed else 0)
+    return fill + shape.segment_length * min(closed, shape.closed_segments)
 
 
 @dataclass(slots=True, eq=False)
@@ -32,8 +33,8 @@ class State:
     shape: StateShape
     event_count: int  # events that the model has seen
     history_count: int  # events of the history that this covers, those of items unknown to the model included
-    recent: np.ndarray  # (2T) int64 item indices of the context, left-aligned; layer 0 is their row of the item table
-    hidden: np.ndarray  # (L-1, 2T, D) shape.dtype, inputs of layers 1..L-1, left-aligned
+    recent: np.ndarray  # (C) int64 item indices of the context, left-aligned; layer 0 is their row of the item table
+    hidden: np.ndarray  # (L-1, C, D) shape.dtype, inputs of layers 1..L-1, left-aligned
     memory: np.ndarray  # (L, m, D) shape.dtype; replaced, never written to
     user_embedding: np.ndarray  # (D) float32; zero for an empty history
 

@@ -41,6 +41,7 @@ INVALID: list[tuple[type, str, object]] = [
     (TrainConfig, "weight_decay", -1e-9),
     (TrainConfig, "gradient_clip", -1.0),
     (TrainConfig, "ema_decay", 1.0),
+    (TrainConfig, "adam_beta2", 1.0),
     (TrainConfig, "precision", "float16"),
     (TrainConfig, "epochs", 0),
     (TrainConfig, "epochs", True),

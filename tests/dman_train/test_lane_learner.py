@@ -151,11 +151,27 @@ def test_lane_memory_follows_the_initial_slots_until_it_is_settled(config: Train
 
 @pytest.mark.slow
 @pytest.mark.parametrize("config", SETTINGS.values(), ids=SETTINGS.keys())
+@pytest.mark.parametrize(
+    ("architecture", "old_end", "new_end"),
+    [
+        (TINY, 20, 25),
+        (replace(TINY, variant="nran"), 20, 25),
+        (PAPER, 25, 30),
+        (replace(PAPER, variant="nran"), 20, 25),
+    ],
+    ids=["plus", "plus-nran", "paper", "paper-nran"],
+)
 @torch.no_grad()
-def test_abstraction_loss_is_about_the_newest_absorption_and_real_positions(config: TrainConfig) -> None:
-    """Old and new memory are those of replays that end a segment apart; the last segment has three events."""
-    model, random = random_model(TINY, TINY_ITEMS), np.random.default_rng(0)
-    learner, history = learner_of(model, config), random.integers(0, TINY_ITEMS, 28)
+def test_abstraction_loss_is_about_one_absorption_and_real_positions(
+    architecture: ModelConfig, old_end: int, new_end: int, config: TrainConfig
+) -> None:
+    """Old and new memory are those of replays that end a segment apart; the last segment, the sixth, has three events.
+
+    `plus` judges the absorption that this segment is the first to read. `paper` judges that of the segment before it,
+    which follows; without recurrence, these are the same.
+    """
+    model, random = random_model(architecture, TINY_ITEMS), np.random.default_rng(0)
+    learner, history = learner_of(model, config), random.integers(0, TINY_ITEMS, 30)
     state = LaneState.empty(model, 1, config.backprop_segments)
     for start in range(0, 28, 5):
         items, length = np.zeros((1, 5), np.int64), min(5, 28 - start)
@@ -163,18 +179,31 @@ def test_abstraction_loss_is_about_the_newest_absorption_and_real_positions(conf
         batch = Batch(items, items, *map(np.array, ([length], [start == 0], [0], [start])))
         losses, after = learner.step(inputs_of(batch), state)
         before, state = state, after
-    old, new = (replay(model, [history[:end]])[1] for end in (20, 25))
-    last = model.embed(torch.from_numpy(history[25:]))[None]
+    old, new = (replay(model, [history[:end]])[1] for end in (old_end, new_end))
+    read = replay(model, [history[:25]])[1]
+    last = model.embed(torch.from_numpy(history[25:28]))[None]
+    visible = torch.tensor([5 if model.config.recurrent else 0])
     expected = model.abstraction_loss(
         old_memory=old,
         new_memory=new,
-        hidden=before.absorbed[-1],
+        hidden=before.context if architecture == PAPER else before.absorbed[-1],
         lengths=torch.tensor([5]),
-        memory_queries=model.encode(last, before.context, torch.tensor([5]), new).memory_queries,
+        queries=model.abstraction_queries(model.encode(last, before.context, visible, read)),
         query_mask=torch.ones(1, 3, dtype=torch.bool),
     )
     assert losses.abstraction_count == 3
     torch.testing.assert_close(losses.abstraction, expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(("architecture", "segments"), [(TINY, 3), (PAPER, 2)], ids=["plus", "paper"])
+def test_first_segment_whose_step_trains_f_abs(architecture: ModelConfig, segments: int) -> None:
+    """`paper`: users of two segments train f_abs, as the absorption of the first is judged by the second."""
+    learner, items = learner_of(random_model(architecture, TINY_ITEMS), SETTINGS["alternating"]), torch.arange(5)[None]
+    state, counts = LaneState.empty(learner.model, 1, 1), []
+    for step in range(3):
+        losses, state = learner.step(one_lane(items, 5, start=step == 0), state)
+        counts.append(int(losses.abstraction_count))
+    assert [bool(count) for count in counts] == [step >= segments for step in (1, 2, 3)]
 
 
 @pytest.mark.slow
