@@ -258,7 +258,7 @@ ONE_LAYER_PAPER = replace(PAPER, layers=1, dropout=0.0)
     [
         (TINY, replace(CONFIG, epochs=3)),
         (TINY, replace(CONFIG, epochs=3, loss="sampled", negatives=8, memory_training="joint")),
-        (ONE_LAYER_PAPER, replace(CONFIG, epochs=8, loss="negatives", negatives=5)),
+        (ONE_LAYER_PAPER, replace(CONFIG, epochs=8, loss="negatives-softmax", negatives=5)),
     ],
     ids=["full", "sampled", "paper"],
 )
@@ -376,6 +376,7 @@ OTHER: dict[str, tuple[TrainConfig, object]] = {
     "final_learning_rate": (CONFIG, 0.9),
     "weight_decay": (CONFIG, 0.1),
     "ema_decay": (CONFIG, 0.0),
+    "adam_beta2": (CONFIG, 0.9),
     "gradient_clip": (CONFIG, 0.01),
     "precision": (CONFIG, "bfloat16"),
     "epochs": (CONFIG, 9),
