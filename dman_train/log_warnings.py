@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
+from dman_runtime.data.evaluation import Ranking, ranking_for
 from dman_runtime.data.input_report import InputReport
 from dman_runtime.data.interactions import Interactions, ItemInfo
 from dman_runtime.data.log_options import NONE, LogOptions
@@ -29,8 +30,8 @@ def warn_of_log(log: Log, interactions: Interactions, *, seen_items: str) -> Non
     report, lengths = log.report, np.diff(interactions.offsets)
     _warn_of_filters(report, interactions)
     _warn_of_few(report, interactions, evaluated=int(np.count_nonzero(lengths >= 3)))
-    if seen_items != "keep":
-        _warn_of_repeats(report, interactions)
+    if ranking_for(seen_items) != "seen_kept":
+        _warn_of_repeats(report, interactions, ranking_for(seen_items))
     if log.options.order_by == "time":
         _warn_of_ties(report, interactions, log.options)
 
@@ -75,20 +76,23 @@ def _warn_of_few(report: InputReport, interactions: Interactions, *, evaluated: 
         report.notice(text, weight=35)
 
 
-def _warn_of_repeats(report: InputReport, interactions: Interactions) -> None:
+def _warn_of_repeats(report: InputReport, interactions: Interactions, ranking: Ranking) -> None:
+    """What a ranking without seen items means for the targets and the users of a log."""
     seen, lengths = seen_before(interactions), np.diff(interactions.offsets)
     targets = interactions.offsets[1:][lengths >= 3] - 1
     missed, share = int(seen[targets].sum()), float(seen.mean())
     so_many = f"{missed:,} of {len(targets):,} test targets"
+    kept = ranking == "target_kept"
+    effect = "are ranked against unseen items only, as no server does" if kept else "count as misses"
     if share > MANY_REPEATS:
         text = (
             f"{100 * share:.0f} % of the events are of items that the user has already seen, and the ranking leaves "
-            f"such items out: {so_many} count as misses; if users return to items, choose keep, and call recommend "
+            f"such items out: {so_many} {effect}; if users return to items, choose keep, and call recommend "
             "with include_seen"
         )
         report.notice(text, parameter="seen_items", weight=60)
     elif missed > MANY_SEEN_TARGETS * len(targets):
-        text = f"{so_many} were seen before by their user: they count as misses"
+        text = f"{so_many} were seen before by their user: they {effect}"
         report.notice(text, parameter="seen_items", weight=60)
     distinct = np.diff(np.concatenate([[0], np.cumsum(~seen)])[interactions.offsets])
     done = int(np.count_nonzero(distinct == len(interactions.item_ids)))

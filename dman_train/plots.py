@@ -23,7 +23,7 @@ def plot_curves(epochs: list[dict[str, float]], path: Path) -> None:
     middle.set(title="abstraction loss (eq. 5)", xlabel="epoch")
     for metric in ("hr@10", "hr@50", "ndcg@10"):
         right.plot(number, [epoch.get(f"valid/{metric}", float("nan")) for epoch in epochs], marker="o", label=metric)
-    right.set(title="validation, seen items excluded", xlabel="epoch")
+    right.set(title="validation", xlabel="epoch")
     right.legend()
     _save(figure, path)
 

@@ -25,7 +25,7 @@ import numpy as np
 import torch
 
 from dman_runtime.data.arrays import parse_npz
-from dman_runtime.data.evaluation import Ranks, Split
+from dman_runtime.data.evaluation import RANKINGS, Ranking, Ranks, Split
 from dman_runtime.data.input_report import InputReport
 from dman_runtime.data.interactions import Interactions
 from dman_runtime.data.log_options import options_of_training
@@ -154,19 +154,25 @@ class Run:
         except InputError as error:
             raise RunError(error.cause, error.remedy or RESTORE) from None
 
-    def test_ranks(self) -> tuple[Ranks, np.ndarray]:
-        """What `save_ranks` wrote: ranks of the test targets, and (N) lengths of their inputs. Raises RunError."""
-        names = [f"{split}_seen_{kind}" for split in ("valid", "test") for kind in ("excluded", "kept")]
+    def test_ranks(self, ranking: Ranking) -> tuple[np.ndarray, np.ndarray]:
+        """From what `save_ranks` wrote: (N) ranks of the test targets, and (N) lengths of their inputs.
+
+        Raises RunError, also for a ranking that the version that wrote the run did not have.
+        """
+        names = [f"{split}_{name}" for split in ("valid", "test") for name in RANKINGS]
+        later = [name for name in names if name.endswith("target_kept")]  # earlier versions did not write them
         file, users = self.path / "ranks.npz", self.config["dataset"]["users"]
-        content = self._read(file.name, limit=MAX_EPOCHS_BYTES + 50 * users)
+        content = self._read(file.name, limit=MAX_EPOCHS_BYTES + 70 * users)
         try:
             kinds = dict.fromkeys((*names, "lengths"), ("int64", (None,)))
-            arrays = parse_npz(content, kinds, limit=4096 + 40 * users)
+            arrays = parse_npz(content, kinds, limit=4096 + 56 * users, optional=later)
             if len({len(array) for array in arrays.values()}) > 1:
                 raise ValueError("its arrays have different lengths")
         except ValueError as error:
             raise RunError(f"{file} is damaged ({error})", RESTORE) from None
-        return Ranks(arrays["test_seen_excluded"], arrays["test_seen_kept"]), arrays["lengths"]
+        if f"test_{ranking}" not in arrays:
+            raise RunError(f"{file} has no ranks {ranking}: an earlier version wrote it", "train again")
+        return arrays[f"test_{ranking}"], arrays["lengths"]
 
     def _json(self, name: str) -> Any:
         try:
@@ -202,8 +208,8 @@ class Run:
         temporary.replace(self.path / name)
 
     def save_ranks(self, ranks: Mapping[Split, Ranks], lengths: Sequence[int]) -> None:
-        """`ranks.npz`: (N) seen_excluded and seen_kept ranks of each split, and the (N) lengths of the test inputs."""
-        arrays = {f"{split}_{name}": value for split, both in ranks.items() for name, value in asdict(both).items()}
+        """`ranks.npz`: the (N) Ranks of each split, and the (N) lengths of the test inputs."""
+        arrays = {f"{split}_{name}": value for split, found in ranks.items() for name, value in asdict(found).items()}
         buffer = io.BytesIO()
         np.savez_compressed(buffer, allow_pickle=False, lengths=np.array(lengths, np.int64), **arrays)
         self.write("ranks.npz", buffer.getvalue())

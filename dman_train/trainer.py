@@ -17,7 +17,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim.swa_utils import AveragedModel
 from tqdm import tqdm
 
-from dman_runtime.data.evaluation import HeldOut, Ranks, metrics
+from dman_runtime.data.evaluation import HeldOut, Ranks, metrics, ranking_for
 from dman_runtime.errors import DmanError
 from dman_train import checkpoint, distributed
 from dman_train.config import BaselineConfig, ConfigError, ModelConfig, TrainConfig
@@ -137,9 +137,8 @@ class Trainer:
             "events_per_second": (self.events - first) / seconds,
             "seconds": seconds,
         }
-        ranks = self.validate()
-        chosen = ranks.seen_kept if self.config.seen_items == "keep" else ranks.seen_excluded
-        return result | {f"valid/{name}": value for name, value in metrics(chosen).items()}
+        ranks = self.validate().of(ranking_for(self.config.seen_items))
+        return result | {f"valid/{name}": value for name, value in metrics(ranks).items()}
 
     def _steps_of_epoch(self, on_step: Callable[[], None], *, progress: bool) -> None:
         goal = (self.epoch + 1) * self.schedule.events

@@ -23,7 +23,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from dman_runtime.data.evaluation import metrics
+from dman_runtime.data.evaluation import Ranking, metrics, ranking_for
 from dman_runtime.errors import UsageError
 from dman_train.interpret import LENGTH_GROUPS
 
@@ -74,15 +74,15 @@ class Record:
         return metrics(self.ranks[self.groups == group])
 
 
-def ranking_of(content: dict[str, Any]) -> str:
-    """The ranking that the run was chosen by: "seen_kept" if it kept seen items, else "seen_excluded"."""
-    return "seen_kept" if content["train"].get("seen_items") == "keep" else "seen_excluded"
+def ranking_of(content: dict[str, Any]) -> Ranking:
+    """The ranking that the run was chosen by. A system without training leaves seen items out."""
+    return ranking_for(content["train"].get("seen_items", "exclude"))
 
 
 def metrics_of(content: dict[str, Any], *, split: str = "test", seen: str | None = None) -> dict[str, Any]:
     """Metrics of a split, in the ranking that the run was chosen by unless `seen` names one."""
-    result = content["metrics"][split]
-    return result["seen_kept"] if (seen or ranking_of(content)) == "seen_kept" else result
+    result, ranking = content["metrics"][split], seen or ranking_of(content)
+    return result if ranking == "seen_excluded" else result[ranking]
 
 
 def read_records(path: Path) -> list[Record]:

@@ -19,7 +19,7 @@ from typing import Any
 
 import numpy as np
 
-from dman_runtime.data.evaluation import Ranks, held_out, report, training_events
+from dman_runtime.data.evaluation import held_out, report, training_events
 from dman_runtime.errors import UsageError
 from dman_runtime.model.bundle import StateShape
 from dman_runtime.model.record import max_record_bytes
@@ -41,7 +41,7 @@ def record_of(run: Run, name: str) -> Record:
     if run.metrics is None or not (run.path / "ranks.npz").exists():
         raise RunError(f"{run.path} is not finished", "let the training end first", parameter="run")
     config, model = run.config, run.best_model()
-    ranks, lengths = run.test_ranks()
+    ranks, lengths = run.test_ranks(ranking_of(config))
     content = {
         "command": _command(config),
         "model": config["model"],
@@ -85,12 +85,12 @@ def record_of_counts(system: str, path: Path, name: str) -> Record:
         "epochs": [],
         "metrics": result | {"epochs": 0, "training_seconds": time.perf_counter() - began},
     }
-    return _record(name, content, ranks["test"], np.array([len(history) for history in held["test"].histories]))
+    lengths = np.array([len(history) for history in held["test"].histories])
+    return _record(name, content, ranks["test"].of(ranking_of(content)), lengths)
 
 
-def _record(name: str, content: dict[str, Any], ranks: Ranks, lengths: np.ndarray) -> Record:
-    chosen = getattr(ranks, ranking_of(content))
-    capped = np.minimum(chosen, RANK_LIMIT + 1).astype(np.uint16)
+def _record(name: str, content: dict[str, Any], ranks: np.ndarray, lengths: np.ndarray) -> Record:
+    capped = np.minimum(ranks, RANK_LIMIT + 1).astype(np.uint16)
     return Record(name, content, capped, length_group(lengths).astype(np.uint8), RANK_LIMIT)
 
 

@@ -29,7 +29,11 @@ TRAINING_OF_F_ABS = {
 }  # fmt: skip
 # Options that decide a result as much as the system does: only rows that share them are compared.
 RECIPE = ("seen_items", "ema_decay")
-WORDS = {("seen_items", "exclude-from-ranking"): "seen items as negatives", ("ema_decay", 0.0): "weights not averaged"}
+WORDS = {
+    ("seen_items", "exclude-from-ranking"): "seen items as negatives",
+    ("seen_items", "keep-target"): "seen items as negatives, seen targets ranked",
+    ("ema_decay", 0.0): "weights not averaged",
+}
 ROUTING = {"routing", "routing_iterations", "routing_softmax"}
 # Options that ModelConfig may no longer have, but stored runs do, with the value that needs no mention.
 FORMER_OPTIONS = {"residual": "gated"}
@@ -49,7 +53,7 @@ mean, and what was tried without a record.
 **Protocol.** Leave-one-out: the last event of a user is the test target, the second last the validation target. All \
 items are ranked, and ties count against the model. The epoch is chosen by validation NDCG@10. Items the user has \
 already seen are left out of the ranking, except for runs with `--seen-items keep`: these are on logs whose users come \
-back to items.
+back to items. With `--seen-items keep-target` a target that was seen is ranked too.
 
 **Rows.** A row is one configuration. A label names what differs from the default preset. With several seeds, a number \
 is their mean, ± half the distance between the lowest and the highest.

@@ -7,7 +7,7 @@ import math
 import warnings
 import zipfile
 import zlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 
 import numpy as np
 from numpy.lib import format as npy
@@ -54,17 +54,24 @@ def _read_header(head: bytes) -> tuple[tuple[int, ...], bool, np.dtype, int]:
 
 
 def parse_npz(
-    content: bytes, arrays: Mapping[str, tuple[str, tuple[int | None, ...]]], *, limit: int
+    content: bytes,
+    arrays: Mapping[str, tuple[str, tuple[int | None, ...]]],
+    *,
+    limit: int,
+    optional: Collection[str] = (),
 ) -> dict[str, np.ndarray]:
     """The arrays of an .npz file by name: exactly those of `arrays`, which gives dtype and shape as for `parse_npy`.
 
-    Nothing is unpacked unless all arrays together have at most `limit` bytes. Raises ValueError.
+    Those of `optional` may be missing. Nothing is unpacked unless all arrays together have at most `limit` bytes.
+    Raises ValueError.
     """
     try:
         archive = zipfile.ZipFile(io.BytesIO(content))
     except _ZIP_ERRORS:
         raise ValueError("is not an archive of arrays") from None
     members = archive.infolist()
+    missing = set(optional) - {member.filename.removesuffix(".npy") for member in members}
+    arrays = {name: kind for name, kind in arrays.items() if name not in missing}
     if sorted(member.filename for member in members) != sorted(f"{name}.npy" for name in arrays):
         raise ValueError(f"does not hold exactly the arrays {', '.join(arrays)}")
     size = sum(member.file_size for member in members)

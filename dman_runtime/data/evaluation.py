@@ -1,9 +1,10 @@
 """The evaluation protocol: leave-one-out over all items, the same for PyTorch, the engine and the server. numpy only.
 
 A user's last event is the test target, the second last the validation target; the input is all events before the
-target. All items are ranked. The main numbers exclude items that the user has already seen: the server never
-recommends them, so a target that was seen is a miss. "Seen kept" ranks without this filter. Ties count against
-the model. Users with fewer than three events are left out.
+target. All items are ranked, in three ways. The main numbers exclude items that the user has already seen: the server
+never recommends them, so a target that was seen is a miss. "Seen kept" ranks all items. "Target kept" ranks the target,
+seen or not, against the items that the user has not seen: the protocol of the paper ("Evaluation metrics"). Ties count
+against the model. Users with fewer than three events are left out.
 
 The split is taken on the log as it is. A target that the model does not know cannot be recommended, so it is a miss.
 """
@@ -12,7 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import numpy as np
 
@@ -21,7 +22,9 @@ from dman_runtime.data.interactions import Interactions
 
 Split = Literal["valid", "test"]
 LogKind = Literal["training log", "another log"]
-CUTOFFS_HR = (10, 50, 100, 200)
+Ranking = Literal["seen_excluded", "seen_kept", "target_kept"]  # the fields of Ranks
+RANKINGS: tuple[Ranking, ...] = get_args(Ranking)
+CUTOFFS_HR = (10, 50, 100, 200, 500)
 CUTOFFS_NDCG = (10, 50, 100)
 MISS = np.iinfo(np.int64).max  # rank of a target that cannot be recommended
 UNKNOWN = -1  # index of an item that the model does not know
@@ -76,23 +79,32 @@ def training_events(interactions: Interactions) -> tuple[np.ndarray, np.ndarray]
 
 @dataclass(frozen=True)
 class Ranks:
-    """Ranks of N targets, from 1 for the best."""
+    """Ranks of N targets, from 1 for the best, in each ranking."""
 
     seen_excluded: np.ndarray  # (N) int64; MISS if the target was seen
     seen_kept: np.ndarray  # (N) int64
+    target_kept: np.ndarray  # (N) int64; equal to seen_excluded for a target that was not seen
+
+    def of(self, ranking: Ranking) -> np.ndarray:
+        """(N) int64 ranks in one ranking."""
+        ranks: np.ndarray = getattr(self, ranking)
+        return ranks
 
     @classmethod
     def concatenate(cls, parts: Iterable[Ranks]) -> Ranks:
-        parts = list(parts)
-        return cls(
-            np.concatenate([p.seen_excluded for p in parts]) if parts else np.zeros(0, np.int64),
-            np.concatenate([p.seen_kept for p in parts]) if parts else np.zeros(0, np.int64),
-        )
+        parts, none = list(parts), np.zeros(0, np.int64)
+        return cls(*(np.concatenate([none, *(part.of(ranking) for part in parts)]) for ranking in RANKINGS))
 
     def reordered(self, rows: np.ndarray) -> Ranks:
         """The same ranks with rank i at index rows[i]. `rows` (N) is a permutation."""
         source = np.argsort(rows)
-        return Ranks(self.seen_excluded[source], self.seen_kept[source])
+        return Ranks(*(self.of(ranking)[source] for ranking in RANKINGS))
+
+
+def ranking_for(seen_items: str) -> Ranking:
+    """The ranking by which a run with this `seen_items` (`dman_train.config.TrainConfig`) is validated and chosen."""
+    by_choice: dict[str, Ranking] = {"keep": "seen_kept", "keep-target": "target_kept"}
+    return by_choice.get(seen_items, "seen_excluded")
 
 
 def ranks_of_targets(scores: np.ndarray, targets: np.ndarray, histories: Sequence[np.ndarray]) -> Ranks:
@@ -105,12 +117,13 @@ def ranks_of_targets(scores: np.ndarray, targets: np.ndarray, histories: Sequenc
     ahead = ~(scores < scores[rows, targets][:, None])  # ties and NaN count against the model
     ahead[rows, targets] = False
     kept = ahead.sum(1) + 1
-    excluded = kept.copy()
+    target_kept, excluded = kept.copy(), kept.copy()
     for row, history in enumerate(histories):
         seen = np.unique(history)
-        excluded[row] = MISS if targets[row] in seen else kept[row] - ahead[row, seen].sum()
-    excluded[unknown] = kept[unknown] = MISS
-    return Ranks(excluded.astype(np.int64), kept.astype(np.int64))
+        target_kept[row] -= ahead[row, seen].sum()  # the target is never ahead of itself
+        excluded[row] = MISS if targets[row] in seen else target_kept[row]
+    excluded[unknown] = kept[unknown] = target_kept[unknown] = MISS
+    return Ranks(excluded.astype(np.int64), kept.astype(np.int64), target_kept.astype(np.int64))
 
 
 def metrics(ranks: np.ndarray) -> dict[str, float]:
@@ -141,6 +154,7 @@ def report(
         "users": len(ranks.seen_excluded),
         **metrics(ranks.seen_excluded),
         "seen_kept": metrics(ranks.seen_kept),
+        "target_kept": metrics(ranks.target_kept),
         "unknown_targets": unknown_targets,
         "log": log,
         **dict.fromkeys(FILTERS, 0),
@@ -151,15 +165,17 @@ def report(
 
 def format_report(result: Mapping[str, Any]) -> str:
     """A report as a small table for people."""
-    names, kept = [name for name in result if "@" in name], result["seen_kept"]
+    names = [name for name in result if "@" in name]
     lines = [f"{result['split']} split, {result['users']} users; {result['protocol']}", _about_log(result)]
     if result["unknown_targets"]:
         lines.append(
             f"{result['unknown_targets']:,} of {result['users']:,} targets are items that the model does not know: "
             "they count as misses"
         )
-    lines += ["", f"{'':>10}  {'seen excluded':>13}  {'seen kept':>9}"]
-    lines += [f"{name:>10}  {result[name]:>13.4f}  {kept[name]:>9.4f}" for name in names]
+    columns = {"seen excluded": result, "seen kept": result["seen_kept"], "target kept": result["target_kept"]}
+    lines += ["", "  ".join([" " * 10, *columns])]
+    for name in names:
+        lines.append("  ".join([f"{name:>10}", *(f"{found[name]:>{len(head)}.4f}" for head, found in columns.items())]))
     return "\n".join(lines)
 
 

@@ -43,7 +43,7 @@ def read_all(path: Path) -> None:
     run = Run(path)
     run.model_config(), run.train_config(), run.data_config()
     assert run.metrics is None or run.metrics["test"] is not None
-    run.epochs(), run.vocabulary(), run.best_model(), run.test_ranks()
+    run.epochs(), run.vocabulary(), run.best_model(), run.test_ranks("target_kept")
 
 
 def refusal(path: Path) -> str:
@@ -286,6 +286,19 @@ def test_run_whose_ranks_would_take_gigabytes_is_refused(run_copy: Path) -> None
         changed = {name: arrays[name] for name in arrays.files} | {"lengths": np.zeros(1 << 22, np.int64)}
     np.savez_compressed(run_copy / "ranks.npz", **changed)  # type: ignore[arg-type]
     assert "ranks.npz is damaged (would take" in refusal(run_copy)
+
+
+def test_run_of_a_version_without_target_kept_ranks_has_the_others(run_copy: Path) -> None:
+    with np.load(run_copy / "ranks.npz") as arrays:
+        former = {name: arrays[name] for name in arrays.files if not name.endswith("target_kept")}
+    expected, _ = Run(run_copy).test_ranks("seen_kept")
+    np.savez_compressed(run_copy / "ranks.npz", **former)  # type: ignore[arg-type]
+    found, lengths = Run(run_copy).test_ranks("seen_kept")
+    np.testing.assert_array_equal(found, expected)
+    np.testing.assert_array_equal(lengths, former["lengths"])
+    assert "ranks.npz has no ranks target_kept: an earlier version wrote it; train again" in refusal(run_copy)
+    np.savez_compressed(run_copy / "ranks.npz", **former, other=lengths)  # type: ignore[arg-type]
+    assert "ranks.npz is damaged (does not hold exactly the arrays" in refusal(run_copy)
 
 
 def test_vocabulary_survives_its_file(run_copy: Path) -> None:

@@ -42,6 +42,9 @@ def test_repeats_and_the_targets_that_they_cost_are_said(tmp_path: Path) -> None
     assert "60 of 60 test targets count as misses" in first and first.endswith("(--seen-items)")
     assert second.startswith("60 of 60 users have had all 4 items: nothing is left to recommend")
     assert warnings_of(tmp_path, rows, seen_items="keep") == []
+    (third, fourth) = warnings_of(tmp_path, rows, seen_items="keep-target")
+    assert "60 of 60 test targets are ranked against unseen items only, as no server does; if users" in third
+    assert "misses" not in third and fourth == second
 
 
 def test_targets_that_were_seen_are_said_where_other_events_rarely_repeat(tmp_path: Path) -> None:
@@ -49,6 +52,8 @@ def test_targets_that_were_seen_are_said_where_other_events_rarely_repeat(tmp_pa
     assert warnings_of(tmp_path, rows) == [
         "30 of 60 test targets were seen before by their user: they count as misses (--seen-items)"
     ]
+    (warning,) = warnings_of(tmp_path, rows, seen_items="keep-target")
+    assert warning.endswith("their user: they are ranked against unseen items only, as no server does (--seen-items)")
 
 
 def test_ties_of_held_out_events_are_said_unless_a_position_orders_them(tmp_path: Path) -> None:

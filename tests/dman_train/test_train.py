@@ -95,9 +95,9 @@ def test_evaluate_of_run_and_bundle_agree_with_training(
     of_bundle = last_json(capsys, evaluate.main, "--bundle", trained_bundle, "--split", split, "--provider", "cpu")
     assert of_run["users"] == of_bundle["users"] == trained[split]["users"] > 50
     names = [name for name in trained[split] if "@" in name]
-    assert len(names) == 7
+    assert len(names) == 8
     for name in names:
-        for column in (lambda result: result, lambda result: result["seen_kept"]):
+        for column in (lambda result: result, lambda result: result["seen_kept"], lambda result: result["target_kept"]):
             assert column(of_run)[name] == pytest.approx(column(trained[split])[name], abs=1e-6)
             # float16 states may move one of these few users across a cut-off
             one_user = 1 / trained[split]["users"]

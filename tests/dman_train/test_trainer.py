@@ -21,7 +21,7 @@ import torch
 import torch.distributed as dist
 from conftest import PAPER, ROOT, TINY
 
-from dman_runtime.data.evaluation import HeldOut, metrics
+from dman_runtime.data.evaluation import RANKINGS, HeldOut, Ranking, metrics
 from dman_train import distributed, train
 from dman_train.config import ConfigError, ModelConfig, TrainConfig
 from dman_train.data import TrainingData
@@ -394,20 +394,29 @@ def test_train_config_field_changes_the_weights(name: str) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("choice", ["exclude", "exclude-from-ranking", "keep"])
-def test_seen_items_decide_what_the_epoch_is_chosen_by(choice: str) -> None:
+@pytest.mark.parametrize(
+    ("choice", "ranking"),
+    [
+        ("exclude", "seen_excluded"),
+        ("exclude-from-ranking", "seen_excluded"),
+        ("keep-target", "target_kept"),
+        ("keep", "seen_kept"),
+    ],
+)
+def test_seen_items_decide_what_the_epoch_is_chosen_by(choice: str, ranking: Ranking) -> None:
     trainer = trained(TINY, replace(CONFIG, seen_items=choice), 3)  # type: ignore[arg-type]
     measured, ranks = trainer.train_epoch(on_step=lambda: None, progress=False), trainer.validate()
-    assert metrics(ranks.seen_kept) != metrics(ranks.seen_excluded)
-    expected = metrics(ranks.seen_kept if choice == "keep" else ranks.seen_excluded)
+    each = {name: metrics(ranks.of(name)) for name in RANKINGS}
+    assert each["seen_kept"] != each["seen_excluded"] != each["target_kept"] != each["seen_kept"]
     assert {
         name.removeprefix("valid/"): value for name, value in measured.items() if name.startswith("valid/")
-    } == expected
+    } == each[ranking]
 
 
 def test_seen_items_stay_in_the_loss_unless_they_are_excluded_from_both() -> None:
-    same = [weights(trained(TINY, replace(CONFIG, seen_items=x), 3)) for x in ("exclude-from-ranking", "keep")]
-    assert same_bits(*same)
+    choices = ("exclude-from-ranking", "keep-target", "keep")
+    first, *others = [weights(trained(TINY, replace(CONFIG, seen_items=choice), 3)) for choice in choices]
+    assert all(same_bits(first, other) for other in others)
 
 
 def test_train_config_evaluation_users_limits_the_validation() -> None:

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from dman_runtime.data.evaluation import HeldOut, held_out, metrics
+from dman_runtime.data.evaluation import HeldOut, held_out, metrics, ranking_for
 from dman_train.baselines.counts import RECENT, count_ranks, most_popular, transitions
 from dman_train.config import DataConfig
 from dman_train.data import load
@@ -62,6 +62,7 @@ def test_count_ranks_are_in_the_order_of_the_data() -> None:
     data = HeldOut(np.arange(600), histories, targets)
     ranks = count_ranks(lambda given: np.array([[4.0, 3, 2, 1] for _ in given]), data)
     assert ranks.seen_kept.tolist() == (targets + 1).tolist()
+    assert ranks.seen_excluded.tolist() == ranks.target_kept.tolist()
     assert ranks.seen_excluded.tolist() == [
         target + 1 - (history[0] < target) for history, target in zip(histories, targets, strict=True)
     ]
@@ -105,18 +106,19 @@ def test_record_tells_what_the_run_says(trained_run: Path, small_log: Path, file
     assert record.groups.tolist() == expected
 
 
-@pytest.mark.parametrize("choice", ["exclude", "exclude-from-ranking", "keep"])
+@pytest.mark.parametrize("choice", ["exclude", "exclude-from-ranking", "keep-target", "keep"])
 def test_record_holds_the_ranks_of_all_users_in_the_ranking_that_chose_the_run(
     choice: str, trained_run: Path, tmp_path: Path, file: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     record = written(kept_run(trained_run, tmp_path / "run", choice), file)
-    seen = "seen_kept" if choice == "keep" else "seen_excluded"
+    seen = ranking_for(choice)
     ranks = np.load(trained_run / "ranks.npz")[f"test_{seen}"]
     assert record.ranks.tolist() == np.minimum(ranks, RANK_LIMIT + 1).tolist()
     assert metrics(record.ranks) == pytest.approx(metrics(ranks)), "nothing that a metric sees is lost by the limit"
     result = record.content["metrics"]["test"]
-    assert result["hr@10"] != result["seen_kept"]["hr@10"]
-    expected = (result["seen_kept"] if choice == "keep" else result)["hr@10"]
+    by_choice = {"keep": result["seen_kept"], "keep-target": result["target_kept"]}
+    expected = by_choice.get(choice, result)["hr@10"]
+    assert len({by["hr@10"] for by in (result, *by_choice.values())}) == 3, "the rankings differ"
     assert record.metric("hr@10") == expected == pytest.approx(metrics(record.ranks)["hr@10"])
     assert f"test HR@10 {expected:.4f}" in capsys.readouterr().out
 

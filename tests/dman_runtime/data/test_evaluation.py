@@ -10,12 +10,14 @@ from hypothesis import strategies as st
 
 from dman_runtime.data.evaluation import (
     MISS,
+    RANKINGS,
     UNKNOWN,
     HeldOut,
     Ranks,
     format_report,
     held_out,
     metrics,
+    ranking_for,
     ranks_of_targets,
     report,
     training_events,
@@ -24,30 +26,39 @@ from dman_runtime.data.interactions import Interactions
 from dman_runtime.data.logs import read_interactions
 
 NAN = float("nan")
-#    scores of items 0..4            target  history   excluded  kept   why
+#    scores of items 0..4            target  history   excluded  kept  target kept  why
 TABLE = [
-    ([0.9, 0.1, 0.2, 0.3, 0.4], 0, [1, 2], 1, 1, "the best item"),
-    ([0.9, 0.1, 0.2, 0.3, 0.4], 1, [2], 4, 5, "the worst item, one better one seen"),
-    ([0.9, 0.8, 0.2, 0.3, 0.4], 4, [0, 1], 1, 3, "all better ones seen"),
-    ([0.9, 0.8, 0.2, 0.3, 0.4], 4, [0, 0, 2, 0], 2, 3, "one better one seen several times, one worse one"),
-    ([0.5, 0.5, 0.5, 0.5, 0.5], 2, [4], 4, 5, "ties count against the model"),
-    ([0.5, 0.7, 0.5, 0.1, 0.1], 0, [2], 2, 3, "a tied item that was seen does not count"),
-    ([0.9, 0.1, 0.2, 0.3, 0.4], 0, [0, 1], MISS, 1, "the target itself was seen"),
-    ([0.9, 0.1, 0.2, 0.3, 0.4], 3, [], 3, 3, "nothing seen"),
-    ([NAN, 0.1, 0.2, 0.3, 0.4], 0, [1], 4, 5, "a target without a score is last"),
-    ([NAN, 0.9, 0.2, 0.3, 0.4], 1, [2], 2, 2, "another item without a score is first"),
-    ([NAN, 0.9, 0.2, 0.3, 0.4], 1, [0], 1, 2, "unless it was seen"),
-    ([-np.inf, np.inf, 0.2, 0.3, 0.4], 1, [2], 1, 1, "infinite scores are scores"),
-    ([0.1, np.inf, np.inf, 0.3, 0.4], 1, [0], 2, 2, "and tie"),
+    ([0.9, 0.1, 0.2, 0.3, 0.4], 0, [1, 2], 1, 1, 1, "the best item"),
+    ([0.9, 0.1, 0.2, 0.3, 0.4], 1, [2], 4, 5, 4, "the worst item, one better one seen"),
+    ([0.9, 0.8, 0.2, 0.3, 0.4], 4, [0, 1], 1, 3, 1, "all better ones seen"),
+    ([0.9, 0.8, 0.2, 0.3, 0.4], 4, [0, 0, 2, 0], 2, 3, 2, "one better one seen several times, one worse one"),
+    ([0.5, 0.5, 0.5, 0.5, 0.5], 2, [4], 4, 5, 4, "ties count against the model"),
+    ([0.5, 0.7, 0.5, 0.1, 0.1], 0, [2], 2, 3, 2, "a tied item that was seen does not count"),
+    ([0.9, 0.1, 0.2, 0.3, 0.4], 0, [0, 1], MISS, 1, 1, "the target itself was seen, and is the best"),
+    ([0.9, 0.1, 0.2, 0.3, 0.4], 2, [2, 0], MISS, 4, 3, "it was seen, as was one of three better ones"),
+    ([0.9, 0.1, 0.2, 0.3, 0.4], 2, [2, 0, 2, 2], MISS, 4, 3, "it was seen three times"),
+    ([0.5, 0.5, 0.5, 0.5, 0.1], 1, [1, 1, 3], MISS, 4, 3, "it was seen and ties with two unseen and one seen item"),
+    ([0.5, 0.5, 0.5, 0.5, 0.5], 1, [0, 1, 2, 3, 4], MISS, 5, 1, "all items were seen, so only the target is left"),
+    ([0.9, 0.1, 0.2, 0.3, 0.4], 3, [], 3, 3, 3, "nothing seen"),
+    ([NAN, 0.1, 0.2, 0.3, 0.4], 0, [1], 4, 5, 4, "a target without a score is last"),
+    ([NAN, 0.1, 0.2, 0.3, 0.4], 0, [0, 1], MISS, 5, 4, "also one that was seen"),
+    ([NAN, 0.9, 0.2, 0.3, 0.4], 1, [2], 2, 2, 2, "another item without a score is first"),
+    ([NAN, 0.9, 0.2, 0.3, 0.4], 1, [0], 1, 2, 1, "unless it was seen"),
+    ([-np.inf, np.inf, 0.2, 0.3, 0.4], 1, [2], 1, 1, 1, "infinite scores are scores"),
+    ([0.1, np.inf, np.inf, 0.3, 0.4], 1, [0], 2, 2, 2, "and tie"),
 ]
 
 
-@pytest.mark.parametrize(("scores", "target", "history", "excluded", "kept", "why"), TABLE)
+def as_lists(ranks: Ranks) -> tuple[list[int], ...]:
+    return ranks.seen_excluded.tolist(), ranks.seen_kept.tolist(), ranks.target_kept.tolist()
+
+
+@pytest.mark.parametrize(("scores", "target", "history", "excluded", "kept", "target_kept", "why"), TABLE)
 def test_ranks_equal_hand_computation(
-    scores: list[float], target: int, history: list[int], excluded: int, kept: int, why: str
+    scores: list[float], target: int, history: list[int], excluded: int, kept: int, target_kept: int, why: str
 ) -> None:
     ranks = ranks_of_targets(np.array([scores]), np.array([target]), [np.array(history, np.int64)])
-    assert (ranks.seen_excluded.tolist(), ranks.seen_kept.tolist()) == ([excluded], [kept]), why
+    assert as_lists(ranks) == ([excluded], [kept], [target_kept]), why
 
 
 def test_ranks_of_a_batch_equal_those_of_its_rows() -> None:
@@ -56,16 +67,29 @@ def test_ranks_of_a_batch_equal_those_of_its_rows() -> None:
         np.array([row[1] for row in TABLE]),
         [np.array(row[2], np.int64) for row in TABLE],
     )
-    assert ranks.seen_excluded.tolist() == [row[3] for row in TABLE]
-    assert ranks.seen_kept.tolist() == [row[4] for row in TABLE]
-    assert ranks.seen_excluded.dtype == ranks.seen_kept.dtype == np.int64
+    assert as_lists(ranks) == tuple([row[column] for row in TABLE] for column in (3, 4, 5))
+    assert {ranks.of(ranking).dtype for ranking in RANKINGS} == {np.dtype(np.int64)}
 
 
-def test_a_target_that_the_model_does_not_know_is_a_miss_in_both_rankings_and_changes_no_other_rank() -> None:
+def test_a_target_that_the_model_does_not_know_is_a_miss_in_all_rankings_and_changes_no_other_rank() -> None:
     scores = np.array([[0.9, 0.1, 0.5], [0.9, 0.1, 0.5], [0.1, 0.2, 0.3]])
     ranks = ranks_of_targets(scores, np.array([2, UNKNOWN, 2]), [np.array([0]), np.array([1]), np.array([], np.int64)])
-    assert ranks.seen_excluded.tolist() == [1, MISS, 1]
-    assert ranks.seen_kept.tolist() == [2, MISS, 1]
+    assert as_lists(ranks) == ([1, MISS, 1], [2, MISS, 1], [1, MISS, 1])
+
+
+@pytest.mark.parametrize(
+    ("seen_items", "ranking"),
+    [
+        ("exclude", "seen_excluded"),
+        ("exclude-from-ranking", "seen_excluded"),
+        ("keep-target", "target_kept"),
+        ("keep", "seen_kept"),
+    ],
+)
+def test_choice_of_seen_items_decides_the_ranking(seen_items: str, ranking: str) -> None:
+    ranks = Ranks(np.array([MISS]), np.array([3]), np.array([2]))
+    assert ranking_for(seen_items) == ranking
+    assert ranks.of(ranking_for(seen_items)) is getattr(ranks, ranking)
 
 
 def test_held_out_events_in_terms_of_a_model_skip_unknown_inputs_and_keep_unknown_targets() -> None:
@@ -80,44 +104,50 @@ def test_held_out_events_in_terms_of_a_model_skip_unknown_inputs_and_keep_unknow
 
 
 def test_ranks_concatenate_and_return_to_order() -> None:
-    parts = [Ranks(np.array([3, 1]), np.array([4, 2])), Ranks(np.array([MISS]), np.array([1]))]
+    parts = [
+        Ranks(np.array([3, MISS]), np.array([4, 2]), np.array([3, 5])),
+        Ranks(np.array([MISS]), np.array([1]), np.array([7])),
+    ]
     back = Ranks.concatenate(parts).reordered(np.array([2, 0, 1]))
-    assert back.seen_excluded.tolist() == [1, MISS, 3]
-    assert back.seen_kept.tolist() == [2, 1, 4]
-    assert len(Ranks.concatenate([]).seen_kept) == 0
+    assert as_lists(back) == ([MISS, MISS, 3], [2, 1, 4], [5, 7, 3])
+    assert as_lists(Ranks.concatenate([])) == ([], [], [])
 
 
 def test_metrics_equal_hand_computation() -> None:
-    """Ranks 1, 10, 11, 100, 200, 201 and a miss."""
-    found = metrics(np.array([1, 10, 11, 100, 200, 201, MISS]))
+    """Ranks 1, 10, 11, 100, 200, 201, 500, 501 and a miss."""
+    found = metrics(np.array([1, 10, 11, 100, 200, 201, 500, 501, MISS]))
     gains = {rank: 1 / np.log2(1 + rank) for rank in (1, 10, 11, 100)}
     assert gains[1] == 1.0
     assert found == pytest.approx(
         {
-            "hr@10": 2 / 7,
-            "hr@50": 3 / 7,
-            "hr@100": 4 / 7,
-            "hr@200": 5 / 7,
-            "ndcg@10": (1 + 0.28906482631788) / 7,  # 1 / log2(11)
-            "ndcg@50": (1 + gains[10] + gains[11]) / 7,
-            "ndcg@100": (1 + gains[10] + gains[11] + gains[100]) / 7,
+            "hr@10": 2 / 9,
+            "hr@50": 3 / 9,
+            "hr@100": 4 / 9,
+            "hr@200": 5 / 9,
+            "hr@500": 7 / 9,
+            "ndcg@10": (1 + 0.28906482631788) / 9,  # 1 / log2(11)
+            "ndcg@50": (1 + gains[10] + gains[11]) / 9,
+            "ndcg@100": (1 + gains[10] + gains[11] + gains[100]) / 9,
         }
     )
     assert metrics(np.zeros(0, np.int64)) == {}
 
 
-def test_report_has_seen_excluded_first_and_seen_kept_beside_it() -> None:
-    result = report(Ranks(np.array([MISS, 1]), np.array([1, 60])), "valid")
+def test_report_has_seen_excluded_first_and_the_other_rankings_beside_it() -> None:
+    result = report(Ranks(np.array([MISS, 1]), np.array([1, 60]), np.array([101, 101])), "valid")
     assert (result["users"], result["split"], result["hr@10"]) == (2, "valid", 0.5)
     assert result["seen_kept"]["hr@50"] == 0.5
+    assert (result["target_kept"]["hr@100"], result["target_kept"]["hr@200"]) == (0.0, 1.0)
     lines = format_report(result).splitlines()
     assert lines[0].startswith("valid split, 2 users")
-    assert [line.split() for line in lines if "hr@100" in line] == [["hr@100", "0.5000", "1.0000"]]
+    assert [line.split() for line in lines if "hr@100" in line] == [["hr@100", "0.5000", "1.0000", "0.0000"]]
+    assert [" ".join(line.split()) for line in lines if "kept" in line] == ["seen excluded seen kept target kept"]
+    assert len({len(line) for line in lines[3:]}) == 1, "the columns are aligned"
     assert format_report(report(Ranks.concatenate([]), "test"))
 
 
 def test_report_says_which_log_it_is_about_what_was_left_out_and_how_many_targets_are_unknown() -> None:
-    ranks = Ranks(np.array([1, MISS]), np.array([1, MISS]))
+    ranks = Ranks(np.array([1, MISS]), np.array([1, MISS]), np.array([1, MISS]))
     lines = format_report(report(ranks, "test", unknown_targets=1, log="another log")).splitlines()
     assert lines[1] == "another log than that of the training, not filtered"
     assert lines[2] == "1 of 2 targets are items that the model does not know: they count as misses"

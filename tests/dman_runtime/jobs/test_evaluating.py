@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from histories import Histories, make_histories, write_csv
 
-from dman_runtime.data.evaluation import MISS, Ranks, metrics
+from dman_runtime.data.evaluation import MISS, RANKINGS, Ranks, metrics
 from dman_runtime.data.log_options import ANY_LOG
 from dman_runtime.data.vocabulary import KnownLog, read_known
 from dman_runtime.errors import InputError
@@ -43,8 +43,9 @@ def test_ranks_are_those_of_a_replay_user_by_user(
         rank = 1 + int((scores > scores[target]).sum())
         assert found.seen_kept[row] == rank
         unseen = np.setdiff1d(np.arange(len(scores)), history)
-        rank = 1 + int((scores[unseen] > scores[target]).sum()) if target in unseen else MISS
-        assert found.seen_excluded[row] == rank
+        rank = 1 + int((scores[unseen] > scores[target]).sum())
+        assert found.target_kept[row] == rank
+        assert found.seen_excluded[row] == (rank if target in unseen else MISS)
 
 
 def test_ranks_do_not_depend_on_batches(exact: Generation, known_log: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -52,7 +53,7 @@ def test_ranks_do_not_depend_on_batches(exact: Generation, known_log: Path, monk
     whole = held_out_ranks(data, exact)
     monkeypatch.setattr(partitions, "USERS_PER_BATCH", 5)
     parts = held_out_ranks(data, exact)
-    assert (parts.seen_kept == whole.seen_kept).all() and (parts.seen_excluded == whole.seen_excluded).all()
+    assert all((parts.of(ranking) == whole.of(ranking)).all() for ranking in RANKINGS)
 
 
 def test_evaluate_reports_the_metrics_of_the_ranks(exact: Generation, known_log: Path) -> None:
@@ -69,7 +70,8 @@ def test_evaluate_skips_unknown_items_in_inputs_and_leaves_out_short_histories(
 ) -> None:
     """The same users, targets and events but for unknown items, which serving skips too."""
     found, expected = (evaluate(known(path, exact), exact, split="test") for path in (log, known_log))
-    assert found.pop("seen_kept") == pytest.approx(expected.pop("seen_kept"))  # sums in another order of users
+    for ranking in ("seen_kept", "target_kept"):
+        assert found.pop(ranking) == pytest.approx(expected.pop(ranking))  # sums in another order of users
     assert found == pytest.approx(expected)
     histories = make_histories(9, seed=1) | {50: [(1, 1), (2, 2)]}
     short = write_csv(tmp_path / "short.csv", histories)
@@ -89,12 +91,14 @@ def test_evaluate_counts_unknown_targets_as_misses_and_says_how_many(
     users = [int(user) for user in log.interactions.user_ids]
     before = known(known_log, exact)
     ranks = held_out_ranks(before.held_out("test"), exact)
-    pairs = zip(ranks.seen_excluded, ranks.seen_kept, strict=True)
-    by_user = dict(zip(map(int, before.interactions.user_ids), pairs, strict=True))
-    expected = [by_user[user] if user % 2 else (MISS, MISS) for user in users]
-    both = Ranks(*(np.array(column) for column in zip(*expected, strict=True)))
-    assert {name: found[name] for name in metrics(both.seen_excluded)} == pytest.approx(metrics(both.seen_excluded))
-    assert found["seen_kept"] == pytest.approx(metrics(both.seen_kept))
+    triples = zip(*(ranks.of(ranking) for ranking in RANKINGS), strict=True)
+    by_user = dict(zip(map(int, before.interactions.user_ids), triples, strict=True))
+    expected = [by_user[user] if user % 2 else (MISS, MISS, MISS) for user in users]
+    all_three = Ranks(*(np.array(column) for column in zip(*expected, strict=True)))
+    main = metrics(all_three.seen_excluded)
+    assert {name: found[name] for name in main} == pytest.approx(main)
+    assert found["seen_kept"] == pytest.approx(metrics(all_three.seen_kept))
+    assert found["target_kept"] == pytest.approx(metrics(all_three.target_kept))
 
 
 @pytest.mark.parametrize("split", ["valid", "test"])
