@@ -211,16 +211,24 @@ def _presets() -> str:
     before = _values(PRESETS["default"])
     for name in sorted(set(PRESETS) - {"default"}):
         changed = {field: value for field, value in _values(PRESETS[name]).items() if value != before[field]}
-        options = " ".join(f"--{field.replace('_', '-')} {value}" for field, value in changed.items())
+        options = " ".join(_as_option(field, value) for field, value in changed.items())
         rows.append((f"`{name}`", f"`{options}`"))
     return "\n\n".join([PRESET_NOTE, table(("preset", "stands for"), rows)])
+
+
+def _as_option(field: str, value: Any) -> str:
+    name = field.replace("_", "-")
+    if isinstance(value, bool):
+        return f"--{name}" if value else f"--no-{name}"
+    return f"--{name} {value}"
 
 
 PRESET_NOTE = """\
 `--preset` chooses where the options start from. Single options change a preset further.
 
 - `default`: chosen by validation on MovieLens-1M, see the [experiments](experiments.md).
-- `paper`: the equations of the paper and its training recipe, read literally.
+- `paper`: the equations of the paper, trained with settings that validation chose. [The paper](paper.md) lists every difference from the text.
+- `paper-literal`: the same equations with the settings of the text. Its 50 epochs are those of MovieLens; the text has 8 elsewhere.
 - `tiny`: a small network for a first try. On generated data it trains in a minute ([README](../README.md))."""
 
 
