@@ -210,10 +210,23 @@ def _presets() -> str:
     rows = [("`default`", f"the defaults of {_link('ModelConfig')} and {_link('TrainConfig')}")]
     before = _values(PRESETS["default"])
     for name in sorted(set(PRESETS) - {"default"}):
-        changed = {field: value for field, value in _values(PRESETS[name]).items() if value != before[field]}
-        options = " ".join(f"--{field.replace('_', '-')} {value}" for field, value in changed.items())
-        rows.append((f"`{name}`", f"`{options}`"))
-    return "\n\n".join([PRESET_NOTE, table(("preset", "stands for"), rows)])
+        rows.append((_code(name), _changes(_values(PRESETS[name]), before)))
+    return "\n\n".join([PRESET_NOTE, table(("preset", "stands for"), rows), *_baseline_presets()])
+
+
+def _baseline_presets() -> list[str]:
+    """What the presets of each system change in the defaults."""
+    rows = []
+    for system in BASELINE_PRESETS["default"]:
+        before = to_dict(BaselineConfig()) | {"system": system} | to_dict(TrainConfig())
+        rows.append([system, *(_changes(_values(found[system]), before) for found in BASELINE_PRESETS.values())])
+    return [BASELINE_PRESET_NOTE, table(("system", *map(_code, BASELINE_PRESETS)), rows)]
+
+
+def _changes(values: Mapping[str, Any], before: Mapping[str, Any]) -> str:
+    """The options that turn `before` into `values`."""
+    changed = {field: value for field, value in values.items() if value != before[field]}
+    return _code(" ".join(f"--{field.replace('_', '-')} {value}" for field, value in changed.items()))
 
 
 PRESET_NOTE = """\
@@ -222,6 +235,12 @@ PRESET_NOTE = """\
 - `default`: chosen by validation on MovieLens-1M, see the [experiments](experiments.md).
 - `paper`: the equations of the paper and its training recipe, read literally.
 - `tiny`: a small network for a first try. On generated data it trains in a minute ([README](../README.md))."""
+
+BASELINE_PRESET_NOTE = """\
+The presets of `dman_train.baselines` differ by system. They change these defaults:
+
+- `default`: chosen for each system by a search on the validation split of MovieLens-1M.
+- `paper`: the same network, trained as the paper says: five negatives, Adam with a step size of 0.001."""
 
 
 def _values(preset: Any) -> Mapping[str, Any]:
