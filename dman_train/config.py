@@ -6,6 +6,7 @@ The options of `dman_train.train` are derived from the fields of both (`dman_run
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields, replace
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
@@ -95,15 +96,16 @@ class BaselineConfig:
     system: Literal["gru4rec", "caser", "sasrec", "shan", "hpmn", "sdm"] = option("sasrec", "which model")
     history: int = option(200, "latest events that the model sees; 20 for the paper's * form, which sees one segment")
     width: int = option(128, "D: width of embeddings and hidden states")
-    layers: int = option(2, "layers (sasrec, gru4rec, hpmn)")
+    layers: int = option(2, "layers (sasrec, gru4rec), or memory slots (hpmn)")
     heads: int = option(2, "attention heads (sasrec, sdm); must divide the width")
     dropout: float = option(0.2, "dropout rate")
-    segment_length: int = option(20, "events of the short-term part (shan, sdm)")
+    segment_length: int = option(20, "events of the current session (shan, sdm)")
+    hops: int = option(3, "how often the memory is read (hpmn)")
 
     def __post_init__(self) -> None:
         _check_choices(self)
         _check_range(self, 1, 4096, "history", "segment_length")
-        _check_range(self, 1, 16, "layers", "heads")
+        _check_range(self, 1, 16, "layers", "heads", "hops")
         _check_range(self, 4, 4096, "width")
         _check_range(self, 0.0, 0.95, "dropout")
         _check_heads(self)
@@ -291,7 +293,37 @@ PRESETS = {
 }
 
 
-BASELINE_PRESETS = {"default": Preset(BaselineConfig(), TrainConfig())}
+_BASELINE_DEFAULTS = {  # by system
+    "gru4rec": Preset(BaselineConfig("gru4rec"), TrainConfig()),
+    "caser": Preset(BaselineConfig("caser"), TrainConfig()),
+    "sasrec": Preset(BaselineConfig("sasrec"), TrainConfig()),
+    "shan": Preset(BaselineConfig("shan", segment_length=4), TrainConfig()),
+    "hpmn": Preset(BaselineConfig("hpmn", layers=4), TrainConfig()),
+    "sdm": Preset(BaselineConfig("sdm"), TrainConfig()),
+}
+_BASELINE_PAPER_TRAINING = TrainConfig(
+    loss="negatives",
+    negatives=5,
+    learning_rate=1e-3,
+    ema_decay=0.0,
+    epochs=30,
+    patience=4,
+    seen_items="exclude-from-ranking",
+)
+BASELINE_PRESETS = {  # by name, then by system
+    "default": _BASELINE_DEFAULTS,
+    "paper": {
+        system: Preset(replace(preset.model, width=128), _BASELINE_PAPER_TRAINING)
+        for system, preset in _BASELINE_DEFAULTS.items()
+    },
+}
+Presets = Mapping[str, Preset | Mapping[str, Preset]]
+
+
+def preset_of(presets: Presets, name: str, *, system: str = BaselineConfig.system) -> Preset:
+    """The preset of this name; among BASELINE_PRESETS, that of this system."""
+    found = presets[name]
+    return found if isinstance(found, Preset) else found[system]
 
 
 # Fields of earlier versions, with the one value that still describes what happens.

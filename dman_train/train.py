@@ -10,7 +10,7 @@ import functools
 import logging
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +26,7 @@ from dman_runtime.data.logs import Log
 from dman_runtime.errors import DmanError, UsageError
 from dman_runtime.options import Parser, configure_logging, overridden, print_json, run_command
 from dman_train import distributed
-from dman_train.config import PRESETS, BaselineConfig, DataConfig, ModelConfig, Preset, TrainConfig
+from dman_train.config import PRESETS, BaselineConfig, DataConfig, ModelConfig, Preset, Presets, TrainConfig, preset_of
 from dman_train.data import as_found, load_log, training_data
 from dman_train.families import family_of
 from dman_train.log_warnings import warn_of_items, warn_of_log
@@ -43,9 +43,9 @@ CHECKPOINT_SECONDS = 120.0
 SPLITS: tuple[Split, ...] = ("valid", "test")
 
 
-def parser(presets: Mapping[str, Preset] = PRESETS) -> Parser:
+def parser(presets: Presets = PRESETS) -> Parser:
     """The options of a command that trains the models of `presets`, one of which is "default"."""
-    family = family_of(presets["default"].model)
+    family = family_of(preset_of(presets, "default").model)
     p = Parser(prog=f"python -m {family.command}", description=f"Train a {family.name} on an interaction log.")
     p.flag("--data", type=Path, default=DEFAULT_DATA, help="interaction log; the default is generated if it is absent")
     p.flag("--items", type=Path, default=None, help="item file with titles and attributes")
@@ -62,12 +62,12 @@ def parser(presets: Mapping[str, Preset] = PRESETS) -> Parser:
     return p
 
 
-def main(argv: Sequence[str] | None = None, *, presets: Mapping[str, Preset] = PRESETS) -> int:
+def main(argv: Sequence[str] | None = None, *, presets: Presets = PRESETS) -> int:
     command = functools.partial(_main, presets=presets)
     return run_command(command, argv)
 
 
-def _main(argv: Sequence[str] | None, *, presets: Mapping[str, Preset]) -> int:
+def _main(argv: Sequence[str] | None, *, presets: Presets) -> int:
     arguments = parser(presets).parse_args(argv)
     configure_logging()
     distributed.join()
@@ -76,14 +76,15 @@ def _main(argv: Sequence[str] | None, *, presets: Mapping[str, Preset]) -> int:
     return code
 
 
-def _train(arguments: argparse.Namespace, command: list[str], presets: Mapping[str, Preset]) -> int:
+def _train(arguments: argparse.Namespace, command: list[str], presets: Presets) -> int:
     if arguments.threads < 0:
         raise UsageError(
             f"threads is {arguments.threads}", "give 1 or more, or 0 for one per core", parameter="threads"
         )
     if arguments.threads:
         torch.set_num_threads(arguments.threads)
-    model, train, data = _configs(arguments, presets[arguments.preset])
+    system = getattr(arguments, "system", BaselineConfig.system)
+    model, train, data = _configs(arguments, preset_of(presets, arguments.preset, system=system))
     if arguments.resume and arguments.data == DEFAULT_DATA:
         arguments.data = Path(open_run(arguments.run).config["dataset"]["path"])
     if arguments.data == DEFAULT_DATA and not DEFAULT_DATA.exists() and distributed.is_first():

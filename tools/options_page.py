@@ -210,10 +210,23 @@ def _presets() -> str:
     rows = [("`default`", f"the defaults of {_link('ModelConfig')} and {_link('TrainConfig')}")]
     before = _values(PRESETS["default"])
     for name in sorted(set(PRESETS) - {"default"}):
-        changed = {field: value for field, value in _values(PRESETS[name]).items() if value != before[field]}
-        options = " ".join(_as_option(field, value) for field, value in changed.items())
-        rows.append((f"`{name}`", f"`{options}`"))
-    return "\n\n".join([PRESET_NOTE, table(("preset", "stands for"), rows)])
+        rows.append((_code(name), _changes(_values(PRESETS[name]), before)))
+    return "\n\n".join([PRESET_NOTE, table(("preset", "stands for"), rows), *_baseline_presets()])
+
+
+def _baseline_presets() -> list[str]:
+    """What the presets of each system change in the defaults."""
+    rows = []
+    for system in BASELINE_PRESETS["default"]:
+        before = to_dict(BaselineConfig()) | {"system": system} | to_dict(TrainConfig())
+        rows.append([system, *(_changes(_values(found[system]), before) for found in BASELINE_PRESETS.values())])
+    return [BASELINE_PRESET_NOTE, table(("system", *map(_code, BASELINE_PRESETS)), rows)]
+
+
+def _changes(values: Mapping[str, Any], before: Mapping[str, Any]) -> str:
+    """The options that turn `before` into `values`."""
+    changed = {field: value for field, value in values.items() if value != before[field]}
+    return _code(" ".join(_as_option(field, value) for field, value in changed.items()))
 
 
 def _as_option(field: str, value: Any) -> str:
@@ -230,6 +243,12 @@ PRESET_NOTE = """\
 - `paper`: the equations of the paper, trained with settings that validation chose. [The paper](paper.md) lists every difference from the text.
 - `paper-literal`: the same equations with the settings of the text. Its 50 epochs are those of MovieLens; the text has 8 elsewhere.
 - `tiny`: a small network for a first try. On generated data it trains in a minute ([README](../README.md))."""
+
+BASELINE_PRESET_NOTE = """\
+The presets of `dman_train.baselines` differ by system. They change these defaults:
+
+- `default`: chosen for each system by a search on the validation split of MovieLens-1M.
+- `paper`: the same network, trained as the paper says: five negatives, Adam with a step size of 0.001."""
 
 
 def _values(preset: Any) -> Mapping[str, Any]:

@@ -16,7 +16,7 @@ import numpy as np
 
 from dman_runtime.errors import UsageError
 from dman_runtime.options import Parser, run_command
-from dman_train.config import BASELINE_PRESETS, PRESETS, TrainConfig, to_dict
+from dman_train.config import BASELINE_PRESETS, PRESETS, Preset, TrainConfig, to_dict
 from dman_train.interpret import LENGTH_GROUPS
 from tools.bench.report import table, write_page
 from tools.bootstrap import paired_bootstrap
@@ -35,6 +35,8 @@ WORDS = {
     ("ema_decay", 0.0): "weights not averaged",
 }
 ROUTING = {"routing", "routing_iterations", "routing_softmax"}
+SHORT_HISTORY = 20  # events that a system of the paper's `*` form sees
+UNCHANGED = ("gru4rec", "sasrec")  # systems whose records from before there was an option `hops` are of the same model
 # Options that ModelConfig may no longer have, but stored runs do, with the value that needs no mention.
 FORMER_OPTIONS = {"residual": "gated"}
 # Published figures, same protocol on MovieLens-1M but where noted; None where not published
@@ -110,13 +112,10 @@ HEADS = (
 
 
 def label_of(content: dict[str, Any], *, but: Collection[str] = ()) -> str:
-    """The system, and how it differs from its default preset; the options `but` are not compared."""
+    """The system, and how it differs from its preset; the options `but` are not compared."""
     model = content["model"]
     if "system" in model:
-        preset, name = BASELINE_PRESETS["default"], model["system"]
-        if "history" in model:
-            latest = model["history"] <= model["segment_length"]
-            name += "*" if latest else f", last {model['history']}"
+        preset, name = baseline_preset(content)
     else:
         preset, name = PRESETS["paper" if model["architecture"] == "paper" else "default"], "DMAN"
         name = {"dman": name, "xl": "xl (no memory)"}.get(model["variant"], model["variant"])
@@ -133,12 +132,26 @@ def label_of(content: dict[str, Any], *, but: Collection[str] = ()) -> str:
     return f"{name}, {', '.join(changed)}" if changed else name
 
 
+def baseline_preset(content: dict[str, Any]) -> tuple[Preset, str]:
+    """The preset that a run of a baseline is compared with, and the beginning of its label."""
+    model, train = content["model"], content["train"]
+    system, paper = model["system"], BASELINE_PRESETS["paper"]
+    if system not in paper:  # only counts
+        return BASELINE_PRESETS["default"]["sasrec"], system
+    form = "*" if model["history"] <= SHORT_HISTORY else f", last {model['history']}"
+    if "hops" not in model and system not in UNCHANGED:
+        form += " (earlier form)"
+    if train.get("loss") == paper[system].train.loss:
+        return paper[system], f"{system}{form} `paper`"
+    return BASELINE_PRESETS["default"][system], f"{system}{form}"
+
+
 def decisive(content: dict[str, Any]) -> dict[str, Any]:
     """The options of a run that decide its result, without the seed. Options that the record lacks are added."""
     model, train = content["model"], content["train"]
     idle = {"seed"}
     if "system" in model:
-        idle |= TRAINING_OF_F_ABS | {"random_first_segment"}
+        idle |= TRAINING_OF_F_ABS | {"random_first_segment"} | ({"hops"} if model["system"] in UNCHANGED else set())
     elif model["variant"] in ("xl", "fifo"):
         idle |= TRAINING_OF_F_ABS | ROUTING
     if model.get("variant") == "xl":

@@ -34,6 +34,7 @@ from dman_train.config import (
     ModelConfig,
     Preset,
     TrainConfig,
+    preset_of,
     to_dict,
 )
 from dman_train.data import TrainingData, load, training_data
@@ -140,8 +141,8 @@ def _parser(model: type[ModelConfig] | type[BaselineConfig]) -> Parser:
 def _main(argv: Sequence[str] | None) -> int:
     given = list(sys.argv[1:] if argv is None else argv)
     system = any(word == "--system" or word.startswith("--system=") for word in given)
-    chosen = (BASELINE_PRESETS if system else PRESETS)["default"]
-    arguments = _parser(type(chosen.model)).parse_args(given)
+    arguments = _parser(BaselineConfig if system else ModelConfig).parse_args(given)
+    chosen = preset_of(BASELINE_PRESETS, "default", system=arguments.system) if system else PRESETS["default"]
     require_positive(arguments, "trials", "threads")
     configure_logging()
     torch.set_num_threads(arguments.threads)

@@ -38,11 +38,11 @@ class Baseline(nn.Module):
         """(...) item indices -> (..., D), with dropout."""
         return self.dropout(F.embedding(item_indices, self.items) * self.input_scale)
 
-    def encode(self, items: Tensor, users: Tensor) -> Tensor:
-        """(B, W) item indices, left-aligned, and (B) users -> (B, W, D') user embeddings after each event.
+    def encode(self, items: Tensor, users: Tensor, lengths: Tensor) -> Tensor:
+        """(B, W) item indices, left-aligned, (B) users, (B) events of each row -> (B, W, D') user embeddings.
 
-        The one after event t may depend only on the events up to t. Values after the end of a shorter row do not
-        matter. Untrained scores should have a standard deviation of about one.
+        The one after event t may depend only on the events up to t, and on the length. Values after the end of a
+        shorter row do not matter. Untrained scores should have a standard deviation of about one.
         """
         raise NotImplementedError
 
@@ -55,7 +55,7 @@ class Baseline(nn.Module):
         """(N, D') after N histories of item indices, none of them empty; `users` (N) are rows of the training log."""
         device, window = self.items.device, self.config.history
         recent = [torch.from_numpy(history[-window:].astype(np.int64)) for history in histories]
-        last = torch.tensor([len(history) - 1 for history in recent], device=device)
+        lengths = torch.tensor([len(history) for history in recent], device=device)
         items = nn.utils.rnn.pad_sequence(recent, batch_first=True).to(device)
-        encoded = self.encode(items, torch.from_numpy(users).to(device))
-        return encoded[torch.arange(len(recent), device=device), last]
+        encoded = self.encode(items, torch.from_numpy(users).to(device), lengths)
+        return encoded[torch.arange(len(recent), device=device), lengths - 1]

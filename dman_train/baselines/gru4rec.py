@@ -25,6 +25,6 @@ class GRU4Rec(Baseline):
         between = config.dropout if config.layers > 1 else 0.0  # torch warns about dropout with one layer
         self.gru = nn.GRU(config.width, config.width, config.layers, batch_first=True, dropout=between)
 
-    def encode(self, items: Tensor, users: Tensor) -> Tensor:
+    def encode(self, items: Tensor, users: Tensor, lengths: Tensor) -> Tensor:
         states, _ = self.gru(self.embed(items))  # (B, W, D)
         return self.dropout(states)  # small at first and never above 1, so it needs no output_scale

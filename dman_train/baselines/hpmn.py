@@ -6,10 +6,11 @@ remembers further back. The newest states of all K layers are the memory slots. 
 the covariance of any two slots keeps them different.
 
 The reference (alimamarankgroup/HPMN) estimates the response to a given item. That item is the last input and the query.
-It reads three times, each time with the previous result added to the query, and a deep network classifies [read,
-target]. The periods between its layers are 2, 2 (Amazon), 2, 2, 3 (Taobao) and always 2 (XLong, five layers). Its
-inputs have one length, are padded on the left, and end with the end of a period. Here: there is no target item, so the
-last event is the query; one read; a linear layer of [read, last event]; one period for all layers; periods counted from
+It reads three times. After each read the query is a linear map of itself plus what was read, and a deep network
+classifies [last query, target]. The periods between its layers are 2, 2 (Amazon), 2, 2, 3 (Taobao) and always 2 (XLong,
+five layers). Its inputs have one length, are padded on the left, and end with the end of a period. Here: `hops` reads
+in the same way; there is no target item, so the last event is the first query; a linear layer of [last query, last
+event]; one period for all layers, so that four layers have slots with the periods 1, 4, 16 and 64; periods counted from
 the left end of a window, so that a slot is up to one period old, and zero before its first period ends; layers that
 would never be updated are left out. The energies are those of the reference, a network over query, slot and their
 product (their difference adds nothing). The penalty is that of the reference, which sums it over a batch of 128 with
@@ -36,20 +37,35 @@ class HPMN(Baseline):
         self.periods = [PERIOD**i for i in range(config.layers) if PERIOD**i <= config.history]
         self.layers = nn.ModuleList(nn.GRU(width, width, batch_first=True) for _ in self.periods)
         self.query = nn.Linear(width, width)
+        self.carry = nn.Linear(width, width, bias=False)  # of the query from one read to the next
         self.energy = nn.Sequential(
             nn.Linear(3 * width, 80), nn.ReLU(), nn.Linear(80, 40), nn.ReLU(), nn.Linear(40, 1, bias=False)
         )
         self.output = nn.Linear(2 * width, width)
         self._penalty = torch.zeros(())
 
-    def encode(self, items: Tensor, users: Tensor) -> Tensor:
+    def encode(self, items: Tensor, users: Tensor, lengths: Tensor) -> Tensor:
         last = self.embed(items)
         memory = self._memory(last)
         self._penalty = PENALTY * _covariance_norm(memory)
-        query = self.query(last)[:, :, None].expand_as(memory)
-        energies = self.energy(torch.cat([query, memory, query * memory], dim=-1))  # (B, W, K, 1)
-        read = (torch.softmax(energies, dim=2) * memory).sum(2)
+        read = self._read(memory, self.query(last))
         return self.output(self.dropout(torch.cat([read, last], dim=-1)))  # small: needs no output_scale
+
+    def _read(self, memory: Tensor, query: Tensor) -> Tensor:
+        """(B, W, K, D) slots, (B, W, D) queries -> (B, W, D) what the last hop gives.
+
+        `energy` over [query, slot, product], but its first layer sees the slots once for all hops.
+        """
+        first, rest = self.energy[0], self.energy[1:]
+        assert isinstance(first, nn.Linear)
+        of_query, of_slot, of_product = first.weight.chunk(3, dim=1)
+        from_slots = F.linear(memory, of_slot, first.bias)  # (B, W, K, 80)
+        for _ in range(self.config.hops):
+            queries = query[:, :, None]
+            hidden = from_slots + F.linear(queries, of_query) + F.linear(queries * memory, of_product)
+            weights = torch.softmax(rest(hidden), dim=2)  # (B, W, K, 1)
+            query = self.carry(query) + (weights * memory).sum(2)
+        return query
 
     def penalty(self) -> Tensor:
         return self._penalty

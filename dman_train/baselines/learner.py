@@ -10,6 +10,8 @@ from dman_train.data import TrainingData
 from dman_train.learner import Learner, StepInputs
 from dman_train.losses import Losses
 
+LANE_EVENTS = 20  # of one lane in a batch: as many as with DMAN's default segments, whatever a system calls a session
+
 
 class WindowLearner(Learner):
     """Trains a Baseline. Raises ConfigError if there are several processes."""
@@ -23,7 +25,7 @@ class WindowLearner(Learner):
             data.items,
             data.offsets,
             length=model.config.history,
-            positions=config.lanes * model.config.segment_length,
+            positions=config.lanes * LANE_EVENTS,
             seed=config.seed,
         )
         super().__init__(model, config, data, schedule, part=slice(None))
@@ -31,6 +33,6 @@ class WindowLearner(Learner):
     def forward(self, inputs: StepInputs) -> Losses:
         """Eq. 9, and the penalty of the model where a DMAN has eq. 5."""
         real = inputs.real
-        embeddings = self.model.encode(inputs.items, inputs.users)
+        embeddings = self.model.encode(inputs.items, inputs.users, inputs.lengths)
         likelihood = self.likelihood(embeddings, self.model.item_table(), inputs)
         return Losses(likelihood, real.sum(), self.model.penalty() * real.sum(), real.sum())

@@ -25,7 +25,7 @@ class SASRec(Baseline):
         self.blocks = nn.ModuleList(_Block(config) for _ in range(config.layers))
         self.norm = nn.LayerNorm(config.width)
 
-    def encode(self, items: Tensor, users: Tensor) -> Tensor:
+    def encode(self, items: Tensor, users: Tensor, lengths: Tensor) -> Tensor:
         x = self.embed(items) + self.positions[: items.shape[1]] * self.input_scale
         for block in self.blocks:
             x = block(x)

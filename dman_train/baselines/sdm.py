@@ -10,8 +10,9 @@ profile of the user, and pools each in a separate long-term part that spans a we
 learns by sampled softmax with a separate output table. Its default has one LSTM layer, and one attention block with a
 residual and LayerNorm. The attention of the user also has a residual in the code, though not in the paper. Here: only
 item and user ids, the input embeddings as output table, and our loss. A session is a segment of `segment_length`
-events, counted from the left end of a window; the LSTM restarts in each. With only one segment, there is no long-term
-part and no gate.
+events; the LSTM restarts in each. Segments are counted from the end of a window, and the first one is the short one: so
+a user who is ranked has a full current session. In training a position has seen 1 to `segment_length` events of its
+own. With only one segment, there is no long-term part and no gate.
 """
 
 from __future__ import annotations
@@ -23,11 +24,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dman_train.baselines.base import Baseline
-from dman_train.baselines.shan import cut_segments, pool_earlier_segments
 from dman_train.config import BaselineConfig
 
 
 class SDM(Baseline):
+    """Symbols: S segments of T = `segment_length` events hold a window."""
+
     def __init__(self, config: BaselineConfig, vocabulary: int, users: int) -> None:
         super().__init__(config, vocabulary, users)
         width, several = config.width, config.history > config.segment_length
@@ -40,16 +42,19 @@ class SDM(Baseline):
         self.long_output = nn.Linear(width, width) if several else None
         self.gate = nn.Linear(3 * width, width) if several else None
 
-    def encode(self, items: Tensor, users: Tensor) -> Tensor:
-        x, user = self.embed(items), F.embedding(users, self.user_table) * self.input_scale  # (B, W, D), (B, D)
-        segments = cut_segments(x, self.config.segment_length)  # (B, S, T, D)
+    def encode(self, items: Tensor, users: Tensor, lengths: Tensor) -> Tensor:
+        user = F.embedding(users, self.user_table) * self.input_scale  # (B, D)
+        place, event = _cut_from_the_end(lengths, items.shape[1], self.config.segment_length)
+        x = self.embed(items.gather(1, event.clamp(min=0)))  # (B, S * T, D), anything in places without an event
+        segments = x.view(len(x), -1, self.config.segment_length, x.shape[2])  # (B, S, T, D)
         states = self._self_attention(self._run_lstm(segments.flatten(0, 1))).view_as(segments)
         mixed = self._short_term(states, user)
         if self.gate is not None:
-            longs = self._long_term(x, user)[:, :, None].expand_as(mixed)
+            longs = self._long_term(x, event < 0, user)[:, :, None].expand_as(mixed)
             gate = torch.sigmoid(self.gate(torch.cat([mixed, longs, user[:, None, None].expand_as(mixed)], dim=-1)))
             mixed = gate * mixed + (1 - gate) * longs
-        return mixed.flatten(1, 2)[:, : items.shape[1]] * self.output_scale
+        found = mixed.flatten(1, 2).gather(1, place[..., None].expand(-1, -1, x.shape[2]))  # (B, W, D)
+        return found * self.output_scale
 
     def _run_lstm(self, x: Tensor) -> Tensor:
         """(N, T, D) -> (N, T, D). In float32 on CPUs whose oneDNN has no LSTM in bfloat16."""
@@ -72,9 +77,30 @@ class SDM(Baseline):
         weights = torch.softmax(energies[:, :, None].masked_fill(later, float("-inf")), dim=-1)  # (B, S, T, T)
         return states + self.dropout(weights) @ states
 
-    def _long_term(self, x: Tensor, user: Tensor) -> Tensor:
-        """(B, W, D) events, (B, D) users -> (B, S, D): what the user attends to in earlier segments."""
-        energies = torch.einsum("bwd,bd->bw", x, user) / math.sqrt(user.shape[1])
-        pooled = pool_earlier_segments(x, energies, self.config.segment_length)
+    def _long_term(self, x: Tensor, empty: Tensor, user: Tensor) -> Tensor:
+        """(B, S * T, D) events, places without one, (B, D) users -> (B, S, D): what the user attends to before.
+
+        Zeros, through `long_output`, for the first segment.
+        """
         assert self.long_output is not None
-        return torch.tanh(self.long_output(pooled))
+        energies = torch.einsum("bwd,bd->bw", x, user) / math.sqrt(user.shape[1])
+        place = torch.arange(x.shape[1], device=x.device)
+        starts = place[:: self.config.segment_length]
+        unseen = (place >= starts[1:, None]) | empty[:, None]  # (B, S - 1, S * T)
+        weights = torch.softmax(energies[:, None].masked_fill(unseen, float("-inf")), dim=-1)
+        return torch.tanh(self.long_output(F.pad(weights @ x, (0, 0, 1, 0))))
+
+
+def _cut_from_the_end(lengths: Tensor, window: int, size: int) -> tuple[Tensor, Tensor]:
+    """Segments of T = `size` events, counted from the end of each row: the first has 1 to T events.
+
+    Returns (B, W) the place of each event among S * T places, and (B, S * T) the event in each place, -1 if none. The
+    places of the first segment are filled from its beginning.
+    """
+    first = (lengths - 1)[:, None] % size + 1  # (B, 1) events of the first segment
+    event = torch.arange(window, device=lengths.device)
+    places = -(-window // size) * size
+    place = (event + (event >= first) * (size - first)).clamp(max=places - 1)  # those after the end of a row: anywhere
+    held = torch.arange(places, device=lengths.device)
+    held = torch.where(held < size, torch.where(held < first, held, -1), held - (size - first))
+    return place, torch.where(held < lengths[:, None], held, -1)

@@ -9,10 +9,10 @@ Items are scored with the input embeddings. The order of the events in a session
 
 The authors published no code. A third-party one (uctoronto/SHAN) replaces ReLU by a sigmoid and uses the long-term
 vector as the second query, predicts one random item of a session from all others, and learns by BPR with L2 penalties.
-Here: the equations of the paper, our loss, and dropout of the item embeddings instead of the penalties. A session is a
-segment of `segment_length` events, counted from the left end of a window. Of the current one, only the events so far
-are used. Repeated items in the past count each time. With only one segment, there is no long-term vector and no first
-layer.
+Here: the equations of the paper, our loss, and dropout of the item embeddings instead of the penalties. The paper cuts
+sessions by days. Here the current session is the last `segment_length` events, at every position of a window, and all
+events before them are in the long-term part. Repeated items in the past count each time. Up to `segment_length` events
+there is no long-term vector, and no first layer if `history` allows no more.
 """
 
 from __future__ import annotations
@@ -33,34 +33,31 @@ class SHAN(Baseline):
         self.long_term = nn.Linear(width, width) if several else None
         self.short_term = nn.Linear(width, width)
 
-    def encode(self, items: Tensor, users: Tensor) -> Tensor:
+    def encode(self, items: Tensor, users: Tensor, lengths: Tensor) -> Tensor:
         x = self.embed(items)
         query = F.embedding(users, self.user_table) * self.input_scale  # (B, D)
-        segments = cut_segments(x, self.config.segment_length)  # (B, S, T, D)
-        batch, count, length, width = segments.shape
-        longs = x.new_zeros(batch, count, width)
-        if self.long_term is not None:
-            energies = torch.einsum("bwd,bd->bw", F.relu(self.long_term(x)), query)
-            longs = pool_earlier_segments(x, energies, length)
-        sources = torch.cat([longs[:, :, None], segments], dim=2)  # (B, S, 1 + T, D)
-        energies = torch.einsum("bsjd,bd->bsj", F.relu(self.short_term(sources)), query)
-        hidden = torch.ones(count, length, 1 + length, dtype=torch.bool, device=x.device).triu(2)  # later events
-        hidden[0, :, 0] = True  # nothing came before the first segment
-        weights = torch.softmax(energies[:, :, None].masked_fill(hidden, float("-inf")), dim=-1)  # (B, S, T, 1 + T)
-        return (weights @ sources).flatten(1, 2)[:, : items.shape[1]]  # a mean of what `item_table` holds
+        position = torch.arange(x.shape[1], device=x.device)
+        age = position[:, None] - position  # (W, W) of each event at each position
+        elsewhere = (age < 0) | (age >= self.config.segment_length)
+        energies = _energies(self.short_term, x, query)[:, None].masked_fill(elsewhere, float("-inf"))  # (B, W, W)
+        if self.long_term is None:
+            return torch.softmax(energies, dim=-1) @ x  # a mean of what `item_table` holds
+        longs = self._pool_earlier(x, query)
+        nothing = position < self.config.segment_length  # no event is old enough
+        of_longs = _energies(self.short_term, longs, query).masked_fill(nothing, float("-inf"))
+        weights = torch.softmax(torch.cat([of_longs[..., None], energies], dim=-1), dim=-1)  # (B, W, 1 + W)
+        return weights[..., 1:] @ x + weights[..., :1] * longs
+
+    def _pool_earlier(self, x: Tensor, query: Tensor) -> Tensor:
+        """(B, W, D) events -> (B, W, D) long-term vectors of what was before each session; zeros if nothing."""
+        assert self.long_term is not None
+        count = max(0, x.shape[1] - self.config.segment_length)  # of positions with a long-term part
+        earlier = x[:, :count]
+        later = torch.ones(count, count, dtype=torch.bool, device=x.device).triu(1)
+        energies = _energies(self.long_term, earlier, query)[:, None].masked_fill(later, float("-inf"))
+        return F.pad(torch.softmax(energies, dim=-1) @ earlier, (0, 0, x.shape[1] - count, 0))
 
 
-def cut_segments(x: Tensor, length: int) -> Tensor:
-    """(B, W, D) events -> (B, S, T, D) segments of T = `length`, counted from the left; zeros pad the last."""
-    return F.pad(x, (0, 0, 0, -x.shape[1] % length)).view(x.shape[0], -1, length, x.shape[2])
-
-
-def pool_earlier_segments(x: Tensor, energies: Tensor, length: int) -> Tensor:
-    """(B, W, D) events and (B, W) energies -> (B, S, D): for each segment, the mean of all events before it.
-
-    The weights are the softmax of the energies. Zeros for the first segment.
-    """
-    position = torch.arange(x.shape[1], device=x.device)
-    unseen = position >= position[length::length, None]  # (S - 1, W): from the first event of the segment on
-    weights = torch.softmax(energies[:, None].masked_fill(unseen, float("-inf")), dim=-1)  # (B, S - 1, W)
-    return F.pad(weights @ x, (0, 0, 1, 0))
+def _energies(layer: nn.Linear, x: Tensor, query: Tensor) -> Tensor:
+    """(B, W, D) vectors, (B, D) queries -> (B, W)."""
+    return torch.einsum("bwd,bd->bw", F.relu(layer(x)), query)

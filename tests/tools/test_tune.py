@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import optuna
 import pytest
 
 from dman_runtime.errors import UsageError
-from dman_train.config import BASELINE_PRESETS, PRESETS
+from dman_train.config import BASELINE_PRESETS, PRESETS, Preset
 from tools import tune
 
 FAST = ["--width", "16", "--segment-length", "10", "--lanes", "32", "--epochs", "2", "--heads", "1"]
@@ -64,6 +65,19 @@ def test_trial_trains_with_what_was_drawn(small_log: Path, tmp_path: Path, monke
         assert train.weight_decay == trial.params["weight_decay"]
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("system", ["shan", "hpmn"])
+def test_search_starts_from_the_preset_of_the_system(
+    small_log: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, system: str
+) -> None:
+    seen: list[Preset] = []
+    monkeypatch.setattr(tune, "search", lambda study, trials, spaces, preset, data: seen.append(preset))
+    options = ["--system", system, "--width", "16", "--space", "dropout=0.1,0.2"]
+    assert tune.main(["--data", str(small_log), "--study", str(tmp_path / "s"), *options]) == 2, "no trial"
+    preset = BASELINE_PRESETS["default"][system]
+    assert seen == [Preset(replace(preset.model, width=16), preset.train)]
+
+
 def test_trial_that_cannot_be_built_is_kept_as_failed(
     small_log: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -95,7 +109,7 @@ def test_space_that_means_nothing_is_refused(space: str) -> None:
 
 
 def test_space_of_the_other_kind_of_model_is_refused() -> None:
-    assert tune.parse_space("history=10:20", BASELINE_PRESETS["default"])[0] == "history"
+    assert tune.parse_space("history=10:20", BASELINE_PRESETS["default"]["shan"])[0] == "history"
     with pytest.raises(UsageError, match="config field"):
         tune.parse_space("history=10:20", PRESETS["default"])
 

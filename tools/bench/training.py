@@ -20,7 +20,7 @@ from pathlib import Path
 import torch
 
 from dman_runtime.options import Parser, print_json, require_positive, run_command
-from dman_train.config import PRESETS, BaselineConfig, DataConfig, ModelConfig, TrainConfig
+from dman_train.config import BASELINE_PRESETS, PRESETS, BaselineConfig, DataConfig, ModelConfig, TrainConfig
 from dman_train.data import load, training_data
 from dman_train.trainer import Trainer
 from tools.bench.blocks import Spread
@@ -39,7 +39,7 @@ def systems() -> dict[str, ModelConfig | BaselineConfig]:
         REFERENCE: BaselineConfig(),
     }
     for system in ("gru4rec", "caser", "shan", "hpmn", "sdm"):
-        chosen[f"{system}, 200 events"] = BaselineConfig(system=system)
+        chosen[f"{system}, 200 events"] = BASELINE_PRESETS["default"][system].model
     chosen["SASRec*, 20 events"] = BaselineConfig(history=SHORT_HISTORY)
     return chosen
 

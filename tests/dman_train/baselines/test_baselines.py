@@ -50,11 +50,17 @@ def random_window(config: BaselineConfig, *, seed: int = 0) -> tuple[Tensor, Ten
     return items, torch.arange(USERS)
 
 
+def encode(model: Baseline, items: Tensor, users: Tensor) -> Tensor:
+    """Embeddings of rows without padding."""
+    return model.encode(items, users, torch.full((len(items),), items.shape[1]))
+
+
 def mean_loss(model: Baseline, batch: Batch) -> Tensor:
     """The full softmax over the real positions, and the penalty."""
-    items, targets, users = (torch.from_numpy(a) for a in (batch.items, batch.targets, batch.users))
-    real = torch.arange(items.shape[1]) < torch.from_numpy(batch.lengths)[:, None]
-    scores = model.encode(items, users)[real] @ model.item_table().T
+    arrays = (batch.items, batch.targets, batch.users, batch.lengths)
+    items, targets, users, lengths = (torch.from_numpy(array) for array in arrays)
+    real = torch.arange(items.shape[1]) < lengths[:, None]
+    scores = model.encode(items, users, lengths)[real] @ model.item_table().T
     return F.cross_entropy(scores, targets[real]) + model.penalty()
 
 
@@ -71,24 +77,40 @@ def test_baselines_are_the_systems_of_the_config() -> None:
 @pytest.mark.slow
 @every_system
 @torch.no_grad()
-def test_baseline_embedding_depends_on_no_later_event_and_no_padding(config: BaselineConfig) -> None:
+def test_baseline_embedding_depends_on_no_later_event(config: BaselineConfig) -> None:
     model, (items, users) = random_baseline(config), random_window(config)
-    encoded = model.encode(items, users)
+    encoded = encode(model, items, users)
     for end in range(1, config.history):
         other = items.clone()
         other[:, end:] = (other[:, end:] + 7) % ITEMS
-        changed = model.encode(other, users)
+        changed = encode(model, other, users)
         torch.testing.assert_close(changed[:, :end], encoded[:, :end], rtol=1e-9, atol=1e-12)
         assert not torch.allclose(changed[:, end], encoded[:, end]), "but on its own"
 
 
 @every_system
 @torch.no_grad()
+def test_baseline_embedding_depends_on_no_padding(config: BaselineConfig) -> None:
+    model, (items, users) = random_baseline(config), random_window(config)
+    lengths = torch.arange(USERS) % config.history + 1
+    real = torch.arange(config.history) < lengths[:, None]
+    other = torch.where(real, items, (items + 7) % ITEMS)
+    encoded, changed = model.encode(items, users, lengths), model.encode(other, users, lengths)
+    torch.testing.assert_close(changed[real], encoded[real], rtol=1e-9, atol=1e-12)
+    for row, length in enumerate(lengths):
+        alone = encode(model, items[row : row + 1, :length], users[row : row + 1])
+        torch.testing.assert_close(encoded[row : row + 1, :length], alone, rtol=1e-9, atol=1e-12)
+
+
+@every_system
+@torch.no_grad()
 def test_baseline_of_a_prefix_is_the_prefix(config: BaselineConfig) -> None:
     model, (items, users) = random_baseline(config), random_window(config)
-    encoded = model.encode(items, users)
-    for end in range(1, config.history):
-        torch.testing.assert_close(model.encode(items[:, :end], users), encoded[:, :end], rtol=1e-9, atol=1e-12)
+    encoded = encode(model, items, users)
+    # SDM cuts a window from its end: prefixes that are whole segments shorter are cut at the same places.
+    step = config.segment_length if config.system == "sdm" and config.history > config.segment_length else 1
+    for end in range(config.history - step, 0, -step):
+        torch.testing.assert_close(encode(model, items[:, :end], users), encoded[:, :end], rtol=1e-9, atol=1e-12)
 
 
 @every_system
@@ -101,7 +123,7 @@ def test_baseline_embeds_ragged_histories_by_their_last_events(config: BaselineC
     found = model.user_embeddings(histories, users)
     for history, user, row in zip(histories, users, found, strict=True):
         seen = torch.from_numpy(history[-config.history :].astype(np.int64))[None]
-        expected = model.encode(seen, torch.tensor([user]))[0, -1]
+        expected = encode(model, seen, torch.tensor([user]))[0, -1]
         torch.testing.assert_close(row, expected, rtol=1e-9, atol=1e-12)
     older = [np.append(random.integers(0, ITEMS, 3), history[-config.history :]) for history in histories[-2:]]
     torch.testing.assert_close(model.user_embeddings(older, users[-2:]), found[-2:], rtol=1e-9, atol=1e-12)
@@ -125,7 +147,7 @@ def test_baseline_begins_with_small_scores_as_wide_as_its_table(config: Baseline
     torch.manual_seed(0)
     model = build(replace(config, width=128), 500, USERS).eval()
     items, users = random_window(config)
-    embeddings, table = model.encode(items, users), model.item_table()
+    embeddings, table = encode(model, items, users), model.item_table()
     assert embeddings.shape[:2] == items.shape and table.shape == (500, embeddings.shape[2])
     losses = -torch.log_softmax(embeddings @ table.T, dim=-1)
     # sdm adds what the user attends to onto LayerNormed states, which may double them
@@ -137,16 +159,16 @@ def test_baseline_begins_with_small_scores_as_wide_as_its_table(config: Baseline
 @torch.no_grad()
 def test_baseline_is_deterministic_without_dropout_only(config: BaselineConfig) -> None:
     model, (items, users) = random_baseline(config), random_window(config)
-    assert torch.equal(model.encode(items, users), model.encode(items, users))
+    assert torch.equal(encode(model, items, users), encode(model, items, users))
     model.train()
-    assert not torch.equal(model.encode(items, users), model.encode(items, users))
+    assert not torch.equal(encode(model, items, users), encode(model, items, users))
 
 
 @every_system
 @torch.no_grad()
 def test_baseline_uses_the_user_where_it_has_a_user_table(config: BaselineConfig) -> None:
     model, (items, users) = random_baseline(config), random_window(config)
-    same = torch.equal(model.encode(items, users)[:, -1], model.encode(items, users.flip(0))[:, -1])
+    same = torch.equal(encode(model, items, users)[:, -1], encode(model, items, users.flip(0))[:, -1])
     assert same == (config.system in ("gru4rec", "sasrec", "hpmn"))
 
 
@@ -156,7 +178,7 @@ def test_baseline_survives_large_energies(config: BaselineConfig) -> None:
     model, (items, users) = random_baseline(config), random_window(config)
     for parameter in model.parameters():
         parameter.mul_(1e3)
-    assert torch.isfinite(model.encode(items, users)).all()
+    assert torch.isfinite(encode(model, items, users)).all()
 
 
 @every_system
@@ -219,7 +241,7 @@ def row_of(config: BaselineConfig, user: int = 3) -> tuple[Tensor, Tensor]:
 
 
 def assert_encodes(model: Baseline, items: Tensor, users: Tensor, expected: list[Tensor]) -> None:
-    torch.testing.assert_close(model.encode(items, users)[0], torch.stack(expected), rtol=1e-9, atol=1e-12)
+    torch.testing.assert_close(encode(model, items, users)[0], torch.stack(expected), rtol=1e-9, atol=1e-12)
 
 
 @torch.no_grad()
@@ -258,35 +280,56 @@ def test_sasrec_first_block_equals_attention_head_by_head() -> None:
 def test_caser_equals_filters_slid_over_the_image_of_each_event() -> None:
     model = random_baseline(CONFIGS["caser"])
     assert isinstance(model, Caser)
-    items, users = row_of(model.config)
-    padded = torch.cat([torch.zeros(4, 16, dtype=torch.double), model.items[items[0]] * 4])
+    (items, users), heights = row_of(model.config), model.heights
+    assert heights == [1, 2, 3, 4, 5, 8, 12], "all that fit into 12 events"
+    events, zeros = model.items[items[0]] * 4, torch.zeros(12, 16, dtype=torch.double)
     expected = []
     for t in range(12):
-        image = padded[t : t + 5]  # (5, D), the event itself in the last row
-        responses = [weights @ image + bias for weights, bias in zip(*model.vertical.parameters(), strict=True)]
+        image = events[: t + 1]  # the event itself in the last row
+        newest_first = torch.cat([image.flip(0), zeros])[:12]
+        responses = [w @ newest_first + b for w, b in zip(model.vertical, model.vertical_bias, strict=True)]
         best = []
-        for height, convolution in enumerate(model.horizontal, start=1):
+        for height, convolution in zip(heights, model.horizontal, strict=True):
+            padded = torch.cat([zeros[: height - 1], image])
             for weights, bias in zip(*convolution.parameters(), strict=True):  # (D, height)
-                slid = [(weights.T * image[top : top + height]).sum() + bias for top in range(6 - height)]
+                slid = [(weights.T * padded[top : top + height]).sum() + bias for top in range(t + 1)]
                 best.append(torch.stack(slid).relu().max())
         z = model.mix(torch.cat([*responses, torch.stack(best)])).relu()
         expected.append(torch.cat([z / 4, model.user_table[users[0]], torch.ones(1, dtype=torch.double)]))
     assert_encodes(model, items, users, expected)
 
 
+def changed_at(model: Baseline, back: int, *, length: int) -> bool:
+    """Whether another event `back` events before the last of `length` changes the embeddings of users."""
+    histories = np.random.default_rng(0).integers(0, ITEMS, (USERS, length))
+    others, users = histories.copy(), np.arange(USERS)
+    others[:, -1 - back] = (others[:, -1 - back] + 7) % ITEMS
+    found, changed = (model.user_embeddings(list(rows), users) for rows in (histories, others))
+    return not torch.allclose(found, changed)
+
+
+@pytest.mark.parametrize("form, seen", [(200, True), (20, False)])
+def test_caser_sees_an_event_100_back_in_its_whole_form_only(form: int, seen: bool) -> None:
+    model = random_baseline(replace(CONFIGS["caser"], history=form))
+    assert changed_at(model, 19, length=250)
+    assert changed_at(model, 100, length=250) == seen
+    assert not changed_at(model, 200, length=250)
+
+
 @torch.no_grad()
-def test_caser_forgets_all_but_five_events() -> None:
-    model = random_baseline(CONFIGS["caser"])
-    items, users = random_window(model.config)
-    last = model.encode(items, users)[:, -1]
-    assert torch.allclose(model.encode(items[:, -5:], users)[:, -1], last)
-    assert not torch.allclose(model.encode(items[:, -4:], users)[:, -1], last)
+def test_caser_vertical_filters_begin_as_means_that_favour_recent_events() -> None:
+    model = build(replace(CONFIGS["caser"], history=200), ITEMS, USERS)
+    assert isinstance(model, Caser)
+    torch.testing.assert_close(model.vertical.sum(1), torch.ones(4))
+    assert (model.vertical.diff(dim=1) <= 0).all() and (model.vertical > 0).any(0)[:150].all()
+    ages = (model.vertical * torch.arange(200)).sum(1)
+    assert ages[0] < 1 and ages[3] > 30 and (ages.diff() > 0).all()
 
 
 @torch.no_grad()
 def test_caser_scores_by_weights_and_a_bias() -> None:
     model = build(CONFIGS["caser"], ITEMS, USERS).eval()
-    embeddings, table = model.encode(*random_window(model.config)), model.item_table()
+    embeddings, table = encode(model, *random_window(model.config)), model.item_table()
     assert (embeddings[..., -1] == 1).all() and (table[:, -1] == 0).all() and table.shape[1] == 2 * 16 + 1
 
 
@@ -303,7 +346,7 @@ def test_shan_equals_its_equations_at_each_event(name: str) -> None:
 
     expected = []
     for t in range(len(x)):
-        start = t // 4 * 4
+        start = max(0, t - 3)  # of the last four events
         candidates = x[start : t + 1]
         if start > 0:
             assert model.long_term is not None
@@ -317,7 +360,26 @@ def test_shan_does_not_know_the_order_of_a_segment() -> None:
     model = random_baseline(CONFIGS["shan"])
     items, users = random_window(model.config)
     turned = torch.cat([items[:, :8], items[:, 8:].flip(1)], dim=1)
-    torch.testing.assert_close(model.encode(turned, users)[:, -1], model.encode(items, users)[:, -1])
+    torch.testing.assert_close(encode(model, turned, users)[:, -1], encode(model, items, users)[:, -1])
+
+
+@pytest.mark.parametrize("length", [9, 10, 11, 12, 15])
+@pytest.mark.parametrize("name", ["shan", "sdm"])
+def test_current_session_of_a_long_history_is_full_whatever_its_length(name: str, length: int) -> None:
+    model, (histories, users) = random_baseline(CONFIGS[name]), random_window(replace(LONG, history=length))
+
+    def embeddings_with(events: list[int]) -> Tensor:
+        """With the events at these distances from the last one in each other's place."""
+        swapped, places = histories.clone(), [length - 1 - back for back in events]
+        swapped[:, places] = histories[:, places[::-1]]
+        return model.user_embeddings(list(swapped.numpy()), users.numpy())
+
+    before = embeddings_with([])
+    # The order matters between the two parts, in SDM's session too, but not among what came before it.
+    assert torch.allclose(embeddings_with([4, 5]), before) and torch.allclose(embeddings_with([4, 8]), before)
+    assert not torch.allclose(embeddings_with([3, 4]), before) and not torch.allclose(embeddings_with([0, 4]), before)
+    assert torch.allclose(embeddings_with([0, 3]), before) == (name == "shan")
+    assert torch.allclose(embeddings_with([2, 3]), before) == (name == "shan")
 
 
 @torch.no_grad()
@@ -333,13 +395,45 @@ def test_hpmn_equals_cells_that_move_once_a_period_and_hold() -> None:
                 slots[layer] = cell(event[None] if layer == 0 else slots[layer - 1], slots[layer])
         memory = torch.cat(slots)
         query = model.query(event)
-        weights = torch.softmax(torch.cat([model.energy(torch.cat([query, m, query * m])) for m in memory]), 0)
-        expected.append(model.output(torch.cat([weights @ memory, event])))
+        for _ in range(3):
+            weights = torch.softmax(torch.cat([model.energy(torch.cat([query, m, query * m])) for m in memory]), 0)
+            query = model.carry(query) + weights @ memory
+        expected.append(model.output(torch.cat([query, event])))
         covariance = torch.cov(memory, correction=0)
         norms.append((covariance - covariance.diag().diag()).square().sum().sqrt())
     assert_encodes(model, items, users, expected)
     assert slots[2].any(), "the third layer moved"
     torch.testing.assert_close(model.penalty(), PENALTY * torch.stack(norms).mean())
+
+
+@torch.no_grad()
+def test_hpmn_has_slots_that_move_every_1_4_16_and_64_events() -> None:
+    model = random_baseline(replace(CONFIGS["hpmn"], history=200, layers=4))
+    assert isinstance(model, HPMN) and model.periods == [1, 4, 16, 64]
+    memory = model._memory(model.embed(row_of(model.config)[0]))[0]  # (W, K, D)
+    before = F.pad(memory, (0, 0, 0, 0, 1, 0))[:-1]
+    for slot, period in enumerate(model.periods):
+        moved = (memory[:, slot] != before[:, slot]).any(1)
+        assert (moved.nonzero()[:, 0] + 1).tolist() == list(range(period, 201, period))
+
+
+@pytest.mark.parametrize("layers, reaches", [(1, False), (4, True)])
+def test_hpmn_old_event_reaches_the_embedding_through_slow_slots(layers: int, reaches: bool) -> None:
+    model = random_baseline(replace(CONFIGS["hpmn"], history=200, layers=layers))
+    assert changed_at(model, 150, length=200) == reaches
+
+
+@torch.no_grad()
+def test_hpmn_reads_as_often_as_there_are_hops() -> None:
+    models = [random_baseline(replace(CONFIGS["hpmn"], hops=hops)) for hops in (1, 2, 3)]
+    assert all(same_weights(models[0], model) for model in models)
+    once, twice, thrice = (encode(model, *random_window(model.config)) for model in models)
+    assert not torch.allclose(once, twice) and not torch.allclose(twice, thrice)
+
+
+def same_weights(one: Baseline, other: Baseline) -> bool:
+    pairs = zip(one.state_dict().values(), other.state_dict().values(), strict=True)
+    return all(torch.equal(a, b) for a, b in pairs)
 
 
 def test_hpmn_leaves_out_layers_that_would_never_move() -> None:
@@ -353,14 +447,16 @@ def test_sdm_equals_its_parts_at_each_event(name: str) -> None:
     model = random_baseline(CONFIGS[name])
     assert isinstance(model, SDM)
     items, users = row_of(model.config)
+    items = items[:, :10]
     x, user, cell = model.items[items[0]] * 4, model.user_table[users[0]] * 4, cell_of(nn.LSTMCell, model.lstm)
 
     def pool(query: Tensor, values: Tensor) -> Tensor:
         return torch.softmax(values @ query / 4, 0) @ values
 
     expected = []
+    first = 4 if name == "sdm*" else 2  # events of the first segment: the window has 4, or 10
     for t in range(len(x)):
-        start = t // 4 * 4
+        start = (t - first) // 4 * 4 + first if t >= first else 0
         states, carried = [], None
         for event in x[start : t + 1]:
             carried = cell(event[None], carried)
