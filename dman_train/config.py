@@ -308,7 +308,7 @@ _BASELINE_PAPER_TRAINING = TrainConfig(
     ema_decay=0.0,
     epochs=30,
     patience=4,
-    seen_items="exclude-from-ranking",
+    seen_items="keep-target",
 )
 BASELINE_PRESETS = {  # by name, then by system
     "default": _BASELINE_DEFAULTS,

@@ -240,8 +240,10 @@ PRESET_NOTE = """\
 `--preset` chooses where the options start from. Single options change a preset further.
 
 - `default`: chosen by validation on MovieLens-1M, see the [experiments](experiments.md).
-- `paper`: the equations of the paper, trained with settings that validation chose. [The paper](paper.md) lists every difference from the text.
-- `paper-literal`: the same equations with the settings of the text. Its 50 epochs are those of MovieLens; the text has 8 elsewhere.
+- `paper`: the equations of the paper, trained with settings that validation chose. [The paper](paper.md) lists every
+  difference from the text.
+- `paper-literal`: the same equations with the settings of the text. Its 50 epochs are those of MovieLens; the text has
+  8 elsewhere.
 - `tiny`: a small network for a first try. On generated data it trains in a minute ([README](../README.md))."""
 
 BASELINE_PRESET_NOTE = """\
