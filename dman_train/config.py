@@ -253,7 +253,7 @@ PRESETS = {
     "paper": Preset(
         PAPER_MODEL,
         TrainConfig(
-            loss="negatives",
+            loss="negatives-softmax",
             negatives=5,
             memory_training="alternating",
             abstraction_every=1,
@@ -302,7 +302,7 @@ _BASELINE_DEFAULTS = {  # by system
     "sdm": Preset(BaselineConfig("sdm"), TrainConfig()),
 }
 _BASELINE_PAPER_TRAINING = TrainConfig(
-    loss="negatives",
+    loss="negatives-softmax",
     negatives=5,
     learning_rate=1e-3,
     ema_decay=0.0,
