@@ -183,11 +183,11 @@ def _figure_2(sweeps: Mapping[str, Mapping[int, Row]], curve: Row | None, direct
         }
         lines = [[str(value), *(_number(row, metric) for metric in CHARTED)] for value, row in rows.items()]
         parts += [f"{title}:", _points(symbol, lines)]
-    title = f"(c) validation, {TAOBAO.name}"
+    title = f"(c) validation by epoch, {TAOBAO.paper}"
     panels[title] = learning_curve(curve)
     by_metric = list(panels[title].values())
     lines = [[str(epoch), *(f"{values[epoch]:.4f}" for values in by_metric)] for epoch in by_metric[0]]
-    parts += [f"{title}:", _points("epoch", lines)]
+    parts += [f"{title} (`{TAOBAO.name}`):", _points("epoch", lines)]
     if any(points for lines_of_panel in panels.values() for points in lines_of_panel.values()):
         from dman_train.plots import plot_lines
 

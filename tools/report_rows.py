@@ -79,7 +79,7 @@ def preset_name(content: dict[str, Any]) -> Literal["paper", "default"]:
     return "paper" if model["architecture"] == "paper" else "default"
 
 
-def preset_of(content: dict[str, Any]) -> Preset:
+def compared_preset(content: dict[str, Any]) -> Preset:
     """The preset that a run is compared with."""
     name = preset_name(content)
     if "system" not in content["model"]:
@@ -89,7 +89,7 @@ def preset_of(content: dict[str, Any]) -> Preset:
 
 def standard_options(content: dict[str, Any]) -> dict[str, Any]:
     """The options of the preset that a run is compared with."""
-    preset = preset_of(content)
+    preset = compared_preset(content)
     return FORMER_OPTIONS | to_dict(preset.model) | to_dict(preset.train)
 
 

@@ -286,7 +286,6 @@ def test_variants_with_other_settings_are_not_subtracted(tmp_path: Path) -> None
 # Figure 2
 
 
-@pytest.mark.slow
 def test_sizes_of_one_number_of_epochs_are_charted(tmp_path: Path) -> None:
     made = [
         dman("whole"),
@@ -304,7 +303,10 @@ def test_sizes_of_one_number_of_epochs_are_charted(tmp_path: Path) -> None:
         ["| 30", "0.0000"],
     ]
     assert "(b) test metrics by L, ml-1m, 77 epochs:" in page and "| `l1` |" in page
-    assert "| 3 | 0.2000 | 0.1000 |" in page.partition("(c) validation, taobao")[2]
+    assert (
+        "| 3 | 0.2000 | 0.1000 |"
+        in page.partition("(c) validation by epoch, Taobao (`taobao-userbehavior-sample`):")[2]
+    )
     assert len(records_row(page, "DMAN, Figure 2")) == 5, "one of them is in both panels"
 
 
