@@ -48,7 +48,7 @@ bench: $(STAMP)  ## measure the bundle in bundle/ and write reports/serving.md
 soak: $(STAMP)  ## attack servers for half an hour and more, and write reports/faults.md
 	$(BIN)/python -m tools.soak
 
-report: $(STAMP)  ## build reports/accuracy.md from reports/records.parquet
+report: $(STAMP)  ## build reports/accuracy.md and reports/paper.md from reports/records.parquet
 	$(BIN)/python -m tools.report
 
 clean:

@@ -12,6 +12,8 @@ import matplotlib.pyplot as plt
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+MOST_TICKS = 12  # of an axis with a tick for each value
+
 
 def plot_curves(epochs: list[dict[str, float]], path: Path) -> None:
     """Writes the losses and validation metrics by epoch as a PNG."""
@@ -28,12 +30,20 @@ def plot_curves(epochs: list[dict[str, float]], path: Path) -> None:
     _save(figure, path)
 
 
-def plot_sizes(series: dict[str, dict[int, float]], path: Path) -> None:
-    """Writes test NDCG@10 by the values of each size, one panel per size, as a PNG."""
-    figure, axes = plt.subplots(1, len(series), figsize=(4 * len(series), 3.5), layout="constrained", squeeze=False)
-    for axis, (title, points) in zip(axes[0], series.items(), strict=True):
-        axis.plot(list(points), list(points.values()), marker="o")
-        axis.set(title=title, ylabel="test NDCG@10", xticks=list(points))
+def plot_lines(panels: dict[str, dict[str, dict[int, float]]], path: Path) -> None:
+    """Writes a panel for each title as a PNG; each has lines by label, and each line has values by whole numbers."""
+    figure, axes = plt.subplots(1, len(panels), figsize=(4 * len(panels), 3.5), layout="constrained", squeeze=False)
+    for axis, (title, lines) in zip(axes[0], panels.items(), strict=True):
+        for label, points in lines.items():
+            axis.plot(list(points), list(points.values()), marker="o", label=label)
+        axis.set(title=title)
+        numbers = sorted({number for points in lines.values() for number in points})
+        if len(numbers) <= MOST_TICKS:
+            axis.set(xticks=numbers)
+        if len(lines) == 1:
+            axis.set(ylabel=next(iter(lines)))
+        elif lines:
+            axis.legend()
     _save(figure, path)
 
 

@@ -69,9 +69,17 @@ class Record:
     def metric(self, name: str, *, split: str = "test", seen: str | None = None) -> float:
         return metrics_of(self.content, split=split, seen=seen)[name]
 
+    def rank_metrics(self) -> dict[str, float]:
+        """Test metrics from the stored ranks, as far as `rank_limit` allows. `metric` gives what the run measured."""
+        return self._metrics(self.ranks)
+
     def group_metrics(self, group: int) -> dict[str, float]:
-        """Test metrics of the users of one group; empty without users."""
-        return metrics(self.ranks[self.groups == group])
+        """The same of the users of one group; empty without users."""
+        return self._metrics(self.ranks[self.groups == group])
+
+    def _metrics(self, ranks: np.ndarray) -> dict[str, float]:
+        found = metrics(ranks)
+        return {name: value for name, value in found.items() if int(name.partition("@")[2]) <= self.rank_limit}
 
 
 def ranking_of(content: dict[str, Any]) -> Ranking:

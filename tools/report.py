@@ -1,14 +1,9 @@
-"""Builds reports/accuracy.md from the records in reports/records.parquet: `make report`.
-
-Runs that differ only in the seed are one row.
-"""
+"""Builds reports/accuracy.md and reports/paper.md from the records in reports/records.parquet: `make report`."""
 
 from __future__ import annotations
 
-import json
 import sys
-from collections.abc import Collection, Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,29 +11,15 @@ import numpy as np
 
 from dman_runtime.errors import UsageError
 from dman_runtime.options import Parser, run_command
-from dman_train.config import BASELINE_PRESETS, PRESETS, Preset, TrainConfig, to_dict
+from dman_train.config import PRESETS, TrainConfig, to_dict
 from dman_train.interpret import LENGTH_GROUPS
 from tools.bench.report import table, write_page
 from tools.bootstrap import paired_bootstrap
+from tools.paper import paper_page
 from tools.record_file import RECORDS, Record, read_records
+from tools.report_rows import FORMER_OPTIONS, RECIPE, Row, decisive, label_of, rows_of
 
-METRICS = ("hr@10", "ndcg@10", "hr@50", "ndcg@100")
 CHARTED = {"memory_slots": "m, memory slots", "layers": "L, layers", "segment_length": "T, events per segment"}
-TRAINING_OF_F_ABS = {
-    "memory_training", "backprop_segments", "abstraction_weight", "abstraction_every", "abstraction_learning_rate"
-}  # fmt: skip
-# Options that decide a result as much as the system does: only rows that share them are compared.
-RECIPE = ("seen_items", "ema_decay")
-WORDS = {
-    ("seen_items", "exclude-from-ranking"): "seen items as negatives",
-    ("seen_items", "keep-target"): "seen items as negatives, seen targets ranked",
-    ("ema_decay", 0.0): "weights not averaged",
-}
-ROUTING = {"routing", "routing_iterations", "routing_softmax"}
-SHORT_HISTORY = 20  # events that a system of the paper's `*` form sees
-UNCHANGED = ("gru4rec", "sasrec")  # systems whose records from before there was an option `hops` are of the same model
-# Options that ModelConfig may no longer have, but stored runs do, with the value that needs no mention.
-FORMER_OPTIONS = {"residual": "gated"}
 # Published figures, same protocol on MovieLens-1M but where noted; None where not published
 PUBLISHED: tuple[tuple[str, tuple[float | None, ...]], ...] = (
     ("DMAN, the paper's figures", (0.2518, None, 0.5324, 0.2203)),
@@ -70,106 +51,9 @@ were also used as negatives (and DMAN had GELU instead of ReLU). Rows with `long
 form of DMAN, with a long-term branch and a gate; their commands work at commit 50de181. Variant `xl` is the same in \
 both. Former options, such as `residual=plain` and `routing=shared`, work at commit 7b13317."""
 
-
-@dataclass(frozen=True)
-class Row:
-    """Runs of one configuration on one dataset."""
-
-    label: str
-    records: tuple[Record, ...]
-
-    @property
-    def content(self) -> dict[str, Any]:
-        return self.records[0].content
-
-    @property
-    def is_dman(self) -> bool:
-        return "system" not in self.content["model"]
-
-    def metric(self, name: str, split: str = "test") -> str:
-        values = [record.metric(name, split=split) for record in self.records]
-        spread = f" ± {(max(values) - min(values)) / 2:.4f}" if len(values) > 1 else ""
-        return f"{np.mean(values):.4f}{spread}"
-
-    def ranks(self) -> list[np.ndarray]:
-        return [record.ranks for record in self.records]
-
-    def ranks_of_long_histories(self) -> list[np.ndarray]:
-        """Of the users in the last two groups, group by group."""
-        return [np.concatenate([r.ranks[r.groups == group] for group in (2, 3)]) for r in self.records]
-
-    def cells(self) -> list[str]:
-        seconds = np.mean([record.content["metrics"]["training_seconds"] for record in self.records])
-        state = f"{self.content['state_bytes']:,}" if self.content["state_bytes"] else "-"
-        seeds = ", ".join(str(record.content["train"].get("seed", "-")) for record in self.records)
-        numbers = [f"{self.metric('hr@10', 'valid')}", *(self.metric(name) for name in METRICS)]
-        return [self.label, seeds, *numbers, f"{self.content['parameters']:,}", state, f"{seconds:,.0f}"]
-
-
 HEADS = (
     "", "seeds", "valid HR@10", "HR@10", "NDCG@10", "HR@50", "NDCG@100", "parameters", "state bytes", "seconds"
 )  # fmt: skip
-
-
-def label_of(content: dict[str, Any], *, but: Collection[str] = ()) -> str:
-    """The system, and how it differs from its preset; the options `but` are not compared."""
-    model = content["model"]
-    if "system" in model:
-        preset, name = baseline_preset(content)
-    else:
-        preset, name = PRESETS["paper" if model["architecture"] == "paper" else "default"], "DMAN"
-        name = {"dman": name, "xl": "xl (no memory)"}.get(model["variant"], model["variant"])
-        name += " `paper`" if model["architecture"] == "paper" else ""
-    named = {"system", "history", "variant", "architecture", "precision", *but}
-    if content["train"].get("seen_items") == "keep":  # a property of the log
-        named.add("seen_items")
-    standard = FORMER_OPTIONS | to_dict(preset.model) | to_dict(preset.train)
-    changed = [
-        WORDS.get((key, value), f"{key}={value}")
-        for key, value in decisive(content).items()
-        if key not in named and standard.get(key, value) != value
-    ]
-    return f"{name}, {', '.join(changed)}" if changed else name
-
-
-def baseline_preset(content: dict[str, Any]) -> tuple[Preset, str]:
-    """The preset that a run of a baseline is compared with, and the beginning of its label."""
-    model, train = content["model"], content["train"]
-    system, paper = model["system"], BASELINE_PRESETS["paper"]
-    if system not in paper:  # only counts
-        return BASELINE_PRESETS["default"]["sasrec"], system
-    form = "*" if model["history"] <= SHORT_HISTORY else f", last {model['history']}"
-    if "hops" not in model and system not in UNCHANGED:
-        form += " (earlier form)"
-    if train.get("loss") == paper[system].train.loss:
-        return paper[system], f"{system}{form} `paper`"
-    return BASELINE_PRESETS["default"][system], f"{system}{form}"
-
-
-def decisive(content: dict[str, Any]) -> dict[str, Any]:
-    """The options of a run that decide its result, without the seed. Options that the record lacks are added."""
-    model, train = content["model"], content["train"]
-    idle = {"seed"}
-    if "system" in model:
-        idle |= TRAINING_OF_F_ABS | {"random_first_segment"} | ({"hops"} if model["system"] in UNCHANGED else set())
-    elif model["variant"] in ("xl", "fifo"):
-        idle |= TRAINING_OF_F_ABS | ROUTING
-    if model.get("variant") == "xl":
-        idle |= {"memory_slots", "long_term"}
-    if model.get("architecture") == "paper":  # has one form of the memory, whatever older records call it
-        idle |= {"long_term"}
-    former = {} if "system" in model else {key: value for key, value in FORMER_OPTIONS.items() if key not in model}
-    options = model | former | (to_dict(TrainConfig()) | train if train else {})
-    return {key: value for key, value in options.items() if key not in idle}
-
-
-def rows_of(records: Iterable[Record]) -> list[Row]:
-    """Records of one dataset, grouped over seeds, best validation first."""
-    groups: dict[str, list[Record]] = {}
-    for record in records:
-        groups.setdefault(json.dumps(decisive(record.content), sort_keys=True), []).append(record)
-    rows = [Row(label_of(group[0].content), tuple(group)) for group in groups.values()]
-    return sorted(rows, key=lambda row: -np.mean([r.metric("hr@10", split="valid") for r in row.records]))
 
 
 def ours(rows: Sequence[Row]) -> Row | None:
@@ -264,7 +148,7 @@ def _sizes(rows: Sequence[Row]) -> list[int]:
 
 def charts(name: str, rows: Sequence[Row], directory: Path) -> list[str]:
     """Figure 2 of the paper: a chart for each size that was run with several values, all else as in the preset."""
-    from dman_train.plots import plot_sizes
+    from dman_train.plots import plot_lines
 
     preset, series = PRESETS["default"], {}
     standard = FORMER_OPTIONS | to_dict(preset.model) | to_dict(preset.train)
@@ -276,10 +160,10 @@ def charts(name: str, rows: Sequence[Row], directory: Path) -> list[str]:
             if all(standard.get(k, v) == v for k, v in others.items()):
                 points[config[key]] = float(np.mean([r.metric("ndcg@10") for r in row.records]))
         if len(points) > 1:
-            series[title] = dict(sorted(points.items()))
+            series[title] = {"test NDCG@10": dict(sorted(points.items()))}
     if not series:
         return []
-    plot_sizes(series, directory / f"accuracy-{name}.png")
+    plot_lines(series, directory / f"accuracy-{name}.png")
     return [f"![test NDCG@10 by sizes](accuracy-{name}.png)"]
 
 
@@ -289,9 +173,14 @@ def commands(records: Sequence[Record]) -> str:
 
 
 def parser() -> Parser:
-    p = Parser(prog="python -m tools.report", description="Build the accuracy report from the records.")
+    p = Parser(prog="python -m tools.report", description="Build the reports on accuracy from the records.")
     p.flag("--records", type=Path, default=RECORDS, help="the file of all records")
-    p.add_argument("--out", type=Path, default=Path("reports/accuracy.md"), help="the report; charts go beside it")
+    p.add_argument(
+        "--out",
+        type=Path,
+        default=Path("reports/accuracy.md"),
+        help="the report of all runs; the page of the paper's tables, paper.md, and charts go beside it",
+    )
     return p
 
 
@@ -308,7 +197,9 @@ def _main(argv: Sequence[str] | None) -> int:
         parts.append(dataset_section(name, chosen, arguments.out.parent))
     parts += ["## Commands", commands(records)]
     write_page(arguments.out, parts)
-    print(f"{arguments.out}: {len(records)} runs")
+    paper = arguments.out.with_name("paper.md")
+    write_page(paper, paper_page(records, arguments.out.parent, source=arguments.records))
+    print(f"{arguments.out}, {paper}: {len(records)} runs")
     return 0
 
 

@@ -13,7 +13,7 @@ import pytest
 
 from dman_train.config import TrainConfig, to_dict
 from dman_train.run import Run
-from tools import report
+from tools import paper_rows, report, report_rows
 from tools.bootstrap import paired_bootstrap
 from tools.record_file import Record, add, read_records
 from tools.records import record_of, record_of_counts
@@ -62,7 +62,7 @@ def test_report_compares_what_has_one_recipe(
     parts = text.split("\n## Commands")[0].split("\n### ")
     compared = [part.splitlines()[0].endswith("each other row") and part for part in parts]
     ours, theirs = [part for part in compared if part]
-    words = report.WORDS[option, before]
+    words = report_rows.WORDS[option, before]
     assert words not in ours and "\n| xl" in ours and "| popular |" in ours
     assert theirs.count(words) == 2 and "\n| xl" in theirs and "popular" not in theirs
     assert parts[1].count("\n| ") == 4, "head, rule, our system and the counts"
@@ -83,11 +83,11 @@ def test_runs_are_told_apart_by_what_decides_them(
 ) -> None:
     def options(changed: dict[str, Any]) -> dict[str, Any]:
         train = to_dict(TrainConfig()) | changed
-        return report.decisive({"model": model | {k: train.pop(k) for k in model if k in train}, "train": train})
+        return report_rows.decisive({"model": model | {k: train.pop(k) for k in model if k in train}, "train": train})
 
     assert options(idle) == options({}) != options(decisive)
     old = {name: value for name, value in to_dict(TrainConfig()).items() if name != "abstraction_every"}
-    assert report.decisive({"model": model, "train": old}) == options({})
+    assert report_rows.decisive({"model": model, "train": old}) == options({})
 
 
 def test_report_of_nothing_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -113,7 +113,8 @@ def test_report_still_labels_options_that_no_longer_exist(
     def without_residual(config: object) -> dict[str, Any]:
         return {name: value for name, value in to_dict(config).items() if name != "residual"}
 
-    monkeypatch.setattr(report, "to_dict", without_residual)
+    for module in (report, report_rows):
+        monkeypatch.setattr(module, "to_dict", without_residual)
     first, preset = record_of(Run(trained_run), "first"), report.PRESETS["default"]
     today = {"model": without_residual(preset.model), "train": without_residual(preset.train)}
     stored = replace(first, content=first.content | today)
@@ -143,13 +144,15 @@ def test_committed_report_is_that_of_the_committed_records(tmp_path: Path, monke
     """All but the intervals, which would take half a minute; their means are compared."""
     root = Path(__file__).parents[2]
     monkeypatch.chdir(root)
-    monkeypatch.setattr(report, "paired_bootstrap", partial(paired_bootstrap, samples=1))
+    for module in (report, paper_rows):
+        monkeypatch.setattr(module, "paired_bootstrap", partial(paired_bootstrap, samples=1))
     assert report.main(["--out", str(tmp_path / "accuracy.md")]) == 0
     interval = re.compile(r"\([+-][.\d]+ to [+-][.\d]+\)")
-    found, committed = (
-        interval.sub("", file.read_text()) for file in (tmp_path / "accuracy.md", root / "reports/accuracy.md")
-    )
-    assert found == committed
+    for page in ("accuracy.md", "paper.md"):
+        found, committed = (interval.sub("", file.read_text()) for file in (tmp_path / page, root / "reports" / page))
+        assert found == committed
+    charts = [{file.name for file in folder.glob("*.png")} for folder in (tmp_path, root / "reports")]
+    assert charts[0] <= charts[1]
 
 
 def test_log_of_experiments_names_records_that_exist() -> None:

@@ -1,0 +1,155 @@
+"""Rows of the reports: runs of one configuration, how they differ from a preset, and their numbers.
+
+Runs that differ only in the seed are one row.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+
+from dman_train.config import BASELINE_PRESETS, PRESETS, Preset, TrainConfig, to_dict
+from tools.record_file import Record
+
+METRICS = ("hr@10", "ndcg@10", "hr@50", "ndcg@100")
+TRAINING_OF_F_ABS = {
+    "memory_training", "backprop_segments", "abstraction_weight", "abstraction_every", "abstraction_learning_rate"
+}  # fmt: skip
+# Options that decide a result as much as the system does: only rows that share them are compared.
+RECIPE = ("seen_items", "ema_decay")
+WORDS = {
+    ("seen_items", "exclude-from-ranking"): "seen items as negatives",
+    ("seen_items", "keep-target"): "seen items as negatives, seen targets ranked",
+    ("ema_decay", 0.0): "weights not averaged",
+    ("form", "earlier"): "earlier form",
+}
+SHORT_HISTORY = 20  # events that a system of the paper's `*` form sees
+UNCHANGED = ("gru4rec", "sasrec", "popular", "transitions")  # systems that are what they were in the first records
+ROUTING = {"routing", "routing_iterations", "routing_softmax"}
+# Options that ModelConfig may no longer have, but stored runs do, with the value that needs no mention.
+FORMER_OPTIONS = {"residual": "gated"}
+
+
+@dataclass(frozen=True)
+class Row:
+    """Runs of one configuration on one dataset."""
+
+    label: str
+    records: tuple[Record, ...]
+
+    @property
+    def content(self) -> dict[str, Any]:
+        return self.records[0].content
+
+    @property
+    def is_dman(self) -> bool:
+        return "system" not in self.content["model"]
+
+    def metric(self, name: str, split: str = "test") -> str:
+        return mean_and_spread([record.metric(name, split=split) for record in self.records])
+
+    def ranks(self) -> list[np.ndarray]:
+        return [record.ranks for record in self.records]
+
+    def ranks_of_long_histories(self) -> list[np.ndarray]:
+        """Of the users in the last two groups, group by group."""
+        return [np.concatenate([r.ranks[r.groups == group] for group in (2, 3)]) for r in self.records]
+
+    def cells(self) -> list[str]:
+        seconds = np.mean([record.content["metrics"]["training_seconds"] for record in self.records])
+        state = f"{self.content['state_bytes']:,}" if self.content["state_bytes"] else "-"
+        seeds = ", ".join(str(record.content["train"].get("seed", "-")) for record in self.records)
+        numbers = [f"{self.metric('hr@10', 'valid')}", *(self.metric(name) for name in METRICS)]
+        return [self.label, seeds, *numbers, f"{self.content['parameters']:,}", state, f"{seconds:,.0f}"]
+
+
+def mean_and_spread(values: Sequence[float]) -> str:
+    """The mean, and ± half the distance between the lowest and the highest if there are several."""
+    spread = f" ± {(max(values) - min(values)) / 2:.4f}" if len(values) > 1 else ""
+    return f"{np.mean(values):.4f}{spread}"
+
+
+def preset_name(content: dict[str, Any]) -> Literal["paper", "default"]:
+    """The preset that a run belongs to. A baseline is trained as in the paper if it has five negatives per event."""
+    model, train = content["model"], content["train"]
+    if "system" in model:
+        few = str(train.get("loss")).startswith("negatives") and train["negatives"] == PRESETS["paper"].train.negatives
+        return "paper" if few else "default"
+    return "paper" if model["architecture"] == "paper" else "default"
+
+
+def compared_preset(content: dict[str, Any]) -> Preset:
+    """The preset that a run is compared with."""
+    name, model = preset_name(content), content["model"]
+    if "system" not in model:
+        return PRESETS[name]
+    return BASELINE_PRESETS[name].get(model["system"], BASELINE_PRESETS[name]["sasrec"])  # or one that only counts
+
+
+def standard_options(content: dict[str, Any]) -> dict[str, Any]:
+    """The options of the preset that a run is compared with."""
+    preset = compared_preset(content)
+    return FORMER_OPTIONS | to_dict(preset.model) | to_dict(preset.train) | {"form": "now"}
+
+
+def is_earlier_form(content: dict[str, Any]) -> bool:
+    """Whether the record is from before the paper's form, `nran` and four of the baselines were repaired."""
+    model, train = content["model"], content["train"]
+    if "system" in model:
+        return model["system"] not in UNCHANGED and "hops" not in model
+    repaired = model.get("architecture") == "paper" or model["variant"] == "nran"
+    return repaired and "adam_beta2" not in train
+
+
+def changed_options(content: dict[str, Any], standard: Mapping[str, Any]) -> dict[str, Any]:
+    """The decisive options of a run that differ from `standard`, but for those that name the system."""
+    named = {"system", "history", "variant", "architecture", "precision"}
+    if content["train"].get("seen_items") == "keep":  # a property of the log
+        named.add("seen_items")
+    return {
+        key: value for key, value in decisive(content).items() if key not in named and standard.get(key, value) != value
+    }
+
+
+def label_of(content: dict[str, Any], *, but: Collection[str] = ()) -> str:
+    """The system, and how it differs from its preset; the options `but` are not compared."""
+    model, mark = content["model"], " `paper`" if preset_name(content) == "paper" else ""
+    if "system" in model:
+        name = model["system"] + mark
+        if "history" in model:
+            name += "*" if model["history"] <= SHORT_HISTORY else f", last {model['history']}"
+    else:
+        name = {"dman": "DMAN", "xl": "xl (no memory)"}.get(model["variant"], model["variant"]) + mark
+    changed = changed_options(content, standard_options(content))
+    return ", ".join([name, *(WORDS.get((k, v), f"{k}={v}") for k, v in changed.items() if k not in but)])
+
+
+def decisive(content: dict[str, Any]) -> dict[str, Any]:
+    """The options of a run that decide its result, without the seed. Options that the record lacks are added."""
+    model, train = content["model"], content["train"]
+    idle = {"seed"}
+    if "system" in model:
+        idle |= TRAINING_OF_F_ABS | {"random_first_segment"} | ({"hops"} if model["system"] in UNCHANGED else set())
+    elif model["variant"] in ("xl", "fifo"):
+        idle |= TRAINING_OF_F_ABS | ROUTING
+    if model.get("variant") == "xl":
+        idle |= {"memory_slots", "long_term"}
+    if model.get("architecture") == "paper":  # has one form of the memory, whatever older records call it
+        idle |= {"long_term"}
+    former = {} if "system" in model else {key: value for key, value in FORMER_OPTIONS.items() if key not in model}
+    options = model | former | (to_dict(TrainConfig()) | train if train else {})
+    options["form"] = "earlier" if is_earlier_form(content) else "now"
+    return {key: value for key, value in options.items() if key not in idle}
+
+
+def rows_of(records: Iterable[Record]) -> list[Row]:
+    """Records of one dataset, grouped over seeds, best validation first."""
+    groups: dict[str, list[Record]] = {}
+    for record in records:
+        groups.setdefault(json.dumps(decisive(record.content), sort_keys=True), []).append(record)
+    rows = [Row(label_of(group[0].content), tuple(group)) for group in groups.values()]
+    return sorted(rows, key=lambda row: -np.mean([r.metric("hr@10", split="valid") for r in row.records]))
