@@ -29,7 +29,7 @@ from dman_train.config import (
     TrainConfig,
     to_dict,
 )
-from tools import compare, generate, gpu_check, loadgen, records, report, tune
+from tools import compare, generate, gpu_check, loadgen, records, report, runs, tune
 from tools.bench import __main__ as bench
 from tools.bench import reading, training, versus
 from tools.bench.report import table, write_page
@@ -100,6 +100,7 @@ def parsers() -> Iterator[argparse.ArgumentParser]:
     yield reading._parser()
     yield soak._parser()
     yield gpu_check.parser()
+    yield runs.parser()
     yield records.parser()
     yield report.parser()
     yield tune._parser(ModelConfig)
