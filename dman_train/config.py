@@ -1,4 +1,4 @@
-"""All settings of a model and its training, checked once.
+"""All settings of a model and its training, checked once. `dman_train.presets` has the combinations that are used.
 
 `ModelConfig` describes the network and is copied into the bundle; `TrainConfig` describes how the weights are trained.
 The options of `dman_train.train` are derived from the fields of both (`dman_runtime.options`).
@@ -6,7 +6,6 @@ The options of `dman_train.train` are derived from the fields of both (`dman_run
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields, replace
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
@@ -234,96 +233,6 @@ def _check_range(config: Any, low: float, high: float, *names: str) -> None:
             raise ConfigError(
                 f"{name} is {quoted(value)}", f"choose a {number} from {low:g} to {high:g}", parameter=name
             )
-
-
-@dataclass(frozen=True)
-class Preset:
-    """A model and the training settings that go with it."""
-
-    model: ModelConfig | BaselineConfig
-    train: TrainConfig
-
-
-PAPER_MODEL = ModelConfig(
-    architecture="paper", heads=1, long_term="gated", dropout=0.1, memory_slots=20, routing_iterations=3
-)
-PRESETS = {
-    "default": Preset(ModelConfig(), TrainConfig()),
-    # The equations, with settings that validation chose.
-    "paper": Preset(
-        PAPER_MODEL,
-        TrainConfig(
-            loss="negatives-softmax",
-            negatives=5,
-            memory_training="alternating",
-            abstraction_every=1,
-            learning_rate=2e-3,
-            abstraction_learning_rate=1e-3,
-            epochs=30,
-            ema_decay=0.0,
-            seen_items="keep-target",
-        ),
-    ),
-    # The equations with the settings of the text, and nothing that it does not name. 50 epochs are those of MovieLens.
-    "paper-literal": Preset(
-        replace(PAPER_MODEL, dropout=0.0),
-        TrainConfig(
-            loss="negatives-softmax",
-            negatives=5,
-            memory_training="alternating",
-            abstraction_every=1,
-            lanes=128,
-            learning_rate=1e-3,
-            abstraction_learning_rate=1e-3,
-            adam_beta2=0.999,
-            warmup_steps=0,
-            final_learning_rate=1.0,
-            gradient_clip=0.0,
-            ema_decay=0.0,
-            epochs=50,
-            patience=50,
-            random_first_segment=False,
-            seen_items="keep-target",
-        ),
-    ),
-    "tiny": Preset(
-        ModelConfig(width=32, heads=1, segment_length=10, memory_slots=8, dropout=0.1),
-        TrainConfig(lanes=64, epochs=8, warmup_steps=20, learning_rate=5e-3, abstraction_learning_rate=5e-3),
-    ),
-}
-
-
-_BASELINE_DEFAULTS = {  # by system
-    "gru4rec": Preset(BaselineConfig("gru4rec"), TrainConfig()),
-    "caser": Preset(BaselineConfig("caser"), TrainConfig()),
-    "sasrec": Preset(BaselineConfig("sasrec"), TrainConfig()),
-    "shan": Preset(BaselineConfig("shan", segment_length=4), TrainConfig()),
-    "hpmn": Preset(BaselineConfig("hpmn", layers=4), TrainConfig()),
-    "sdm": Preset(BaselineConfig("sdm"), TrainConfig()),
-}
-_BASELINE_PAPER_TRAINING = TrainConfig(
-    loss="negatives-softmax",
-    negatives=5,
-    learning_rate=1e-3,
-    ema_decay=0.0,
-    epochs=30,
-    patience=4,
-    seen_items="keep-target",
-)
-BASELINE_PRESETS = {  # by name, then by system
-    "default": _BASELINE_DEFAULTS,
-    "paper": {
-        system: Preset(replace(preset.model, width=128), _BASELINE_PAPER_TRAINING)
-        for system, preset in _BASELINE_DEFAULTS.items()
-    },
-}
-Presets = Mapping[str, Preset | Mapping[str, Preset]]
-
-
-def preset_of(presets: Presets, name: str, *, system: str = BaselineConfig.system) -> Preset:
-    """The preset of this name; among BASELINE_PRESETS, that of this system."""
-    found = presets[name]
-    return found if isinstance(found, Preset) else found[system]
 
 
 # Fields of earlier versions, with the one value that still describes what happens.

@@ -26,10 +26,11 @@ from dman_runtime.data.logs import Log
 from dman_runtime.errors import DmanError, UsageError
 from dman_runtime.options import Parser, configure_logging, overridden, print_json, run_command
 from dman_train import distributed
-from dman_train.config import PRESETS, BaselineConfig, DataConfig, ModelConfig, Preset, Presets, TrainConfig, preset_of
+from dman_train.config import BaselineConfig, DataConfig, ModelConfig, TrainConfig
 from dman_train.data import as_found, load_log, training_data
 from dman_train.families import family_of
 from dman_train.log_warnings import warn_of_items, warn_of_log
+from dman_train.presets import PRESETS, Preset, Presets, preset_of
 from dman_train.ranking import all_ranks
 from dman_train.run import Run, RunError, create_run, describe, open_run
 from dman_train.signals import stop_requests

@@ -29,7 +29,8 @@ from dman_runtime.model.bundle import (
 from dman_runtime.options import Parser
 from dman_runtime.serving.prometheus import PrometheusMetrics
 from dman_train import evaluate, export, train
-from dman_train.config import BASELINE_PRESETS, BaselineConfig, DataConfig, ModelConfig, TrainConfig
+from dman_train.config import BaselineConfig, DataConfig, ModelConfig, TrainConfig
+from dman_train.presets import BASELINE_PRESETS
 from protos.dman.v1 import dman_pb2 as pb
 from tools import options_page
 

@@ -27,8 +27,9 @@ from dman_runtime.model.encoder import CUDA, Encoder
 from dman_runtime.model.generation import GOLDEN_TOLERANCE, Generation
 from dman_runtime.options import Parser, require_positive, run_command
 from dman_runtime.retrieval.base import Hits
-from dman_train.config import PRESETS, DataConfig
+from dman_train.config import DataConfig
 from dman_train.data import load
+from dman_train.presets import PRESETS
 from dman_train.synthetic import SyntheticConfig, generate, write_log
 from tools.bench.batch import encoder_latency
 from tools.bench.report import HOW_TO_READ, Claim, Section, claims_table, machine, show, sizes_of, write_report

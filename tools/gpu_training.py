@@ -12,8 +12,9 @@ import numpy as np
 import torch
 
 from dman_runtime.errors import DmanError, UsageError
-from dman_train.config import PRESETS, BaselineConfig, DataConfig, ModelConfig, TrainConfig
+from dman_train.config import BaselineConfig, DataConfig, ModelConfig, TrainConfig
 from dman_train.data import TrainingData, load, training_data
+from dman_train.presets import PRESETS
 from dman_train.tensor_files import read_tensors
 from dman_train.trainer import Trainer
 from tools.bench.blocks import Spread

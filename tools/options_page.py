@@ -20,15 +20,8 @@ from typing import Any
 from dman_runtime import cli
 from dman_runtime.options import Parser, run_command
 from dman_train import evaluate, export, train
-from dman_train.config import (
-    BASELINE_PRESETS,
-    PRESETS,
-    BaselineConfig,
-    DataConfig,
-    ModelConfig,
-    TrainConfig,
-    to_dict,
-)
+from dman_train.config import BaselineConfig, DataConfig, ModelConfig, TrainConfig, to_dict
+from dman_train.presets import BASELINE_PRESETS, PRESETS
 from tools import compare, generate, gpu_check, loadgen, records, report, runs, tune
 from tools.bench import __main__ as bench
 from tools.bench import reading, training, versus

@@ -11,8 +11,9 @@ import numpy as np
 
 from dman_runtime.errors import UsageError
 from dman_runtime.options import Parser, run_command
-from dman_train.config import PRESETS, TrainConfig, to_dict
+from dman_train.config import TrainConfig, to_dict
 from dman_train.interpret import LENGTH_GROUPS
+from dman_train.presets import PRESETS
 from tools.bench.report import table, write_page
 from tools.bootstrap import paired_bootstrap
 from tools.paper import paper_page

@@ -12,7 +12,8 @@ from typing import Any, Literal
 
 import numpy as np
 
-from dman_train.config import BASELINE_PRESETS, PRESETS, Preset, TrainConfig, to_dict
+from dman_train.config import TrainConfig, to_dict
+from dman_train.presets import BASELINE_PRESETS, PRESETS, Preset
 from tools.record_file import Record
 
 METRICS = ("hr@10", "ndcg@10", "hr@50", "ndcg@100")

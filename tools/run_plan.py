@@ -31,16 +31,8 @@ from typing import Any
 
 from dman_runtime.errors import DmanError, UsageError
 from dman_runtime.options import overridden
-from dman_train.config import (
-    BASELINE_PRESETS,
-    PRESETS,
-    BaselineConfig,
-    DataConfig,
-    ModelConfig,
-    Presets,
-    TrainConfig,
-    preset_of,
-)
+from dman_train.config import BaselineConfig, DataConfig, ModelConfig, TrainConfig
+from dman_train.presets import BASELINE_PRESETS, PRESETS, Presets, preset_of
 from dman_train.train import parser
 
 COMMANDS: dict[str, Presets] = {"train": PRESETS, "baselines": BASELINE_PRESETS}

@@ -32,7 +32,7 @@ from dman_train.signals import stop_requests
 from dman_train.trainer import SELECTION_METRIC
 from tools.record_file import RECORDS, Record, add, read_records
 from tools.records import record_of, summary
-from tools.report import decisive
+from tools.report_rows import decisive
 from tools.run_plan import PlannedRun, read_plan
 from tools.run_process import RunProcess, claim, log_file
 

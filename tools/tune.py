@@ -25,19 +25,9 @@ from optuna.storages.journal import JournalFileBackend
 
 from dman_runtime.errors import UsageError
 from dman_runtime.options import Parser, configure_logging, field_value, overridden, require_positive, run_command
-from dman_train.config import (
-    BASELINE_PRESETS,
-    PRESETS,
-    BaselineConfig,
-    ConfigError,
-    DataConfig,
-    ModelConfig,
-    Preset,
-    TrainConfig,
-    preset_of,
-    to_dict,
-)
+from dman_train.config import BaselineConfig, ConfigError, DataConfig, ModelConfig, TrainConfig, to_dict
 from dman_train.data import TrainingData, load, training_data
+from dman_train.presets import BASELINE_PRESETS, PRESETS, Preset, preset_of
 from dman_train.trainer import SELECTION_METRIC, Trainer
 from tools.bench.report import table, write_page
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import sys
 
-from dman_train.config import BASELINE_PRESETS
+from dman_train.presets import BASELINE_PRESETS
 from dman_train.train import main
 
 if __name__ == "__main__":

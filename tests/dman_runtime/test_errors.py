@@ -21,7 +21,7 @@ from dman_runtime import cli
 from dman_runtime.errors import DmanError, UsageError
 from dman_runtime.options import Parser, run_command
 from dman_train import evaluate, export, train
-from dman_train.config import BASELINE_PRESETS
+from dman_train.presets import BASELINE_PRESETS
 
 SOURCES = [path for package in ("dman_runtime", "dman_train") for path in sorted((ROOT / package).rglob("*.py"))]
 COMMANDS = [path for path in SOURCES if "run_command(" in path.read_text(encoding="utf-8")]  # they know their flags

@@ -6,7 +6,8 @@ from dataclasses import fields
 
 import pytest
 
-from dman_train.config import PRESETS, ConfigError, DataConfig, ModelConfig, TrainConfig, from_dict, to_dict
+from dman_train.config import ConfigError, DataConfig, ModelConfig, TrainConfig, from_dict, to_dict
+from dman_train.presets import PRESETS
 
 INVALID: list[tuple[type, str, object]] = [
     (ModelConfig, "architecture", "plain"),

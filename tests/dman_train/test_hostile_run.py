@@ -22,8 +22,9 @@ from hostile_bundles import VALUES
 from dman_runtime.data.evaluation import HeldOut
 from dman_runtime.errors import DmanError, InputError
 from dman_train import evaluate, export, train
-from dman_train.config import BASELINE_PRESETS, BaselineConfig, ConfigError, ModelConfig, TrainConfig
+from dman_train.config import BaselineConfig, ConfigError, ModelConfig, TrainConfig
 from dman_train.data import TrainingData
+from dman_train.presets import BASELINE_PRESETS
 from dman_train.run import Run, RunError
 from dman_train.tensor_files import read_tensors
 from dman_train.trainer import MISFITS, Trainer

@@ -13,12 +13,13 @@ from conftest import PAPER, random_model
 from torch import Tensor
 
 from dman_runtime.data.evaluation import HeldOut
-from dman_train.config import PRESETS, ModelConfig, TrainConfig
+from dman_train.config import ModelConfig, TrainConfig
 from dman_train.data import TrainingData
 from dman_train.lane_learner import LaneLearner, LaneState
 from dman_train.learner import StepInputs
 from dman_train.losses import Losses
 from dman_train.model import DMAN, Encoding
+from dman_train.presets import PRESETS
 from dman_train.replay import replay
 from dman_train.trainer import Trainer
 

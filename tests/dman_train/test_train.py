@@ -17,15 +17,8 @@ import torch
 
 from dman_runtime.model.bundle import read_manifest
 from dman_train import evaluate, export, train
-from dman_train.config import (
-    BASELINE_PRESETS,
-    PRESETS,
-    BaselineConfig,
-    ConfigError,
-    DataConfig,
-    ModelConfig,
-    TrainConfig,
-)
+from dman_train.config import BaselineConfig, ConfigError, DataConfig, ModelConfig, TrainConfig
+from dman_train.presets import BASELINE_PRESETS, PRESETS
 from dman_train.run import Run, RunError, open_run
 from dman_train.signals import stop_requests
 

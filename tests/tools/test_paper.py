@@ -11,7 +11,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from dman_train.config import PRESETS, BaselineConfig, TrainConfig, to_dict
+from dman_train.config import BaselineConfig, TrainConfig, to_dict
+from dman_train.presets import PRESETS
 from tools import report
 from tools.bootstrap import paired_bootstrap
 from tools.paper import CHART, learning_curve, paper_page

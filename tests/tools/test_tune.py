@@ -11,7 +11,7 @@ import optuna
 import pytest
 
 from dman_runtime.errors import UsageError
-from dman_train.config import BASELINE_PRESETS, PRESETS, Preset
+from dman_train.presets import BASELINE_PRESETS, PRESETS, Preset
 from tools import tune
 
 FAST = ["--width", "16", "--segment-length", "10", "--lanes", "32", "--epochs", "2", "--heads", "1"]

@@ -12,8 +12,9 @@ import torch
 from dman_runtime.data.evaluation import HeldOut
 from dman_train import train
 from dman_train.baselines import BASELINES
-from dman_train.config import BASELINE_PRESETS, BaselineConfig, TrainConfig, from_dict, preset_of, to_dict
+from dman_train.config import BaselineConfig, TrainConfig, from_dict, to_dict
 from dman_train.data import TrainingData
+from dman_train.presets import BASELINE_PRESETS, preset_of
 from dman_train.run import open_run
 from dman_train.trainer import Trainer
 
