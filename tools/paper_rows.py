@@ -100,6 +100,6 @@ def difference(one: Row | None, other: Row | None, metric: str) -> Difference | 
     if one is None or other is None or not (values_of(one, metric) and values_of(other, metric)):
         return None
     mine, theirs = decisive(one.content), decisive(other.content)
-    if any(mine[key] != theirs[key] for key in mine.keys() & theirs.keys() - {"variant", "precision"}):
+    if any(mine[key] != theirs[key] for key in mine.keys() & theirs.keys() - {"variant"}):
         return None
     return paired_bootstrap(one.ranks(), other.ranks(), metric=metric)

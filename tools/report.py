@@ -157,7 +157,7 @@ def charts(name: str, rows: Sequence[Row], directory: Path) -> list[str]:
         points = {}
         for row in rows:
             config = decisive(row.content)
-            others = {k: v for k, v in config.items() if k not in (key, "precision")}
+            others = {k: v for k, v in config.items() if k != key}
             if all(standard.get(k, v) == v for k, v in others.items()):
                 points[config[key]] = float(np.mean([r.metric("ndcg@10") for r in row.records]))
         if len(points) > 1:

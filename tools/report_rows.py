@@ -108,7 +108,7 @@ def is_earlier_form(content: dict[str, Any]) -> bool:
 
 def changed_options(content: dict[str, Any], standard: Mapping[str, Any]) -> dict[str, Any]:
     """The decisive options of a run that differ from `standard`, but for those that name the system."""
-    named = {"system", "history", "variant", "architecture", "precision"}
+    named = {"system", "history", "variant", "architecture"}
     if content["train"].get("seen_items") == "keep":  # a property of the log
         named.add("seen_items")
     return {
@@ -130,9 +130,12 @@ def label_of(content: dict[str, Any], *, but: Collection[str] = ()) -> str:
 
 
 def decisive(content: dict[str, Any]) -> dict[str, Any]:
-    """The options of a run that decide its result, without the seed. Options that the record lacks are added."""
+    """The options of a run that decide its result, without the seed. Options that the record lacks are added.
+
+    The precision of matrix products is not among them: runs in both are one row, as far as all else is equal.
+    """
     model, train = content["model"], content["train"]
-    idle = {"seed"}
+    idle = {"seed", "precision"}
     if "system" in model:
         idle |= TRAINING_OF_F_ABS | {"random_first_segment"} | ({"hops"} if model["system"] in UNCHANGED else set())
     elif model["variant"] in ("xl", "fifo"):

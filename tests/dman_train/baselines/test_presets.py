@@ -58,7 +58,7 @@ def test_preset_is_of_its_system_and_survives_json(name: str, system: str) -> No
 @every_system
 def test_paper_preset_has_the_settings_that_the_paper_names(system: str) -> None:
     model, training = (preset := BASELINE_PRESETS["paper"][system]).model, preset.train
-    assert (model.width, training.loss, training.negatives, training.learning_rate) == (128, "negatives", 5, 1e-3)
+    assert (model.width, training.loss, training.negatives, training.learning_rate) == (128, "negatives-softmax", 5, 1e-3)
     assert (training.ema_decay, training.epochs, training.patience) == (0.0, 30, 4)
 
 
