@@ -69,7 +69,7 @@ _BASELINE_DEFAULTS = {  # by system
     "gru4rec": Preset(BaselineConfig("gru4rec"), TrainConfig()),
     "caser": Preset(BaselineConfig("caser"), TrainConfig()),
     "sasrec": Preset(BaselineConfig("sasrec"), TrainConfig()),
-    "shan": Preset(BaselineConfig("shan", segment_length=4), TrainConfig()),
+    "shan": Preset(BaselineConfig("shan", segment_length=2), TrainConfig()),
     "hpmn": Preset(BaselineConfig("hpmn", layers=4), TrainConfig()),
     "sdm": Preset(BaselineConfig("sdm"), TrainConfig()),
 }

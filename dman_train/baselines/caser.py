@@ -12,8 +12,9 @@ Here:
 
 - L is `history`, so the image holds all events that the model sees. `--history 5` gives the order of the reference.
 - Horizontal filters have the heights of HEIGHTS, up to L. All heights up to 200 would cost 280 times as much.
-- Vertical filters begin as means over the newest 1 to L events, at VERTICAL time scales, instead of at random. Weights
-  at random give the newest event no more than one of 200, and the whole form then learns less than the `*` form.
+- Vertical filters begin as means that favour recent events, at VERTICAL time scales, instead of at random. At random,
+  the newest of 200 events weighs no more than the oldest, and learning is slower (MovieLens-100K after five epochs,
+  validation HR@10: .174 at random, .193 like this).
 - Only the next event is predicted, with our loss and dropout rate; item embeddings are dropped out too. There are zeros
   before the first event.
 - Both kinds of filter run once over a window for all of its positions: the image of event t is all of the window up to

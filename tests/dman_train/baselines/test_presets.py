@@ -55,10 +55,24 @@ def test_preset_is_of_its_system_and_survives_json(name: str, system: str) -> No
     assert from_dict(TrainConfig, to_dict(preset.train), where="here") == preset.train
 
 
+def test_batches_of_a_baseline_do_not_depend_on_the_length_of_its_sessions() -> None:
+    def shapes(length: int) -> list[tuple[int, ...]]:
+        model, config = BaselineConfig("shan", history=20, segment_length=length, width=8), TrainConfig(lanes=2)
+        trainer = Trainer(model, config, random_data(), torch.device("cpu"))
+        return [next(trainer.learner.schedule).items.shape for _ in range(8)]
+
+    assert shapes(2) == shapes(20) and max(rows * width for rows, width in shapes(2)) == 2 * 20
+
+
 @every_system
 def test_paper_preset_has_the_settings_that_the_paper_names(system: str) -> None:
     model, training = (preset := BASELINE_PRESETS["paper"][system]).model, preset.train
-    assert (model.width, training.loss, training.negatives, training.learning_rate) == (128, "negatives-softmax", 5, 1e-3)
+    assert (model.width, training.loss, training.negatives, training.learning_rate) == (
+        128,
+        "negatives-softmax",
+        5,
+        1e-3,
+    )
     assert (training.ema_decay, training.epochs, training.patience) == (0.0, 30, 4)
 
 
