@@ -42,6 +42,11 @@ class ModelConfig:
         "how the memory is read: merged: one attention reads slots and events (plus only); "
         "gated: a second branch reads the slots, and the gate of eq. 3 mixes both; try it if only the far past matters",
     )
+    time: Literal["auto", "request", "events", "none"] = option(
+        "auto",
+        "what the model sees of times: request: those of the events and of the request; events: those of the events; "
+        "none; auto: request if the log has times (plus only)",
+    )
     dropout: float = option(0.2, "dropout rate on inputs, attention weights and block outputs")
     routing: Literal["slot", "full"] = option(
         "slot", "bilinear maps of eq. 6: slot: one per memory slot; full: one per pair of input and slot"
@@ -62,6 +67,8 @@ class ModelConfig:
             raise ConfigError(
                 f"architecture 'paper' has one head, not {self.heads}", "set heads to 1", parameter="heads"
             )
+        if self.architecture == "paper" and self.sees_times:
+            raise ConfigError("architecture 'paper' sees no times", "set time to 'none'", parameter="time")
         if self.architecture == "paper" and self.long_term != "gated":
             raise ConfigError(
                 "architecture 'paper' has a long-term branch", "set long_term to 'gated'", parameter="long_term"
@@ -76,6 +83,11 @@ class ModelConfig:
     def merged(self) -> bool:
         """Whether one attention per layer reads events and memory."""
         return self.has_memory and self.long_term == "merged"
+
+    @property
+    def sees_times(self) -> bool:
+        """Whether the model sees the times of events. `auto` is decided before a model is built."""
+        return self.time in ("request", "events")
 
     @property
     def slots(self) -> int:
@@ -151,6 +163,7 @@ class TrainConfig:
         "(the paper's protocol); keep: both, for logs where users return to items",
     )
     evaluation_users: int = option(0, "users validated after each epoch; 0: all")
+    request_dropout: float = option(0.1, "share of segments in training whose time of request is unknown")
     random_first_segment: bool = option(True, "vary the length of a user's first segment, so that all shifts occur")
     seed: int = option(0, "seed of the initial weights, the order of users, dropout and negatives")
 
@@ -163,6 +176,7 @@ class TrainConfig:
             self, 0.0, 1.0, "final_learning_rate", "learning_rate", "abstraction_learning_rate", "weight_decay"
         )
         _check_range(self, 0.0, 1e6, "gradient_clip", "abstraction_weight")
+        _check_range(self, 0.0, 1.0, "request_dropout")
         _check_range(self, 0.0, 0.999999, "ema_decay", "adam_beta2")
         _check_switch(self, "random_first_segment")
         if self.backprop_segments > 1 and self.memory_training != "joint":

@@ -20,6 +20,7 @@ class TrainingData:
 
     items: np.ndarray  # (N) int32 training events, user after user
     offsets: np.ndarray  # (U+1) int64
+    times: np.ndarray  # (N) int64 seconds; 0 if the log has no times
     item_counts: np.ndarray  # (V) int64 training events per item
     validation: HeldOut
 
@@ -43,6 +44,6 @@ def as_found(config: DataConfig, log: Log) -> DataConfig:
 
 def training_data(interactions: Interactions) -> TrainingData:
     """What training may see of a log: all but the last two events of each user, and the validation targets."""
-    items, offsets = training_events(interactions)
+    items, offsets, times = training_events(interactions)
     counts = np.bincount(items, minlength=len(interactions.item_ids)).astype(np.int64)
-    return TrainingData(items, offsets, counts, held_out(interactions, "valid"))
+    return TrainingData(items, offsets, times, counts, held_out(interactions, "valid"))

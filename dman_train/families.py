@@ -5,13 +5,13 @@ Everything else that trains, opens or ranks a model asks its family and does not
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 from torch import Tensor
 
+from dman_runtime.data.evaluation import HeldOut
 from dman_train import baselines
 from dman_train.baselines.base import Baseline
 from dman_train.baselines.learner import WindowLearner
@@ -33,7 +33,7 @@ class Family:
     config: type[ModelConfig] | type[BaselineConfig]
     build: Callable[[Any, int, int], Model]  # config, V items, U users of the training log -> a fresh model
     learner: Callable[..., Learner]  # model, TrainConfig, TrainingData -> how it is trained
-    user_embeddings: Callable[[Any, Sequence[np.ndarray], np.ndarray], Tensor]  # N histories, (N) users -> (N, D)
+    user_embeddings: Callable[[Any, HeldOut], Tensor]  # the histories of N users, none empty -> (N, D)
     has_state: bool  # can be exported, served and interpreted
 
 
@@ -41,8 +41,12 @@ def _build_dman(config: ModelConfig, vocabulary: int, _users: int) -> DMAN:
     return DMAN(config, vocabulary)
 
 
-def _dman_user_embeddings(model: DMAN, histories: Sequence[np.ndarray], _users: np.ndarray) -> Tensor:
-    return replay(model, histories)[0]
+def _dman_user_embeddings(model: DMAN, data: HeldOut) -> Tensor:
+    return replay(model, data.histories, times=data.times, request_times=data.target_times)[0]
+
+
+def _baseline_user_embeddings(model: Baseline, data: HeldOut) -> Tensor:
+    return model.user_embeddings(data.histories, data.users)
 
 
 _DMAN = Family(
@@ -60,7 +64,7 @@ _BASELINE = Family(
     config=BaselineConfig,
     build=baselines.build,
     learner=WindowLearner,
-    user_embeddings=Baseline.user_embeddings,
+    user_embeddings=_baseline_user_embeddings,
     has_state=False,
 )
 _BY_CONFIG = {family.config: family for family in (_DMAN, _BASELINE)}

@@ -21,7 +21,9 @@ from dman_train.data import TrainingData
 from dman_train.lanes import Lanes
 from dman_train.learner import Learner, StepInputs
 from dman_train.losses import Losses
-from dman_train.model import DMAN, Encoding
+from dman_train.model import DMAN, Encoding, Timing, gap_buckets, timing_of
+
+UNKNOWN_TIME = -(1 << 62)  # of a request: before any event
 
 
 @dataclass
@@ -30,6 +32,7 @@ class LaneState:
 
     context: Tensor  # (B, L, T, D) layer inputs of the previous segment, right-aligned
     context_lengths: Tensor  # (B) int64
+    context_times: Tensor  # (B, T) int64 seconds, right-aligned
     memory: Tensor  # (B, L, m, D) before the absorptions below
     initial: Tensor  # (B) bool: use the learned initial slots in place of `memory`
     absorbed: Tensor  # (N, B, L, T, D) segments to absorb, oldest first, right-aligned
@@ -43,6 +46,7 @@ class LaneState:
         return cls(
             context=torch.zeros(shape, device=device),
             context_lengths=torch.zeros(lanes, dtype=torch.int64, device=device),
+            context_times=torch.zeros(lanes, config.segment_length, dtype=torch.int64, device=device),
             memory=torch.zeros(lanes, config.layers, config.slots, config.width, device=device),
             initial=torch.ones(lanes, dtype=torch.bool, device=device),
             absorbed=torch.zeros(backprop_segments, *shape, device=device),
@@ -54,6 +58,7 @@ class LaneState:
         return LaneState(
             context=self.context,
             context_lengths=self.context_lengths.masked_fill(starts, 0),
+            context_times=self.context_times,
             memory=self.memory,
             initial=self.initial | starts,
             absorbed=self.absorbed,
@@ -91,6 +96,7 @@ class LaneLearner(Learner):
         schedule = Lanes(
             data.items,
             data.offsets,
+            data.times,
             segment_length=model.config.segment_length,
             lanes=config.lanes,
             vary_first=config.random_first_segment,
@@ -107,14 +113,27 @@ class LaneLearner(Learner):
         """The losses of one segment in each lane, and the lanes' state after it."""
         state, lengths, real = state.restarted(inputs.starts), inputs.lengths, inputs.real
         memories = self._absorb(state)
-        item_embeddings = self.model.embed(inputs.items)
+        gaps, timing = self._timing(inputs, state)
+        item_embeddings = self.model.embed(inputs.items, gaps)
         context_lengths = state.context_lengths if self.model.config.recurrent else torch.zeros_like(lengths)
-        encoding = self.model.encode(item_embeddings, state.context, context_lengths, memories.read)
+        encoding = self.model.encode(item_embeddings, state.context, context_lengths, memories.read, timing=timing)
         likelihood = self.likelihood(encoding.user_embedding, self.model.item_table(), inputs)
         reconstructed = real[self._abstraction_lanes] & (memories.judged.lengths > 0)[:, None]
         abstraction = self._abstraction_loss(memories.judged, encoding, reconstructed)
         losses = Losses(likelihood, real.sum(), abstraction, reconstructed.sum())
-        return losses, _next_state(state, memories, encoding, lengths, recurrent=self.model.config.recurrent)
+        return losses, _next_state(state, memories, encoding, inputs, recurrent=self.model.config.recurrent)
+
+    def _timing(self, inputs: StepInputs, state: LaneState) -> tuple[Tensor | None, Timing | None]:
+        """(B, T) buckets of the gaps between events, and what the positions know of times."""
+        config, times = self.model.config, inputs.times
+        if not config.sees_times:
+            return None, None
+        requests = None
+        if config.time == "request":
+            unknown = self.training and torch.rand(len(times), 1, device=times.device) < self.config.request_dropout
+            requests = torch.where(unknown, UNKNOWN_TIME, inputs.next_times) if self.training else inputs.next_times
+        keys = torch.cat([state.context_times, times], dim=1)
+        return gap_buckets(inputs.since_last), timing_of(times, keys, requests)
 
     def parameter_groups(self) -> list[tuple[list[nn.Parameter], float]]:
         """All but f_abs, and f_abs if it has parameters."""
@@ -193,19 +212,28 @@ class LaneLearner(Learner):
 
 
 def _next_state(
-    state: LaneState, memories: _Memories, encoding: Encoding, lengths: Tensor, *, recurrent: bool
+    state: LaneState, memories: _Memories, encoding: Encoding, inputs: StepInputs, *, recurrent: bool
 ) -> LaneState:
     """H_n becomes the context, and H_{n-1} is to be absorbed; without recurrence H_n, as no query reads it later."""
+    lengths = inputs.lengths
     context = _right_aligned(encoding.hidden.detach(), lengths)
     newest, newest_lengths = (state.context, state.context_lengths) if recurrent else (context, lengths)
     return LaneState(
         context=context,
         context_lengths=lengths,
+        context_times=_times_right_aligned(inputs.times, lengths),
         memory=memories.window_start,
         initial=state.initial & (state.absorbed_lengths[0] == 0),
         absorbed=torch.cat([state.absorbed[1:], newest[None]]) if len(state.absorbed) > 1 else newest[None],
         absorbed_lengths=torch.cat([state.absorbed_lengths[1:], newest_lengths[None]]),
     )
+
+
+def _times_right_aligned(times: Tensor, lengths: Tensor) -> Tensor:
+    """(B, T) with `lengths` real values on the left -> the same values on the right."""
+    segment = times.shape[1]
+    source = torch.arange(segment, device=times.device) - (segment - lengths[:, None])
+    return times.gather(1, source.clamp(min=0))
 
 
 def _right_aligned(hidden: Tensor, lengths: Tensor) -> Tensor:

@@ -39,6 +39,9 @@ class StepInputs(NamedTuple):
     users: Tensor  # (B) int64
     negatives: Tensor | None  # as `NextItemLoss.draw_negatives` returns them
     seen_before: list[Tensor] | None  # B x (H) items that must not be negatives, from before the piece
+    times: Tensor  # (B, T) int64 seconds of the inputs
+    next_times: Tensor  # (B, T) int64 seconds of the targets
+    since_last: Tensor  # (B, T) int64 seconds from the event before; NO_GAP for a user's first
 
     @property
     def real(self) -> Tensor:
@@ -88,7 +91,8 @@ class Learner(nn.Module):
             seen_before = [torch.from_numpy(seen).to(self.device) for seen in pieces]
         arrays = (mine.items, mine.targets, mine.lengths, mine.starts, mine.users)
         items, targets, lengths, starts, users = (torch.from_numpy(array).to(self.device) for array in arrays)
-        return StepInputs(items, targets, lengths, starts, users, negatives, seen_before)
+        moments = (torch.from_numpy(array).to(self.device) for array in (mine.times, mine.next_times, mine.since_last))
+        return StepInputs(items, targets, lengths, starts, users, negatives, seen_before, *moments)
 
     def parameter_groups(self) -> list[tuple[list[nn.Parameter], float]]:
         """The parameters of each optimiser and its full learning rate."""

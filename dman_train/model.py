@@ -26,6 +26,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.func import functional_call
 
+from dman_runtime.model.times import BORDERS, BUCKETS, NO_GAP
 from dman_train.abstraction import MASKED, FifoAbstraction, RoutingAbstraction, valid_primaries
 from dman_train.config import ModelConfig
 from dman_train.dropout import Dropout
@@ -41,6 +42,18 @@ class Encoding(NamedTuple):
     user_embedding: Tensor  # (B, Q, D)
     hidden: Tensor  # (B, L, S, D) the layer inputs h^l: what a state keeps as context
     memory_queries: list[Tensor]  # L x (B, Q*H, D) the queries that read the memory, in the space of the sources
+
+
+class Timing(NamedTuple):
+    """What a model that sees times knows of S new positions, in buckets of `dman_runtime.model.times`."""
+
+    ages: Tensor  # (B, S, K) int64 from each event among the keys to each position
+    request_ages: Tensor | None = None  # (B, S, K) the same, to the request; None: nobody asks
+    request_gaps: Tensor | None = None  # (B, S) int64 from each position to the request; NO_GAP: unknown
+
+    def at(self, last: Tensor) -> Timing:
+        """Of the position `last` (B) of each row only."""
+        return Timing(*(None if x is None else at_position(x, last) for x in self))
 
 
 class Attention(nn.Module):
@@ -180,6 +193,11 @@ class DMAN(nn.Module):
         self.output_scale = (SCORE_SCALE if config.architecture == "plus" else 1.0) / math.sqrt(width)
         self.input_dropout = Dropout(config.dropout)
         self.distance_bias = nn.Parameter(torch.zeros(depth, config.heads, 2 * config.segment_length))
+        if config.sees_times:
+            self.gaps = nn.Parameter(torch.zeros(BUCKETS, width))  # by the time since the event before
+            self.age_bias = nn.Parameter(torch.zeros(depth, BUCKETS, config.heads))
+        if config.time == "request":
+            self.request_gaps = nn.Parameter(torch.zeros(BUCKETS, width))  # by the time since the last event
         self.short_term, self.norm_short = self._branch(reads_memory=config.merged)
         if config.has_memory:
             # Of the length that f_abs gives to slots: squash keeps it below 1, LayerNorm at sqrt(D).
@@ -214,9 +232,13 @@ class DMAN(nn.Module):
         """(V, D) item embeddings as the layers read them and as scores are computed with them."""
         return self.items * self.input_scale
 
-    def embed(self, item_indices: Tensor) -> Tensor:
-        """(...) item indices -> (..., D) layer-0 inputs."""
-        return self.input_dropout(F.embedding(item_indices, self.items) * self.input_scale)
+    def embed(self, item_indices: Tensor, gaps: Tensor | None = None) -> Tensor:
+        """(...) item indices, (...) buckets of the time since the event before -> (..., D) layer-0 inputs."""
+        x = F.embedding(item_indices, self.items)
+        if self.config.sees_times:
+            assert gaps is not None
+            x = x + _of_gaps(self.gaps, gaps)
+        return self.input_dropout(x * self.input_scale)
 
     def encode(
         self,
@@ -225,8 +247,11 @@ class DMAN(nn.Module):
         context_lengths: Tensor,
         memory: Tensor,
         last: Tensor | None = None,
+        timing: Timing | None = None,
     ) -> Encoding:
         """Encodes S new positions (eq. 1-3).
+
+        The keys never depend on the request: the query of the last layer alone stands at its time.
 
         Args:
             item_embeddings: (B, S, D), rows of `item_table`, left-aligned.
@@ -234,6 +259,7 @@ class DMAN(nn.Module):
             context_lengths: (B) int64, how many of the C rows are real.
             memory: (B, L, m, D).
             last: (B) int64, the one position to return a user embedding for (Q = 1); None: all of them (Q = S).
+            timing: Of the S positions, for a model that sees times.
         """
         bias, visible = self._positions(item_embeddings.shape[1], context.shape[2], context_lengths)
         h, hidden, memory_queries = item_embeddings, [], []
@@ -242,8 +268,15 @@ class DMAN(nn.Module):
             queries, layer_bias = block.norm(h), bias[layer] + visible  # (B, S, D), (B, S, H, K)
             slots = [block.norm_memory(memory[:, layer])] if self.config.merged else []
             sources = torch.cat([*slots, block.norm(context[:, layer]), queries], dim=1)  # (B, K, D)
-            if last is not None and layer == self.config.layers - 1:  # nothing later reads the other positions
+            final = layer == self.config.layers - 1
+            if last is not None and final:  # nothing later reads the other positions
                 h, queries, layer_bias = at_position(h, last), at_position(queries, last), at_position(layer_bias, last)
+                timing = None if timing is None else timing.at(last)
+            if timing is not None:
+                layer_bias = layer_bias + self._age_bias(layer, timing.request_ages if final else timing.ages)
+                if final and timing.request_gaps is not None:
+                    h = h + _of_gaps(self.request_gaps, timing.request_gaps) * self.input_scale
+                    queries = block.norm(h)
             memory_queries.append(block.attention.queries_in_source_space(queries))
             h = block.add(h, block.attention(memory_queries[-1], sources, layer_bias))
         user = self.norm_short(h)
@@ -253,6 +286,12 @@ class DMAN(nn.Module):
             share = torch.sigmoid(self.gate_short(user) + self.gate_long(g))  # (B, Q, D) of the short-term branch
             user = g + share * (user - g)
         return Encoding(user * self.output_scale, torch.stack(hidden, dim=1), memory_queries)
+
+    def _age_bias(self, layer: int, ages: Tensor | None) -> Tensor:
+        """(B, Q, K) buckets -> (B, Q, H, m + K): a bias by age for each head; slots have no age."""
+        assert ages is not None
+        bias = F.embedding(ages, self.age_bias[layer]).transpose(2, 3)  # (B, Q, H, K)
+        return F.pad(bias, (self.config.memory_slots if self.config.merged else 0, 0))
 
     def _read_memory(self, g: Tensor, memory: Tensor) -> tuple[Tensor, list[Tensor]]:
         """Eq. 2: (B, Q, D) item embeddings, (B, L, m, D) -> (B, Q, D), and `Encoding.memory_queries`."""
@@ -333,6 +372,32 @@ class DMAN(nn.Module):
             difference = _frozen_read_difference(block, queries[layer], new_memory[:, layer], sources.detach(), bias)
             total = total + (difference.float().square().sum(-1) * query_mask).sum()
         return total if literal else total / (self.config.layers * self.config.width)
+
+
+def buckets(seconds: Tensor) -> Tensor:
+    """`dman_runtime.model.times.bucket` for int64 seconds (...) on any device."""
+    borders = torch.from_numpy(BORDERS).to(seconds.device)
+    return torch.bucketize(seconds.double(), borders, right=True)
+
+
+def gap_buckets(since_last: Tensor) -> Tensor:
+    """(...) seconds since the event before, or NO_GAP -> (...) buckets, or NO_GAP."""
+    return torch.where(since_last < 0, NO_GAP, buckets(since_last))
+
+
+def timing_of(times: Tensor, key_times: Tensor, request_times: Tensor | None = None) -> Timing:
+    """Of positions at `times` (B, S), keys at (B, K), and requests at (B, S); a request before its event is unknown."""
+    ages = buckets(times[:, :, None] - key_times[:, None])
+    if request_times is None:
+        return Timing(ages, ages)
+    unknown = request_times < times
+    at = torch.where(unknown, times, request_times)
+    return Timing(ages, buckets(at[:, :, None] - key_times[:, None]), torch.where(unknown, NO_GAP, buckets(at - times)))
+
+
+def _of_gaps(table: Tensor, gaps: Tensor) -> Tensor:
+    """Rows (..., D) of `table` (BUCKETS, D) for buckets (...); zeros for NO_GAP."""
+    return F.embedding(gaps.clamp(min=0), table) * (gaps >= 0)[..., None]
 
 
 def at_position(x: Tensor, position: Tensor) -> Tensor:

@@ -3,18 +3,28 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 import numpy as np
 import torch
-from torch import Tensor
+import torch.nn.functional as F
+from torch import Tensor, nn
 
-from dman_train.model import DMAN, Encoding
+from dman_runtime.model.times import NO_GAP
+from dman_train.model import DMAN, Encoding, Timing, gap_buckets, timing_of
 
 OnSegment = Callable[[Tensor, Tensor, Encoding], None]
 
 
 @torch.no_grad()
-def replay(model: DMAN, histories: Sequence[np.ndarray], on_segment: OnSegment | None = None) -> tuple[Tensor, Tensor]:
+def replay(
+    model: DMAN,
+    histories: Sequence[np.ndarray],
+    on_segment: OnSegment | None = None,
+    *,
+    times: Sequence[np.ndarray] | None = None,
+    request_times: np.ndarray | None = None,
+) -> tuple[Tensor, Tensor]:
     """User embeddings (N, D) and memories (N, L, m, D) after N histories of item indices, none of them empty.
 
     It is fastest if neighbours have similar lengths: each segment is run for the histories that reach it. After each
@@ -29,13 +39,15 @@ def replay(model: DMAN, histories: Sequence[np.ndarray], on_segment: OnSegment |
     memory = model.initial_memory[None].repeat(len(histories), 1, 1, 1)
     context = torch.zeros(len(histories), config.layers, 0, config.width, device=device)
     users = torch.empty(len(histories), config.width, device=device)
+    clock = _Clock.of(model, times, request_times, order) if config.sees_times else None
     for start in range(0, padded.shape[1], T):
         active = int((sorted_lengths > start).sum())
         context, memory_now = context[:active], memory[:active]
         new = padded[:active, start : start + T]
         last = (sorted_lengths[:active] - start).clamp(max=T) - 1
         visible = torch.full((active,), context.shape[2], device=device)
-        encoding = model.encode(model.embed(new), context, visible, memory_now, last)
+        gaps, timing = clock.at(start, new.shape[1], context.shape[2], active) if clock else (None, None)
+        encoding = model.encode(model.embed(new, gaps), context, visible, memory_now, last, timing)
         users[:active] = encoding.user_embedding[:, 0]
         if on_segment is not None:
             on_segment(order[:active], memory_now, encoding)
@@ -47,6 +59,32 @@ def replay(model: DMAN, histories: Sequence[np.ndarray], on_segment: OnSegment |
             context = encoding.hidden
     unsort = torch.argsort(order)
     return users[unsort], memory[unsort]
+
+
+class _Clock(NamedTuple):
+    """The times of the histories of a replay, longest first."""
+
+    times: Tensor  # (N, longest) int64 seconds
+    since_last: Tensor  # (N, longest) int64 seconds, NO_GAP for the first event
+    requests: Tensor | None  # (N) int64 seconds
+
+    @classmethod
+    def of(cls, model: DMAN, times: Sequence[np.ndarray] | None, requests: np.ndarray | None, order: Tensor) -> _Clock:
+        if times is None:
+            raise ValueError("this model sees the times of events")
+        rows, device = order.tolist(), order.device
+        padded = nn.utils.rnn.pad_sequence([torch.from_numpy(times[row]) for row in rows], batch_first=True).to(device)
+        since_last = F.pad(padded[:, 1:] - padded[:, :-1], (1, 0)).clamp(min=0)
+        since_last[:, 0] = NO_GAP
+        asked = None if requests is None or model.config.time != "request" else torch.from_numpy(requests).to(device)
+        return cls(padded, since_last, None if asked is None else asked[order])
+
+    def at(self, start: int, new: int, context: int, active: int) -> tuple[Tensor, Timing]:
+        """Buckets of the gaps (A, S), and the timing, of the positions from `start` on, for the A longest histories."""
+        end = start + new
+        times, keys = self.times[:active, start:end], self.times[:active, start - context : end]
+        requests = None if self.requests is None else self.requests[:active, None].expand(-1, new)
+        return gap_buckets(self.since_last[:active, start:end]), timing_of(times, keys, requests)
 
 
 def _by_length(histories: Sequence[np.ndarray], device: torch.device) -> tuple[Tensor, Tensor, Tensor]:

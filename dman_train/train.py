@@ -11,6 +11,7 @@ import logging
 import sys
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -99,6 +100,7 @@ def _train(arguments: argparse.Namespace, command: list[str], presets: Presets) 
         _print_report(input_report, as_json=arguments.json)
         return 0
     # First the trainer, then the directory: a failure here must not leave a run behind.
+    model = with_times(model, interactions)
     trainer = Trainer(model, train, training_data(interactions), _device(arguments.device))
     describe_run = functools.partial(
         describe, model, train, data, path=arguments.data, interactions=interactions, input_report=input_report,
@@ -137,6 +139,14 @@ def _configs(
                 f"{run.path} is resumed with its own configuration", "leave the options out", parameter="resume"
             )
     return saved
+
+
+def with_times(model: ModelConfig | BaselineConfig, interactions: Interactions) -> ModelConfig | BaselineConfig:
+    """The config with `time` decided by the log."""
+    if not isinstance(model, ModelConfig) or model.time != "auto":
+        return model
+    seen = model.architecture == "plus" and bool(interactions.timestamps.any())
+    return replace(model, time="request" if seen else "none")
 
 
 def _open(

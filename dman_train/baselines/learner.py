@@ -24,6 +24,7 @@ class WindowLearner(Learner):
         schedule = Windows(
             data.items,
             data.offsets,
+            data.times,
             length=model.config.history,
             positions=config.lanes * LANE_EVENTS,
             seed=config.seed,
