@@ -47,6 +47,11 @@ class ModelConfig:
         "what the model sees of times: request: those of the events and of the request; events: those of the events; "
         "none; auto: request if the log has times (plus only)",
     )
+    returns: Literal["auto", "on", "off"] = option(
+        "auto",
+        "whether the scores have a term for items that the user had before: auto: if seen_items is keep (plus only)",
+    )
+    sketch_items: int = option(64, "R: items per user whose counts are kept for it")
     dropout: float = option(0.2, "dropout rate on inputs, attention weights and block outputs")
     routing: Literal["slot", "full"] = option(
         "slot", "bilinear maps of eq. 6: slot: one per memory slot; full: one per pair of input and slot"
@@ -58,7 +63,7 @@ class ModelConfig:
 
     def __post_init__(self) -> None:
         _check_choices(self)
-        _check_range(self, 1, 512, "segment_length", "memory_slots")
+        _check_range(self, 1, 512, "segment_length", "memory_slots", "sketch_items")
         _check_range(self, 1, 16, "layers", "heads", "ffn_multiplier", "routing_iterations")
         _check_range(self, 4, 4096, "width")
         _check_range(self, 0.0, 0.95, "dropout")

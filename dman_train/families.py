@@ -19,7 +19,7 @@ from dman_train.config import BaselineConfig, ModelConfig
 from dman_train.lane_learner import LaneLearner
 from dman_train.learner import Learner
 from dman_train.model import DMAN
-from dman_train.replay import replay
+from dman_train.replay import replay, returns_of
 
 Model = DMAN | Baseline
 
@@ -33,7 +33,7 @@ class Family:
     config: type[ModelConfig] | type[BaselineConfig]
     build: Callable[[Any, int, int], Model]  # config, V items, U users of the training log -> a fresh model
     learner: Callable[..., Learner]  # model, TrainConfig, TrainingData -> how it is trained
-    user_embeddings: Callable[[Any, HeldOut], Tensor]  # the histories of N users, none empty -> (N, D)
+    scores: Callable[[Any, Tensor, HeldOut], Tensor]  # items (D, V), the histories of N users, none empty -> (N, V)
     has_state: bool  # can be exported, served and interpreted
 
 
@@ -41,12 +41,18 @@ def _build_dman(config: ModelConfig, vocabulary: int, _users: int) -> DMAN:
     return DMAN(config, vocabulary)
 
 
-def _dman_user_embeddings(model: DMAN, data: HeldOut) -> Tensor:
-    return replay(model, data.histories, times=data.times, request_times=data.target_times)[0]
+def _dman_scores(model: DMAN, table: Tensor, data: HeldOut) -> Tensor:
+    users, _ = replay(model, data.histories, times=data.times, request_times=data.target_times)
+    scores = users @ table
+    if model.config.returns == "on":
+        returns = returns_of(model, data.histories)
+        added = model.return_scores(users[:, None], returns)[:, 0]
+        scores.scatter_add_(1, returns.items.clamp(min=0), added)
+    return scores
 
 
-def _baseline_user_embeddings(model: Baseline, data: HeldOut) -> Tensor:
-    return model.user_embeddings(data.histories, data.users)
+def _baseline_scores(model: Baseline, table: Tensor, data: HeldOut) -> Tensor:
+    return model.user_embeddings(data.histories, data.users) @ table
 
 
 _DMAN = Family(
@@ -55,7 +61,7 @@ _DMAN = Family(
     config=ModelConfig,
     build=_build_dman,
     learner=LaneLearner,
-    user_embeddings=_dman_user_embeddings,
+    scores=_dman_scores,
     has_state=True,
 )
 _BASELINE = Family(
@@ -64,7 +70,7 @@ _BASELINE = Family(
     config=BaselineConfig,
     build=baselines.build,
     learner=WindowLearner,
-    user_embeddings=_baseline_user_embeddings,
+    scores=_baseline_scores,
     has_state=False,
 )
 _BY_CONFIG = {family.config: family for family in (_DMAN, _BASELINE)}

@@ -8,7 +8,7 @@ stays attached to the last `backprop_segments` abstractions, and eq. 9 reaches f
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import NamedTuple
 
 import torch
@@ -20,8 +20,9 @@ from dman_train.config import TrainConfig
 from dman_train.data import TrainingData
 from dman_train.lanes import Lanes
 from dman_train.learner import Learner, StepInputs
-from dman_train.losses import Losses
+from dman_train.losses import Added, Losses
 from dman_train.model import DMAN, Encoding, Timing, gap_buckets, timing_of
+from dman_train.returns import Sketch, follow
 
 UNKNOWN_TIME = -(1 << 62)  # of a request: before any event
 
@@ -37,6 +38,8 @@ class LaneState:
     initial: Tensor  # (B) bool: use the learned initial slots in place of `memory`
     absorbed: Tensor  # (N, B, L, T, D) segments to absorb, oldest first, right-aligned
     absorbed_lengths: Tensor  # (N, B) int64; 0 where there is nothing to absorb
+    sketch_items: Tensor  # (B, R) int64, as in `returns.Sketch`
+    sketch_counts: Tensor  # (B, R, H)
 
     @classmethod
     def empty(cls, model: DMAN, lanes: int, backprop_segments: int) -> LaneState:
@@ -51,6 +54,8 @@ class LaneState:
             initial=torch.ones(lanes, dtype=torch.bool, device=device),
             absorbed=torch.zeros(backprop_segments, *shape, device=device),
             absorbed_lengths=torch.zeros(backprop_segments, lanes, dtype=torch.int64, device=device),
+            sketch_items=(sketch := Sketch.empty(lanes, config.sketch_items, device)).items,
+            sketch_counts=sketch.counts,
         )
 
     def restarted(self, starts: Tensor) -> LaneState:
@@ -63,6 +68,8 @@ class LaneState:
             initial=self.initial | starts,
             absorbed=self.absorbed,
             absorbed_lengths=self.absorbed_lengths.masked_fill(starts[None], 0),
+            sketch_items=(sketch := Sketch(self.sketch_items, self.sketch_counts).restarted(starts)).items,
+            sketch_counts=sketch.counts,
         )
 
     def state_dict(self) -> dict[str, Tensor]:
@@ -117,11 +124,24 @@ class LaneLearner(Learner):
         item_embeddings = self.model.embed(inputs.items, gaps)
         context_lengths = state.context_lengths if self.model.config.recurrent else torch.zeros_like(lengths)
         encoding = self.model.encode(item_embeddings, state.context, context_lengths, memories.read, timing=timing)
-        likelihood = self.likelihood(encoding.user_embedding, self.model.item_table(), inputs)
+        added, sketch = self._returns(inputs, state, encoding)
+        likelihood = self.likelihood(encoding.user_embedding, self.model.item_table(), inputs, added)
         reconstructed = real[self._abstraction_lanes] & (memories.judged.lengths > 0)[:, None]
         abstraction = self._abstraction_loss(memories.judged, encoding, reconstructed)
         losses = Losses(likelihood, real.sum(), abstraction, reconstructed.sum())
-        return losses, _next_state(state, memories, encoding, inputs, recurrent=self.model.config.recurrent)
+        following = _next_state(state, memories, encoding, inputs, recurrent=self.model.config.recurrent)
+        return losses, replace(following, sketch_items=sketch.items, sketch_counts=sketch.counts)
+
+    def _returns(self, inputs: StepInputs, state: LaneState, encoding: Encoding) -> tuple[Added | None, Sketch]:
+        """What is added to the scores for items that users come back to, and the sketches after the segment."""
+        sketch = Sketch(state.sketch_items, state.sketch_counts)
+        if self.model.config.returns != "on":
+            return None, sketch
+        with torch.no_grad():
+            returns, sketch = follow(sketch, inputs.items, inputs.lengths)
+        scores = self.model.return_scores(encoding.user_embedding, returns)
+        items = returns.items.clamp(min=0)[:, None].expand_as(scores)  # counts are 0 where there is none
+        return Added(scores, items), sketch
 
     def _timing(self, inputs: StepInputs, state: LaneState) -> tuple[Tensor | None, Timing | None]:
         """(B, T) buckets of the gaps between events, and what the positions know of times."""
@@ -222,6 +242,8 @@ def _next_state(
         context=context,
         context_lengths=lengths,
         context_times=_times_right_aligned(inputs.times, lengths),
+        sketch_items=state.sketch_items,
+        sketch_counts=state.sketch_counts,
         memory=memories.window_start,
         initial=state.initial & (state.absorbed_lengths[0] == 0),
         absorbed=torch.cat([state.absorbed[1:], newest[None]]) if len(state.absorbed) > 1 else newest[None],

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from dman_train.config import TrainConfig
 from dman_train.data import TrainingData
 from dman_train.lanes import Batch
-from dman_train.losses import Losses, NextItemLoss
+from dman_train.losses import Added, Losses, NextItemLoss
 
 
 class Schedule(Protocol):
@@ -67,8 +67,13 @@ class Learner(nn.Module):
         """The losses of one step. Updates the carried state."""
         raise NotImplementedError
 
-    def likelihood(self, user_embeddings: Tensor, item_table: Tensor, inputs: StepInputs) -> Tensor:
-        """Eq. 9, summed over the real positions, for (B, T, D) user embeddings and (V, D) items."""
+    def likelihood(
+        self, user_embeddings: Tensor, item_table: Tensor, inputs: StepInputs, added: Added | None = None
+    ) -> Tensor:
+        """Eq. 9, summed over the real positions, for (B, T, D) user embeddings and (V, D) items.
+
+        `added`: (B, T, K) scores and (B, T, K) items.
+        """
         real = inputs.real
         return self.loss(
             user_embeddings[real],
@@ -78,6 +83,7 @@ class Learner(nn.Module):
             items=inputs.items,
             real=real,
             seen_before=inputs.seen_before,
+            added=None if added is None else Added(added.scores[real], added.items[real]),
         )
 
     def inputs(self, batch: Batch) -> StepInputs:

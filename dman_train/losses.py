@@ -70,6 +70,7 @@ class NextItemLoss(nn.Module):
         items: Tensor,
         real: Tensor,
         seen_before: list[Tensor] | None,
+        added: Added | None = None,
     ) -> Tensor:
         """The sum over P real positions.
 
@@ -81,7 +82,8 @@ class NextItemLoss(nn.Module):
         """
         if self.kind == "full":
             seen = None if seen_before is None else SeenItems.of(seen_before, items, real)
-            return _FullSoftmax.apply(users, table, targets, seen)  # type: ignore[no-untyped-call]
+            scores, items = (None, None) if added is None else added
+            return _FullSoftmax.apply(users, table, targets, seen, scores, items)  # type: ignore[no-untyped-call]
         assert negatives is not None
         positive = (users * F.embedding(targets, table)).sum(-1)  # (P)
         drawn = negatives[real] if negatives.dim() == 3 else negatives[None]  # (P, n) or (1, n)
@@ -106,6 +108,13 @@ class NextItemLoss(nn.Module):
         # The target gets no correction, because it is not drawn but always there. With one, the loss would not tend to
         # the full softmax for items that are expected more than once among the negatives.
         return (torch.logsumexp(torch.cat([positive[:, None], logits], 1), 1) - positive).sum()
+
+
+class Added(NamedTuple):
+    """What is added to the scores of some items of P positions."""
+
+    scores: Tensor  # (P, K)
+    items: Tensor  # (P, K) int64; one may come up several times
 
 
 class SeenItems(NamedTuple):
@@ -158,30 +167,43 @@ class _FullSoftmax(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, users: Tensor, table: Tensor, targets: Tensor, seen: SeenItems | None) -> Tensor:
-        """(P, D) users, (V, D) table, (P) targets -> the sum over P."""
+    def forward(
+        ctx: Any,
+        users: Tensor,
+        table: Tensor,
+        targets: Tensor,
+        seen: SeenItems | None,
+        added: Tensor | None,
+        added_items: Tensor | None,
+    ) -> Tensor:
+        """(P, D) users, (V, D) table, (P) targets, (P, K) `Added` -> the sum over P."""
         device = users.device.type
         dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else table.dtype
         with torch.autocast(device, enabled=False):
-            total, gradients = _full_softmax(users.to(dtype), table.to(dtype), targets, seen)
+            extra = None if added is None or added_items is None else Added(added.float(), added_items)
+            total, gradients = _full_softmax(users.to(dtype), table.to(dtype), targets, seen, extra)
         ctx.save_for_backward(*gradients)
         return total
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor, None, None]:
-        by_users, by_table = ctx.saved_tensors
-        return by_users * gradient, by_table * gradient, None, None
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        by_users, by_table, *by_added = ctx.saved_tensors
+        extra = by_added[0] * gradient if by_added else None
+        return by_users * gradient, by_table * gradient, None, None, extra, None
 
 
 def _full_softmax(
-    users: Tensor, table: Tensor, targets: Tensor, seen: SeenItems | None
-) -> tuple[Tensor, tuple[Tensor, Tensor]]:
-    """The loss and its gradients by users and table, in float32."""
+    users: Tensor, table: Tensor, targets: Tensor, seen: SeenItems | None, added: Added | None
+) -> tuple[Tensor, tuple[Tensor, ...]]:
+    """The loss and its gradients by users, table and what was added, in float32."""
     total, rows = users.new_zeros((), dtype=torch.float32), max(1, SOFTMAX_BLOCK // table.shape[0])
-    by_users, by_table = [], torch.zeros_like(table, dtype=torch.float32)
+    by_users, by_added, by_table = [], [], torch.zeros_like(table, dtype=torch.float32)
     for first in range(0, len(users), rows):
         block, chosen = users[first : first + rows], targets[first : first + rows, None]
         scores = (block @ table.T).float()
+        extra = None if added is None else Added(*(x[first : first + rows] for x in added))
+        if extra is not None:
+            scores.scatter_add_(1, extra.items, extra.scores)
         positive = scores.gather(1, chosen)
         if seen is not None:
             seen.leave_out(scores, first)
@@ -192,7 +214,9 @@ def _full_softmax(
         total += (normaliser.log() + highest - positive).sum()
         weights /= normaliser
         weights.scatter_add_(1, chosen, torch.full_like(positive, -1))
+        if extra is not None:
+            by_added.append(weights.gather(1, extra.items))
         by_scores = weights.to(table.dtype)  # d loss / d scores
         by_users.append((by_scores @ table).float())
         by_table += by_scores.T @ block
-    return total, (torch.cat(by_users), by_table)
+    return total, (torch.cat(by_users), by_table, *([torch.cat(by_added)] if by_added else []))

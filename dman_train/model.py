@@ -30,6 +30,7 @@ from dman_runtime.model.times import BORDERS, BUCKETS, NO_GAP
 from dman_train.abstraction import MASKED, FifoAbstraction, RoutingAbstraction, valid_primaries
 from dman_train.config import ModelConfig
 from dman_train.dropout import Dropout
+from dman_train.returns import Returns, ReturnTerm, item_embeddings
 
 # Length of a LayerNormed user embedding. Untrained scores then have a standard deviation of about one; with length 1
 # the first epochs do little but make the scores larger.
@@ -198,6 +199,8 @@ class DMAN(nn.Module):
             self.age_bias = nn.Parameter(torch.zeros(depth, BUCKETS, config.heads))
         if config.time == "request":
             self.request_gaps = nn.Parameter(torch.zeros(BUCKETS, width))  # by the time since the last event
+        if config.returns == "on":
+            self.returns = ReturnTerm(width)
         self.short_term, self.norm_short = self._branch(reads_memory=config.merged)
         if config.has_memory:
             # Of the length that f_abs gives to slots: squash keeps it below 1, LayerNorm at sqrt(D).
@@ -239,6 +242,10 @@ class DMAN(nn.Module):
             assert gaps is not None
             x = x + _of_gaps(self.gaps, gaps)
         return self.input_dropout(x * self.input_scale)
+
+    def return_scores(self, users: Tensor, returns: Returns) -> Tensor:
+        """(B, T, D) user embeddings -> (B, T, K) what is added to the scores of the candidates of `returns`."""
+        return self.returns(users, item_embeddings(self.item_table(), returns.items), returns.counts)
 
     def encode(
         self,

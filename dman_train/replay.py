@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from dman_runtime.model.times import NO_GAP
 from dman_train.model import DMAN, Encoding, Timing, gap_buckets, timing_of
+from dman_train.returns import HALF_LIVES, NO_ITEM, Returns, Sketch, follow
 
 OnSegment = Callable[[Tensor, Tensor, Encoding], None]
 
@@ -59,6 +60,24 @@ def replay(
             context = encoding.hidden
     unsort = torch.argsort(order)
     return users[unsort], memory[unsort]
+
+
+@torch.no_grad()
+def returns_of(model: DMAN, histories: Sequence[np.ndarray]) -> Returns:
+    """What users may come back to after N histories, none of them empty: (N, K) items, (N, 1, K, H) counts."""
+    T, device = model.config.segment_length, model.items.device
+    padded, lengths, order = _by_length(histories, device)
+    sketch = Sketch.empty(len(histories), model.config.sketch_items, device)
+    items = torch.full((len(histories), sketch.items.shape[1] + T), NO_ITEM, device=device)
+    counts = torch.zeros(len(histories), items.shape[1], len(HALF_LIVES), device=device)
+    for start in range(0, padded.shape[1], T):
+        active = int((lengths > start).sum())
+        new = F.pad(padded[:active, start : start + T], (0, max(0, start + T - padded.shape[1])))
+        here = (lengths[:active] - start).clamp(max=T)
+        found, sketch = follow(Sketch(*(x[:active] for x in sketch)), new, here)
+        items[:active], counts[:active] = found.items, found.counts[torch.arange(active, device=device), here - 1]
+    unsort = torch.argsort(order)
+    return Returns(items[unsort], counts[unsort][:, None])
 
 
 class _Clock(NamedTuple):

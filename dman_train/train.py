@@ -100,7 +100,7 @@ def _train(arguments: argparse.Namespace, command: list[str], presets: Presets) 
         _print_report(input_report, as_json=arguments.json)
         return 0
     # First the trainer, then the directory: a failure here must not leave a run behind.
-    model = with_times(model, interactions)
+    model = decided(model, train, interactions)
     trainer = Trainer(model, train, training_data(interactions), _device(arguments.device))
     describe_run = functools.partial(
         describe, model, train, data, path=arguments.data, interactions=interactions, input_report=input_report,
@@ -141,12 +141,18 @@ def _configs(
     return saved
 
 
-def with_times(model: ModelConfig | BaselineConfig, interactions: Interactions) -> ModelConfig | BaselineConfig:
-    """The config with `time` decided by the log."""
-    if not isinstance(model, ModelConfig) or model.time != "auto":
+def decided(
+    model: ModelConfig | BaselineConfig, train: TrainConfig, interactions: Interactions
+) -> ModelConfig | BaselineConfig:
+    """The config with `time` and `returns` decided by the log and by what is ranked."""
+    if not isinstance(model, ModelConfig):
         return model
-    seen = model.architecture == "plus" and bool(interactions.timestamps.any())
-    return replace(model, time="request" if seen else "none")
+    plus, timed = model.architecture == "plus", bool(interactions.timestamps.any())
+    if model.time == "auto":
+        model = replace(model, time="request" if plus and timed else "none")
+    if model.returns == "auto":
+        model = replace(model, returns="on" if plus and train.seen_items == "keep" else "off")
+    return model
 
 
 def _open(
