@@ -72,6 +72,8 @@ class ModelConfig:
             raise ConfigError(
                 f"architecture 'paper' has one head, not {self.heads}", "set heads to 1", parameter="heads"
             )
+        if self.sees_times and self.long_term == "gated":
+            raise ConfigError("long_term 'gated' sees no times", "set time to 'none'", parameter="time")
         if self.architecture == "paper" and self.sees_times:
             raise ConfigError("architecture 'paper' sees no times", "set time to 'none'", parameter="time")
         if self.architecture == "paper" and self.long_term != "gated":

@@ -294,6 +294,30 @@ class DMAN(nn.Module):
             user = g + share * (user - g)
         return Encoding(user * self.output_scale, torch.stack(hidden, dim=1), memory_queries)
 
+    def read_at_request(self, sources: Tensor, lengths: Tensor, memory: Tensor, ages: Tensor, gaps: Tensor) -> Tensor:
+        """The last layer for requests at known times: what `encode` gives for the last of some positions.
+
+        Args:
+            sources: (B, C, D) inputs of the last layer, right-aligned, `lengths` (B) real; the last is the query.
+            memory: (B, m, D) of the last layer.
+            ages, gaps: (B, C), (B) buckets of the time from each event, and from the last one, to the request.
+        """
+        layer, count = self.config.layers - 1, sources.shape[1]
+        block = _blocks(self.short_term)[layer]
+        key = torch.arange(count, device=sources.device)
+        distance = (count - 1 - key).clamp(max=2 * self.config.segment_length - 1)
+        visible = torch.where(key >= count - lengths[:, None], 0.0, MASKED)[:, None, None]  # (B, 1, 1, C)
+        bias = self.distance_bias[layer][:, distance] + visible  # (B, 1, H, C)
+        if self.config.merged:
+            slots = self.slot_bias[layer].expand(len(sources), 1, -1, -1)
+            bias = torch.cat([slots, bias], dim=-1)
+        bias = bias + self._age_bias(layer, ages[:, None])
+        h = sources[:, -1:] + _of_gaps(self.request_gaps, gaps[:, None]) * self.input_scale
+        keys = [block.norm_memory(memory)] if self.config.merged else []
+        queries = block.attention.queries_in_source_space(block.norm(h))
+        h = block.add(h, block.attention(queries, torch.cat([*keys, block.norm(sources)], dim=1), bias))
+        return (self.norm_short(h) * self.output_scale)[:, 0]
+
     def _age_bias(self, layer: int, ages: Tensor | None) -> Tensor:
         """(B, Q, K) buckets -> (B, Q, H, m + K): a bias by age for each head; slots have no age."""
         assert ages is not None

@@ -149,7 +149,8 @@ def decided(
         return model
     plus, timed = model.architecture == "plus", bool(interactions.timestamps.any())
     if model.time == "auto":
-        model = replace(model, time="request" if plus and timed else "none")
+        seen = timed and plus and model.long_term == "merged"
+        model = replace(model, time="request" if seen else "none")
     if model.returns == "auto":
         model = replace(model, returns="on" if plus and train.seen_items == "keep" else "off")
     return model

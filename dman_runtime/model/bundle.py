@@ -40,17 +40,24 @@ from dman_runtime.model.manifest import (
     ENCODER,
     FILES,
     FORMAT_VERSION,
+    GAPS,
     GOLDEN,
     GRAPHS,
     INITIAL_MEMORY,
     ITEMS,
     MANIFEST,
     MAX_MANIFEST_BYTES,
+    REQUEST,
+    RETURNS,
     STATE_DTYPES,
     Manifest,
     StateShape,
+    files_of,
+    graphs_of,
     parse_manifest,
 )
+from dman_runtime.model.sketch import HALF_LIVES
+from dman_runtime.model.times import BUCKETS
 
 __all__ = [
     "ABSTRACTION",
@@ -58,16 +65,21 @@ __all__ = [
     "ENCODER",
     "FILES",
     "FORMAT_VERSION",
+    "GAPS",
     "GOLDEN",
     "GRAPHS",
     "INITIAL_MEMORY",
     "ITEMS",
     "MANIFEST",
+    "REQUEST",
+    "RETURNS",
     "STATE_DTYPES",
     "Bundle",
     "Items",
     "Manifest",
     "StateShape",
+    "files_of",
+    "graphs_of",
     "items_jsonl",
     "open_bundle",
     "read_manifest",
@@ -90,6 +102,8 @@ class Bundle:
     items: Items
     item_embeddings: np.ndarray  # (V, D) float32, read-only
     initial_memory: np.ndarray  # (L, m, D) float32, read-only
+    gap_embeddings: np.ndarray | None = None  # (BUCKETS, D) float32 added to an item by the time since the event before
+    returns: Mapping[str, np.ndarray] = field(default_factory=dict)  # weights of the term for items that come back
     graphs: Mapping[str, bytes] = field(default_factory=dict)  # the ONNX files by name
     recorded: Mapping[str, np.ndarray] = field(default_factory=dict)  # what `golden` gives
     identities: Mapping[str, FileIdentity] = field(default_factory=dict)  # of the files when they were read
@@ -140,7 +154,9 @@ def open_bundle(path: Path, *, expected_bundle_id: str | None = None) -> Bundle:
             item_embeddings=files.array(EMBEDDINGS, (items, shape.width)),
             initial_memory=files.array(INITIAL_MEMORY, (shape.layers, shape.memory_slots, shape.width)),
             items=files.items(),
-            graphs={name: files.read(name, limit=MAX_GRAPH_BYTES) for name in GRAPHS},
+            gap_embeddings=files.array(GAPS, (BUCKETS, shape.width)) if shape.sees_times else None,
+            returns=files.returns() if shape.sketch_items else {},
+            graphs={name: files.read(name, limit=MAX_GRAPH_BYTES) for name in graphs_of(shape)},
             recorded=files.golden(),
             identities={MANIFEST: identity, **files.identities},
         )
@@ -223,6 +239,19 @@ class _Files:
         with self._understood(ITEMS):
             return parse_items(content, count, integer_item_ids=self._manifest.integer_item_ids)
 
+    def returns(self) -> dict[str, np.ndarray]:
+        """`by_user` (H, D), `bias` (H), `by_item` (V, H), all float32."""
+        shape, items, lives = self._manifest.state, self._manifest.vocabulary, len(HALF_LIVES)
+        arrays: dict[str, tuple[str, tuple[int | None, ...]]] = {
+            "by_user": ("float32", (lives, shape.width)),
+            "bias": ("float32", (lives,)),
+            "by_item": ("float32", (items, lives)),
+        }
+        limit = 4 * lives * (shape.width + 1 + items) + _ARCHIVE_BYTES
+        content = self.read(RETURNS, limit=limit + _ARCHIVE_BYTES)
+        with self._understood(RETURNS):
+            return parse_npz(content, arrays, limit=limit)
+
     def golden(self) -> dict[str, np.ndarray]:
         """The arrays that `Bundle.golden` describes."""
         shape, rows = self._manifest.state, MAX_GOLDEN_HISTORIES
@@ -233,6 +262,9 @@ class _Files:
             "user_embeddings": ("float32", (None, shape.width)),
             "memories": ("float32", (None, shape.layers, shape.memory_slots, shape.width)),
         }
+        if shape.sees_times:
+            arrays["times"] = ("int64", (None, None))
+            limit += rows * 8 * longest
         content = self.read(GOLDEN, limit=limit + _ARCHIVE_BYTES)
         with self._understood(GOLDEN):
             golden = parse_npz(content, arrays, limit=limit)
@@ -279,7 +311,8 @@ def write_bundle(path: Path, fill: Callable[[Path], dict[str, Any]]) -> Manifest
         temporary.mkdir(parents=True)
         details = fill(temporary)
         files = {
-            name: {"sha256": sha256(temporary / name), "bytes": (temporary / name).stat().st_size} for name in FILES
+            name: {"sha256": sha256(temporary / name), "bytes": (temporary / name).stat().st_size}
+            for name in files_of(details["state"])
         }
         manifest = Manifest(format_version=FORMAT_VERSION, bundle_id="", files=files, **details)
         manifest = Manifest(**{**vars(manifest), "bundle_id": manifest.content_hash()})

@@ -12,9 +12,10 @@ import numpy as np
 from dman_runtime.errors import BundleError
 from dman_runtime.model import record, recurrence
 from dman_runtime.model.bundle import Bundle, open_bundle
+from dman_runtime.model.events import KnownEvents
 from dman_runtime.model.recurrence import Graphs, Piece
 from dman_runtime.model.state import State
-from dman_runtime.retrieval.base import Retriever
+from dman_runtime.retrieval.base import Added, Retriever
 from dman_runtime.retrieval.exact import ExactRetriever
 
 if TYPE_CHECKING:
@@ -67,15 +68,28 @@ class Generation:
     def pack(self, state: State) -> bytes:
         return record.pack(state, self.bundle)
 
-    def advance(self, states: Sequence[State], new_items: Sequence[np.ndarray]) -> None:
-        """Appends `new_items[i]` (item indices, oldest first) to `states[i]`, in place."""
-        recurrence.advance(states, new_items, bundle=self.bundle, graphs=self.graphs)
+    def advance(self, states: Sequence[State], new_events: Sequence[KnownEvents]) -> None:
+        """Appends `new_events[i]` to `states[i]`, in place."""
+        recurrence.advance(states, new_events, bundle=self.bundle, graphs=self.graphs)
+
+    def embeddings_at(self, states: Sequence[State], moments: Sequence[int]) -> np.ndarray:
+        """(B, D) user embeddings for requests at these seconds: `recurrence.embeddings_at`."""
+        return recurrence.embeddings_at(states, moments, bundle=self.bundle, graphs=self.graphs)
+
+    def added(self, state: State, embedding: np.ndarray) -> Added | None:
+        """What is added to the scores of items that the user had before; None for a model without that term."""
+        weights = self.bundle.returns
+        if not weights:
+            return None
+        items, counts = state.counts()
+        by_user = weights["by_user"] @ embedding + weights["bias"]  # (H)
+        return Added(items, (np.log1p(counts) * (by_user + weights["by_item"][items])).sum(axis=1))
 
     def advance_pieces(self, pieces: Sequence[Piece]) -> None:
         recurrence.advance_pieces(pieces, bundle=self.bundle, graphs=self.graphs)
 
-    def replay(self, histories: Sequence[np.ndarray]) -> list[State]:
-        """The states of users with these histories (item indices, oldest first)."""
+    def replay(self, histories: Sequence[KnownEvents]) -> list[State]:
+        """The states of users with these histories."""
         return recurrence.replay(histories, bundle=self.bundle, graphs=self.graphs)
 
     def check_golden(self) -> float:
@@ -102,7 +116,9 @@ class Generation:
 
     def _golden_error(self) -> float:
         golden = self.bundle.golden()
-        states = self.replay([row[row >= 0] for row in golden["histories"]])
+        times = golden.get("times", np.zeros_like(golden["histories"]))
+        events = [KnownEvents(row[row >= 0], of[row >= 0]) for row, of in zip(golden["histories"], times, strict=True)]
+        states = self.replay(events)
         return max(
             _relative_error(np.stack([state.user_embedding for state in states]), golden["user_embeddings"]),
             _relative_error(np.stack([state.memory for state in states]), golden["memories"]),

@@ -12,6 +12,9 @@ positions, one event before a segment closes):
     recent items     156 B    u32 [c] item indices
     hidden          9984 B    dtype [L-1, c, D]
     memory          5120 B    dtype [L, m, D]; absent until the first absorption
+    times            359 B    only if the model sees times: i64 seconds of the last event and, [c], of the context;
+                              i8 [c] buckets of the times between events
+    sketch          1540 B    only if the model counts returns: u32 r, u32 [r] item indices, float32 [r, H] counts
 """
 
 from __future__ import annotations
@@ -24,12 +27,14 @@ import numpy as np
 
 from dman_runtime.errors import StateError
 from dman_runtime.model.bundle import Bundle, StateShape
+from dman_runtime.model.sketch import HALF_LIVES, Sketch
 from dman_runtime.model.state import State, absorbed_segments, context_length
 
 RECORD_FORMAT = 2
 _HEADER, _CHECKSUM = struct.Struct("<BBHI8sQQ"), struct.Struct("<I")
 _HEADER_BYTES = _HEADER.size + _CHECKSUM.size
 _DTYPE_CODES = {"float16": 1, "float32": 2}
+_SKETCH_ROW = 4 + 4 * len(HALF_LIVES)  # bytes
 _REMEDY = "make it anew from the history"
 
 
@@ -52,7 +57,9 @@ def max_record_bytes(shape: StateShape) -> int:
     """Bytes of the largest record: one event before a segment closes, with a memory."""
     positions, value_bytes = shape.context_limit - 1, np.dtype(shape.dtype).itemsize
     hidden, memory = (shape.layers - 1) * positions, shape.layers * shape.memory_slots
-    return head_bytes(shape) + 4 * positions + value_bytes * (hidden + memory) * shape.width
+    times = 8 + 9 * positions if shape.sees_times else 0
+    sketch = 4 + shape.sketch_items * _SKETCH_ROW if shape.sketch_items else 0
+    return head_bytes(shape) + 4 * positions + value_bytes * (hidden + memory) * shape.width + times + sketch
 
 
 def read_head(record: bytes, bundle: Bundle) -> RecordHead:
@@ -79,7 +86,10 @@ def unpack(record: bytes, bundle: Bundle) -> State:
     recent_at = head_bytes(shape)
     hidden_at = recent_at + 4 * count
     memory_at = hidden_at + size * depth * count * width
-    end = memory_at + (size * bundle.initial_memory.size if has_memory else 0)
+    times_at = memory_at + (size * bundle.initial_memory.size if has_memory else 0)
+    sketch_at = times_at + (8 + 9 * count if shape.sees_times else 0)
+    rows = _sketch_rows(record, sketch_at, shape)
+    end = sketch_at + (4 + rows * _SKETCH_ROW if shape.sketch_items else 0)
     (checksum,) = _CHECKSUM.unpack_from(record, recent_at - _CHECKSUM.size)
     intact = end == len(record) and zlib.crc32(record[recent_at:]) == checksum
     if not intact or head.dtype_code != _DTYPE_CODES[shape.dtype] or count != context_length(head.event_count, shape):
@@ -93,7 +103,22 @@ def unpack(record: bytes, bundle: Bundle) -> State:
     if has_memory:
         memory = np.frombuffer(record, shape.dtype, bundle.initial_memory.size, memory_at)
         state.memory = memory.reshape(bundle.initial_memory.shape)
+    if shape.sees_times:
+        times = np.frombuffer(record, "<i8", 1 + count, times_at)
+        state.last_time, state.times[:count] = int(times[0]), times[1:]
+        state.gaps[:count] = np.frombuffer(record, "i1", count, times_at + 8 * (1 + count))
+    if rows:
+        items = np.frombuffer(record, "<u4", rows, sketch_at + 4).astype(np.int64)
+        counts = np.frombuffer(record, "<f4", rows * len(HALF_LIVES), sketch_at + 4 + 4 * rows)
+        state.sketch = Sketch(items, counts.reshape(rows, len(HALF_LIVES)))
     return state
+
+
+def _sketch_rows(record: bytes, start: int, shape: StateShape) -> int:
+    """How many items the sketch at `start` has; 0 for none, or for a record that is too short to say."""
+    if not shape.sketch_items or len(record) < start + 4:
+        return 0
+    return min(int.from_bytes(record[start : start + 4], "little"), shape.sketch_items)
 
 
 def pack(state: State, bundle: Bundle) -> bytes:
@@ -111,6 +136,12 @@ def pack(state: State, bundle: Bundle) -> bytes:
     parts = [state.recent[:count].astype("<u4").tobytes(), state.hidden[:, :count].tobytes()]
     if absorbed_segments(state.event_count, state.shape):
         parts.append(state.memory.tobytes())
+    if state.shape.sees_times:
+        parts += [np.array([state.last_time], "<i8").tobytes(), state.times[:count].astype("<i8").tobytes()]
+        parts.append(state.gaps[:count].astype("i1").tobytes())
+    if state.shape.sketch_items:
+        items, counts = state.sketch
+        parts += [len(items).to_bytes(4, "little"), items.astype("<u4").tobytes(), counts.astype("<f4").tobytes()]
     tail = b"".join(parts)
     embedding = state.user_embedding.astype("<f4").tobytes() + _CHECKSUM.pack(zlib.crc32(tail))
     return header + _CHECKSUM.pack(zlib.crc32(embedding, zlib.crc32(header))) + embedding + tail

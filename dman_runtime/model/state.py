@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from dman_runtime.model.bundle import Bundle, StateShape
+from dman_runtime.model.sketch import EMPTY, Sketch, counted
 
 
 def absorbed_segments(event_count: int, shape: StateShape) -> int:
@@ -36,7 +37,11 @@ class State:
     recent: np.ndarray  # (C) int64 item indices of the context, left-aligned; layer 0 is their row of the item table
     hidden: np.ndarray  # (L-1, C, D) shape.dtype, inputs of layers 1..L-1, left-aligned
     memory: np.ndarray  # (L, m, D) shape.dtype; replaced, never written to
-    user_embedding: np.ndarray  # (D) float32; zero for an empty history
+    user_embedding: np.ndarray  # (D) float32; zero for an empty history; of a request at an unknown time
+    times: np.ndarray  # (C) int64 seconds of the events of the context, left-aligned
+    gaps: np.ndarray  # (C) int64 buckets of the times between each event of the context and the one before; or NO_GAP
+    last_time: int  # seconds of the last event; 0 before the first
+    sketch: Sketch  # of the closed segments
 
     @classmethod
     def empty(cls, bundle: Bundle) -> State:
@@ -50,11 +55,25 @@ class State:
             hidden=np.empty((shape.layers - 1, shape.context_limit, shape.width), shape.dtype),
             memory=bundle.initial_memory.astype(shape.dtype),
             user_embedding=np.zeros(shape.width, np.float32),
+            times=np.zeros(shape.context_limit, np.int64),
+            gaps=np.zeros(shape.context_limit, np.int64),
+            last_time=0,
+            sketch=EMPTY,
         )
 
     @property
     def context_length(self) -> int:
         return context_length(self.event_count, self.shape)
+
+    @property
+    def open_items(self) -> np.ndarray:
+        """(f) item indices of the open segment."""
+        end = self.context_length
+        return self.recent[end - self.segment_fill : end]
+
+    def counts(self) -> Sketch:
+        """What the user may come back to, with the counts of now."""
+        return counted(self.sketch, self.open_items)
 
     @property
     def segment_fill(self) -> int:
