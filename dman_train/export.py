@@ -144,6 +144,10 @@ def _write_tables(model: DMAN, vocabulary: Vocabulary, directory: Path) -> None:
     with torch.no_grad():
         np.save(directory / bundle_format.EMBEDDINGS, model.item_table().numpy())
         np.save(directory / bundle_format.INITIAL_MEMORY, model.initial_memory.detach().numpy())
+        if model.config.sees_times:
+            np.save(directory / bundle_format.GAPS, (model.gaps * model.input_scale).numpy())
+        if model.config.returns == "on":
+            np.savez(directory / bundle_format.RETURNS, allow_pickle=False, **return_tables(model))
     entries = []
     for item_id, count in zip(vocabulary.item_ids, vocabulary.counts.tolist(), strict=True):
         entry: dict[str, Any] = {"item_id": item_id, "events": count}
@@ -158,11 +162,20 @@ def golden_replay(model: DMAN) -> dict[str, np.ndarray]:
     random = np.random.default_rng(GOLDEN_SEED)
     lengths = [max(1, round(share * model.config.segment_length)) for share in GOLDEN_SEGMENTS]
     histories = [random.integers(0, model.vocabulary, length) for length in lengths]
-    users, memories = replay(model, histories)
-    padded = np.full((len(histories), max(lengths)), -1, np.int64)
+    times = [np.cumsum(random.geometric(2.0 ** -random.integers(0, 24, length))) for length in lengths]
+    users, memories = replay(model, histories, times=times)
+    padded, padded_times = (np.full((len(histories), max(lengths)), -1, np.int64) for _ in range(2))
     for row, history in enumerate(histories):
-        padded[row, : len(history)] = history
-    return {"histories": padded, "user_embeddings": users.numpy(), "memories": memories.numpy()}
+        padded[row, : len(history)], padded_times[row, : len(history)] = history, times[row]
+    golden = {"histories": padded, "user_embeddings": users.numpy(), "memories": memories.numpy()}
+    return golden | ({"times": padded_times} if model.config.sees_times else {})
+
+
+def return_tables(model: DMAN) -> dict[str, np.ndarray]:
+    """The weights of the term for items that come back, by user and, computed once, by item."""
+    term = model.returns
+    tables = {"by_user": term.by_user.weight, "bias": term.by_user.bias, "by_item": term.by_item(model.item_table())}
+    return {name: table.detach().numpy() for name, table in tables.items()}
 
 
 if __name__ == "__main__":

@@ -309,7 +309,7 @@ class DMAN(nn.Module):
         visible = torch.where(key >= count - lengths[:, None], 0.0, MASKED)[:, None, None]  # (B, 1, 1, C)
         bias = self.distance_bias[layer][:, distance] + visible  # (B, 1, H, C)
         if self.config.merged:
-            slots = self.slot_bias[layer].expand(len(sources), 1, -1, -1)
+            slots = self.slot_bias[layer].expand(sources.shape[0], 1, -1, -1)
             bias = torch.cat([slots, bias], dim=-1)
         bias = bias + self._age_bias(layer, ages[:, None])
         h = sources[:, -1:] + _of_gaps(self.request_gaps, gaps[:, None]) * self.input_scale

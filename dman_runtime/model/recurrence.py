@@ -118,6 +118,9 @@ def _encode(pieces: Sequence[Piece], *, bundle: Bundle, graphs: Graphs) -> list[
         state.hidden[:, begin:end] = hidden[row, 1:, : lengths[row]]
         state.user_embedding = embeddings[row]
         state.event_count += lengths[row]
+        if shape.sketch_items and not state.segment_fill:  # the segment is full
+            whole = state.recent[end - shape.segment_length : end]
+            state.sketch = keep_best(counted(state.sketch, whole), shape.sketch_items)
         if end == shape.context_limit:
             closing.append(state)
     return closing
@@ -130,9 +133,6 @@ def _close_segments(states: Sequence[State], *, bundle: Bundle, graphs: Graphs) 
     """
     shape = states[0].shape
     segment, kept = shape.segment_length, shape.context_limit - shape.segment_length
-    if shape.sketch_items:
-        for state in states:
-            state.sketch = keep_best(counted(state.sketch, state.recent[kept : kept + segment]), shape.sketch_items)
     if shape.memory_slots:
         closed = np.empty((len(states), shape.layers, segment, shape.width), np.float32)
         memory = np.empty((len(states), *bundle.initial_memory.shape), np.float32)
