@@ -19,6 +19,7 @@ import numpy as np
 
 from dman_runtime.errors import ConflictError, RequestError, StateError, StoreFullError
 from dman_runtime.merging import Merged, joined_events, merge_events
+from dman_runtime.model.events import NO_EVENTS, KnownEvents
 from dman_runtime.model.generation import Generation
 from dman_runtime.model.record import head_bytes, read_head
 from dman_runtime.model.state import absorbed_segments
@@ -38,7 +39,7 @@ from dman_runtime.requests import (
     request_hash,
 )
 from dman_runtime.retrieval.base import NO_ITEMS
-from dman_runtime.store.base import Snapshot, StateStore, StoredUser, Write
+from dman_runtime.store.base import Events, Snapshot, StateStore, StoredUser, Write
 
 logger = logging.getLogger(__name__)
 COMMIT_ATTEMPTS = 50
@@ -61,6 +62,8 @@ class Engine:
         known = store.generations()
         self.number = known.get(self.bundle.bundle_id) or store.add_generation(self.bundle.bundle_id)
         self._head_bytes = head_bytes(self.bundle.manifest.state)
+        state = self.bundle.manifest.state
+        self._reads_states = state.times == "request" or state.sketch_items > 0  # an answer takes more than a head
         self._no_embedding = np.zeros(self.bundle.manifest.state.width, np.float32)
         self.committed: Callable[[], None] = lambda: None  # called after every commit that stored something
 
@@ -68,6 +71,13 @@ class Engine:
         """Item indices (int64) of the item numbers that the bundle knows, in order."""
         indices = self._indices.take(numbers, mode="clip")  # the last one is -1
         return indices[indices >= 0]
+
+    def known_events(self, events: Events) -> KnownEvents:
+        """Those of items that the bundle knows, in order."""
+        numbers, times = events
+        indices = self._indices.take(numbers, mode="clip")
+        known = indices >= 0
+        return KnownEvents(indices[known], times[known])
 
     # -- the path --------------------------------------------------------------------------------------------------
 
@@ -98,19 +108,18 @@ class Engine:
         except StateError as error:
             logger.warning("%s; making the record of user %r anew from the history", error.cause, user_id)
             state, lags = self.generation.unpack(None), True
-        left = NO_ITEMS
+        left = NO_EVENTS
         if lags:
-            items, _ = snapshot.history(user_id, state.history_count, head.history_count)
-            left = self.known_indices(items)
+            left = self.known_events(snapshot.history(user_id, state.history_count, head.history_count))
         return OpenUser(user_id, head, state, left, lags)
 
     def append(self, user: OpenUser, numbers: np.ndarray, timestamps: np.ndarray) -> int:
         """Appends events (N) to what will be stored; returns how many of them the model knows."""
-        indices = self.known_indices(numbers)
+        known = self.known_events((numbers, timestamps))
         user.items.append(numbers)
         user.timestamps.append(timestamps)
-        user.add_left(indices)
-        return len(indices)
+        user.left += known
+        return len(known)
 
     def merge(self, user: OpenUser, numbers: np.ndarray, timestamps: np.ndarray, *, keep_order: bool = False) -> Merged:
         """Like `append`, for events (N), oldest first, that the history may hold already, or that belong before its
@@ -130,14 +139,14 @@ class Engine:
             known = self.append(user, *added) if len(added[0]) else 0
         else:
             known = len(self.known_indices(added[0]))
-            user.rebuild(whole, self.generation.unpack(None), self.known_indices(whole[0]))
+            user.rebuild(whole, self.generation.unpack(None), self.known_events(whole))
         return Merged(len(added[0]), known, rebuilt=whole is not None)
 
     def advance(self, users: Sequence[OpenUser]) -> None:
         """Advances the states of different users by all that is left."""
         self.generation.advance([user.state for user in users], [user.left for user in users])
         for user in users:
-            user.left = NO_ITEMS
+            user.left = NO_EVENTS
 
     def commit(self, users: Sequence[OpenUser]) -> list[str]:
         """Stores advanced users that have changed, all at once. Returns those that somebody else has changed since
@@ -253,6 +262,8 @@ class Engine:
         if query.user_id is None or query.what_if or query.exclude or query.candidates is not None:
             return None
         check_query(query)
+        if self._reads_states:
+            return None
         view = self.store.ranking_view(query.user_id, self.number, self._head_bytes)
         if view is None or view.record is None:
             return None
@@ -281,7 +292,7 @@ class Engine:
         return opened
 
     def _opened(self, query: Query, snapshot: Snapshot, catch_up: bool) -> OpenQuery:
-        what_if, unknown = self.bundle.items.indices(query.what_if)
+        what_if, unknown = self._what_if(query)
         opened = OpenQuery(query, NO_ITEMS, self._no_embedding, 0, None, what_if, unknown)
         view, head = None, None
         if query.user_id is not None:
@@ -298,14 +309,26 @@ class Engine:
             if view is not None and query.user_id is not None:
                 (stored,) = snapshot.get_many([query.user_id], self.number)
                 opened.user = self._open(snapshot, query.user_id, stored)
-            opened.user.add_left(what_if)
+            opened.user.left += what_if
             opened.event_count = opened.user.event_count
         elif head is not None:
             opened.embedding, opened.event_count = head.user_embedding, head.event_count
+            if self._reads_states and query.user_id is not None:
+                (stored,) = snapshot.get_many([query.user_id], self.number)
+                opened.state = self._open(snapshot, query.user_id, stored).state
         return opened
 
+    def _what_if(self, query: Query) -> tuple[KnownEvents, list[str]]:
+        """The what-if events that the bundle knows, and the ids of the others."""
+        indices, unknown = self.bundle.items.indices(query.what_if)
+        times = np.array(query.what_if_times or [0] * len(query.what_if), np.int64)
+        if unknown and query.what_if_times:
+            missing = set(unknown)
+            times = times[[item not in missing for item in query.what_if]]
+        return KnownEvents(indices, times[: len(indices)]), unknown
+
     def _anonymous(self) -> OpenUser:
-        return OpenUser(None, NEW_USER, self.generation.unpack(None), NO_ITEMS, record_lags=False)
+        return OpenUser(None, NEW_USER, self.generation.unpack(None), NO_EVENTS, record_lags=False)
 
     def answer(self, opened: Sequence[OpenQuery]) -> list[Answer]:
         """Ranks for opened queries whose users have been advanced."""

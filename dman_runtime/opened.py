@@ -7,9 +7,11 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
+from dman_runtime.model.events import KnownEvents
 from dman_runtime.model.recurrence import Piece, next_piece
 from dman_runtime.model.state import State
 from dman_runtime.requests import Query, Update, UpdateOutcome
+from dman_runtime.retrieval.base import Added
 from dman_runtime.store.base import Events, Head, Write
 
 NEW_USER = Head(version=0, history_count=0, generation=0)
@@ -22,7 +24,7 @@ class OpenUser:
     user_id: str | None  # None: an anonymous user, who is never committed
     head: Head
     state: State
-    left: np.ndarray  # (n) item indices that the state has yet to be advanced by, oldest first
+    left: KnownEvents  # what the state has yet to be advanced by
     record_lags: bool  # the stored record does not cover the stored history
     items: list[np.ndarray] = field(default_factory=list)  # item numbers of new events, oldest first
     timestamps: list[np.ndarray] = field(default_factory=list)
@@ -44,10 +46,7 @@ class OpenUser:
         """Events that the model has seen, once this user is advanced."""
         return self.state.event_count + len(self.left)
 
-    def add_left(self, indices: np.ndarray) -> None:
-        self.left = np.concatenate([self.left, indices]) if len(self.left) else indices
-
-    def rebuild(self, history: Events, empty: State, left: np.ndarray) -> None:
+    def rebuild(self, history: Events, empty: State, left: KnownEvents) -> None:
         """Puts a whole history (N) in place of the stored one: an empty state is to be advanced by what is `left`."""
         (numbers, timestamps), self.replaces = history, True
         self.items, self.timestamps, self.state, self.left = [numbers], [timestamps], empty, left
@@ -63,7 +62,7 @@ class OpenUser:
     def take_piece(self) -> Piece:
         """Removes the next piece from what is left."""
         piece = next_piece(self.state, self.left)
-        self.left = self.left[len(piece.items) :]
+        self.left = self.left[len(piece.events) :]
         return piece
 
 
@@ -94,12 +93,14 @@ class OpenQuery:
 
     query: Query
     seen: np.ndarray  # item indices of the history, in no order
-    embedding: np.ndarray  # (D); zero while `user` has to be advanced first
+    embedding: np.ndarray  # (D); zero while a state has to be read first
     event_count: int
     user: OpenUser | None  # to be advanced: by what-if events, or because the record lags
-    what_if: np.ndarray  # item indices
+    what_if: KnownEvents
     unknown: list[str]
     lags: bool = False  # the user's record does not cover the history: catch up first, then open the query again
+    state: State | None = None  # of a user who need not be advanced, where the answer depends on more than `embedding`
+    added: Added | None = None  # to the scores of items that the user had before
 
 
 def catch_up_updates(opened: Sequence[OpenQuery]) -> list[Update]:

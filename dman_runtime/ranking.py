@@ -9,7 +9,7 @@ import numpy as np
 from dman_runtime.model.bundle import Items
 from dman_runtime.model.generation import Generation
 from dman_runtime.opened import OpenQuery
-from dman_runtime.requests import Answer
+from dman_runtime.requests import UNKNOWN_MOMENT, Answer
 from dman_runtime.retrieval.base import NO_ITEMS, Hits
 from dman_runtime.retrieval.exact import search_scores
 
@@ -19,12 +19,14 @@ def rank(opened: Sequence[OpenQuery], generation: Generation) -> list[Answer]:
     hits: list[Hits | None] = [None] * len(opened)
     limits = [_limits(one, generation.bundle.items) for one in opened]
     personal = [row for row, one in enumerate(opened) if one.event_count]
+    _read_states([opened[row] for row in personal], generation)
     if personal:
         found = generation.retriever.search(
             _rows([opened[row].embedding for row in personal]),
             max(opened[row].query.k for row in personal),
             exclude=[limits[row][0] for row in personal],
             candidates=[limits[row][1] for row in personal],
+            added=[opened[row].added for row in personal],
         )
         for row, best in zip(personal, found, strict=True):
             hits[row] = best
@@ -43,13 +45,22 @@ def _limits(one: OpenQuery, items: Items) -> tuple[np.ndarray, np.ndarray | None
         exclude = np.concatenate([listed, exclude])
         one.unknown += unknown
     if len(one.what_if) and not query.include_seen:
-        exclude = np.concatenate([exclude, one.what_if])
+        exclude = np.concatenate([exclude, one.what_if.items])
     if query.candidates is not None:
         candidates, unknown = indices(query.candidates)
         one.unknown += unknown
-    if one.user is not None:
-        one.embedding = one.user.state.user_embedding
     return exclude, candidates
+
+
+def _read_states(opened: Sequence[OpenQuery], generation: Generation) -> None:
+    """The user embeddings at the times of the requests, and what is added to scores, where that takes a state."""
+    asked = [(one, state) for one in opened if (state := one.user.state if one.user else one.state) is not None]
+    if not asked:
+        return
+    moments = [UNKNOWN_MOMENT if one.query.at is None else one.query.at for one, _ in asked]
+    found = generation.asked([state for _, state in asked], moments)
+    for (one, _), embedding, added in zip(asked, *found, strict=True):
+        one.embedding, one.added = embedding, added
 
 
 def _answer(

@@ -90,7 +90,7 @@ def _example(model: DMAN, *, batch: int, new: int, context: int, seed: int = 0) 
     def normal(*shape: int) -> Tensor:
         return torch.randn(*shape, generator=generator)
 
-    tensors = (
+    tensors: tuple[Tensor, ...] = (
         normal(batch, new, config.width) * model.item_table().std().item(),
         torch.randint(1, new + 1, (batch,), generator=generator),
         normal(batch, config.layers, context, config.width),

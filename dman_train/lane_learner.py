@@ -150,8 +150,10 @@ class LaneLearner(Learner):
             return None, None
         requests = None
         if config.time == "request":
-            unknown = self.training and torch.rand(len(times), 1, device=times.device) < self.config.request_dropout
-            requests = torch.where(unknown, UNKNOWN_TIME, inputs.next_times) if self.training else inputs.next_times
+            requests = inputs.next_times
+            if self.training:
+                unknown = torch.rand(len(times), 1, device=times.device) < self.config.request_dropout
+                requests = torch.where(unknown, UNKNOWN_TIME, requests)
         keys = torch.cat([state.context_times, times], dim=1)
         return gap_buckets(inputs.since_last), timing_of(times, keys, requests)
 

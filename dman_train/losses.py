@@ -82,8 +82,8 @@ class NextItemLoss(nn.Module):
         """
         if self.kind == "full":
             seen = None if seen_before is None else SeenItems.of(seen_before, items, real)
-            scores, items = (None, None) if added is None else added
-            return _FullSoftmax.apply(users, table, targets, seen, scores, items)  # type: ignore[no-untyped-call]
+            extra = (None, None) if added is None else added
+            return _FullSoftmax.apply(users, table, targets, seen, *extra)  # type: ignore[no-untyped-call]
         assert negatives is not None
         positive = (users * F.embedding(targets, table)).sum(-1)  # (P)
         drawn = negatives[real] if negatives.dim() == 3 else negatives[None]  # (P, n) or (1, n)

@@ -54,7 +54,8 @@ class Timing(NamedTuple):
 
     def at(self, last: Tensor) -> Timing:
         """Of the position `last` (B) of each row only."""
-        return Timing(*(None if x is None else at_position(x, last) for x in self))
+        asked = (None if x is None else at_position(x, last) for x in (self.request_ages, self.request_gaps))
+        return Timing(at_position(self.ages, last), *asked)
 
 
 class Attention(nn.Module):

@@ -166,7 +166,10 @@ def _expected_tensors(shape: StateShape) -> dict[str, tuple[_Tensors, _Tensors]]
         encoder_inputs["ages"] = (_INTEGER, ("B", "S", "K"))
     encoder_outputs: _Tensors = {"user_embedding": (_FLOAT, ("B", D)), "hidden": (_FLOAT, ("B", L, "S", D))}
     abstraction_inputs: _Tensors = {"memory": memory, "segment_hidden": (_FLOAT, ("B", L, shape.segment_length, D))}
-    expected = {ENCODER: (encoder_inputs, encoder_outputs), ABSTRACTION: (abstraction_inputs, {"new_memory": memory})}
+    expected: dict[str, tuple[_Tensors, _Tensors]] = {
+        ENCODER: (encoder_inputs, encoder_outputs),
+        ABSTRACTION: (abstraction_inputs, {"new_memory": memory}),
+    }
     if shape.times == "request":
         reader_inputs: _Tensors = {
             "sources": (_FLOAT, ("B", "C", D)),

@@ -88,6 +88,11 @@ class Generation:
     def advance_pieces(self, pieces: Sequence[Piece]) -> None:
         recurrence.advance_pieces(pieces, bundle=self.bundle, graphs=self.graphs)
 
+    def asked(self, states: Sequence[State], moments: Sequence[int]) -> tuple[np.ndarray, list[Added | None]]:
+        """What a search needs of states for requests at these seconds: (B, D) user embeddings, and what is added."""
+        users = self.embeddings_at(states, moments)
+        return users, [self.added(state, user) for state, user in zip(states, users, strict=True)]
+
     def replay(self, histories: Sequence[KnownEvents]) -> list[State]:
         """The states of users with these histories."""
         return recurrence.replay(histories, bundle=self.bundle, graphs=self.graphs)
