@@ -113,8 +113,9 @@ def _encode(pieces: Sequence[Piece], *, bundle: Bundle, graphs: Graphs) -> list[
         begin, end = contexts[row], contexts[row] + lengths[row]
         state.recent[begin:end] = events.items
         if ages is not None:
-            state.gaps[begin:end] = new_gaps(state, events.times)
-            state.times[begin:end], state.last_time = events.times, int(events.times[-1])
+            moments = known_times(state, events.times)
+            state.gaps[begin:end] = new_gaps(state, moments)
+            state.times[begin:end], state.last_time = moments, int(moments[-1])
         state.hidden[:, begin:end] = hidden[row, 1:, : lengths[row]]
         state.user_embedding = embeddings[row]
         state.event_count += lengths[row]
@@ -156,23 +157,23 @@ def _add_times(ages: np.ndarray, new: np.ndarray, context: np.ndarray, piece: Pi
     state, events = piece
     count, fresh, table = state.context_length, len(events), bundle.gap_embeddings
     assert table is not None
-    gaps = new_gaps(state, events.times)
-    _add_gaps(new[:fresh], gaps, table)
+    moments = known_times(state, events.times)
+    _add_gaps(new[:fresh], new_gaps(state, moments), table)
     _add_gaps(context[len(context) - count :], state.gaps[:count], table)
-    times = np.concatenate([state.times[:count], events.times])
-    ages[:fresh, len(context) - count : len(context) + fresh] = bucket(events.times[:, None] - times)
+    times = np.concatenate([state.times[:count], moments])
+    ages[:fresh, len(context) - count : len(context) + fresh] = bucket(moments[:, None] - times)
 
 
 def embeddings_at(states: Sequence[State], moments: Sequence[int], *, bundle: Bundle, graphs: Graphs) -> np.ndarray:
     """(B, D) user embeddings of states that have events, for requests at these seconds.
 
-    A moment before the last event counts as unknown. For a model that does not see requests: those of the states.
+    A moment before the last event counts as unknown, and so does every moment if the time of that is unknown. For a model that does not see requests: those of the states.
     """
     embeddings = np.stack([state.user_embedding for state in states])
     rows = [
         row
         for row, (state, moment) in enumerate(zip(states, moments, strict=True))
-        if state.shape.times == "request" and state.context_length and moment >= state.last_time
+        if state.shape.times == "request" and state.context_length and moment >= state.last_time > 0
     ]
     for start in range(0, len(rows), ROWS_PER_RUN):
         part = rows[start : start + ROWS_PER_RUN]
@@ -198,12 +199,21 @@ def _read(states: Sequence[State], moments: Sequence[int], bundle: Bundle, graph
     return graphs.read_at_request(sources, np.array(lengths, np.int64), memory, ages, gaps)
 
 
+def known_times(state: State, times: np.ndarray) -> np.ndarray:
+    """(n) seconds of new events, where an unknown time (0) is that of the event before."""
+    if times.all():
+        return times
+    known = np.maximum.accumulate(np.where(times != 0, np.arange(len(times)), -1))
+    return np.where(known >= 0, times[known], state.last_time)
+
+
 def new_gaps(state: State, times: np.ndarray) -> np.ndarray:
-    """Buckets (n) of the time between each new event, at (n) seconds, and the one before; NO_GAP for a first event."""
-    gaps = bucket(np.diff(times, prepend=np.int64(state.last_time)))
-    if not state.event_count:
-        gaps[0] = NO_GAP
-    return gaps
+    """Buckets (n) of the time between each new event, at (n) seconds, and the one before.
+
+    NO_GAP for a first event, and after one at an unknown time.
+    """
+    before = np.concatenate([[np.int64(state.last_time)], times[:-1]])
+    return np.where(before == 0, NO_GAP, bucket(times - before))
 
 
 def _add_gaps(rows: np.ndarray, gaps: np.ndarray, table: np.ndarray) -> None:
