@@ -21,7 +21,7 @@ PAPER_MODEL = ModelConfig(
 )
 PRESETS = {
     "default": Preset(ModelConfig(), TrainConfig()),
-    # The equations, with settings that validation chose.
+    # The equations; step size and dropout from short comparisons on MovieLens-1M.
     "paper": Preset(
         PAPER_MODEL,
         TrainConfig(
