@@ -32,6 +32,7 @@ PRESETS = {
             learning_rate=2e-3,
             abstraction_learning_rate=1e-3,
             epochs=30,
+            patience=30,  # validation stands still at first: epochs 10 to 14 are no better than the tenth
             ema_decay=0.0,
             seen_items="keep-target",
         ),
@@ -79,7 +80,7 @@ _BASELINE_PAPER_TRAINING = TrainConfig(
     learning_rate=1e-3,
     ema_decay=0.0,
     epochs=30,
-    patience=4,
+    patience=30,
     seen_items="keep-target",
 )
 BASELINE_PRESETS = {  # by name, then by system

@@ -73,7 +73,7 @@ def test_paper_preset_has_the_settings_that_the_paper_names(system: str) -> None
         5,
         1e-3,
     )
-    assert (training.ema_decay, training.epochs, training.patience) == (0.0, 30, 4)
+    assert (training.ema_decay, training.epochs, training.patience) == (0.0, 30, 30)
 
 
 def test_hpmn_has_four_slots_and_three_hops_by_default() -> None:
