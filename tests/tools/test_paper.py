@@ -330,7 +330,7 @@ def test_learning_curve_is_the_mean_of_the_runs_that_reached_an_epoch() -> None:
 def test_report_writes_the_page_beside_the_other_and_names_records_whose_commands_it_holds(tmp_path: Path) -> None:
     made = [dman("one"), baseline("two", "gru4rec"), dman("unused", layers=3)]
     (tmp_path / "records.parquet").write_bytes(records_bytes(made))
-    arguments = ["--records", str(tmp_path / "records.parquet"), "--out", str(tmp_path / "accuracy.md")]
+    arguments = ["--records", str(tmp_path / "records.parquet"), "--out", str(tmp_path)]
     assert report.main(arguments) == 0
     commands = (tmp_path / "accuracy.md").read_text().partition("## Commands")[2]
     named = re.findall(r"`(\w+)` \|$", (tmp_path / "paper.md").read_text().partition("## Records")[2], re.MULTILINE)
