@@ -93,7 +93,11 @@ def compared_preset(content: dict[str, Any]) -> Preset:
 
 def standard_options(content: dict[str, Any]) -> dict[str, Any]:
     """The options of the preset that a run is compared with."""
-    preset = compared_preset(content)
+    return options_of(compared_preset(content))
+
+
+def options_of(preset: Preset) -> dict[str, Any]:
+    """The options of a preset, with what `decisive` adds to those of a run."""
     return FORMER_OPTIONS | to_dict(preset.model) | to_dict(preset.train) | {"form": "now"}
 
 
@@ -130,14 +134,16 @@ def label_of(content: dict[str, Any], *, but: Collection[str] = ()) -> str:
 
 
 def decisive(content: dict[str, Any]) -> dict[str, Any]:
-    """The options of a run that decide its result, without the seed. Options that the record lacks are added.
+    """The options of a run that decide its result, without the seed.
 
-    The precision of matrix products is not among them: runs in both are one row, as far as all else is equal.
+    Training options and former options that the record lacks are added, with the values that need no mention. Other
+    options of the model are not. The precision of matrix products decides nothing: runs in both are one row, as far as
+    all else is equal.
     """
     model, train = content["model"], content["train"]
     idle = {"seed", "precision"}
     if "system" in model:
-        idle |= TRAINING_OF_F_ABS | {"random_first_segment"} | ({"hops"} if model["system"] in UNCHANGED else set())
+        idle |= TRAINING_OF_F_ABS | {"random_first_segment"} | ({"hops"} if model["system"] != "hpmn" else set())
     elif model["variant"] in ("xl", "fifo"):
         idle |= TRAINING_OF_F_ABS | ROUTING
     if model.get("variant") == "xl":
