@@ -85,10 +85,7 @@ _BASELINE_PAPER_TRAINING = TrainConfig(
 )
 BASELINE_PRESETS = {  # by name, then by system
     "default": _BASELINE_DEFAULTS,
-    "paper": {
-        system: Preset(replace(preset.model, width=128), _BASELINE_PAPER_TRAINING)
-        for system, preset in _BASELINE_DEFAULTS.items()
-    },
+    "paper": {system: Preset(preset.model, _BASELINE_PAPER_TRAINING) for system, preset in _BASELINE_DEFAULTS.items()},
 }
 Presets = Mapping[str, Preset | Mapping[str, Preset]]
 

@@ -10,10 +10,11 @@ from collections.abc import Iterable
 from typing import Any
 
 from dman_runtime.data.evaluation import Ranking
+from dman_train.config import is_earlier_form
 from tools.bootstrap import Difference, paired_bootstrap
 from tools.paper_figures import FIGURE_2, ML_1M, STARRED, SYSTEMS, VARIANTS, Log
 from tools.record_file import Record, ranking_of
-from tools.report_rows import RECIPE, Row, changed_options, decisive, is_earlier_form, preset_name, standard_options
+from tools.report_rows import RECIPE, Row, changed_options, decisive, preset_name, standard_options
 
 NAMES = (*SYSTEMS, *(name for name in VARIANTS.values() if name not in SYSTEMS))
 # Values of seen_items that differ in the rank of targets that were seen only
@@ -66,7 +67,7 @@ def pick(rows: Iterable[Row], log: Log, preset: str) -> Picked:
     """
     candidates = []
     for place, row in enumerate(rows):
-        now = not is_earlier_form(row.content)
+        now = not is_earlier_form(row.content["model"], row.content["train"])
         if now and preset_name(row.content) == preset and paper_name(row.content, log) in NAMES:
             found = changes(row.content, log)
             if preset == "paper" or found.isdisjoint(RECIPE):

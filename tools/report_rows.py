@@ -12,7 +12,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from dman_train.config import TrainConfig, to_dict
+from dman_train.config import TrainConfig, is_earlier_form, to_dict
 from dman_train.presets import BASELINE_PRESETS, PRESETS, Preset
 from tools.record_file import Record
 
@@ -101,15 +101,6 @@ def options_of(preset: Preset) -> dict[str, Any]:
     return FORMER_OPTIONS | to_dict(preset.model) | to_dict(preset.train) | {"form": "now"}
 
 
-def is_earlier_form(content: dict[str, Any]) -> bool:
-    """Whether the record is from before the paper's form, `nran` and four of the baselines were repaired."""
-    model, train = content["model"], content["train"]
-    if "system" in model:
-        return model["system"] not in UNCHANGED and "hops" not in model
-    repaired = model.get("architecture") == "paper" or model["variant"] == "nran"
-    return repaired and "adam_beta2" not in train
-
-
 def changed_options(content: dict[str, Any], standard: Mapping[str, Any]) -> dict[str, Any]:
     """The decisive options of a run that differ from `standard`, but for those that name the system."""
     named = {"system", "history", "variant", "architecture"}
@@ -152,7 +143,7 @@ def decisive(content: dict[str, Any]) -> dict[str, Any]:
         idle |= {"long_term"}
     former = {} if "system" in model else {key: value for key, value in FORMER_OPTIONS.items() if key not in model}
     options = model | former | (to_dict(TrainConfig()) | train if train else {})
-    options["form"] = "earlier" if is_earlier_form(content) else "now"
+    options["form"] = "earlier" if is_earlier_form(model, train) else "now"
     return {key: value for key, value in options.items() if key not in idle}
 
 

@@ -7,13 +7,22 @@ from functools import cache
 from pathlib import Path
 from typing import Any, Literal
 
-from dman_train.config import BaselineConfig, ConfigError, DataConfig, ModelConfig, TrainConfig, from_dict, to_dict
+from dman_train.config import (
+    BaselineConfig,
+    ConfigError,
+    DataConfig,
+    ModelConfig,
+    TrainConfig,
+    from_dict,
+    is_earlier_form,
+    to_dict,
+)
 from dman_train.data import load
 from dman_train.run import Run, RunError, open_run
 from dman_train.trainer import SELECTION_METRIC
 from tools.record_file import Record
 from tools.records import summary
-from tools.report_rows import decisive, is_earlier_form
+from tools.report_rows import decisive
 from tools.run_plan import PlannedRun
 from tools.run_process import other_files
 
@@ -87,7 +96,7 @@ def _difference(planned: PlannedRun, found: dict[str, Any]) -> str:
     Options that do not decide its result may differ. Those that it is too old to have count as their defaults, unless
     the system had other equations then.
     """
-    if is_earlier_form(found):
+    if is_earlier_form(found["model"], found["train"]):
         return "the form of an earlier version"
     model, train, data = planned.configs()
     kind = BaselineConfig if "system" in found["model"] else ModelConfig

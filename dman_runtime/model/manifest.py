@@ -127,7 +127,8 @@ def _check_state(state: object) -> None:
         _require_number(f"state.{name}", state[name], low, high)
     _require(isinstance(state["recurrent"], bool), "state.recurrent is neither true nor false")
     _require(state["dtype"] in STATE_DTYPES, f"state.dtype is {shown(state['dtype'])}")
-    size = 4 * state["layers"] * state["width"] * (2 * state["segment_length"] + state["memory_slots"])
+    shape = StateShape(**state)
+    size = 4 * shape.layers * shape.width * (shape.context_limit + shape.memory_slots)
     _require(size <= MAX_STATE_BYTES, f"a state would have {size} bytes, more than {MAX_STATE_BYTES}")
 
 
