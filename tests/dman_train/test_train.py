@@ -620,8 +620,8 @@ OTHER: dict[str, Any] = {
     "backprop_segments": 2, "dropout": 0.5, "abstraction_weight": 0.25, "learning_rate": 0.5,
     "abstraction_learning_rate": 0.5, "precision": "bfloat16", "final_learning_rate": 0.5, "weight_decay": 0.5,
     "gradient_clip": 0.5, "user_column": "u", "item_column": "i", "time_column": "t", "position_column": "p",
-    "heads": 1, "ema_decay": 0.5, "order_by": "file", "time_unit": "ms", "user_ids": "text", "item_ids": "text",
-    "exact_repeats": "keep", "format": "jsonl", "separator": ";", "quote": "none", "header": False,
+    "heads": 1, "ema_decay": 0.5, "adam_beta2": 0.5, "order_by": "file", "time_unit": "ms", "user_ids": "text",
+    "item_ids": "text", "exact_repeats": "keep", "format": "jsonl", "separator": ";", "quote": "none", "header": False,
     "encoding": "latin-1", "bad_rows": "skip",
 }  # fmt: skip
 NEEDS = {"architecture": {"heads": 1, "long_term": "gated"}}
