@@ -6,6 +6,7 @@ The options of `dman_train.train` are derived from the fields of both (`dman_run
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields, replace
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
@@ -146,7 +147,7 @@ class TrainConfig:
     backprop_segments: int = option(1, "joint only: how many segment borders the gradient of eq. 9 crosses, 1 to 4")
     abstraction_weight: float = option(1.0, "weight of the abstraction loss (eq. 5)")
     abstraction_every: int = option(8, "compute eq. 5 on every n-th lane of a process only")
-    lanes: int = option(128, "users trained side by side; a batch has lanes x T events")
+    lanes: int = option(128, "users trained side by side; a batch has lanes x T events (baselines: lanes x 20)")
     learning_rate: float = option(4e-3, "Adam step size, except for f_abs; try 1e-3 if only the far past matters")
     abstraction_learning_rate: float = option(4e-3, "Adam step size of f_abs")
     adam_beta2: float = option(0.98, "decay per step of Adam's mean of squared gradients; 0.999 is Adam's own default")
@@ -258,6 +259,21 @@ def _check_range(config: Any, low: float, high: float, *names: str) -> None:
 
 # Fields of earlier versions, with the one value that still describes what happens.
 REMOVED_FIELDS: dict[type, dict[str, Any]] = {ModelConfig: {"residual": "gated"}}
+
+# Baselines whose equations an earlier version had in another form, with the same names in the configuration.
+_REPAIRED_BASELINES = ("caser", "shan", "hpmn", "sdm")
+
+
+def is_earlier_form(model: Mapping[str, Any], train: Mapping[str, Any]) -> bool:
+    """Whether a run with these values of `ModelConfig` or `BaselineConfig`, and of TrainConfig, is of an earlier form.
+
+    The weights of such a run may fit the network of today, but give other numbers in it. The values are those that were
+    written when the run began: a run of an earlier form lacks the options that came with the form of today.
+    """
+    if "system" in model:
+        return model["system"] in _REPAIRED_BASELINES and "hops" not in model
+    repaired = model.get("architecture") == "paper" or model.get("variant") == "nran"
+    return repaired and "adam_beta2" not in train
 
 
 def to_dict(config: ModelConfig | BaselineConfig | TrainConfig | DataConfig) -> dict[str, Any]:

@@ -5,7 +5,7 @@ is the attention that goes to the events.
 
 All values are for the position that gives the user embedding: the last one of a history, or of each of its segments.
 The memory is the one that this position reads, before its own segment closes. It is first written when a history is in
-its third segment; until then it is the learned initial memory.
+its third segment, or its second if the variant is `nran`; until then it is the learned initial memory.
 """
 
 from __future__ import annotations
@@ -126,7 +126,8 @@ def _observe_batch(
         at = torch.from_numpy(np.flatnonzero(kept)).to(memory.device)
         share, attention = reading(torch.from_numpy(events - start - 1).to(rows))
         values = (share[at], attention[at], *slot_diversity(memory[at]))
-        absorbed = np.full(len(at), max(earlier_segments - 1, 0))
+        in_context = int(model.config.recurrent)  # the segment before this one, which is not absorbed yet
+        absorbed = np.full(len(at), max(earlier_segments - in_context, 0))
         parts.append(
             Observations(
                 chosen[index[kept]], events[kept], absorbed, *(value.double().cpu().numpy() for value in values)

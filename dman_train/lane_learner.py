@@ -80,7 +80,7 @@ class _Judged(NamedTuple):
     """The absorption that eq. 5 judges in a step, on every n-th lane."""
 
     old: Tensor  # (B/n, L, m, D) the memory before it
-    new: Tensor  # (B/n, L, m, D) after it, attached to f_abs
+    new: Tensor  # (B/n, L, m, D) after it, attached to f_abs; `old` if f_abs has no parameters
     hidden: Tensor  # (B/n, L, T, D) the absorbed segment, right-aligned
     lengths: Tensor  # (B/n) its real rows; 0 where nothing is absorbed
 
@@ -203,6 +203,8 @@ class LaneLearner(Learner):
             if joint:
                 return _Judged(old[lanes].detach(), chain[-1][lanes], hidden[lanes], lengths[lanes])
         old, hidden, lengths = old[lanes].detach(), hidden[lanes], lengths[lanes]
+        if not self.model.abstraction_parameters():  # eq. 5 has nothing to train
+            return _Judged(old, old, hidden, lengths)
         return _Judged(old, self._chain(old, hidden[None], lengths[None])[-1], hidden, lengths)
 
     def _chain(self, memory: Tensor, absorbed: Tensor, absorbed_lengths: Tensor) -> list[Tensor]:

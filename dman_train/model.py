@@ -11,6 +11,8 @@ A history is cut into segments of T events from its head. While segment n is enc
   `long_term="gated"`: as in the paper, a second branch reads the slots (eq. 2), and a gate mixes it with the
   short-term branch into the user embedding (eq. 3). Score = item embedding . user embedding.
 When segment n closes, M^l <- f_abs^l(M^l, H^l_{n-1}) (eq. 4): `dman_train.abstraction`, trained by eq. 5.
+Variant `nran` has no recurrence: the context is segment n alone, the memory summarises segments 1..n-1, and H^l_n is
+absorbed when segment n closes.
 
 Keys and values are never projected: W_k is multiplied into the query and W_v into the output. A call costs
 O(S H D^2 + S H K D), however many context positions there are. The result is that of plain attention.

@@ -31,7 +31,16 @@ from dman_runtime.data.interactions import Interactions
 from dman_runtime.data.log_options import options_of_training
 from dman_runtime.data.untrusted import is_whole_number, parse_json, read_file
 from dman_runtime.errors import DmanError, InputError
-from dman_train.config import BaselineConfig, ConfigError, DataConfig, ModelConfig, TrainConfig, from_dict, to_dict
+from dman_train.config import (
+    BaselineConfig,
+    ConfigError,
+    DataConfig,
+    ModelConfig,
+    TrainConfig,
+    from_dict,
+    is_earlier_form,
+    to_dict,
+)
 from dman_train.families import Family, Model, family_of_fields
 from dman_train.tensor_files import read_tensors
 from dman_train.vocabulary import Vocabulary
@@ -95,6 +104,17 @@ class Run:
     def train_config(self) -> TrainConfig:
         return from_dict(TrainConfig, self.config["train"], where=f"{self.path}/config.json")
 
+    def refuse_earlier_form(self) -> None:
+        """Raises RunError if the weights belong to a network that this version has no longer."""
+        config = self.config
+        if is_earlier_form(model := config["model"], config["train"]):
+            name = model.get("system") or ("nran" if model.get("variant") == "nran" else "architecture 'paper'")
+            raise RunError(
+                f"{self.path} was trained with an earlier form of {name}, which this version does not have",
+                "train again, or use the version of dman that trained it",
+                parameter="run",
+            )
+
     def data_config(self) -> DataConfig:
         data = self.config["data"]
         config: DataConfig = from_dict(DataConfig, data, where=f"{self.path}/config.json")
@@ -129,6 +149,7 @@ class Run:
         file = self.path / "best.pt"
         if not file.exists():
             raise RunError(f"{self.path} has no trained weights yet", "finish an epoch of training first")
+        self.refuse_earlier_form()
         weights, dataset = self.load_tensors(file.name), self.config["dataset"]
         try:
             sizes = (self.model_config(), dataset["items"], dataset["users"])

@@ -1,4 +1,5 @@
-"""Trains a model: python -m dman_train.train --data FILE --run DIR [--preset default|paper|tiny] [--items FILE]
+"""Trains a model: python -m dman_train.train --data FILE --run DIR [--preset default|paper|paper-literal|tiny]
+[--items FILE]
 
 Several processes: torchrun --nproc-per-node 2 -m dman_train.train ...
 """
@@ -133,6 +134,7 @@ def _configs(
     saved = (run.model_config(), run.train_config(), run.data_config())
     if run.family is not family_of(preset.model):
         raise UsageError(f"{run.path} is a run of another command", f"resume it with python -m {run.family.command}")
+    run.refuse_earlier_form()
     for config in saved:
         if overridden(config, arguments) != config:
             raise UsageError(

@@ -26,6 +26,7 @@ import pytest
 import torch
 from filelock import FileLock
 
+from dman_runtime.data.evaluation import Ranking
 from dman_runtime.data.interactions import ItemInfo
 from dman_runtime.model.bundle import GOLDEN, ITEMS, MANIFEST, items_jsonl, read_manifest, sha256
 from dman_runtime.model.generation import Generation
@@ -49,6 +50,12 @@ TINY_ITEMS = 60
 LATER = replace(TINY, width=24, segment_length=4, memory_slots=3)
 LATER_FIRST, LATER_ITEMS = 31, 50  # items "31" to "80"
 STORES = ("memory", "lmdb")
+RANKING_OF_SEEN_ITEMS: dict[str, Ranking] = {  # of each choice of `TrainConfig.seen_items`
+    "exclude": "seen_excluded",
+    "exclude-from-ranking": "seen_excluded",
+    "keep-target": "target_kept",
+    "keep": "seen_kept",
+}
 Entered = TypeVar("Entered")
 
 

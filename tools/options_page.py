@@ -234,8 +234,7 @@ PRESET_NOTE = """\
 `--preset` chooses where the options start from. Single options change a preset further.
 
 - `default`: chosen by validation on MovieLens-1M, see the [experiments](experiments.md).
-- `paper`: the equations of the paper, trained with settings that validation chose. [The paper](paper.md) lists every
-  difference from the text.
+- `paper`: the equations of the paper. [The paper](paper.md) lists every difference from the text.
 - `paper-literal`: the same equations with the settings of the text. Its 50 epochs are those of MovieLens; the text has
   8 elsewhere.
 - `tiny`: a small network for a first try. On generated data it trains in a minute ([README](../README.md))."""
@@ -243,8 +242,8 @@ PRESET_NOTE = """\
 BASELINE_PRESET_NOTE = """\
 The presets of `dman_train.baselines` differ by system. They change these defaults:
 
-- `default`: chosen for each system by a search on the validation split of MovieLens-1M.
-- `paper`: the same network, trained as the paper says: five negatives, Adam with a step size of 0.001."""
+- `default`: the training options of a DMAN; SHAN's short sessions come from two short runs on MovieLens-1M.
+- `paper`: the same network, five negatives, a step size of 0.001, no averaging; the rest as in the default."""
 
 
 def _values(preset: Any) -> Mapping[str, Any]:

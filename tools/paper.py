@@ -32,6 +32,7 @@ from tools.report_rows import Row, decisive, mean_and_spread, rows_of
 COLUMNS = {"paper": "`paper`", "default": "default"}  # by preset
 CHART = "paper-figure-2.png"
 CHARTED = ("hr@10", "ndcg@100")
+Panel = dict[str, dict[int, float]]  # of the chart: by metric, values by size or epoch
 HOW_TO_READ = """\
 Written by `make report`. Our numbers are from `{records}`; the paper's are those that it prints.
 
@@ -47,7 +48,8 @@ the user has already seen. *Seen kept* ranks them too. *Target kept* leaves them
 the paper's protocol. [Measuring](../docs/measuring.md#what-the-metrics-mean) says more.
 
 **How to repeat a number.** [Records](#records) names the records of each row. Their commands are in \
-[accuracy](accuracy.md#commands)."""
+[accuracy](accuracy.md#commands). Records of an earlier form are in that report only: they had other equations, and \
+today their commands train another network."""
 STAND_INS = """\
 Only MovieLens is the same data. The others are not available here as a whole, so other logs stand in for them. \
 **Numbers on a stand-in can be compared between systems only, not with the paper's.** The paper does not give the \
@@ -103,8 +105,8 @@ def _systems(comparison: Comparison, picked: Mapping[tuple[Log, str], Picked]) -
             line += _papers(comparison, name, column)
             line += [_number(found.get(name), metric) for found in by_preset.values()]
         lines.append(line)
-    ranking = _ranking(by_preset, comparison.log)
-    return [_heading(comparison), ranking, table(_heads(comparison, *COLUMNS.values()), lines)]
+    about = _ranking(by_preset, comparison.log) + _segment_length(by_preset, comparison.log)
+    return [_heading(comparison), about, table(_heads(comparison, *COLUMNS.values()), lines)]
 
 
 def _variants(comparison: Comparison, picked: Picked) -> list[str]:
@@ -117,7 +119,9 @@ def _variants(comparison: Comparison, picked: Picked) -> list[str]:
             line += [*_papers(comparison, name, column), _number(picked.get(name), metric)]
             line.append(str(found[0]) if found and found[0] else "-")
         lines.append(line)
-    about = f"{_ranking({'paper': picked}, comparison.log)} {_order(comparison.metrics, picked)}"
+    by_preset = {"paper": picked}
+    about = _ranking(by_preset, comparison.log) + _segment_length(by_preset, comparison.log)
+    about += f" {_order(comparison.metrics, picked)}"
     return [_heading(comparison), about, table(_heads(comparison, COLUMNS["paper"], "DMAN minus"), lines)]
 
 
@@ -165,42 +169,65 @@ def _ranking(by_preset: Mapping[str, Picked], log: Log) -> str:
     return f"Ranking: {', '.join(named) or '-'}."
 
 
+def _segment_length(by_preset: Mapping[str, Picked], log: Log) -> str:
+    """Says where our runs have another T than the paper has on this log."""
+    lengths = {
+        (row.content["model"]["segment_length" if row.is_dman else "history"], COLUMNS[preset])
+        for preset, rows in by_preset.items()
+        for name, row in rows.items()
+        if row.is_dman or name.endswith("*")
+    }
+    if not log.paper or all(length == log.segment_length for length, _ in lengths):
+        return ""
+    ours = ", ".join(f"{length} ({column})" for length, column in sorted(lengths))
+    return f" **T, events per segment:** {log.segment_length} in the paper; ours {ours}."
+
+
 def _words(row: Row, log: Log) -> str:
     return ranking_on(row.content, log).replace("_", " ")
 
 
 def _figure_2(sweeps: Mapping[str, Mapping[int, Row]], curve: Row | None, directory: Path) -> list[str]:
     """Figure 2: the chart, and its numbers."""
-    panels: dict[str, dict[str, dict[int, float]]] = {}
-    parts = []
+    panels, tables = dict[str, Panel](), list[str]()
     for letter, (size, rows) in zip("ab", sweeps.items(), strict=True):
         symbol, _ = FIGURE_2[size]
         epochs = next((f", {decisive(row.content)['epochs']} epochs" for row in rows.values()), "")
         title = f"({letter}) test metrics by {symbol}, {ML_1M.name}{epochs}"
-        panels[title] = {
-            metric.upper(): {value: float(np.mean(values_of(row, metric))) for value, row in rows.items()}
-            for metric in CHARTED
-        }
+        panels[title] = _means(rows)
         lines = [[str(value), *(_number(row, metric) for metric in CHARTED)] for value, row in rows.items()]
-        parts += [f"{title}:", _points(symbol, lines)]
+        tables += [f"{title}:", _points(symbol, lines)]
     title = f"(c) validation by epoch, {TAOBAO.paper}"
     panels[title] = learning_curve(curve)
     by_metric = list(panels[title].values())
     lines = [[str(epoch), *(f"{values[epoch]:.4f}" for values in by_metric)] for epoch in by_metric[0]]
-    parts += [f"{title} (`{TAOBAO.name}`):", _points("epoch", lines)]
-    if any(points for lines_of_panel in panels.values() for points in lines_of_panel.values()):
-        from dman_train.plots import plot_lines
+    tables += [f"{title} (`{TAOBAO.name}`):", _points("epoch", lines)]
+    return [*_chart(panels, directory), *tables]
 
-        plot_lines(panels, directory / CHART)
-        parts.insert(0, f"![sizes and learning curve of DMAN under `paper`]({CHART})")
-    return parts
+
+def _means(rows: Mapping[int, Row]) -> Panel:
+    """Test metrics by the values of a size, as means over the seeds."""
+    return {
+        metric.upper(): {value: float(np.mean(values_of(row, metric))) for value, row in rows.items()}
+        for metric in CHARTED
+    }
+
+
+def _chart(panels: dict[str, Panel], directory: Path) -> list[str]:
+    """Draws the panels and links to the picture; nothing if there is no point."""
+    if not any(points for panel in panels.values() for points in panel.values()):
+        return []
+    from dman_train.plots import plot_lines
+
+    plot_lines(panels, directory / CHART)
+    return [f"![sizes and learning curve of DMAN under `paper`]({CHART})"]
 
 
 def _points(symbol: str, lines: Sequence[Sequence[str]]) -> str:
     return table((symbol, *(metric.upper() for metric in CHARTED)), lines or [["-"] * (1 + len(CHARTED))])
 
 
-def learning_curve(row: Row | None) -> dict[str, dict[int, float]]:
+def learning_curve(row: Row | None) -> Panel:
     """Validation metrics by epoch, as means over the runs that reached it."""
     epochs = [epoch for record in row.records for epoch in record.content["epochs"]] if row else []
     numbers = sorted({int(epoch["epoch"]) for epoch in epochs})
@@ -221,7 +248,8 @@ def _records(picked: Mapping[tuple[Log, str], Picked], sweeps: Mapping[str, Mapp
         for name, row in rows.items()
         if preset == "paper" or (log.paper and name in SYSTEMS)
     ]
-    used += [(ML_1M, "DMAN, Figure 2", row) for rows in sweeps.values() for row in rows.values()]
+    points = {row.records[0].name: row for rows in sweeps.values() for row in rows.values()}  # one is in both panels
+    used += [(ML_1M, "DMAN, Figure 2", row) for row in points.values()]
     lines = [
         [f"`{log.name}`", name, row.label, _words(row, log), ", ".join(f"`{record.name}`" for record in row.records)]
         for log, name, row in used

@@ -10,6 +10,7 @@ from collections.abc import Iterable
 from typing import Any
 
 from dman_runtime.data.evaluation import Ranking
+from dman_train.config import is_earlier_form
 from tools.bootstrap import Difference, paired_bootstrap
 from tools.paper_figures import FIGURE_2, ML_1M, STARRED, SYSTEMS, VARIANTS, Log
 from tools.record_file import Record, ranking_of
@@ -23,7 +24,7 @@ Picked = dict[str, Row]  # by the paper's name of the system
 
 
 def records_of(records: Iterable[Record], log: Log) -> list[Record]:
-    """The records of a log, without those of another version of it."""
+    """The records of a log, of the version of it that most records have."""
     chosen = [record for record in records if record.dataset == log.name]
     versions = Counter(record.content["dataset"]["fingerprint"] for record in chosen)
     return [r for r in chosen if r.content["dataset"]["fingerprint"] == versions.most_common(1)[0][0]]
@@ -60,10 +61,14 @@ def changes(content: dict[str, Any], log: Log) -> set[str]:
 
 
 def pick(rows: Iterable[Row], log: Log, preset: str) -> Picked:
-    """Of each of the paper's systems, the row nearest to the preset; all in the ranking that most of them have."""
+    """Of each of the paper's systems, the row nearest to the preset; all in the ranking that most of them have.
+
+    Rows of an earlier form are left out: they had other equations than the paper.
+    """
     candidates = []
     for place, row in enumerate(rows):
-        if preset_name(row.content) == preset and paper_name(row.content, log) in NAMES:
+        now = not is_earlier_form(row.content["model"], row.content["train"])
+        if now and preset_name(row.content) == preset and paper_name(row.content, log) in NAMES:
             found = changes(row.content, log)
             if preset == "paper" or found.isdisjoint(RECIPE):
                 candidates.append((len(found), -len(row.records), place, row))
@@ -77,14 +82,15 @@ def pick(rows: Iterable[Row], log: Log, preset: str) -> Picked:
 def sweep(rows: Iterable[Row], size: str) -> dict[int, Row]:
     """By the values of a size: DMAN's rows on MovieLens that differ from `paper` in this size and their epochs only.
 
-    All have the same number of epochs: the one with most values.
+    All have the same number of epochs: the one with most values. Of two rows with one value, the better one by
+    validation is taken, which comes first.
     """
     by_epochs: dict[int, dict[int, Row]] = {}
     for row in rows:
         is_dman = paper_name(row.content, ML_1M) == "DMAN" and preset_name(row.content) == "paper"
         if is_dman and changes(row.content, ML_1M) <= {size, "epochs", "patience"}:
             options = decisive(row.content)
-            by_epochs.setdefault(options["epochs"], {})[options[size]] = row
+            by_epochs.setdefault(options["epochs"], {}).setdefault(options[size], row)
     found = max(by_epochs.values(), key=len, default={})
     return {value: found[value] for value in FIGURE_2[size][1] if value in found}
 

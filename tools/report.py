@@ -18,7 +18,7 @@ from tools.bench.report import table, write_page
 from tools.bootstrap import paired_bootstrap
 from tools.paper import paper_page
 from tools.record_file import RECORDS, Record, read_records
-from tools.report_rows import FORMER_OPTIONS, RECIPE, Row, decisive, label_of, rows_of
+from tools.report_rows import RECIPE, Row, decisive, label_of, options_of, rows_of
 
 CHARTED = {"memory_slots": "m, memory slots", "layers": "L, layers", "segment_length": "T, events per segment"}
 # Published figures, same protocol on MovieLens-1M but where noted; None where not published
@@ -39,18 +39,26 @@ items are ranked, and ties count against the model. The epoch is chosen by valid
 already seen are left out of the ranking, except for runs with `--seen-items keep`: these are on logs whose users come \
 back to items. With `--seen-items keep-target` a target that was seen is ranked too.
 
-**Rows.** A row is one configuration. A label names what differs from the default preset. With several seeds, a number \
-is their mean, ± half the distance between the lowest and the highest.
+**Rows.** A row is one configuration. A label names what differs from its preset: `paper` marks the runs of that \
+preset, all others are compared with the default. With several seeds, a number is their mean, ± half the distance \
+between the lowest and the highest.
 
 **Differences.** A difference is a mean over users, with its 95 % interval from 2,000 bootstrap samples of users. A \
 user's gain is the mean over the seeds. Only runs with the same recipe are compared.
 
 **Recipes.** The first sections of a data set use the recipe of the default preset for all systems: eight epochs, \
 learning rate 4e-3, and a moving average of the weights (`--ema-decay 0.998`) that is validated and exported. "Runs \
-with another recipe" are earlier: weights not averaged, learning rate 1e-3, twelve epochs. Before that, seen items \
-were also used as negatives (and DMAN had GELU instead of ReLU). Rows with `long_term=light` or `full` are the earlier \
-form of DMAN, with a long-term branch and a gate; their commands work at commit 50de181. Variant `xl` is the same in \
-both. Former options, such as `residual=plain` and `routing=shared`, work at commit 7b13317."""
+with another recipe" differ in `--seen-items` or in `--ema-decay`. The runs of `paper` are among them: weights not \
+averaged, seen items used as negatives, seen targets ranked. So are our first runs: weights not averaged, learning \
+rate 1e-3, twelve epochs. Before that, seen items were also used as negatives (and DMAN had GELU instead of ReLU).
+
+**Earlier forms.** Today the commands of some rows train another network, or none:
+
+- "earlier form": `paper`, `nran`, `caser`, `shan`, `hpmn` and `sdm` had other equations. The commands repeat these \
+rows at commit a1a6dfd.
+- `long_term=light` and `long_term=full`: DMAN had a long-term branch and a gate. The commands work at commit 50de181. \
+Variant `xl` is the same as then.
+- Other former options, such as `residual=plain` and `routing=shared`, work at commit 7b13317."""
 
 HEADS = (
     "", "seeds", "valid HR@10", "HR@10", "NDCG@10", "HR@50", "NDCG@100", "parameters", "state bytes", "seconds"
@@ -83,7 +91,7 @@ def by_recipe(rows: Iterable[Row]) -> list[list[Row]]:
 
 def dataset_section(name: str, records: Sequence[Record], directory: Path) -> str:
     described = records[0].content["dataset"]
-    rows, *earlier = by_recipe(rows_of(records))
+    rows, *others = by_recipe(rows_of(records))
     best = ours(rows)
     parts = [
         f"## {name}",
@@ -100,7 +108,7 @@ def dataset_section(name: str, records: Sequence[Record], directory: Path) -> st
         parts += charts(name, variants, directory)
     parts += comparison(rows)
     parts += ["### By length of the history", by_length(rows)]
-    for group in earlier:
+    for group in others:
         parts += ["### Runs with another recipe", table(HEADS, [row.cells() for row in group]), *comparison(group)]
     return "\n\n".join(parts)
 
@@ -151,8 +159,7 @@ def charts(name: str, rows: Sequence[Row], directory: Path) -> list[str]:
     """Figure 2 of the paper: a chart for each size that was run with several values, all else as in the preset."""
     from dman_train.plots import plot_lines
 
-    preset, series = PRESETS["default"], {}
-    standard = FORMER_OPTIONS | to_dict(preset.model) | to_dict(preset.train)
+    standard, series = options_of(PRESETS["default"]), {}
     for key, title in CHARTED.items():
         points = {}
         for row in rows:
@@ -179,8 +186,9 @@ def parser() -> Parser:
     p.add_argument(
         "--out",
         type=Path,
-        default=Path("reports/accuracy.md"),
-        help="the report of all runs; the page of the paper's tables, paper.md, and charts go beside it",
+        default=Path("reports"),
+        metavar="DIRECTORY",
+        help="where accuracy.md, paper.md and their charts go",
     )
     return p
 
@@ -192,15 +200,17 @@ def _main(argv: Sequence[str] | None) -> int:
         raise UsageError(
             f"{arguments.records} holds no records", "add some with python -m tools.records", parameter="records"
         )
+    if arguments.out.exists() and not arguments.out.is_dir():
+        raise UsageError(f"{arguments.out} is no directory", "name one", parameter="out")
     parts = ["# Accuracy", HOW_TO_READ.format(records=arguments.records)]
     for name in sorted({record.dataset for record in records}):
         chosen = [record for record in records if record.dataset == name]
-        parts.append(dataset_section(name, chosen, arguments.out.parent))
+        parts.append(dataset_section(name, chosen, arguments.out))
     parts += ["## Commands", commands(records)]
-    write_page(arguments.out, parts)
-    paper = arguments.out.with_name("paper.md")
-    write_page(paper, paper_page(records, arguments.out.parent, source=arguments.records))
-    print(f"{arguments.out}, {paper}: {len(records)} runs")
+    accuracy, paper = arguments.out / "accuracy.md", arguments.out / "paper.md"
+    write_page(accuracy, parts)
+    write_page(paper, paper_page(records, arguments.out, source=arguments.records))
+    print(f"{accuracy}, {paper}: {len(records)} runs")
     return 0
 
 

@@ -12,7 +12,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from dman_train.config import TrainConfig, to_dict
+from dman_train.config import TrainConfig, is_earlier_form, to_dict
 from dman_train.presets import BASELINE_PRESETS, PRESETS, Preset
 from tools.record_file import Record
 
@@ -93,17 +93,12 @@ def compared_preset(content: dict[str, Any]) -> Preset:
 
 def standard_options(content: dict[str, Any]) -> dict[str, Any]:
     """The options of the preset that a run is compared with."""
-    preset = compared_preset(content)
+    return options_of(compared_preset(content))
+
+
+def options_of(preset: Preset) -> dict[str, Any]:
+    """The options of a preset, with what `decisive` adds to those of a run."""
     return FORMER_OPTIONS | to_dict(preset.model) | to_dict(preset.train) | {"form": "now"}
-
-
-def is_earlier_form(content: dict[str, Any]) -> bool:
-    """Whether the record is from before the paper's form, `nran` and four of the baselines were repaired."""
-    model, train = content["model"], content["train"]
-    if "system" in model:
-        return model["system"] not in UNCHANGED and "hops" not in model
-    repaired = model.get("architecture") == "paper" or model["variant"] == "nran"
-    return repaired and "adam_beta2" not in train
 
 
 def changed_options(content: dict[str, Any], standard: Mapping[str, Any]) -> dict[str, Any]:
@@ -130,14 +125,16 @@ def label_of(content: dict[str, Any], *, but: Collection[str] = ()) -> str:
 
 
 def decisive(content: dict[str, Any]) -> dict[str, Any]:
-    """The options of a run that decide its result, without the seed. Options that the record lacks are added.
+    """The options of a run that decide its result, without the seed.
 
-    The precision of matrix products is not among them: runs in both are one row, as far as all else is equal.
+    Training options and former options that the record lacks are added, with the values that need no mention. Other
+    options of the model are not. The precision of matrix products decides nothing: runs in both are one row, as far as
+    all else is equal.
     """
     model, train = content["model"], content["train"]
     idle = {"seed", "precision"}
     if "system" in model:
-        idle |= TRAINING_OF_F_ABS | {"random_first_segment"} | ({"hops"} if model["system"] in UNCHANGED else set())
+        idle |= TRAINING_OF_F_ABS | {"random_first_segment"} | ({"hops"} if model["system"] != "hpmn" else set())
     elif model["variant"] in ("xl", "fifo"):
         idle |= TRAINING_OF_F_ABS | ROUTING
     if model.get("variant") == "xl":
@@ -146,7 +143,7 @@ def decisive(content: dict[str, Any]) -> dict[str, Any]:
         idle |= {"long_term"}
     former = {} if "system" in model else {key: value for key, value in FORMER_OPTIONS.items() if key not in model}
     options = model | former | (to_dict(TrainConfig()) | train if train else {})
-    options["form"] = "earlier" if is_earlier_form(content) else "now"
+    options["form"] = "earlier" if is_earlier_form(model, train) else "now"
     return {key: value for key, value in options.items() if key not in idle}
 
 

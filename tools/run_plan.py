@@ -39,7 +39,7 @@ COMMANDS: dict[str, Presets] = {"train": PRESETS, "baselines": BASELINE_PRESETS}
 KEYS = {"name", "data", "seeds", *COMMANDS}
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 # Options that `tools.runs` gives, or that a plan has no use for.
-RESERVED = {"--run", "--resume", "--threads", "--device", "--dry-run", "--json", "--seed"}
+RESERVED = {"--run", "--resume", "--threads", "--device", "--dry-run", "--json", "--seed", "--help", "-h"}
 
 
 @dataclass(frozen=True)
@@ -85,12 +85,16 @@ def read_plan(path: Path) -> list[PlannedRun]:
         for run in runs:
             _check_arguments(run)
     except _PlanError as error:
-        raise UsageError(f"{path}: {error}", "correct the plan") from None
+        raise UsageError(f"{path}: {error.cause}", error.remedy) from None
     return runs
 
 
 class _PlanError(ValueError):
-    """What is wrong with a plan, without the name of its file."""
+    """What is wrong with a plan, without the name of its file, and what to do about it."""
+
+    def __init__(self, cause: str, remedy: str = "") -> None:
+        super().__init__(cause, remedy)
+        self.cause, self.remedy = cause, remedy or "correct the plan"
 
 
 def _runs(plan: dict[str, Any]) -> Iterator[PlannedRun]:
@@ -132,9 +136,11 @@ def _log_names(entry: dict[str, Any]) -> list[str]:
 
 
 def _words(text: Any, name: str) -> list[str]:
+    if not isinstance(text, str):
+        raise _PlanError(f"{name} has arguments that are no text")
     try:
         words = shlex.split(text)
-    except (ValueError, TypeError, AttributeError) as error:
+    except ValueError as error:
         raise _PlanError(f"{name} has arguments that are no command line ({error})") from None
     if reserved := sorted({word.partition("=")[0] for word in words} & RESERVED):
         raise _PlanError(f"{name} gives {reserved[0]}, which is not for a plan to give")
@@ -159,4 +165,4 @@ def _check_arguments(run: PlannedRun) -> None:
     try:
         run.configs()
     except DmanError as error:
-        raise _PlanError(f"{run.name}: {error.cause}") from None
+        raise _PlanError(f"{run.name}: {error.cause}", error.remedy) from None

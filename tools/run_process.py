@@ -18,6 +18,11 @@ from typing import IO
 from dman_runtime.errors import UsageError
 from tools.run_plan import PlannedRun
 
+RUN_FILES = {  # what `dman_train.run` writes
+    "config.json", "vocabulary.json", "metrics.jsonl", "metrics.json", "ranks.npz", "best.pt", "checkpoint.pt",
+    "curves.png", "tensorboard",
+}  # fmt: skip
+
 
 def log_file(path: Path) -> Path:
     """The log of the run in this directory. It lies beside the directory, which must be empty at the start."""
@@ -41,6 +46,25 @@ def claim(path: Path) -> IO[bytes] | None:
     return log
 
 
+def other_files(path: Path) -> list[str]:
+    """The names in a directory that are not of a run; its own name if it is no directory."""
+    if not path.is_dir():
+        return [path.name] if path.exists() else []
+    of_a_run = RUN_FILES | {f".{name}.tmp" for name in RUN_FILES}
+    return sorted(file.name for file in path.iterdir() if file.name not in of_a_run)
+
+
+def remove_run(path: Path) -> None:
+    """Removes a run directory, if there is one. Raises UsageError, also if other files are in it."""
+    if others := other_files(path):
+        raise UsageError(f"{path} stays, as it holds {others[0]}, which is not of a run", "move that file away")
+    try:
+        if path.exists():
+            shutil.rmtree(path)
+    except OSError as error:
+        raise UsageError(f"{path} cannot be removed ({error.strerror})", "remove it yourself") from None
+
+
 class RunProcess:
     """A training that runs."""
 
@@ -50,9 +74,9 @@ class RunProcess:
 
     @classmethod
     def start(cls, planned: PlannedRun, path: Path, log: IO[bytes], *, device: str, resume: bool) -> RunProcess:
-        """`log`: from `claim`; the process keeps its lock."""
-        if not resume and path.exists():
-            shutil.rmtree(path)  # it was killed before its first checkpoint
+        """`log`: from `claim`; the process keeps its lock. Raises UsageError if files of others are in the way."""
+        if not resume:
+            remove_run(path)  # it was killed before its first checkpoint
         command = [sys.executable, "-m", planned.module, *planned.arguments, "--run", str(path), "--threads", "1"]
         command += ["--resume"] if resume else []
         command += [] if device == "auto" else ["--device", device]

@@ -6,107 +6,33 @@
 
 A run is done if the records have one of its name, with the settings that the plan gives today and the same data. The
 command can be stopped at any time (Ctrl-C, SIGTERM, --minutes): runs write checkpoints, and the next call continues
-them. Several calls may work on one plan at the same time. `tools.run_plan` describes the file.
+them. Several calls may work on one plan at the same time. A call does not wait for the runs of another one, and names
+them at its end. `tools.run_plan` describes the file.
 """
 
 from __future__ import annotations
 
 import os
-import shutil
 import sys
 import time
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
 from fnmatch import fnmatchcase
-from functools import cache, lru_cache
+from functools import lru_cache
 from pathlib import Path
-from typing import IO, Any, Literal
+from typing import IO, Literal
 
 from dman_runtime.errors import DmanError, UsageError
 from dman_runtime.options import Parser, run_command
-from dman_train.config import BaselineConfig, ConfigError, DataConfig, ModelConfig, TrainConfig, from_dict, to_dict
-from dman_train.data import load
-from dman_train.run import Run, open_run
+from dman_train.run import open_run
 from dman_train.signals import stop_requests
-from dman_train.trainer import SELECTION_METRIC
 from tools.record_file import RECORDS, Record, add, read_records
 from tools.records import record_of, summary
-from tools.report_rows import decisive
 from tools.run_plan import PlannedRun, read_plan
-from tools.run_process import RunProcess, claim, log_file
+from tools.run_process import RunProcess, claim, log_file, remove_run
+from tools.run_progress import Progress, is_leftover, progress_of
 
 POLL_SECONDS = 0.2
-LOG_LINES = 10  # of a run that failed
-Kind = Literal["done", "trained", "under way", "missing", "blocked"]
-
-
-@dataclass(frozen=True)
-class State:
-    """How far a run of the plan is."""
-
-    kind: Kind  # trained: only the record is missing; blocked: another run has its directory
-    text: str
-
-    def __str__(self) -> str:
-        return f"{self.kind}: {self.text}" if self.text else self.kind
-
-
-@cache
-def fingerprint(log: Path, config: DataConfig) -> str:
-    """The fingerprint of a log as this config reads it. Raises InputError."""
-    return load(log, config).fingerprint()
-
-
-def state_of(planned: PlannedRun, records: dict[str, Record], directory: Path) -> State:
-    """Raises InputError if the log cannot be read; RunError for a damaged run directory."""
-    record, earlier = records.get(planned.name), ""
-    if record is not None:
-        if difference := _difference(planned, record.content):
-            earlier = f"the record of that name has {difference}"
-        else:
-            return State("done", summary(record).partition(", ")[2])
-    path = directory / planned.name
-    if not (path / "config.json").exists():
-        return State("missing", earlier)
-    run = open_run(path)
-    if difference := _difference(planned, run.config):
-        return State("blocked", f"{path} is a run with {difference}; remove it or use another directory")
-    if run.metrics is not None:
-        return State("trained", earlier)
-    if not (path / "checkpoint.pt").exists():
-        return State("missing", earlier)
-    return State("under way", _progress(run))
-
-
-def _difference(planned: PlannedRun, found: dict[str, Any]) -> str:
-    """What a record or a run has other than the plan: "" for nothing, else words for a message.
-
-    Options that do not decide its result may differ. Those that it is too old to have count as their defaults.
-    """
-    model, train, data = planned.configs()
-    kind = BaselineConfig if "system" in found["model"] else ModelConfig
-    try:
-        stored = (from_dict(kind, found["model"], where="model"), from_dict(TrainConfig, found["train"], where="train"))
-    except ConfigError:
-        return "settings of another version"
-    if _deciding(*stored) != _deciding(model, train):
-        return "other settings"
-    if found["dataset"]["fingerprint"] != fingerprint(planned.log, data):
-        return "other data"
-    return ""
-
-
-def _deciding(model: ModelConfig | BaselineConfig, train: TrainConfig) -> dict[str, Any]:
-    return decisive({"model": to_dict(model), "train": to_dict(train)}) | {"seed": train.seed}
-
-
-def _progress(run: Run) -> str:
-    epochs, total = run.epochs(), run.train_config().epochs
-    if not epochs:
-        return f"0 of {total} epochs"
-    best = max(epoch.get(f"valid/{SELECTION_METRIC}", 0.0) for epoch in epochs)
-    return f"{len(epochs)} of {total} epochs, best validation NDCG@10 {best:.4f}"
 
 
 class Worker:
@@ -118,9 +44,10 @@ class Worker:
         self.device, self.keep = device, keep
         self.running: list[RunProcess] = []
         self.failed: list[str] = []
+        self.left_to_others: list[str] = []  # runs that another call trains
 
     def work(self, jobs: int, seconds: float) -> Literal["complete", "time", "signal"]:
-        """Trains until all is done, the time is over, or a signal arrives. Says which it was."""
+        """Trains until nothing is left to train here, the time is over, or a signal arrives. Says which it was."""
         end, waiting = time.monotonic() + seconds, list(self.plan)
         with stop_requests() as stop_requested:
             try:
@@ -141,61 +68,72 @@ class Worker:
         """Starts or continues a run, unless it is done or another call trains it."""
         path = self.directory / planned.name
         try:
-            if self._state(planned).kind == "done":
+            done = self._progress(planned).kind == "done"
+            if done and (self.keep or not path.exists()):
                 return
             log = claim(path)
             if log is None:
-                say(planned.name, "another call trains it")
+                if not done:
+                    self.left_to_others.append(planned.name)
+                    say(planned.name, "another call trains it")
                 return
             try:
-                self._claimed(planned, path, log)
+                self._train_or_record(planned, path, log)
             except DmanError:
                 log.close()
                 raise
         except DmanError as error:
             self._fail(planned.name, str(error))
 
-    def _claimed(self, planned: PlannedRun, path: Path, log: IO[bytes]) -> None:
-        """Raises UsageError, RunError, InputError."""
-        state = self._state(planned)  # another call may have finished it just now
-        if state.kind == "blocked":
-            raise UsageError(state.text)
-        if state.kind in ("missing", "under way"):
-            resume = state.kind == "under way"
+    def _train_or_record(self, planned: PlannedRun, path: Path, log: IO[bytes]) -> None:
+        """Does what a claimed run needs next. Raises UsageError, RunError, InputError."""
+        progress = self._progress(planned)  # another call may have finished it just now
+        if progress.kind == "blocked":
+            raise UsageError(progress.text, progress.remedy, parameter="runs")
+        if progress.kind in ("missing", "under way"):
+            resume = progress.kind == "under way"
             self.running.append(RunProcess.start(planned, path, log, device=self.device, resume=resume))
-            say(planned.name, f"continued after {state.text}" if resume else "started")
+            say(planned.name, f"continued after {progress.text}" if resume else "started")
             return
-        if state.kind == "trained":
+        if progress.kind == "trained":
             self._record(planned.name)
+        elif not self.keep and is_leftover(planned, path):
+            remove_run(path)
         log.close()
 
-    def _state(self, planned: PlannedRun) -> State:
-        return state_of(planned, by_name(self.records), self.directory)
+    def _progress(self, planned: PlannedRun) -> Progress:
+        return progress_of(planned, by_name(self.records), self.directory)
 
     def _reap(self) -> None:
         for process in [process for process in self.running if process.poll() is not None]:
             self.running.remove(process)
-            name, code = process.name, process.poll()
-            process.close()
-            if code == 0:
-                try:
-                    self._record(name)
-                except DmanError as error:
-                    self._fail(name, str(error))
-            elif process.stopped:
-                say(name, "stopped")
-            else:
-                last = log_file(self.directory / name).read_text(errors="replace").splitlines()[-LOG_LINES:]
-                self._fail(name, "\n    ".join([f"exit status {code}; the end of its log:", *last]))
+            try:
+                self._finish(process)
+            except DmanError as error:
+                self._fail(process.name, str(error))
+            finally:
+                process.close()  # not before: another call must not begin the run while its directory goes
+
+    def _finish(self, process: RunProcess) -> None:
+        """What follows the end of a process. Raises RunError, UsageError."""
+        name, code = process.name, process.poll()
+        if code == 0:
+            self._record(name)
+        elif process.stopped:
+            say(name, "stopped")
+        else:
+            log = log_file(self.directory / name)
+            lines = log.read_text(errors="replace").strip().splitlines() or ["no output"]
+            self._fail(name, f"exit status {code}: {lines[-1].strip()} ({log} has the rest)")
 
     def _record(self, name: str) -> None:
         """Raises RunError, UsageError."""
         run = open_run(self.directory / name)
         record = record_of(run, name)
         add(self.records, record)
-        if not self.keep:
-            shutil.rmtree(run.path)
         say(name, summary(record).partition(": ")[2])
+        if not self.keep:
+            remove_run(run.path)
 
     def _fail(self, name: str, reason: str) -> None:
         self.failed.append(name)
@@ -231,8 +169,8 @@ def show(plan: Sequence[PlannedRun], records: Path, directory: Path) -> None:
     width = max(len(planned.name) for planned in plan)
     for planned in plan:
         try:
-            state = state_of(planned, found, directory)
-            kind, text = str(state.kind), str(state)
+            progress = progress_of(planned, found, directory)
+            kind, text = str(progress.kind), str(progress)
         except DmanError as error:
             kind, text = "unreadable", f"unreadable: {error}"
         counts[kind] += 1
@@ -264,7 +202,7 @@ def parser() -> Parser:
     p.add_argument("--minutes", type=float, default=None, metavar="M", help="stop after this time")
     p.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto", help="where to train")
     p.add_argument("--runs", type=Path, default=Path("runs/plan"), help="where run directories and their logs go")
-    p.add_argument("--keep-runs", action="store_true", help="keep the directory of a run when its record is written")
+    p.add_argument("--keep-runs", action="store_true", help="keep the directories of runs whose records are written")
     p.flag("--records", type=Path, default=RECORDS, help="the file of all records")
     return p
 
@@ -286,6 +224,8 @@ def _main(argv: Sequence[str] | None) -> int:
     ended = worker.work(arguments.jobs or _cores(), seconds)
     if ended != "complete":
         print("stopped; the same command continues")
+    if worker.left_to_others:
+        print(f"{len(worker.left_to_others)} left to another call: {', '.join(worker.left_to_others)}")
     if worker.failed:
         print(f"{len(worker.failed)} failed: {', '.join(worker.failed)}")
         return 1

@@ -60,8 +60,9 @@ def score(
     """Writes the k best items of every user in a log to a Parquet file.
 
     Columns: user_id, rank (from 1), item_id, score, source (model or popular). The answers are those of a server that
-    was given the same histories. Users have the type that the log was read with (`options_of_training` gives that of
-    the bundle), items that of the bundle. `at`: seconds of the moment to score for; None: unknown. Memory stays bounded by the partition size. Raises InputError.
+    was given the same histories and is asked at the moment `at` (seconds; None: unknown). Users have the type that the
+    log was read with (`options_of_training` gives that of the bundle), items that of the bundle. Memory stays bounded by
+    the partition size. Raises InputError.
     """
     rows_of = _Rows(log, generation.bundle)
     result = ScoreResult()

@@ -112,12 +112,16 @@ class Generation:
                 "export the bundle again",
             ) from failure
         if not error <= GOLDEN_TOLERANCE:
-            raise BundleError(
-                f"{bundle.path}: the golden replay is off by {error:.1e} on this machine",
-                "run the graphs on the CPU, or export the bundle again with this version of ONNX Runtime",
-                parameter="provider",
-            )
+            raise self._golden_refusal(error)
         return error
+
+    def _golden_refusal(self, error: float) -> BundleError:
+        cause = f"{self.bundle.path}: the golden replay is off by {error:.1e} on this machine"
+        remedy = "run the graphs on the CPU, or export the bundle again with this version of ONNX Runtime"
+        if not self.bundle.manifest.state.recurrent:  # earlier versions absorbed a segment later
+            cause += ", or an earlier version trained it: variant nran had another form"
+            remedy = "train again if the bundle is older than this version, else run the graphs on the CPU"
+        return BundleError(cause, remedy, parameter="provider")
 
     def _golden_error(self) -> float:
         golden = self.bundle.golden()

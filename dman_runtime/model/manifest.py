@@ -156,7 +156,8 @@ def _check_state(state: object) -> None:
     _require(state["dtype"] in STATE_DTYPES, f"state.dtype is {shown(state['dtype'])}")
     _require(state.get("times", "none") in TIMES, f"state.times is {shown(state.get('times'))}")
     _require_number("state.sketch_items", state.get("sketch_items", 0), 0, 512)
-    size = 4 * state["layers"] * state["width"] * (2 * state["segment_length"] + state["memory_slots"])
+    shape = StateShape(**state)
+    size = 4 * shape.layers * shape.width * (shape.context_limit + shape.memory_slots)
     _require(size <= MAX_STATE_BYTES, f"a state would have {size} bytes, more than {MAX_STATE_BYTES}")
 
 

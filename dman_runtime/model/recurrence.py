@@ -167,7 +167,8 @@ def _add_times(ages: np.ndarray, new: np.ndarray, context: np.ndarray, piece: Pi
 def embeddings_at(states: Sequence[State], moments: Sequence[int], *, bundle: Bundle, graphs: Graphs) -> np.ndarray:
     """(B, D) user embeddings of states that have events, for requests at these seconds.
 
-    A moment before the last event counts as unknown, and so does every moment if the time of that is unknown. For a model that does not see requests: those of the states.
+    A moment before the last event counts as unknown, and so does every moment if the time of that is unknown. For a
+    model that does not see requests: those of the states.
     """
     embeddings = np.stack([state.user_embedding for state in states])
     rows = [

@@ -2,8 +2,9 @@
 
 Symbols: T segment length, m memory slots, L layers, D width, C the most context (2T, or T without recurrence).
 A history is cut into segments of T events from its head.
-The state holds the hidden states of the open segment and of the closed one before it (the *context*), the memory, which
-stands for everything older, and the user embedding. Its size does not depend on the length of the history.
+The state holds the hidden states of the open segment and, with recurrence, of the closed one before it (the *context*);
+the memory, which stands for everything older; and the user embedding. Its size does not depend on the length of the
+history.
 """
 
 from __future__ import annotations

@@ -19,7 +19,7 @@ class Baseline(nn.Module):
     """A model that sees only the last `history` events of a user.
 
     Symbols: B users, W events (at most `history`), D width, V items, U users of the training log.
-    A subclass defines `encode` and may replace `output_table`.
+    A subclass defines `encode` and may replace `item_table`.
     """
 
     def __init__(self, config: BaselineConfig, vocabulary: int, users: int) -> None:

@@ -38,7 +38,7 @@ GRAPHS = {
     "gated": replace(TINY, long_term="gated", layers=1),
     "paper-fifo": replace(PAPER, variant="fifo", layers=1),
     "xl": replace(TINY, variant="xl", layers=3),
-    "nran-full": replace(TINY, variant="nran", routing="full", routing_softmax="primaries", layers=1),
+    "nran-full": replace(TINY, variant="nran", routing="full", routing_softmax="primaries"),
 }
 
 

@@ -29,6 +29,7 @@ WITH_MEMORY = {
     "paper": PAPER,
     "fifo": replace(TINY, variant="fifo"),
     "nran": replace(TINY, variant="nran"),
+    "paper-nran": replace(PAPER, variant="nran"),
 }
 every_variant = pytest.mark.parametrize("config", WITH_MEMORY.values(), ids=WITH_MEMORY.keys())
 LENGTHS = (23, 4, 5, 10, 1, 11, 15, 16, 40)  # segments have 5 events
@@ -88,14 +89,16 @@ def _gated(model: DMAN, history: np.ndarray) -> tuple[Tensor, float, np.ndarray]
     """As `_merged`. The short-term branch is that of an xl model of the same weights."""
     xl = random_model(replace(model.config, variant="xl"), TINY_ITEMS)
     xl.load_state_dict({name: model.state_dict()[name] for name in xl.state_dict()})
-    short, attention = replay(xl, [history])[0][0] / model.output_scale, []
+    visible = history if model.config.recurrent else history[(len(history) - 1) // 5 * 5 :]
+    short, attention = replay(xl, [visible])[0][0] / model.output_scale, []
     g = model.embed(torch.from_numpy(history[-1:]))[0]
     for block, memory in zip(model.long_term, memory_read(model, history), strict=True):
         read, weights = _read(block.attention, block.norm(g), block.norm_memory(memory))
         g = block.add(g[None], read[None])[0]
         attention.append(weights.mean(0))
     long = model.norm_long(g)
-    gate = 1 / (1 + torch.exp(-(model.gate_short.weight @ short + model.gate_short.bias + model.gate_long(long))))
+    bias = 0 if model.gate_short.bias is None else model.gate_short.bias  # `paper` has none, as in eq. 3
+    gate = 1 / (1 + torch.exp(-(model.gate_short.weight @ short + bias + model.gate_long.weight @ long)))
     return gate * short + (1 - gate) * long, float(gate.mean()), torch.stack(attention).numpy()
 
 
@@ -114,6 +117,9 @@ def _read(w: Attention, query: Tensor, sources: Tensor, bias: Tensor | None = No
 def test_diversity_is_that_of_the_memory_read(config: ModelConfig) -> None:
     model, histories = random_model(config, TINY_ITEMS), random_histories(*LENGTHS)
     seen = observe(model, histories, batch=4)
+    initial = model.initial_memory
+    written = [not torch.equal(memory_read(model, history), initial) for history in histories]
+    assert (seen.absorbed > 0).tolist() == written
     for row, history in enumerate(histories):
         for layer, memory in enumerate(memory_read(model, history).double().numpy()):
             norms = np.linalg.norm(memory, axis=1)
@@ -126,12 +132,20 @@ def test_diversity_is_that_of_the_memory_read(config: ModelConfig) -> None:
             assert seen.pairs[row, layer].tolist() == np.histogram(cosine, np.linspace(-1, 1, 41))[0].tolist()
 
 
-def test_observations_of_every_segment_are_those_of_the_prefixes() -> None:
-    model, histories = random_model(TINY, TINY_ITEMS), random_histories(23, 5, 11)
+@pytest.mark.parametrize(
+    ("variant", "absorbed"),
+    [
+        ("dman", [0, 0, 1, 2, 3, 0, 0, 0, 1]),
+        ("fifo", [0, 0, 1, 2, 3, 0, 0, 0, 1]),
+        ("nran", [0, 1, 2, 3, 4, 0, 0, 1, 2]),
+    ],
+)
+def test_observations_of_every_segment_are_those_of_the_prefixes(variant: Any, absorbed: list[int]) -> None:
+    model, histories = random_model(replace(TINY, variant=variant), TINY_ITEMS), random_histories(23, 5, 11)
     every = observe(model, histories, every_segment=True)
     assert every.history.tolist() == [0] * 5 + [1] + [2] * 3
     assert every.events.tolist() == [5, 10, 15, 20, 23, 5, 5, 10, 11]
-    assert every.absorbed.tolist() == [0, 0, 1, 2, 3, 0, 0, 0, 1]
+    assert every.absorbed.tolist() == absorbed
     prefixes = [histories[row][:end] for row, end in zip(every.history, every.events, strict=True)]
     last = observe(model, prefixes)
     for name in ("events", "absorbed", "share", "attention", "cosine", "effective_rank"):

@@ -195,6 +195,27 @@ def test_abstraction_loss_is_about_one_absorption_and_real_positions(
     torch.testing.assert_close(losses.abstraction, expected, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize(
+    ("config", "calls"),
+    [
+        (TINY, 2),
+        (PAPER, 2),
+        *((replace(base, variant=variant), 1) for base in (TINY, PAPER) for variant in ("fifo", "xl")),
+    ],
+)
+def test_memory_is_absorbed_again_for_eq_5_only_if_f_abs_has_parameters(
+    config: ModelConfig, calls: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, called = random_model(config, TINY_ITEMS), []
+    learner, abstract = learner_of(model, SETTINGS["alternating"]), model.abstract
+    monkeypatch.setattr(model, "abstract", lambda *arguments: called.append(1) or abstract(*arguments))
+    _, state = learner.step(one_lane(torch.arange(5)[None], 5, start=True), LaneState.empty(model, 1, 1))
+    called.clear()
+    losses, _ = learner.step(one_lane(torch.arange(5)[None], 5, start=False), state)
+    assert len(called) == calls
+    assert calls == 2 or losses.abstraction == 0
+
+
 @pytest.mark.parametrize(("architecture", "segments"), [(TINY, 3), (PAPER, 2)], ids=["plus", "paper"])
 def test_first_segment_whose_step_trains_f_abs(architecture: ModelConfig, segments: int) -> None:
     """`paper`: users of two segments train f_abs, as the absorption of the first is judged by the second."""

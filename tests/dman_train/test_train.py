@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import signal
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import fields, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +19,8 @@ import torch
 
 from dman_runtime.model.bundle import read_manifest
 from dman_train import evaluate, export, train
-from dman_train.config import BaselineConfig, ConfigError, DataConfig, ModelConfig, TrainConfig
+from dman_train.config import BaselineConfig, ConfigError, DataConfig, ModelConfig, TrainConfig, to_dict
+from dman_train.families import family_of
 from dman_train.presets import BASELINE_PRESETS, PRESETS
 from dman_train.run import Run, RunError, open_run
 from dman_train.signals import stop_requests
@@ -204,6 +207,57 @@ def test_older_run_resumes_on_its_log(older_run: Path, small_log: Path, capsys: 
     (older_run / "metrics.json").unlink()
     message = assert_one_line_error(capsys, train.main, "--data", small_log, "--run", older_run, "--resume")
     assert "has no checkpoint" in message  # so data and configuration were accepted
+
+
+def run_of_before(run: Path, model: ModelConfig | BaselineConfig, *, form: str) -> None:
+    """Makes `run` one of this model, and with form "earlier" one without the options that came with today's form."""
+    config = json.loads((run / "config.json").read_text())
+    config["model"] = to_dict(model)
+    if form == "earlier":
+        config["model"].pop("hops", None)
+        del config["train"]["adam_beta2"]
+    (run / "config.json").write_text(json.dumps(config))
+    sizes = (config["dataset"]["items"], config["dataset"]["users"])
+    torch.save(family_of(model).build(model, *sizes).state_dict(), run / "best.pt")
+
+
+REPAIRED: dict[str, ModelConfig | BaselineConfig] = {
+    "nran": ModelConfig(variant="nran", width=8),
+    "architecture 'paper'": replace(PRESETS["paper"].model, width=8),
+} | {system: BaselineConfig(system, width=8, history=12) for system in ("caser", "shan", "hpmn", "sdm")}  # type: ignore[arg-type]
+UNCHANGED: dict[str, ModelConfig | BaselineConfig] = {
+    "dman": ModelConfig(width=8),
+    "xl": ModelConfig(variant="xl", width=8),
+    "gru4rec": BaselineConfig("gru4rec", width=8),
+    "sasrec": BaselineConfig("sasrec", width=8),
+}
+
+
+@pytest.mark.parametrize("name", REPAIRED)
+def test_run_of_an_earlier_form_is_refused(
+    run_copy: Path, small_log: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], name: str
+) -> None:
+    run_of_before(run_copy, model := REPAIRED[name], form="now")
+    assert open_run(run_copy).best_model().config == model
+    run_of_before(run_copy, model, form="earlier")
+    words = f"{run_copy} was trained with an earlier form of {name}, which this version does not have; train again"
+    with pytest.raises(RunError, match=re.escape(words)):
+        open_run(run_copy).best_model()
+    assert words in assert_one_line_error(capsys, evaluate.main, "--run", run_copy)
+    if isinstance(model, ModelConfig):
+        assert words in assert_one_line_error(capsys, export.main, "--run", run_copy, "--out", tmp_path / "bundle")
+    (run_copy / "metrics.json").unlink()
+    resume = partial(train.main, presets=PRESETS if isinstance(model, ModelConfig) else BASELINE_PRESETS)
+    message = assert_one_line_error(capsys, resume, "--data", small_log, "--run", run_copy, "--resume")
+    assert words in message and "(--run)" in message
+
+
+@pytest.mark.parametrize("name", UNCHANGED)
+def test_run_of_before_is_evaluated_if_its_form_is_that_of_today(
+    run_copy: Path, capsys: pytest.CaptureFixture[str], name: str
+) -> None:
+    run_of_before(run_copy, UNCHANGED[name], form="earlier")
+    assert last_json(capsys, evaluate.main, "--run", run_copy)["users"] > 50
 
 
 def test_evaluate_on_another_log_counts_unknown_targets_and_does_not_filter(
@@ -566,8 +620,8 @@ OTHER: dict[str, Any] = {
     "backprop_segments": 2, "dropout": 0.5, "abstraction_weight": 0.25, "learning_rate": 0.5,
     "abstraction_learning_rate": 0.5, "precision": "bfloat16", "final_learning_rate": 0.5, "weight_decay": 0.5,
     "gradient_clip": 0.5, "user_column": "u", "item_column": "i", "time_column": "t", "position_column": "p",
-    "heads": 1, "ema_decay": 0.5, "order_by": "file", "time_unit": "ms", "user_ids": "text", "item_ids": "text",
-    "exact_repeats": "keep", "format": "jsonl", "separator": ";", "quote": "none", "header": False,
+    "heads": 1, "ema_decay": 0.5, "adam_beta2": 0.5, "order_by": "file", "time_unit": "ms", "user_ids": "text",
+    "item_ids": "text", "exact_repeats": "keep", "format": "jsonl", "separator": ";", "quote": "none", "header": False,
     "encoding": "latin-1", "bad_rows": "skip",
 }  # fmt: skip
 NEEDS = {"architecture": {"heads": 1, "long_term": "gated"}}

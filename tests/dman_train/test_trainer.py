@@ -19,7 +19,7 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
-from conftest import PAPER, ROOT, TINY
+from conftest import PAPER, RANKING_OF_SEEN_ITEMS, ROOT, TINY
 
 from dman_runtime.data.evaluation import RANKINGS, HeldOut, Ranking, metrics
 from dman_train import distributed, train
@@ -394,15 +394,7 @@ def test_train_config_field_changes_the_weights(name: str) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    ("choice", "ranking"),
-    [
-        ("exclude", "seen_excluded"),
-        ("exclude-from-ranking", "seen_excluded"),
-        ("keep-target", "target_kept"),
-        ("keep", "seen_kept"),
-    ],
-)
+@pytest.mark.parametrize(("choice", "ranking"), RANKING_OF_SEEN_ITEMS.items())
 def test_seen_items_decide_what_the_epoch_is_chosen_by(choice: str, ranking: Ranking) -> None:
     trainer = trained(TINY, replace(CONFIG, seen_items=choice), 3)  # type: ignore[arg-type]
     measured, ranks = trainer.train_epoch(on_step=lambda: None, progress=False), trainer.validate()

@@ -188,6 +188,31 @@ def test_configuration_nearest_to_the_preset_is_shown(tmp_path: Path) -> None:
     assert cells(page, "Table 3", "DMAN", "ml-1m")["HR@10, `paper`"] == "0.7500"
 
 
+def test_records_of_an_earlier_form_are_in_no_table(tmp_path: Path) -> None:
+    made = [
+        baseline("caser-then", "caser"),
+        dman("dman-then"),
+        dman("nran-then", variant="nran"),
+        dman("now", layers=3),
+    ]
+    del made[0].content["model"]["hops"]
+    for record_then in made[1:3]:
+        del record_then.content["train"]["adam_beta2"]
+    page = page_of([*made, baseline("sasrec-then", "sasrec")], tmp_path)
+    assert cells(page, "Table 3", "Caser", "ml-1m")["HR@10, default"] == "-"
+    assert "| `now` |" in records_row(page, "DMAN")[0] and "`sasrec-then`" in page, "SASRec is what it was"
+    assert not re.search("`(caser|dman|nran)-then`", page)
+
+
+def test_segment_length_is_said_where_it_is_not_that_of_the_paper(tmp_path: Path) -> None:
+    log = "online-retail-long"
+    page = page_of([dman("t20", log), dman("ml"), baseline("h50", "caser", log, history=50)], tmp_path)
+    said = "**T, events per segment:** 50 in the paper; ours 20 (`paper`)"
+    assert page.count(f"{said}, 50 (default).") == 1 and page.count(f"{said}. No record") == 1, "Tables 4 and 5"
+    assert page.count("events per segment") == 2, "the other logs have that of the paper"
+    assert "events per segment" not in page_of([dman("t50", log, segment_length=50)], tmp_path)
+
+
 def test_segment_of_the_long_log_is_that_of_the_paper(tmp_path: Path) -> None:
     log = "online-retail-long"
     made = [
@@ -308,7 +333,18 @@ def test_sizes_of_one_number_of_epochs_are_charted(tmp_path: Path) -> None:
         "| 3 | 0.2000 | 0.1000 |"
         in page.partition("(c) validation by epoch, Taobao (`taobao-userbehavior-sample`):")[2]
     )
-    assert len(records_row(page, "DMAN, Figure 2")) == 5, "one of them is in both panels"
+    named = [line.split("`")[-2] for line in records_row(page, "DMAN, Figure 2")]
+    assert named == ["m2", "m20", "m30", "l1"], "each once, also m20, which is in both panels"
+
+
+def test_point_of_a_size_is_the_better_run_by_validation(tmp_path: Path) -> None:
+    better, worse = dman("better", memory_slots=2), dman("worse", memory_slots=2, patience=2, ranks=(51,) * 4)
+    worse.content["metrics"]["valid"] = {
+        "target_kept": worse.content["metrics"]["valid"]["target_kept"] | {"hr@10": 0.4}
+    }
+    for made in ([better, worse], [worse, better]):
+        page = page_of([*made, dman("m4", memory_slots=4)], tmp_path)
+        assert "| `better` |" in page and "`worse`" not in page
 
 
 def test_learning_curve_is_the_mean_of_the_runs_that_reached_an_epoch() -> None:
@@ -330,7 +366,7 @@ def test_learning_curve_is_the_mean_of_the_runs_that_reached_an_epoch() -> None:
 def test_report_writes_the_page_beside_the_other_and_names_records_whose_commands_it_holds(tmp_path: Path) -> None:
     made = [dman("one"), baseline("two", "gru4rec"), dman("unused", layers=3)]
     (tmp_path / "records.parquet").write_bytes(records_bytes(made))
-    arguments = ["--records", str(tmp_path / "records.parquet"), "--out", str(tmp_path / "accuracy.md")]
+    arguments = ["--records", str(tmp_path / "records.parquet"), "--out", str(tmp_path)]
     assert report.main(arguments) == 0
     commands = (tmp_path / "accuracy.md").read_text().partition("## Commands")[2]
     named = re.findall(r"`(\w+)` \|$", (tmp_path / "paper.md").read_text().partition("## Records")[2], re.MULTILINE)

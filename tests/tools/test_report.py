@@ -29,9 +29,8 @@ def reported(directory: Path, records: Sequence[Record]) -> tuple[list[Record], 
     """Stores the records and builds their report: what is stored, and the page."""
     for record in records:
         add(directory / "records.parquet", record)
-    out = directory / "accuracy.md"
-    assert report.main(["--records", str(directory / "records.parquet"), "--out", str(out)]) == 0
-    return read_records(directory / "records.parquet"), out.read_text()
+    assert report.main(["--records", str(directory / "records.parquet"), "--out", str(directory)]) == 0
+    return read_records(directory / "records.parquet"), (directory / "accuracy.md").read_text()
 
 
 def test_report_shows_runs_seeds_and_differences(trained_run: Path, small_log: Path, tmp_path: Path) -> None:
@@ -72,6 +71,8 @@ def test_report_compares_what_has_one_recipe(
     ("model", "idle", "decisive"),
     [
         ({"system": "gru4rec", "history": 200}, {"memory_training": "alternating"}, {"learning_rate": 0.5}),
+        ({"system": "shan", "hops": 3}, {"hops": 2}, {"learning_rate": 0.5}),
+        ({"system": "hpmn", "hops": 3}, {"memory_training": "alternating"}, {"hops": 2}),
         ({"variant": "xl", "memory_slots": 10}, {"abstraction_every": 1}, {"dropout": 0.5}),
         ({"variant": "fifo", "memory_slots": 10}, {"routing_iterations": 3}, {"memory_slots": 20}),
         ({"variant": "dman", "memory_slots": 10}, {"seed": 3}, {"memory_training": "alternating"}),
@@ -93,6 +94,14 @@ def test_runs_are_told_apart_by_what_decides_them(
 def test_report_of_nothing_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert report.main(["--records", str(tmp_path / "none.parquet")]) == 2
     assert "holds no records" in capsys.readouterr().err
+
+
+def test_report_goes_into_a_directory(trained_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    records, taken = tmp_path / "records.parquet", tmp_path / "paper.md"
+    add(records, record_of(Run(trained_run), "one"))
+    taken.write_text("mine")
+    assert report.main(["--records", str(records), "--out", str(taken)]) == 2
+    assert "paper.md is no directory; name one (--out)" in capsys.readouterr().err and taken.read_text() == "mine"
 
 
 @pytest.mark.slow
@@ -146,7 +155,7 @@ def test_committed_report_is_that_of_the_committed_records(tmp_path: Path, monke
     monkeypatch.chdir(root)
     for module in (report, paper_rows):
         monkeypatch.setattr(module, "paired_bootstrap", partial(paired_bootstrap, samples=1))
-    assert report.main(["--out", str(tmp_path / "accuracy.md")]) == 0
+    assert report.main(["--out", str(tmp_path)]) == 0
     interval = re.compile(r"\([+-][.\d]+ to [+-][.\d]+\)")
     for page in ("accuracy.md", "paper.md"):
         found, committed = (interval.sub("", file.read_text()) for file in (tmp_path / page, root / "reports" / page))

@@ -182,7 +182,7 @@ def _segment(shape: StateShape, batch: int, new: int) -> tuple[np.ndarray, ...]:
         normal(batch, new, shape.width),
         np.full(batch, new),
         normal(batch, shape.layers, context, shape.width),
-        np.full(batch, context if shape.recurrent else min(context, shape.segment_length - new)),
+        np.full(batch, context),
         normal(batch, shape.layers, shape.memory_slots, shape.width),
     )
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from conftest import MOVIELENS
+from conftest import MOVIELENS, RANKING_OF_SEEN_ITEMS
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -13,6 +13,7 @@ from dman_runtime.data.evaluation import (
     RANKINGS,
     UNKNOWN,
     HeldOut,
+    Ranking,
     Ranks,
     format_report,
     held_out,
@@ -77,16 +78,8 @@ def test_a_target_that_the_model_does_not_know_is_a_miss_in_all_rankings_and_cha
     assert as_lists(ranks) == ([1, MISS, 1], [2, MISS, 1], [1, MISS, 1])
 
 
-@pytest.mark.parametrize(
-    ("seen_items", "ranking"),
-    [
-        ("exclude", "seen_excluded"),
-        ("exclude-from-ranking", "seen_excluded"),
-        ("keep-target", "target_kept"),
-        ("keep", "seen_kept"),
-    ],
-)
-def test_choice_of_seen_items_decides_the_ranking(seen_items: str, ranking: str) -> None:
+@pytest.mark.parametrize(("seen_items", "ranking"), RANKING_OF_SEEN_ITEMS.items())
+def test_choice_of_seen_items_decides_the_ranking(seen_items: str, ranking: Ranking) -> None:
     ranks = Ranks(np.array([MISS]), np.array([3]), np.array([2]))
     assert ranking_for(seen_items) == ranking
     assert ranks.of(ranking_for(seen_items)) is getattr(ranks, ranking)

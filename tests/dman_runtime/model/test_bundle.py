@@ -173,6 +173,14 @@ def test_golden_replay_notices_an_altered_item_table(copy: Path) -> None:
         golden_error(copy)
 
 
+def test_golden_replay_of_a_model_without_recurrence_names_the_earlier_form(copy: Path) -> None:
+    rewrite_manifest(copy, state=replace(read_manifest(copy).state, recurrent=False))
+    with pytest.raises(
+        BundleError, match=r"golden replay is off by .* an earlier version trained it.*train again.*CPU"
+    ):
+        golden_error(copy)
+
+
 @pytest.mark.parametrize("altered", ["user_embeddings", "memories"])
 def test_golden_replay_notices_each_of_its_parts(copy: Path, tiny_model: DMAN, altered: str) -> None:
     golden = golden_replay(tiny_model)

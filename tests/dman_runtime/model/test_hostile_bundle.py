@@ -274,6 +274,15 @@ def test_open_refuses_states_that_are_too_large_together(copy: Path) -> None:
     assert "a state would have" in refusal(copy)
 
 
+def test_size_of_a_state_counts_the_context_that_it_can_hold(copy: Path) -> None:
+    shape = replace(read_manifest(copy).state, segment_length=512, memory_slots=512, layers=8, width=2048)
+    rewrite_manifest(copy, state=replace(shape, recurrent=False))
+    assert read_manifest(copy).state.context_limit == 512, "64 MiB, which is the limit"
+    rewrite_manifest(copy, state=shape)
+    with pytest.raises(BundleError, match="a state would have 100663296 bytes"):
+        read_manifest(copy)
+
+
 @pytest.mark.parametrize(
     "entry", [None, [], {"bytes": 3}, {"sha256": "0" * 64, "bytes": "3"}, {"sha256": 3, "bytes": 3}]
 )

@@ -21,9 +21,17 @@ from dman_runtime.model.state import State
 LENGTHS = (0, 1, 4, 5, 6, 9, 10, 11, 14, 15, 23, 40)  # T = 5: around every border
 
 
-@pytest.fixture(scope="module", params=["float16", "float32"])
+@pytest.fixture(scope="module", params=["float16", "float32", "without recurrence"])
 def generation(request: pytest.FixtureRequest, tiny: Generation, exact: Generation) -> Generation:
-    return tiny if request.param == "float16" else exact
+    """Two layers each, so that records have hidden states."""
+    return {"float16": tiny, "float32": exact, "without recurrence": without_recurrence(tiny)}[request.param]
+
+
+def without_recurrence(generation: Generation) -> Generation:
+    """With the same graphs, whose context is then the open segment alone."""
+    manifest = generation.bundle.manifest
+    manifest = replace(manifest, state=replace(manifest.state, recurrent=False))
+    return replace(generation, bundle=replace(generation.bundle, manifest=manifest))
 
 
 @pytest.fixture
@@ -165,11 +173,14 @@ class ZeroGraphs:
         return np.zeros_like(memory)
 
 
-@pytest.mark.parametrize(("dtype", "largest"), [("float16", 15_812), ("float32", 30_916)])
-def test_record_at_the_default_sizes_takes_what_the_module_says(dtype: str, largest: int) -> None:
+@pytest.mark.parametrize(
+    ("dtype", "recurrent", "largest"),
+    [("float16", True, 15_812), ("float32", True, 30_916), ("float16", False, 10_612), ("float32", False, 20_596)],
+)
+def test_record_at_the_default_sizes_takes_what_the_module_says(dtype: str, recurrent: bool, largest: int) -> None:
     """T=20, m=10, L=2, D=128: the sum of the sizes at the head of `record.py`; twice the hidden states and memory
-    in float32."""
-    shape = StateShape(segment_length=20, memory_slots=10, layers=2, width=128, recurrent=True, dtype=dtype)
+    in float32; 19 instead of 39 positions without recurrence."""
+    shape = StateShape(segment_length=20, memory_slots=10, layers=2, width=128, recurrent=recurrent, dtype=dtype)
     manifest = Manifest(FORMAT_VERSION, "00" * 8, {}, shape, 10, True, {}, {})
     items = Items([str(i) for i in range(10)], np.full(10, 0.1), [""] * 10, [{}] * 10, {})
     bundle = Bundle(Path(), manifest, items, np.zeros((10, 128), np.float32), np.zeros((2, 10, 128), np.float32))
