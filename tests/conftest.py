@@ -11,7 +11,7 @@ import sys
 import tempfile
 import threading
 import warnings
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractAsyncContextManager, contextmanager
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -26,9 +26,10 @@ import pytest
 import torch
 from filelock import FileLock
 
-from dman_runtime.data.evaluation import Ranking
+from dman_runtime.data.evaluation import HeldOut, Ranking
 from dman_runtime.data.interactions import ItemInfo
 from dman_runtime.model.bundle import GOLDEN, ITEMS, MANIFEST, items_jsonl, read_manifest, sha256
+from dman_runtime.model.events import KnownEvents
 from dman_runtime.model.generation import Generation
 from dman_runtime.serving.config import ServeConfig
 from dman_runtime.store.base import StateStore
@@ -201,6 +202,19 @@ def new_store(kind: str) -> Iterator[StateStore]:
 def ids(items: Iterable[int]) -> list[str]:
     """External ids of item indices of the tiny bundles."""
     return [str(int(item) + 1) for item in items]
+
+
+def events_of(items: Sequence[int] | np.ndarray, times: Sequence[int] | np.ndarray | None = None) -> KnownEvents:
+    """Events of item indices, oldest first; without `times`, at unknown ones."""
+    moments = np.zeros(len(items), np.int64) if times is None else np.asarray(times, np.int64)
+    return KnownEvents(np.asarray(items, np.int64), moments)
+
+
+def held_out_of(histories: Sequence[np.ndarray], targets: np.ndarray, users: np.ndarray | None = None) -> HeldOut:
+    """Of a log without times."""
+    users = np.arange(len(histories)) if users is None else users
+    times = [np.zeros(len(history), np.int64) for history in histories]
+    return HeldOut(users, list(histories), targets, times, np.zeros(len(targets), np.int64))
 
 
 def assert_close(found: Any, expected: Any, tolerance: float) -> None:

@@ -7,11 +7,10 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from conftest import PAPER, TINY, TINY_ITEMS, random_model
+from conftest import PAPER, TINY, TINY_ITEMS, held_out_of, random_model
 from torch import Tensor
-from traced_log import EVENTS, OFFSETS
+from traced_log import EVENTS, OFFSETS, TIMES
 
-from dman_runtime.data.evaluation import HeldOut
 from dman_train.config import ModelConfig, TrainConfig
 from dman_train.data import TrainingData
 from dman_train.lane_learner import LaneLearner, LaneState
@@ -22,7 +21,7 @@ from dman_train.replay import replay
 
 
 def lanes_of(lanes: int, *, vary_first: bool = True) -> Lanes:
-    return Lanes(EVENTS, OFFSETS, segment_length=5, lanes=lanes, vary_first=vary_first, seed=0)
+    return Lanes(EVENTS, OFFSETS, TIMES, segment_length=5, lanes=lanes, vary_first=vary_first, seed=0)
 
 
 SETTINGS = {"alternating": TrainConfig(loss="full", memory_training="alternating")} | {
@@ -32,21 +31,28 @@ SETTINGS = {"alternating": TrainConfig(loss="full", memory_training="alternating
 
 def learner_of(model: DMAN, config: TrainConfig) -> LaneLearner:
     """Of any data: the tests give batches and states themselves."""
-    nothing_held_out = HeldOut(np.zeros(0, np.int64), [], np.zeros(0, np.int64))
-    data = TrainingData(EVENTS, OFFSETS, np.ones(model.vocabulary, np.int64), nothing_held_out)
+    nothing_held_out = held_out_of([], np.zeros(0, np.int64))
+    data = TrainingData(EVENTS, OFFSETS, TIMES, np.ones(model.vocabulary, np.int64), nothing_held_out)
     return LaneLearner(model, replace(config, lanes=1), data)
 
 
 def inputs_of(batch: Batch) -> StepInputs:
     arrays = (batch.items, batch.targets, batch.lengths, batch.starts, batch.users)
-    return StepInputs(*map(torch.from_numpy, arrays), negatives=None, seen_before=None)
+    moments = (batch.times, batch.next_times, batch.since_last)
+    return StepInputs(*map(torch.from_numpy, arrays), None, None, *map(torch.from_numpy, moments))
+
+
+def step_inputs(items: Tensor, targets: Tensor, lengths: Tensor, starts: Tensor, users: Tensor) -> StepInputs:
+    """Inputs without times."""
+    times = torch.zeros_like(items)
+    return StepInputs(items, targets, lengths, starts, users, None, None, times, times, times)
 
 
 def one_lane(items: Tensor, length: int, *, start: bool) -> StepInputs:
     """Inputs that are their own targets, in one lane or, with one length and start for all, in several."""
     lanes = len(items)
     lengths, starts = torch.full((lanes,), length), torch.full((lanes,), start)
-    return StepInputs(items, items, lengths, starts, torch.zeros(lanes, dtype=torch.int64), None, None)
+    return step_inputs(items, items, lengths, starts, torch.zeros(lanes, dtype=torch.int64))
 
 
 def settled_memory(model: DMAN, state: LaneState) -> Tensor:
@@ -176,7 +182,7 @@ def test_abstraction_loss_is_about_one_absorption_and_real_positions(
     for start in range(0, 28, 5):
         items, length = np.zeros((1, 5), np.int64), min(5, 28 - start)
         items[0, :length] = history[start : start + length]
-        batch = Batch(items, items, *map(np.array, ([length], [start == 0], [0], [start])))
+        batch = Batch(items, items, *map(np.array, ([length], [start == 0], [0], [start])), *[np.zeros_like(items)] * 3)
         losses, after = learner.step(inputs_of(batch), state)
         before, state = state, after
     old, new = (replay(model, [history[:end]])[1] for end in (old_end, new_end))
@@ -260,10 +266,10 @@ def test_losses_count_real_positions_only() -> None:
     items = torch.randint(TINY_ITEMS, (2, 5), generator=torch.Generator().manual_seed(0))
     state, starts = LaneState.empty(model, 2, 1), torch.tensor([True, True])
     users = torch.zeros(2, dtype=torch.int64)
-    losses, after = learner.step(StepInputs(items, items, lengths, starts, users, None, None), state)
+    losses, after = learner.step(step_inputs(items, items, lengths, starts, users), state)
     padded = items.clone()
     padded[0, 3:] = 9
-    other, _ = learner.step(StepInputs(padded, padded, lengths, starts, users, None, None), state)
+    other, _ = learner.step(step_inputs(padded, padded, lengths, starts, users), state)
     assert losses.likelihood_count == 8
     torch.testing.assert_close(losses.likelihood, other.likelihood)
     for row, length in enumerate((3, 5)):
@@ -284,7 +290,7 @@ def gradients(model: DMAN, config: TrainConfig, *, abstraction: bool) -> set[str
     for step in range(5):
         items = torch.from_numpy(random.integers(0, TINY_ITEMS, (2, 5)))
         lengths, starts = torch.tensor([5, 5 if step else 2]), torch.tensor([step == 0] * 2)
-        inputs = StepInputs(items, items.roll(1, 1), lengths, starts, lengths, None, None)
+        inputs = step_inputs(items, items.roll(1, 1), lengths, starts, lengths)
         losses, state = learner.step(inputs, state)
         loss = losses.abstraction if abstraction else losses.likelihood
         if loss.requires_grad:

@@ -41,7 +41,7 @@ def test_full_softmax_and_its_gradients_equal_cross_entropy(block: int, monkeypa
     monkeypatch.setattr("dman_train.losses.SOFTMAX_BLOCK", block)
     users, table, targets = torch.randn(23, 8), torch.randn(40, 8), torch.randint(40, (23,))
     found, expected = ([x.clone().requires_grad_() for x in (users, table)] for _ in range(2))
-    loss = _FullSoftmax.apply(*found, targets, None)
+    loss = _FullSoftmax.apply(*found, targets, None, None, None)
     reference = torch.nn.functional.cross_entropy(expected[0] @ expected[1].T, targets, reduction="sum")
     (0.3 * loss).backward()
     (0.3 * reference).backward()
@@ -52,15 +52,15 @@ def test_full_softmax_and_its_gradients_equal_cross_entropy(block: int, monkeypa
 
 def test_full_softmax_survives_large_scores() -> None:
     users, table = torch.full((1, 4), 50.0), torch.stack([torch.full((4,), 50.0), torch.full((4,), -50.0)])
-    assert _FullSoftmax.apply(users, table, torch.tensor([1]), None).item() == pytest.approx(20_000)
+    assert _FullSoftmax.apply(users, table, torch.tensor([1]), None, None, None).item() == pytest.approx(20_000)
 
 
 def test_full_softmax_in_bfloat16_stays_near_float32() -> None:
     users, table, targets = torch.randn(50, 16), torch.randn(60, 16), torch.randint(60, (50,))
     exact, rounded = ([x.clone().requires_grad_() for x in (users, table)] for _ in range(2))
-    reference = _FullSoftmax.apply(*exact, targets, None)
+    reference = _FullSoftmax.apply(*exact, targets, None, None, None)
     with torch.autocast("cpu", torch.bfloat16):
-        loss = _FullSoftmax.apply(*rounded, targets, None)
+        loss = _FullSoftmax.apply(*rounded, targets, None, None, None)
     reference.backward()
     loss.backward()
     assert loss.dtype == torch.float32 and loss != reference
@@ -175,7 +175,7 @@ def test_full_softmax_and_its_gradients_leave_seen_items_out(block: int, monkeyp
     assert by_hand[torch.arange(20), targets].any(), "some targets have been seen: they stay in"
     found, expected = ([x.clone().requires_grad_() for x in (users, table)] for _ in range(2))
     seen = SeenItems.of([torch.tensor(x, dtype=torch.int32) for x in before], items, real)
-    loss = _FullSoftmax.apply(*found, targets, seen)
+    loss = _FullSoftmax.apply(*found, targets, seen, None, None)
     left_out = by_hand.scatter(1, targets[:, None], False)
     scores = (expected[0] @ expected[1].T).masked_fill(left_out, float("-inf"))
     reference = torch.nn.functional.cross_entropy(scores, targets, reduction="sum")

@@ -44,8 +44,17 @@ def data_of(histories: list[np.ndarray], vocabulary: int) -> TrainingData:
     items = np.concatenate(training).astype(np.int32)
     offsets = np.concatenate([[0], np.cumsum([len(t) for t in training])]).astype(np.int64)
     targets = np.array([history[-1] for history in histories], np.int64)
-    validation = HeldOut(np.arange(len(histories)), training, targets)
-    return TrainingData(items, offsets, np.bincount(items, minlength=vocabulary), validation)
+    random = np.random.default_rng(1)
+    times = [10**9 + np.cumsum(random.geometric(1e-4, len(history))) for history in histories]
+    validation = HeldOut(
+        np.arange(len(histories)),
+        training,
+        targets,
+        [moments[:-1] for moments in times],
+        np.array([moments[-1] for moments in times]),
+    )
+    counts = np.bincount(items, minlength=vocabulary)
+    return TrainingData(items, offsets, np.concatenate(validation.times), counts, validation)
 
 
 def random_data() -> TrainingData:

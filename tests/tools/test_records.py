@@ -8,8 +8,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from conftest import held_out_of
 
-from dman_runtime.data.evaluation import HeldOut, held_out, metrics, ranking_for
+from dman_runtime.data.evaluation import held_out, metrics, ranking_for
 from dman_train.baselines.counts import RECENT, count_ranks, most_popular, transitions
 from dman_train.config import DataConfig
 from dman_train.data import load
@@ -59,7 +60,7 @@ def test_transitions_of_a_log_without_pairs_are_popularity() -> None:
 def test_count_ranks_are_in_the_order_of_the_data() -> None:
     histories = [np.array([user % 4]) for user in range(600)]  # more than one batch
     targets = np.array([(user + 1) % 4 for user in range(600)])
-    data = HeldOut(np.arange(600), histories, targets)
+    data = held_out_of(histories, targets)
     ranks = count_ranks(lambda given: np.array([[4.0, 3, 2, 1] for _ in given]), data)
     assert ranks.seen_kept.tolist() == (targets + 1).tolist()
     assert ranks.seen_excluded.tolist() == ranks.target_kept.tolist()

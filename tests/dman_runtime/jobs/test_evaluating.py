@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from conftest import events_of
 from histories import Histories, make_histories, write_csv
 
 from dman_runtime.data.evaluation import MISS, RANKINGS, Ranks, metrics
@@ -38,7 +39,7 @@ def test_ranks_are_those_of_a_replay_user_by_user(
     for row, user in enumerate(data.users):
         items = [item - 1 for item, _ in histories[int(log.interactions.user_ids[user])]]
         history, target = np.array(items[:-last]), items[-last]
-        (state,) = exact.replay([history])
+        (state,) = exact.replay([events_of(history)])
         scores = exact.bundle.item_embeddings @ state.user_embedding
         rank = 1 + int((scores > scores[target]).sum())
         assert found.seen_kept[row] == rank

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 import onnx
 import pytest
-from conftest import ROOT, TINY_ITEMS, change_file_entry, rewrite_manifest
+from conftest import ROOT, TINY_ITEMS, change_file_entry, events_of, rewrite_manifest
 from hostile_bundles import write_fitting_manifest
 
 from dman_runtime.errors import BundleError, DmanError, EncoderError
@@ -427,7 +427,7 @@ def test_open_refuses_what_is_no_graph(copy: Path, content: bytes) -> None:
 
 
 def ranking(generation: Generation) -> tuple[bytes, bytes]:
-    user = generation.replay([np.arange(30) % TINY_ITEMS])[0].user_embedding
+    user = generation.replay([events_of(np.arange(30) % TINY_ITEMS)])[0].user_embedding
     (hits,) = generation.retriever.search(user[None], 10, exclude=[np.zeros(0, np.int64)])
     return user.tobytes(), hits.items.tobytes() + hits.scores.tobytes()
 

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from conftest import events_of
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -44,7 +45,7 @@ def states(generation: Generation) -> list[State]:
     """Real states of every length, each with another number of events of unknown items."""
     random = np.random.default_rng(7)
     vocabulary = generation.bundle.manifest.vocabulary
-    states = generation.replay([random.integers(0, vocabulary, length) for length in LENGTHS])
+    states = generation.replay([events_of(random.integers(0, vocabulary, length)) for length in LENGTHS])
     for row, state in enumerate(states):
         state.history_count += 3 * row
     return states
@@ -165,6 +166,7 @@ class ZeroGraphs:
         context: np.ndarray,
         context_lengths: np.ndarray,
         memory: np.ndarray,
+        ages: np.ndarray | None = None,
     ) -> tuple[np.ndarray, np.ndarray]:
         rows, new, width = item_embeddings.shape
         return np.zeros((rows, width), np.float32), np.zeros((rows, context.shape[1], new, width), np.float32)
@@ -186,7 +188,7 @@ def test_record_at_the_default_sizes_takes_what_the_module_says(dtype: str, recu
     bundle = Bundle(Path(), manifest, items, np.zeros((10, 128), np.float32), np.zeros((2, 10, 128), np.float32))
     state, sizes = State.empty(bundle), []
     for _ in range(100):
-        advance([state], [np.array([3])], bundle=bundle, graphs=ZeroGraphs())
+        advance([state], [events_of([3])], bundle=bundle, graphs=ZeroGraphs())
         sizes.append(len(pack(state, bundle)))
     assert max(sizes) == max_record_bytes(shape) == largest
     assert max(sizes) == max(sizes[40:60]) == max(sizes[60:80])  # it does not grow with the history
