@@ -98,6 +98,11 @@ class ModelConfig:
         return self.time in ("request", "events")
 
     @property
+    def closes_late(self) -> bool:
+        """As `StateShape.closes_late`."""
+        return self.time == "request" or self.returns == "on"
+
+    @property
     def slots(self) -> int:
         """Number of memory slots in a state."""
         return self.memory_slots if self.has_memory else 0

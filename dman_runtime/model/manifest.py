@@ -47,6 +47,11 @@ class StateShape:
         return self.times != "none"
 
     @property
+    def closes_late(self) -> bool:
+        """Whether a full segment stays open until the next event: where an answer reads the state once more."""
+        return self.times == "request" or self.sketch_items > 0
+
+    @property
     def closed_segments(self) -> int:
         """How many closed segments the context holds before the memory absorbs them."""
         return 1 if self.recurrent else 0

@@ -13,7 +13,6 @@ import numpy as np
 
 from dman_runtime.model.bundle import Bundle
 from dman_runtime.model.events import KnownEvents
-from dman_runtime.model.sketch import counted
 from dman_runtime.model.sketch import kept as keep_best
 from dman_runtime.model.state import State
 from dman_runtime.model.times import NO_GAP, bucket
@@ -55,8 +54,9 @@ class Piece(NamedTuple):
 
 
 def next_piece(state: State, events: KnownEvents) -> Piece:
-    """As many of some events, at least one, as fit into the open segment."""
-    return Piece(state, events[: state.shape.segment_length - state.segment_fill])
+    """As many of some events, at least one, as fit into the open segment, or into the next if that is full."""
+    segment = state.shape.segment_length
+    return Piece(state, events[: segment - state.segment_fill % segment])
 
 
 def advance(states: Sequence[State], new_events: Sequence[KnownEvents], *, bundle: Bundle, graphs: Graphs) -> None:
@@ -77,20 +77,24 @@ def advance_pieces(pieces: Sequence[Piece], *, bundle: Bundle, graphs: Graphs) -
     ordered = sorted(pieces, key=lambda piece: len(piece.events))  # runs of similar length waste no padding
     for start in range(0, len(ordered), ROWS_PER_RUN):
         part = ordered[start : start + ROWS_PER_RUN]
-        closing = _encode(part, bundle=bundle, graphs=graphs)
-        if closing:
-            _close_segments(closing, bundle=bundle, graphs=graphs)
+        states = [state for state, _ in part]
+        late = states[0].shape.closes_late
+        if late:
+            _close_full(states, bundle=bundle, graphs=graphs)
+        _encode(part, bundle=bundle, graphs=graphs)
+        if not late:
+            _close_full(states, bundle=bundle, graphs=graphs)
 
 
-def _encode(pieces: Sequence[Piece], *, bundle: Bundle, graphs: Graphs) -> list[State]:
-    """Encodes the pieces and keeps what they leave behind; returns the states whose context is now full.
+def _encode(pieces: Sequence[Piece], *, bundle: Bundle, graphs: Graphs) -> None:
+    """Encodes the pieces and keeps what they leave behind.
 
     Row by row: for one user, where latency counts, that is faster than any indexing of a whole batch, and for many
     users the graph takes far longer.
     """
     shape = pieces[0].state.shape
     lengths = [len(events) for _, events in pieces]
-    contexts = [state.context_length for state, _ in pieces]
+    contexts = [_context_before(state) for state, _ in pieces]
     new = np.zeros((len(pieces), max(lengths), shape.width), np.float32)  # (R, S, D) left-aligned
     context = np.zeros((len(pieces), shape.layers, max(contexts), shape.width), np.float32)  # right-aligned
     memory = np.empty((len(pieces), *bundle.initial_memory.shape), np.float32)
@@ -108,7 +112,6 @@ def _encode(pieces: Sequence[Piece], *, bundle: Bundle, graphs: Graphs) -> list[
     embeddings, hidden = graphs.encode(
         new, np.array(lengths, np.int64), context, np.array(contexts, np.int64), memory, ages
     )
-    closing = []
     for row, (state, events) in enumerate(pieces):
         begin, end = contexts[row], contexts[row] + lengths[row]
         state.recent[begin:end] = events.items
@@ -119,12 +122,23 @@ def _encode(pieces: Sequence[Piece], *, bundle: Bundle, graphs: Graphs) -> list[
         state.hidden[:, begin:end] = hidden[row, 1:, : lengths[row]]
         state.user_embedding = embeddings[row]
         state.event_count += lengths[row]
-        if shape.sketch_items and not state.segment_fill:  # the segment is full
-            whole = state.recent[end - shape.segment_length : end]
-            state.sketch = keep_best(counted(state.sketch, whole), shape.sketch_items)
-        if end == shape.context_limit:
-            closing.append(state)
-    return closing
+
+
+def _context_before(state: State) -> int:
+    """Positions of the context that a new event sees: without a segment that `_close_full` has taken out of it."""
+    count, shape = state.context_length, state.shape
+    return count - shape.segment_length if count == shape.context_limit else count
+
+
+def _close_full(states: Sequence[State], *, bundle: Bundle, graphs: Graphs) -> None:
+    """Closes the open segment of each state where it is full."""
+    shape = states[0].shape
+    full = [state for state in states if state.event_count and state.event_count % shape.segment_length == 0]
+    if shape.sketch_items:
+        for state in full:
+            state.sketch = keep_best(state.counts(), shape.sketch_items)
+    if whole := [state for state in full if state.event_count >= shape.context_limit]:
+        _close_segments(whole, bundle=bundle, graphs=graphs)
 
 
 def _close_segments(states: Sequence[State], *, bundle: Bundle, graphs: Graphs) -> None:
@@ -155,7 +169,7 @@ def _close_segments(states: Sequence[State], *, bundle: Bundle, graphs: Graphs) 
 def _add_times(ages: np.ndarray, new: np.ndarray, context: np.ndarray, piece: Piece, bundle: Bundle) -> None:
     """Fills in the `ages` (S, K) of a row; adds to its (S, D) new and (C, D) context items what gaps are worth."""
     state, events = piece
-    count, fresh, table = state.context_length, len(events), bundle.gap_embeddings
+    count, fresh, table = _context_before(state), len(events), bundle.gap_embeddings
     assert table is not None
     moments = known_times(state, events.times)
     _add_gaps(new[:fresh], new_gaps(state, moments), table)

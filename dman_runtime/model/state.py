@@ -19,13 +19,16 @@ from dman_runtime.model.sketch import EMPTY, Sketch, counted
 
 def absorbed_segments(event_count: int, shape: StateShape) -> int:
     """Segments in the memory: all closed ones, except those in the context."""
-    return max(0, event_count // shape.segment_length - shape.closed_segments)
+    return max(0, _closed_segments(event_count, shape) - shape.closed_segments)
 
 
 def context_length(event_count: int, shape: StateShape) -> int:
     """Positions with hidden states in the context: the open segment and, with recurrence, the closed one before it."""
-    closed, fill = divmod(event_count, shape.segment_length)
-    return fill + shape.segment_length * min(closed, shape.closed_segments)
+    return event_count - shape.segment_length * absorbed_segments(event_count, shape)
+
+
+def _closed_segments(event_count: int, shape: StateShape) -> int:
+    return max(0, event_count - shape.closes_late) // shape.segment_length
 
 
 @dataclass(slots=True, eq=False)
@@ -78,5 +81,5 @@ class State:
 
     @property
     def segment_fill(self) -> int:
-        """Events in the open segment: 0 to T - 1."""
-        return self.event_count % self.shape.segment_length
+        """Events in the open segment: 0 to T - 1; 1 to T after the first if segments close late."""
+        return self.event_count - self.shape.segment_length * _closed_segments(self.event_count, self.shape)

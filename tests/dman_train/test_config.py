@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import fields
+from typing import Any
 
 import pytest
 
@@ -20,6 +21,10 @@ INVALID: list[tuple[type, str, object]] = [
     (ModelConfig, "heads", 0),
     (ModelConfig, "ffn_multiplier", -1),
     (ModelConfig, "long_term", "light"),
+    (ModelConfig, "time", "sometimes"),
+    (ModelConfig, "returns", "maybe"),
+    (ModelConfig, "sketch_items", 0),
+    (ModelConfig, "sketch_items", 513),
     (ModelConfig, "dropout", 1.0),
     (ModelConfig, "dropout", float("nan")),
     (ModelConfig, "routing", "shared"),
@@ -48,6 +53,8 @@ INVALID: list[tuple[type, str, object]] = [
     (TrainConfig, "epochs", True),
     (TrainConfig, "patience", 0),
     (TrainConfig, "evaluation_users", -1),
+    (TrainConfig, "request_dropout", 1.5),
+    (TrainConfig, "request_dropout", float("nan")),
     (TrainConfig, "random_first_segment", "maybe"),
     (TrainConfig, "seed", -1),
     (DataConfig, "min_user_events", -1),
@@ -79,6 +86,15 @@ def test_paper_config_refuses_several_heads() -> None:
 def test_paper_config_refuses_a_merged_memory() -> None:
     with pytest.raises(ConfigError, match="long_term to 'gated'"):
         ModelConfig(architecture="paper", heads=1, long_term="merged")
+
+
+@pytest.mark.parametrize("time", ["request", "events"])
+@pytest.mark.parametrize("options", [{"architecture": "paper", "heads": 1}, {}], ids=["paper", "plus"])
+def test_config_with_a_branch_for_the_memory_sees_no_times(options: dict[str, Any], time: str) -> None:
+    options = options | {"long_term": "gated"}
+    with pytest.raises(ConfigError, match="'gated' sees no times; set time to 'none'"):
+        ModelConfig(**options, time=time)  # type: ignore[arg-type]
+    assert not ModelConfig(**options, time="none").sees_times
 
 
 @pytest.mark.parametrize("preset", PRESETS)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from dman_train.config import TrainConfig
-from dman_train.losses import FULL_SOFTMAX_LIMIT, NextItemLoss, SeenItems, _FullSoftmax, _seen_at
+from dman_train.losses import FULL_SOFTMAX_LIMIT, Added, NextItemLoss, SeenItems, _FullSoftmax, _seen_at
 
 
 def loss_of(kind: str, *, counts: Tensor | None = None, negatives: int = 1) -> NextItemLoss:
@@ -43,6 +43,30 @@ def test_full_softmax_and_its_gradients_equal_cross_entropy(block: int, monkeypa
     found, expected = ([x.clone().requires_grad_() for x in (users, table)] for _ in range(2))
     loss = _FullSoftmax.apply(*found, targets, None, None, None)
     reference = torch.nn.functional.cross_entropy(expected[0] @ expected[1].T, targets, reduction="sum")
+    (0.3 * loss).backward()
+    (0.3 * reference).backward()
+    torch.testing.assert_close(loss, reference)
+    for a, b in zip(found, expected, strict=True):
+        torch.testing.assert_close(a.grad, b.grad)
+
+
+@pytest.mark.parametrize("block", [1, 40, 250, 1 << 19])
+def test_full_softmax_with_added_scores_and_its_gradients_equal_cross_entropy(
+    block: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An item may come up several times in one position: all that is added counts."""
+    monkeypatch.setattr("dman_train.losses.SOFTMAX_BLOCK", block)
+    torch.manual_seed(0)
+    users, table, added = torch.randn(23, 8), torch.randn(40, 8), torch.randn(23, 9)
+    targets, items = torch.randint(40, (23,)), torch.randint(40, (23, 9))
+    assert (items == targets[:, None]).any(), "something is added to targets as well"
+    found, expected = ([x.clone().requires_grad_() for x in (users, table, added)] for _ in range(2))
+    loss = loss_of("full", counts=torch.ones(40))(
+        *found[:2], targets, negatives=None, items=targets[None], real=torch.ones(1, 23, dtype=torch.bool),
+        seen_before=None, added=Added(found[2], items),
+    )  # fmt: skip
+    scores = (expected[0] @ expected[1].T).scatter_add(1, items, expected[2])
+    reference = torch.nn.functional.cross_entropy(scores, targets, reduction="sum")
     (0.3 * loss).backward()
     (0.3 * reference).backward()
     torch.testing.assert_close(loss, reference)
@@ -178,6 +202,27 @@ def test_full_softmax_and_its_gradients_leave_seen_items_out(block: int, monkeyp
     loss = _FullSoftmax.apply(*found, targets, seen, None, None)
     left_out = by_hand.scatter(1, targets[:, None], False)
     scores = (expected[0] @ expected[1].T).masked_fill(left_out, float("-inf"))
+    reference = torch.nn.functional.cross_entropy(scores, targets, reduction="sum")
+    loss.backward()
+    reference.backward()
+    torch.testing.assert_close(loss, reference)
+    for a, b in zip(found, expected, strict=True):
+        torch.testing.assert_close(a.grad, b.grad)
+
+
+def test_full_softmax_leaves_seen_items_out_whatever_is_added_to_them() -> None:
+    torch.manual_seed(0)
+    before, items, real = random_pieces(40)
+    left_out = seen_by_hand(before, items, real, 40)
+    users, table, added = torch.randn(20, 8), torch.randn(40, 8), torch.randn(20, 9)
+    targets, places = torch.randint(40, (20,)), torch.randint(40, (20, 9))
+    found, expected = ([x.clone().requires_grad_() for x in (users, table, added)] for _ in range(2))
+    loss = loss_of("full", counts=torch.ones(40))(
+        *found[:2], targets, negatives=None, items=items, real=real,
+        seen_before=[torch.tensor(x) for x in before], added=Added(found[2], places),
+    )  # fmt: skip
+    scores = (expected[0] @ expected[1].T).scatter_add(1, places, expected[2])
+    scores = scores.masked_fill(left_out.scatter(1, targets[:, None], False), float("-inf"))
     reference = torch.nn.functional.cross_entropy(scores, targets, reduction="sum")
     loss.backward()
     reference.backward()
