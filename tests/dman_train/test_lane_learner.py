@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -11,13 +12,14 @@ from conftest import PAPER, TINY, TINY_ITEMS, held_out_of, random_model
 from torch import Tensor
 from traced_log import EVENTS, OFFSETS, TIMES
 
+from dman_runtime.model.times import NO_GAP
 from dman_train.config import ModelConfig, TrainConfig
 from dman_train.data import TrainingData
 from dman_train.lane_learner import LaneLearner, LaneState
 from dman_train.lanes import Batch, Lanes
 from dman_train.learner import StepInputs
 from dman_train.model import DMAN
-from dman_train.replay import replay
+from dman_train.replay import replay, returns_of
 
 
 def lanes_of(lanes: int, *, vary_first: bool = True) -> Lanes:
@@ -275,6 +277,112 @@ def test_losses_count_real_positions_only() -> None:
     for row, length in enumerate((3, 5)):
         assert torch.equal(after.context[row, 0, 5 - length :], model.embed(items[row, :length]))
         assert not after.context[row, :, : 5 - length].any()
+
+
+# Times and returns
+
+TIMED = replace(TINY, time="request", returns="on", sketch_items=6, dropout=0.0)
+TIMED_MODELS = {
+    "request": TIMED,
+    "events": replace(TIMED, time="events"),
+    "returns only": replace(TIMED, time="none"),
+    "times only, xl": replace(TIMED, returns="off", variant="xl", layers=3),
+    "nran": replace(TIMED, variant="nran", layers=1),
+}
+
+
+def repeating_log() -> TrainingData:
+    """Users who come back to few items, seconds to weeks apart; some events are at once."""
+    random = np.random.default_rng(2)
+    lengths = random.integers(2, 33, 12)
+    offsets = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
+    items = random.integers(0, 14, offsets[-1]).astype(np.int32)
+    gaps = [random.geometric(2.0 ** -random.integers(0, 20, length)) - 1 for length in lengths]
+    times = np.concatenate([10**9 + np.cumsum(of) for of in gaps])
+    return TrainingData(items, offsets, times, np.ones(TINY_ITEMS, np.int64), held_out_of([], np.zeros(0, np.int64)))
+
+
+def loss_of_replays(model: DMAN, batch: Batch, data: TrainingData, *, asked: bool = True) -> Tensor:
+    """The cross-entropy of all targets of a batch, each by a replay of all that came before it."""
+    ends = [
+        (int(data.offsets[user]), first + place)
+        for user, first, length in zip(batch.users, batch.first_events.tolist(), batch.lengths, strict=True)
+        for place in range(length)
+    ]
+    histories = [data.items[start : end + 1] for start, end in ends]
+    times = [data.times[start : end + 1] for start, end in ends]
+    targets = torch.tensor([int(data.items[end + 1]) for _, end in ends])
+    moments = np.array([data.times[end + 1] for _, end in ends]) if asked else None
+    users, _ = replay(model, histories, times=times, request_times=moments)
+    scores = users @ model.item_table().T
+    if model.config.returns == "on":
+        returns = returns_of(model, histories)
+        added = model.return_scores(users[:, None], returns)[:, 0]
+        scores.scatter_add_(1, returns.items.clamp(min=0), added.masked_fill(returns.items < 0, 0.0))
+    return torch.nn.functional.cross_entropy(scores, targets, reduction="sum")
+
+
+def timed_learner(model: DMAN, data: TrainingData, **options: Any) -> LaneLearner:
+    config = TrainConfig(loss="full", seen_items="keep", lanes=3, random_first_segment=False, **options)
+    return LaneLearner(model, config, data)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("config", TIMED_MODELS.values(), ids=TIMED_MODELS.keys())
+@torch.no_grad()
+def test_lane_loss_with_times_and_returns_is_that_of_replays(config: ModelConfig) -> None:
+    """Every position of every segment: its user embedding at the time of the target, and what is added to scores."""
+    data = repeating_log()
+    learner = timed_learner(random_model(config, TINY_ITEMS), data).eval()
+    state, later = learner.state, 0
+    for _ in range(24):
+        batch = next(learner.schedule)
+        losses, state = learner.step(learner.inputs(batch), state)
+        torch.testing.assert_close(losses.likelihood, loss_of_replays(learner.model, batch, data), rtol=1e-4, atol=1e-3)
+        later += int((batch.first_events - data.offsets[batch.users] >= 15).sum())
+    assert later > 5, "users with an absorbed segment and items that left the sketch are compared"
+
+
+@torch.no_grad()
+def test_request_dropout_hides_the_time_of_the_request_in_training_only() -> None:
+    data = repeating_log()
+    model = random_model(TIMED, TINY_ITEMS)
+    learners = [timed_learner(model, data, request_dropout=share) for share in (0.0, 1.0, 1.0)]
+    batch = next(learners[0].schedule)
+    known, unknown = (loss_of_replays(model, batch, data, asked=asked) for asked in (True, False))
+    assert abs(known - unknown) > 0.1
+    for learner, training, expected in zip(learners, (True, True, False), (known, unknown, known), strict=True):
+        losses, _ = learner.train(training).step(learner.inputs(batch), learner.state)
+        torch.testing.assert_close(losses.likelihood, expected, rtol=1e-4, atol=1e-3)
+
+
+@pytest.mark.parametrize("share", [0.0, 0.5])
+def test_request_dropout_hides_whole_segments_of_a_share_of_lanes(share: float) -> None:
+    data, lanes = repeating_log(), 400
+    config = TrainConfig(loss="full", lanes=lanes, request_dropout=share)
+    learner = LaneLearner(random_model(TIMED, TINY_ITEMS).train(), config, data)
+    inputs = learner.inputs(next(learner.schedule))
+    torch.manual_seed(0)
+    _, timing = learner._timing(inputs, learner.state)
+    assert timing is not None and timing.request_gaps is not None
+    hidden = (timing.request_gaps == NO_GAP) & inputs.real
+    assert ((hidden.sum(1) == 0) | (hidden.sum(1) == inputs.lengths)).all()
+    assert float(hidden.any(1).float().mean()) == pytest.approx(share, abs=0.08)
+
+
+def test_times_and_returns_are_trained() -> None:
+    """Every table of times, and the weights of the term for items that come back, get a gradient from eq. 9."""
+    data = repeating_log()
+    learner = timed_learner(random_model(TIMED, TINY_ITEMS).train(), data)
+    state = learner.state
+    for _ in range(3):
+        losses, state = learner.step(learner.inputs(next(learner.schedule)), state)
+    losses.likelihood.backward()
+    gradients = {name: p.grad for name, p in learner.model.named_parameters()}
+    new = {"gaps", "age_bias", "request_gaps", *(name for name in gradients if name.startswith("returns."))}
+    assert len(new) == 6
+    for name in new:
+        assert gradients[name] is not None and bool(gradients[name].abs().any()), name
 
 
 # Gradients
