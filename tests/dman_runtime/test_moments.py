@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from conftest import STORES, TINY, TINY_ITEMS, assert_close, events_of, ids, new_store, random_model
+from conftest import STORES, TIMED, TINY_ITEMS, assert_close, events_of, ids, new_store, random_model
 from torch_graphs import generation_of
 
 from dman_runtime.engine import Engine
@@ -23,7 +23,7 @@ EXACT = 1e-4  # relative, in root mean square
 
 @pytest.fixture(scope="module")
 def model() -> DMAN:
-    return random_model(replace(TINY, time="request", returns="on", sketch_items=6), TINY_ITEMS)
+    return random_model(TIMED, TINY_ITEMS)
 
 
 @pytest.fixture(params=STORES)

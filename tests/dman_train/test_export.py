@@ -10,7 +10,7 @@ from unittest.mock import ANY
 import numpy as np
 import pytest
 import torch
-from conftest import PAPER, TINY, TINY_ITEMS, events_of, export_tiny, random_model, vocabulary_of
+from conftest import PAPER, TIMED, TINY, TINY_ITEMS, events_of, export_tiny, random_model, vocabulary_of
 
 from dman_runtime.errors import BundleError
 from dman_runtime.model.bundle import (
@@ -44,7 +44,7 @@ GRAPHS = {
     "gated": replace(TINY, long_term="gated", layers=1),
     "paper-fifo": replace(PAPER, variant="fifo", layers=1),
     "xl": replace(TINY, variant="xl", layers=3),
-    "requests": replace(TINY, time="request", returns="on", sketch_items=6),
+    "requests": TIMED,
     "event-times": replace(TINY, time="events", variant="xl", layers=1),
     "nran-full": replace(TINY, variant="nran", routing="full", routing_softmax="primaries"),
 }

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import PAPER, TINY, TINY_ITEMS, held_out_of, random_model
+from conftest import PAPER, TIMED, TINY, TINY_ITEMS, held_out_of, random_model
 from torch import Tensor
 from traced_log import EVENTS, OFFSETS, TIMES
 
@@ -281,7 +281,7 @@ def test_losses_count_real_positions_only() -> None:
 
 # Times and returns
 
-TIMED = replace(TINY, time="request", returns="on", sketch_items=6, dropout=0.0)
+UNCHANGED = replace(TIMED, dropout=0.0)  # by training mode
 TIMED_MODELS = {
     "request": TIMED,
     "events": replace(TIMED, time="events"),
@@ -346,7 +346,7 @@ def test_lane_loss_with_times_and_returns_is_that_of_replays(config: ModelConfig
 @torch.no_grad()
 def test_request_dropout_hides_the_time_of_the_request_in_training_only() -> None:
     data = repeating_log()
-    model = random_model(TIMED, TINY_ITEMS)
+    model = random_model(UNCHANGED, TINY_ITEMS)
     learners = [timed_learner(model, data, request_dropout=share) for share in (0.0, 1.0, 1.0)]
     batch = next(learners[0].schedule)
     known, unknown = (loss_of_replays(model, batch, data, asked=asked) for asked in (True, False))
@@ -360,7 +360,7 @@ def test_request_dropout_hides_the_time_of_the_request_in_training_only() -> Non
 def test_request_dropout_hides_whole_segments_of_a_share_of_lanes(share: float) -> None:
     data, lanes = repeating_log(), 400
     config = TrainConfig(loss="full", lanes=lanes, request_dropout=share)
-    learner = LaneLearner(random_model(TIMED, TINY_ITEMS).train(), config, data)
+    learner = LaneLearner(random_model(UNCHANGED, TINY_ITEMS).train(), config, data)
     inputs = learner.inputs(next(learner.schedule))
     torch.manual_seed(0)
     _, timing = learner._timing(inputs, learner.state)
@@ -373,7 +373,7 @@ def test_request_dropout_hides_whole_segments_of_a_share_of_lanes(share: float) 
 def test_times_and_returns_are_trained() -> None:
     """Every table of times, and the weights of the term for items that come back, get a gradient from eq. 9."""
     data = repeating_log()
-    learner = timed_learner(random_model(TIMED, TINY_ITEMS).train(), data)
+    learner = timed_learner(random_model(UNCHANGED, TINY_ITEMS).train(), data)
     state = learner.state
     for _ in range(3):
         losses, state = learner.step(learner.inputs(next(learner.schedule)), state)

@@ -14,9 +14,12 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from conftest import PAPER, TINY
 
+from dman_runtime.data.interactions import Interactions
 from dman_runtime.model.bundle import read_manifest
 from dman_train import evaluate, export, train
 from dman_train.config import BaselineConfig, ConfigError, DataConfig, ModelConfig, TrainConfig, to_dict
@@ -622,7 +625,7 @@ OTHER: dict[str, Any] = {
     "gradient_clip": 0.5, "user_column": "u", "item_column": "i", "time_column": "t", "position_column": "p",
     "heads": 1, "ema_decay": 0.5, "adam_beta2": 0.5, "order_by": "file", "time_unit": "ms", "user_ids": "text",
     "item_ids": "text", "exact_repeats": "keep", "format": "jsonl", "separator": ";", "quote": "none", "header": False,
-    "encoding": "latin-1", "bad_rows": "skip",
+    "encoding": "latin-1", "bad_rows": "skip", "time": "events", "returns": "on", "request_dropout": 0.5,
 }  # fmt: skip
 NEEDS = {"architecture": {"heads": 1, "long_term": "gated"}}
 
@@ -641,6 +644,36 @@ def test_option_and_variable_reach_the_field(name: str, monkeypatch: pytest.Monk
     for n, v in given.items():
         monkeypatch.setenv(f"DMAN_{n.upper()}", str(v).lower() if isinstance(v, bool) else str(v))
     assert configs() == expected
+
+
+@pytest.mark.parametrize(
+    ("model", "seen_items", "timed", "expected"),
+    [
+        (TINY, "keep", True, ("request", "on")),
+        (TINY, "keep", False, ("none", "on")),
+        (TINY, "exclude", True, ("request", "off")),
+        (TINY, "keep-target", True, ("request", "off")),
+        (replace(TINY, long_term="gated"), "keep", True, ("none", "on")),
+        (PAPER, "keep", True, ("none", "off")),
+        (replace(TINY, time="events", returns="off"), "keep", True, ("events", "off")),
+        (replace(TINY, time="none", returns="on"), "exclude", True, ("none", "on")),
+    ],
+)
+def test_log_and_ranking_decide_whether_times_and_returns_are_seen(
+    model: ModelConfig, seen_items: Any, timed: bool, expected: tuple[str, str]
+) -> None:
+    times = np.array([0, 5, 6]) if timed else np.zeros(3, np.int64)
+    log = Interactions(["u"], ["1"], np.array([0, 3]), np.zeros(3, np.int32), times, False, True)
+    found = train.decided(model, TrainConfig(seen_items=seen_items), log)
+    assert isinstance(found, ModelConfig)
+    assert (found.time, found.returns) == expected
+    assert replace(found, time=model.time, returns=model.returns) == model, "nothing else changes"
+
+
+def test_nothing_is_decided_for_a_baseline() -> None:
+    log = Interactions(["u"], ["1"], np.array([0, 1]), np.zeros(1, np.int32), np.ones(1, np.int64), False, True)
+    baseline = BaselineConfig()
+    assert train.decided(baseline, TrainConfig(), log) is baseline
 
 
 def test_option_wins_over_variable_and_variable_over_preset(monkeypatch: pytest.MonkeyPatch) -> None:

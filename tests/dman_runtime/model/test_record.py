@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from conftest import TINY, TINY_ITEMS, events_of, random_model
+from conftest import TIMED, TINY, TINY_ITEMS, events_of, random_model
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch_graphs import ZeroGraphs, bundle_of, generation_of
@@ -25,18 +25,18 @@ from dman_runtime.model.state import State, absorbed_segments
 LENGTHS = (0, 1, 4, 5, 6, 9, 10, 11, 14, 15, 23, 40)  # T = 5: around every border
 
 
-TIMED = {
-    "times and returns": replace(TINY, time="request", returns="on", sketch_items=6),
+WITH_MORE = {
+    "times and returns": TIMED,
     "event times": replace(TINY, time="events"),
     "returns without recurrence": replace(TINY, variant="nran", returns="on", sketch_items=6),
 }
 
 
-@pytest.fixture(scope="module", params=["float16", "float32", "without recurrence", *TIMED])
+@pytest.fixture(scope="module", params=["float16", "float32", "without recurrence", *WITH_MORE])
 def generation(request: pytest.FixtureRequest, tiny: Generation, exact: Generation) -> Generation:
     """Two layers each, so that records have hidden states."""
-    if request.param in TIMED:
-        return generation_of(random_model(TIMED[request.param], TINY_ITEMS), "float16")
+    if request.param in WITH_MORE:
+        return generation_of(random_model(WITH_MORE[request.param], TINY_ITEMS), "float16")
     return {"float16": tiny, "float32": exact, "without recurrence": without_recurrence(tiny)}[request.param]
 
 
@@ -137,7 +137,7 @@ def test_records_hold_no_more_than_their_model_needs(bundle: Bundle, states: lis
 @pytest.mark.parametrize("rows", [0, 1, 5])
 def test_record_with_fewer_sketch_items_than_it_holds_is_refused(rows: int) -> None:
     """Even under a checksum that fits."""
-    generation = generation_of(random_model(TIMED["times and returns"], TINY_ITEMS), "float16")
+    generation = generation_of(random_model(TIMED, TINY_ITEMS), "float16")
     (state,) = generation.replay([events_of(range(23))])
     record = bytearray(pack(state, generation.bundle))
     at = len(record) - 24 * 6 - 4
@@ -156,7 +156,7 @@ def with_checksums(record: bytearray, bundle: Bundle) -> bytes:
 
 def test_record_whose_checksums_are_made_again_is_read() -> None:
     """So the refusals above are not those of a checksum."""
-    generation = generation_of(random_model(TIMED["times and returns"], TINY_ITEMS), "float16")
+    generation = generation_of(random_model(TIMED, TINY_ITEMS), "float16")
     record = pack(generation.replay([events_of(range(23))])[0], generation.bundle)
     assert with_checksums(bytearray(record), generation.bundle) == record
     changed = bytearray(record)

@@ -7,7 +7,7 @@ from itertools import pairwise
 
 import numpy as np
 import pytest
-from conftest import PAPER, TINY, TINY_ITEMS, assert_close, events_of, random_model
+from conftest import PAPER, TIMED, TINY_ITEMS, assert_close, events_of, random_model
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch_graphs import generation_of
@@ -24,7 +24,6 @@ from dman_train.replay import replay, returns_of
 T, BEGIN = 5, 10**9
 EXACT = 1e-4  # relative, in root mean square: float32 arithmetic in another order
 LENGTHS = range(1, 4 * T + 4)  # every place in a segment
-TIMED = replace(TINY, time="request", returns="on", sketch_items=6)
 MODELS: dict[str, ModelConfig] = {
     f"{layers}-{variant}-{time}": replace(TIMED, layers=layers, variant=variant, time=time)
     for layers in (1, 2, 3)
