@@ -67,7 +67,7 @@ def test_train_writes_a_run_that_describes_itself(trained_run: Path) -> None:
         "tensorboard",
     }
     assert {p.name for p in trained_run.iterdir()} == expected
-    assert run.model_config() == PRESETS["tiny"].model
+    assert run.model_config() == replace(PRESETS["tiny"].model, time="request", returns="off"), "auto is decided"
     assert run.train_config() == replace(PRESETS["tiny"].train, epochs=1, lanes=16)
     found = {"user_column": "user_id", "item_column": "item_id", "time_column": "timestamp", "order_by": "time"}
     assert {name: run.config["data"][name] for name in found} == found

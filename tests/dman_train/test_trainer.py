@@ -19,7 +19,7 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
-from conftest import PAPER, RANKING_OF_SEEN_ITEMS, ROOT, TINY
+from conftest import PAPER, RANKING_OF_SEEN_ITEMS, ROOT, TIMED, TINY
 
 from dman_runtime.data.evaluation import RANKINGS, HeldOut, Ranking, metrics
 from dman_train import distributed, train
@@ -103,22 +103,27 @@ SETTINGS = {
     "sampled-joint": replace(CONFIG, loss="sampled", negatives=16, memory_training="joint", backprop_segments=2),
     "negatives": replace(CONFIG, loss="negatives", negatives=3, weight_decay=0.01),
 }
+RESUMED = {name: (TINY, config) for name, config in SETTINGS.items()} | {
+    "times-and-returns": (TIMED, replace(CONFIG, seen_items="keep", request_dropout=0.3)),
+}
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("config", SETTINGS.values(), ids=SETTINGS.keys())
-def test_trainer_resumed_from_a_checkpoint_gives_bit_identical_weights(config: TrainConfig, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("model", "config"), RESUMED.values(), ids=RESUMED.keys())
+def test_trainer_resumed_from_a_checkpoint_gives_bit_identical_weights(
+    model: ModelConfig, config: TrainConfig, tmp_path: Path
+) -> None:
     data, file = random_data(), tmp_path / "checkpoint.pt"
-    through = Trainer(TINY, config, data, CPU)
+    through = Trainer(model, config, data, CPU)
     expected = [through.train_epoch(on_step=lambda: None, progress=False) for _ in range(2)]
 
-    first = Trainer(TINY, config, data, CPU)
+    first = Trainer(model, config, data, CPU)
     one_epoch = first.train_epoch(on_step=lambda: None, progress=False)
     with pytest.raises(_Interrupt):
         first.train_epoch(on_step=_saving_at(first, first.step + 5, file), progress=False)
     assert first.events < 2 * first.schedule.events, "interrupted within the second epoch"
 
-    second = Trainer(TINY, replace(config, seed=99), data, CPU)  # nothing of its own start may survive
+    second = Trainer(model, replace(config, seed=99), data, CPU)  # nothing of its own start may survive
     second.config = config
     second.load_state_dict(read_tensors(file))
     found = [one_epoch, second.train_epoch(on_step=lambda: None, progress=False)]
