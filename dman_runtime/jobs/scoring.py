@@ -61,8 +61,8 @@ def score(
 
     Columns: user_id, rank (from 1), item_id, score, source (model or popular). The answers are those of a server that
     was given the same histories and is asked at the moment `at` (seconds; None: unknown). Users have the type that the
-    log was read with (`options_of_training` gives that of the bundle), items that of the bundle. Memory stays bounded by
-    the partition size. Raises InputError.
+    log was read with (`options_of_training` gives that of the bundle), items that of the bundle. Memory stays bounded
+    by the partition size. Raises InputError.
     """
     rows_of = _Rows(log, generation.bundle)
     result = ScoreResult()
