@@ -43,14 +43,20 @@ def unrecognised(history: Events, events: Events) -> NDArray[np.bool_]:
     """Which of some events (N) a history does not hold. One event of the history recognises one of them.
 
     Item and time must be equal. An event of the history without a time also recognises one at its effective time, as
-    that is what a log of it says (`jobs.exporting`).
+    that is what a log of it says (`jobs.exporting`). At the beginning that is the first known time: an event that comes
+    in before it changes what a log says, so that a log exported earlier is no longer recognised there.
     """
     new = _unpaired(history, events)
-    unknown = history[1] == 0
-    if new.any() and unknown.any():
-        left = _unpaired(events, history) & unknown
+    timed, unknown = events[1] != 0, history[1] == 0
+    pending = new & timed
+    if pending.any() and unknown.any():  # those first: an event without a time has a choice of partners
         times = filled_times(history[1], first_known(history[1], 0))
-        new[new] = _unpaired((history[0][left], times[left]), (events[0][new], events[1][new]))
+        partners = history[0][unknown], times[unknown]
+        asking = events[0][pending], events[1][pending]
+        new[pending] = _unpaired(partners, asking)
+        left = partners[0][_unpaired(asking, partners)]
+        untimed = events[0][~timed], events[1][~timed]
+        new[~timed] = _unpaired((left, np.zeros(len(left), np.int64)), untimed)
     return new
 
 

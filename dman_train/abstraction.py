@@ -15,6 +15,14 @@ from dman_train.config import ModelConfig
 MASKED = -1e9  # added to the logit of what must not be read
 
 
+class Squash(nn.Module):
+    """Eq. 8: the direction of each vector (..., D), with length |s|^2 / (1 + |s|^2)."""
+
+    def forward(self, s: Tensor) -> Tensor:
+        length = torch.linalg.vector_norm(s, dim=-1, keepdim=True)
+        return s * (length / (1 + length.square()))
+
+
 class RoutingAbstraction(nn.Module):
     """f_abs by dynamic routing (eq. 6-8): primaries x = M_old || H, interest capsules o = M_new.
 
@@ -32,21 +40,19 @@ class RoutingAbstraction(nn.Module):
         leading = (slots + config.segment_length, slots) if self.full else (slots,)
         # Near the identity, so that an untrained f_abs clusters its input instead of destroying it.
         self.maps = nn.Parameter(torch.eye(width).repeat(*leading, 1, 1) + torch.randn(*leading, width, width) * 0.02)
-        if not self.literal:
-            self.norm_primaries, self.norm_capsules = nn.LayerNorm(width), nn.LayerNorm(width)
+        self.norm_primaries = nn.Identity() if self.literal else nn.LayerNorm(width)
+        self.norm_capsules = Squash() if self.literal else nn.LayerNorm(width)
 
     def forward(self, memory: Tensor, hidden: Tensor, lengths: Tensor | None = None) -> Tensor:
         """(B, m, D) memory and (B, T, D) hidden -> (B, m, D). Only the last `lengths` (B) rows of hidden count."""
-        x = torch.cat([memory, hidden], dim=1)  # (B, m+T, D)
-        x = x if self.literal else self.norm_primaries(x)
+        x = self.norm_primaries(torch.cat([memory, hidden], dim=1))  # (B, m+T, D)
         valid = None if lengths is None else valid_primaries(memory.shape[1], hidden.shape[1], lengths)
         votes = torch.einsum("bnd,njde->bjne", x, self.maps) if self.full else None  # (B, m, m+T, D)
         capsules, logits = memory if self.literal else self.norm_capsules(memory), x.new_zeros(())
         for _ in range(self.iterations):
             agreement = self._agreement(capsules, x, votes)  # (B, m, m+T)
             logits = agreement if self.literal else logits + agreement / math.sqrt(x.shape[-1])
-            capsules = self._combine(self._coupling(logits, valid), x, votes)
-            capsules = squash(capsules) if self.literal else self.norm_capsules(capsules)
+            capsules = self.norm_capsules(self._combine(self._coupling(logits, valid), x, votes))
         return capsules
 
     def _agreement(self, capsules: Tensor, x: Tensor, votes: Tensor | None) -> Tensor:
@@ -78,12 +84,6 @@ class FifoAbstraction(nn.Module):
         position = lengths[:, None] + torch.arange(slots, device=lengths.device)  # (B, m) in the valid rows of M || H
         source = torch.where(position < slots, position, position + segment - lengths[:, None])
         return torch.cat([memory, hidden], dim=1).gather(1, source[..., None].expand(-1, -1, memory.shape[2]))
-
-
-def squash(s: Tensor) -> Tensor:
-    """Eq. 8: the direction of each vector (..., D), with length |s|^2 / (1 + |s|^2)."""
-    length = torch.linalg.vector_norm(s, dim=-1, keepdim=True)
-    return s * (length / (1 + length.square()))
 
 
 def valid_primaries(slots: int, segment: int, lengths: Tensor) -> Tensor:

@@ -16,47 +16,41 @@ class Preset:
     train: TrainConfig
 
 
+SHORT_HISTORY = 20  # events that a system of the paper's `*` form sees: one segment
 PAPER_MODEL = ModelConfig(
     architecture="paper", heads=1, long_term="gated", dropout=0.1, memory_slots=20, routing_iterations=3
+)
+# What all systems share that are trained as in the paper. All epochs are trained: validation stands still at first, and
+# a patience of four would end a run there.
+PAPER_TRAINING = TrainConfig(
+    loss="negatives-softmax",
+    negatives=5,
+    learning_rate=1e-3,
+    ema_decay=0.0,
+    epochs=30,
+    patience=30,
+    seen_items="keep-target",
+)
+PAPER_MEMORY_TRAINING = replace(
+    PAPER_TRAINING, memory_training="alternating", abstraction_every=1, abstraction_learning_rate=1e-3
 )
 PRESETS = {
     "default": Preset(ModelConfig(), TrainConfig()),
     # The equations; step size and dropout from short comparisons on MovieLens-1M.
-    "paper": Preset(
-        PAPER_MODEL,
-        TrainConfig(
-            loss="negatives-softmax",
-            negatives=5,
-            memory_training="alternating",
-            abstraction_every=1,
-            learning_rate=2e-3,
-            abstraction_learning_rate=1e-3,
-            epochs=30,
-            patience=30,  # validation stands still at first: epochs 10 to 14 are no better than the tenth
-            ema_decay=0.0,
-            seen_items="keep-target",
-        ),
-    ),
+    "paper": Preset(PAPER_MODEL, replace(PAPER_MEMORY_TRAINING, learning_rate=2e-3)),
     # The equations with the settings of the text, and nothing that it does not name. 50 epochs are those of MovieLens.
     "paper-literal": Preset(
         replace(PAPER_MODEL, dropout=0.0),
-        TrainConfig(
-            loss="negatives-softmax",
-            negatives=5,
-            memory_training="alternating",
-            abstraction_every=1,
+        replace(
+            PAPER_MEMORY_TRAINING,
             lanes=128,
-            learning_rate=1e-3,
-            abstraction_learning_rate=1e-3,
             adam_beta2=0.999,
             warmup_steps=0,
             final_learning_rate=1.0,
             gradient_clip=0.0,
-            ema_decay=0.0,
             epochs=50,
             patience=50,
             random_first_segment=False,
-            seen_items="keep-target",
         ),
     ),
     "tiny": Preset(
@@ -74,18 +68,9 @@ _BASELINE_DEFAULTS = {  # by system
     "hpmn": Preset(BaselineConfig("hpmn", layers=4), TrainConfig()),
     "sdm": Preset(BaselineConfig("sdm"), TrainConfig()),
 }
-_BASELINE_PAPER_TRAINING = TrainConfig(
-    loss="negatives-softmax",
-    negatives=5,
-    learning_rate=1e-3,
-    ema_decay=0.0,
-    epochs=30,
-    patience=30,
-    seen_items="keep-target",
-)
 BASELINE_PRESETS = {  # by name, then by system
     "default": _BASELINE_DEFAULTS,
-    "paper": {system: Preset(preset.model, _BASELINE_PAPER_TRAINING) for system, preset in _BASELINE_DEFAULTS.items()},
+    "paper": {system: Preset(preset.model, PAPER_TRAINING) for system, preset in _BASELINE_DEFAULTS.items()},
 }
 Presets = Mapping[str, Preset | Mapping[str, Preset]]
 

@@ -86,8 +86,7 @@ def _train(arguments: argparse.Namespace, command: list[str], presets: Presets) 
         )
     if arguments.threads:
         torch.set_num_threads(arguments.threads)
-    system = getattr(arguments, "system", BaselineConfig.system)
-    model, train, data = _configs(arguments, preset_of(presets, arguments.preset, system=system))
+    model, train, data = _configs(arguments, chosen_preset(arguments, presets))
     if arguments.resume and arguments.data == DEFAULT_DATA:
         arguments.data = Path(open_run(arguments.run).config["dataset"]["path"])
     if arguments.data == DEFAULT_DATA and not DEFAULT_DATA.exists() and distributed.is_first():
@@ -120,16 +119,24 @@ def _train(arguments: argparse.Namespace, command: list[str], presets: Presets) 
     return 0
 
 
+def chosen_preset(arguments: argparse.Namespace, presets: Presets) -> Preset:
+    """The preset that the options of `parser(presets)` name."""
+    return preset_of(presets, arguments.preset, system=getattr(arguments, "system", BaselineConfig.system))
+
+
+def given_configs(
+    arguments: argparse.Namespace, preset: Preset
+) -> tuple[ModelConfig | BaselineConfig, TrainConfig, DataConfig]:
+    """The configs of a new run: those of the preset, changed by the options. Raises ConfigError."""
+    return overridden(preset.model, arguments), overridden(preset.train, arguments), overridden(DataConfig(), arguments)
+
+
 def _configs(
     arguments: argparse.Namespace, preset: Preset
 ) -> tuple[ModelConfig | BaselineConfig, TrainConfig, DataConfig]:
     """Configs from preset and options; when resuming, from the run, with options checked against it."""
     if not arguments.resume:
-        return (
-            overridden(preset.model, arguments),
-            overridden(preset.train, arguments),
-            overridden(DataConfig(), arguments),
-        )
+        return given_configs(arguments, preset)
     run = open_run(arguments.run)
     saved = (run.model_config(), run.train_config(), run.data_config())
     if run.family is not family_of(preset.model):

@@ -13,7 +13,7 @@ from typing import Any, Literal
 import numpy as np
 
 from dman_train.config import TrainConfig, is_earlier_form, to_dict
-from dman_train.presets import BASELINE_PRESETS, PRESETS, Preset
+from dman_train.presets import BASELINE_PRESETS, PRESETS, SHORT_HISTORY, Preset
 from tools.record_file import Record
 
 METRICS = ("hr@10", "ndcg@10", "hr@50", "ndcg@100")
@@ -28,8 +28,6 @@ WORDS = {
     ("ema_decay", 0.0): "weights not averaged",
     ("form", "earlier"): "earlier form",
 }
-SHORT_HISTORY = 20  # events that a system of the paper's `*` form sees
-UNCHANGED = ("gru4rec", "sasrec", "popular", "transitions")  # systems that are what they were in the first records
 ROUTING = {"routing", "routing_iterations", "routing_softmax"}
 # Options that ModelConfig may no longer have, but stored runs do, with the value that needs no mention.
 FORMER_OPTIONS = {"residual": "gated"}

@@ -26,14 +26,14 @@ import shlex
 import tomllib
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from dman_runtime.errors import DmanError, UsageError
-from dman_runtime.options import overridden
 from dman_train.config import BaselineConfig, DataConfig, ModelConfig, TrainConfig
-from dman_train.presets import BASELINE_PRESETS, PRESETS, Presets, preset_of
-from dman_train.train import parser
+from dman_train.presets import BASELINE_PRESETS, PRESETS, Presets
+from dman_train.train import chosen_preset, given_configs, parser
 
 COMMANDS: dict[str, Presets] = {"train": PRESETS, "baselines": BASELINE_PRESETS}
 KEYS = {"name", "data", "seeds", *COMMANDS}
@@ -57,17 +57,15 @@ class PlannedRun:
     @property
     def log(self) -> Path:
         """The interaction log."""
-        path: Path = self._parsed().data
+        path: Path = self._given.data
         return path
 
     def configs(self) -> tuple[ModelConfig | BaselineConfig, TrainConfig, DataConfig]:
         """The settings that the arguments give today. Raises UsageError, ConfigError."""
-        given = self._parsed()
-        system = getattr(given, "system", BaselineConfig.system)
-        preset = preset_of(COMMANDS[self.command], given.preset, system=system)
-        return overridden(preset.model, given), overridden(preset.train, given), overridden(DataConfig(), given)
+        return given_configs(self._given, chosen_preset(self._given, COMMANDS[self.command]))
 
-    def _parsed(self) -> argparse.Namespace:
+    @cached_property
+    def _given(self) -> argparse.Namespace:
         return parser(COMMANDS[self.command]).parse_args(self.arguments)
 
 

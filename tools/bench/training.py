@@ -22,13 +22,12 @@ import torch
 from dman_runtime.options import Parser, print_json, require_positive, run_command
 from dman_train.config import BaselineConfig, DataConfig, ModelConfig, TrainConfig
 from dman_train.data import load, training_data
-from dman_train.presets import BASELINE_PRESETS, PRESETS
+from dman_train.presets import BASELINE_PRESETS, PRESETS, SHORT_HISTORY
 from dman_train.trainer import Trainer
 from tools.bench.blocks import Spread
 from tools.bench.report import Claim, claims_table, cpu_model, table, write_page
 
 REFERENCE = "SASRec, 200 events"  # what the speed of DMAN is measured against
-SHORT_HISTORY = 20  # of the * forms: one segment
 HEADS = ("system", "events/s", "ms a step", "DMAN / this")
 
 
