@@ -21,9 +21,8 @@ from dman_runtime.errors import ConflictError, RequestError, StateError, StoreFu
 from dman_runtime.merging import Merged, joined_events, merge_events
 from dman_runtime.model.events import NO_EVENTS, KnownEvents
 from dman_runtime.model.generation import Generation
-from dman_runtime.model.record import head_bytes, read_head
 from dman_runtime.model.state import absorbed_segments
-from dman_runtime.opened import NEW_USER, OpenQuery, OpenUpdates, OpenUser, catch_up_updates
+from dman_runtime.opened import NEW_USER, OpenQuery, OpenUpdates, OpenUser, catch_up_updates, what_if_events
 from dman_runtime.ranking import rank
 from dman_runtime.requests import (
     MAX_EVENTS,
@@ -61,10 +60,7 @@ class Engine:
         self._indices[self._numbers] = np.arange(len(self._numbers))
         known = store.generations()
         self.number = known.get(self.bundle.bundle_id) or store.add_generation(self.bundle.bundle_id)
-        self._head_bytes = head_bytes(self.bundle.manifest.state)
-        state = self.bundle.manifest.state
-        self._reads_states = state.times == "request" or state.sketch_items > 0  # an answer takes more than a head
-        self._no_embedding = np.zeros(self.bundle.manifest.state.width, np.float32)
+        self._answer_bytes = generation.answer_bytes
         self.committed: Callable[[], None] = lambda: None  # called after every commit that stored something
 
     def known_indices(self, numbers: np.ndarray) -> np.ndarray:
@@ -74,10 +70,8 @@ class Engine:
 
     def known_events(self, events: Events) -> KnownEvents:
         """Those of items that the bundle knows, in order."""
-        numbers, times = events
-        indices = self._indices.take(numbers, mode="clip")
-        known = indices >= 0
-        return KnownEvents(indices[known], times[known])
+        indices = self._indices.take(events[0], mode="clip")
+        return KnownEvents(indices[indices >= 0], events[1][indices >= 0])
 
     # -- the path --------------------------------------------------------------------------------------------------
 
@@ -262,20 +256,19 @@ class Engine:
         if query.user_id is None or query.what_if or query.exclude or query.candidates is not None:
             return None
         check_query(query)
-        if self._reads_states:
-            return None
-        view = self.store.ranking_view(query.user_id, self.number, self._head_bytes)
+        view = self.store.ranking_view(query.user_id, self.number, self._answer_bytes)
         if view is None or view.record is None:
             return None
         try:
-            head = read_head(view.record, self.bundle)
+            user = self.generation.unpack_for_answer(view.record)
         except StateError:
             return None
-        if head.history_count != view.history_count or not head.event_count:
+        if user.history_count != view.history_count or not user.event_count:
             return None
         exclude = NO_ITEMS if query.include_seen else self.known_indices(view.seen)
-        (best,) = self.generation.retriever.search(head.user_embedding[None], query.k, exclude=(exclude,))
-        return Answer(best.items, best.scores, False, head.event_count, [])
+        embedding, added = self.generation.asked((user,), (query.at,))
+        (best,) = self.generation.retriever.search(embedding, query.k, exclude=(exclude,), added=added)
+        return Answer(best.items, best.scores, False, user.event_count, [])
 
     def open_queries(self, queries: Sequence[Query], *, catch_up: bool = True) -> list[OpenQuery]:
         """Reads what queries need. Those that have a `user` need it advanced before `answer`.
@@ -292,40 +285,27 @@ class Engine:
         return opened
 
     def _opened(self, query: Query, snapshot: Snapshot, catch_up: bool) -> OpenQuery:
-        what_if, unknown = self._what_if(query)
-        opened = OpenQuery(query, NO_ITEMS, self._no_embedding, 0, None, what_if, unknown)
-        view, head = None, None
-        if query.user_id is not None:
-            view = snapshot.ranking_view(query.user_id, self.number, self._head_bytes)
+        what_if, unknown = what_if_events(query, self.bundle.items)
+        opened = OpenQuery(query, NO_ITEMS, 0, None, None, what_if, unknown)
+        user_id, found = query.user_id, None
+        view = None if user_id is None else snapshot.ranking_view(user_id, self.number, self._answer_bytes)
         if view is not None:
             opened.seen = self.known_indices(view.seen)
             with suppress(StateError):  # a damaged record is made anew
-                head = read_head(view.record, self.bundle) if view.record is not None else None
-        lags = view is not None and (head is None or head.history_count != view.history_count)
+                found = self.generation.unpack_for_answer(view.record) if view.record is not None else None
+        lags = view is not None and (found is None or found.history_count != view.history_count)
         if lags and catch_up:
             opened.lags = True
         elif lags or len(what_if):
             opened.user = self._anonymous()
-            if view is not None and query.user_id is not None:
-                (stored,) = snapshot.get_many([query.user_id], self.number)
-                opened.user = self._open(snapshot, query.user_id, stored)
+            if view is not None and user_id is not None:
+                (stored,) = snapshot.get_many([user_id], self.number)
+                opened.user = self._open(snapshot, user_id, stored)
             opened.user.left += what_if
             opened.event_count = opened.user.event_count
-        elif head is not None:
-            opened.embedding, opened.event_count = head.user_embedding, head.event_count
-            if self._reads_states and query.user_id is not None:
-                (stored,) = snapshot.get_many([query.user_id], self.number)
-                opened.state = self._open(snapshot, query.user_id, stored).state
+        elif found is not None:
+            opened.record, opened.event_count = found, found.event_count
         return opened
-
-    def _what_if(self, query: Query) -> tuple[KnownEvents, list[str]]:
-        """The what-if events that the bundle knows, and the ids of the others."""
-        indices, unknown = self.bundle.items.indices(query.what_if)
-        times = np.array(query.what_if_times or [0] * len(query.what_if), np.int64)
-        if unknown and query.what_if_times:
-            missing = set(unknown)
-            times = times[[item not in missing for item in query.what_if]]
-        return KnownEvents(indices, times[: len(indices)]), unknown
 
     def _anonymous(self) -> OpenUser:
         return OpenUser(None, NEW_USER, self.generation.unpack(None), NO_EVENTS, record_lags=False)

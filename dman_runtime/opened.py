@@ -7,11 +7,12 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from dman_runtime.model.events import KnownEvents
+from dman_runtime.model.bundle import Items
+from dman_runtime.model.events import NO_EVENTS, KnownEvents
+from dman_runtime.model.generation import Answering
 from dman_runtime.model.recurrence import Piece, next_piece
 from dman_runtime.model.state import State
 from dman_runtime.requests import Query, Update, UpdateOutcome
-from dman_runtime.retrieval.base import Added
 from dman_runtime.store.base import Events, Head, Write
 
 NEW_USER = Head(version=0, history_count=0, generation=0)
@@ -93,14 +94,22 @@ class OpenQuery:
 
     query: Query
     seen: np.ndarray  # item indices of the history, in no order
-    embedding: np.ndarray  # (D); zero while a state has to be read first
     event_count: int
+    record: Answering | None  # of a user who need not be advanced
     user: OpenUser | None  # to be advanced: by what-if events, or because the record lags
     what_if: KnownEvents
     unknown: list[str]
     lags: bool = False  # the user's record does not cover the history: catch up first, then open the query again
-    state: State | None = None  # of a user who need not be advanced, where the answer depends on more than `embedding`
-    added: Added | None = None  # to the scores of items that the user had before
+
+
+def what_if_events(query: Query, items: Items) -> tuple[KnownEvents, list[str]]:
+    """The what-if events of a query that the bundle knows, and the ids of the others."""
+    if not query.what_if:
+        return NO_EVENTS, []
+    indices, unknown = items.indices(query.what_if)
+    times, missing = query.what_if_times or [0] * len(query.what_if), set(unknown)
+    known = [time for item, time in zip(query.what_if, times, strict=True) if item not in missing]
+    return KnownEvents(indices, np.array(known, np.int64)), unknown
 
 
 def catch_up_updates(opened: Sequence[OpenQuery]) -> list[Update]:

@@ -9,8 +9,8 @@ import numpy as np
 from dman_runtime.model.bundle import Items
 from dman_runtime.model.generation import Generation
 from dman_runtime.opened import OpenQuery
-from dman_runtime.requests import UNKNOWN_MOMENT, Answer
-from dman_runtime.retrieval.base import NO_ITEMS, Hits
+from dman_runtime.requests import Answer
+from dman_runtime.retrieval.base import NO_ITEMS, Added, Hits
 from dman_runtime.retrieval.exact import search_scores
 
 
@@ -19,14 +19,14 @@ def rank(opened: Sequence[OpenQuery], generation: Generation) -> list[Answer]:
     hits: list[Hits | None] = [None] * len(opened)
     limits = [_limits(one, generation.bundle.items) for one in opened]
     personal = [row for row, one in enumerate(opened) if one.event_count]
-    _read_states([opened[row] for row in personal], generation)
     if personal:
+        users, added = _asked([opened[row] for row in personal], generation)
         found = generation.retriever.search(
-            _rows([opened[row].embedding for row in personal]),
+            users,
             max(opened[row].query.k for row in personal),
             exclude=[limits[row][0] for row in personal],
             candidates=[limits[row][1] for row in personal],
-            added=[opened[row].added for row in personal],
+            added=added,
         )
         for row, best in zip(personal, found, strict=True):
             hits[row] = best
@@ -52,15 +52,10 @@ def _limits(one: OpenQuery, items: Items) -> tuple[np.ndarray, np.ndarray | None
     return exclude, candidates
 
 
-def _read_states(opened: Sequence[OpenQuery], generation: Generation) -> None:
-    """The user embeddings at the times of the requests, and what is added to scores, where that takes a state."""
-    asked = [(one, state) for one in opened if (state := one.user.state if one.user else one.state) is not None]
-    if not asked:
-        return
-    moments = [UNKNOWN_MOMENT if one.query.at is None else one.query.at for one, _ in asked]
-    found = generation.asked([state for _, state in asked], moments)
-    for (one, _), embedding, added in zip(asked, *found, strict=True):
-        one.embedding, one.added = embedding, added
+def _asked(opened: Sequence[OpenQuery], generation: Generation) -> tuple[np.ndarray, list[Added | None]]:
+    """As `Generation.asked`, of queries whose users have events."""
+    users = [one.user.state if one.user else one.record for one in opened]
+    return generation.asked([user for user in users if user is not None], [one.query.at for one in opened])
 
 
 def _answer(
@@ -71,8 +66,3 @@ def _answer(
     if best is None:
         best = search_scores(items.popularity, k, exclude=exclude, candidates=candidates)
     return Answer(best.items[:k], best.scores[:k], popular, one.event_count, one.unknown)
-
-
-def _rows(vectors: list[np.ndarray]) -> np.ndarray:
-    """(D) vectors as (B, D); np.stack takes longer than the search where there is one."""
-    return vectors[0][None] if len(vectors) == 1 else np.stack(vectors)

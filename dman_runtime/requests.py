@@ -14,7 +14,6 @@ from dman_runtime.errors import RequestError
 
 Checked = TypeVar("Checked")
 MAX_K = 1000
-UNKNOWN_MOMENT = -(1 << 62)  # before any event
 MAX_EVENTS = 10_000  # per update, and of what-if events per query
 MAX_REQUEST_ID_BYTES = 128
 MAX_REQUEST_EVENTS = 100_000  # in all updates or what-ifs of one request

@@ -20,7 +20,8 @@ import torch
 
 from dman_runtime.errors import BundleError
 from dman_runtime.model import bundle as bundle_format
-from dman_runtime.model.bundle import items_jsonl, write_bundle
+from dman_runtime.model.bundle import items_jsonl
+from dman_runtime.model.bundle_writer import write_bundle
 from dman_runtime.options import Parser, configure_logging, print_json, run_command
 from dman_train.config import to_dict
 from dman_train.graphs import OPSET, export_graphs, graph_errors, state_shape

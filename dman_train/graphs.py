@@ -19,7 +19,8 @@ from dman_runtime.model.bundle import StateShape
 from dman_runtime.model.encoder import Encoder
 from dman_runtime.model.times import BUCKETS
 from dman_train.config import ModelConfig
-from dman_train.model import DMAN, Timing
+from dman_train.model import DMAN
+from dman_train.timing import Timing
 
 for chatty in ("torch.onnx", "onnx_ir", "onnxscript"):  # they report each graph rewrite, and that torchvision is absent
     logging.getLogger(chatty).setLevel(logging.ERROR)

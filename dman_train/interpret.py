@@ -25,8 +25,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dman_runtime.errors import UsageError
-from dman_train.model import DMAN, Encoding, at_position
+from dman_train.model import DMAN, Encoding
 from dman_train.replay import replay
+from dman_train.timing import at_position
 
 logger = logging.getLogger(__name__)
 

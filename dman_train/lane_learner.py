@@ -21,8 +21,9 @@ from dman_train.data import TrainingData
 from dman_train.lanes import Lanes
 from dman_train.learner import Learner, StepInputs
 from dman_train.losses import Added, Losses
-from dman_train.model import DMAN, Encoding, Timing, gap_buckets, timing_of
+from dman_train.model import DMAN, Encoding
 from dman_train.returns import Sketch, follow
+from dman_train.timing import Timing, gap_buckets, timing_of
 
 UNKNOWN_TIME = -(1 << 62)  # of a request: before any event
 

@@ -10,9 +10,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from dman_runtime.model.sketch import HALF_LIVES
 from dman_runtime.model.times import NO_GAP
-from dman_train.model import DMAN, Encoding, Timing, gap_buckets, timing_of
-from dman_train.returns import HALF_LIVES, NO_ITEM, Returns, Sketch, follow
+from dman_train.model import DMAN, Encoding
+from dman_train.returns import NO_ITEM, Returns, Sketch, follow
+from dman_train.timing import Timing, gap_buckets, timing_of
 
 OnSegment = Callable[[Tensor, Tensor, Encoding], None]
 

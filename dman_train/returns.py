@@ -7,14 +7,14 @@ history. Symbols as in `dman_train.model`; R sketch items, K = R + T candidates,
 
 from __future__ import annotations
 
-import math
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-HALF_LIVES = (2.0, 8.0, 32.0, 128.0, math.inf)  # events
+from dman_runtime.model.sketch import HALF_LIVES, RATES
+
 NO_ITEM = -1
 
 
@@ -50,7 +50,7 @@ def follow(sketch: Sketch, items: Tensor, lengths: Tensor) -> tuple[Returns, Ske
     same = candidates[:, :, None] == candidates[:, None]
     candidates = candidates.masked_fill(same.tril(-1).any(-1), NO_ITEM)  # the first place of each item counts
     match = ((candidates[:, :, None] == events[:, None]) & (events >= 0)[:, None]).float()  # (B, K, T)
-    rates = torch.tensor([2.0 ** (-1 / life) for life in HALF_LIVES], device=device)  # (H)
+    rates = torch.from_numpy(RATES).to(device)  # (H)
     ages = position[:, None] - position  # (T, T) of event s at position t
     decay = torch.where(ages >= 0, rates[:, None, None] ** ages.clamp(min=0), 0.0)  # (H, T, T)
     counts = torch.einsum("bks,hts->btkh", match, decay)

@@ -28,7 +28,8 @@ from filelock import FileLock
 
 from dman_runtime.data.evaluation import HeldOut, Ranking
 from dman_runtime.data.interactions import ItemInfo
-from dman_runtime.model.bundle import GOLDEN, ITEMS, MANIFEST, items_jsonl, read_manifest, sha256
+from dman_runtime.model.bundle import GOLDEN, ITEMS, MANIFEST, items_jsonl, read_manifest
+from dman_runtime.model.bundle_writer import sha256
 from dman_runtime.model.events import KnownEvents
 from dman_runtime.model.generation import Generation
 from dman_runtime.serving.config import ServeConfig

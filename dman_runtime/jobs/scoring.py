@@ -18,7 +18,6 @@ from dman_runtime.jobs.partitions import by_length
 from dman_runtime.model.bundle import Bundle
 from dman_runtime.model.events import KnownEvents
 from dman_runtime.model.generation import Generation
-from dman_runtime.requests import UNKNOWN_MOMENT
 from dman_runtime.retrieval.base import NO_ITEMS, Hits
 from dman_runtime.retrieval.exact import search_scores
 
@@ -85,8 +84,7 @@ def _best(
     histories: list[KnownEvents], generation: Generation, k: int, *, at: int | None, include_seen: bool
 ) -> list[Hits]:
     """What a server would recommend after these histories, at a moment in seconds."""
-    moments = [UNKNOWN_MOMENT if at is None else at] * len(histories)
-    users, added = generation.asked(generation.replay(histories), moments)
+    users, added = generation.asked(generation.replay(histories), [at] * len(histories))
     seen = [NO_ITEMS if include_seen else history.items for history in histories]
     hits = generation.retriever.search(users, k, exclude=seen, added=added)
     for i, history in enumerate(histories):

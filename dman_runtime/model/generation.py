@@ -13,6 +13,7 @@ from dman_runtime.errors import BundleError
 from dman_runtime.model import record, recurrence
 from dman_runtime.model.bundle import Bundle, open_bundle
 from dman_runtime.model.events import KnownEvents
+from dman_runtime.model.record import RecordHead
 from dman_runtime.model.recurrence import Graphs, Piece
 from dman_runtime.model.state import State
 from dman_runtime.retrieval.base import Added, Retriever
@@ -21,6 +22,7 @@ from dman_runtime.retrieval.exact import ExactRetriever
 if TYPE_CHECKING:
     from dman_runtime.model.encoder import Provider
 
+Answering = State | RecordHead
 GOLDEN_TOLERANCE = 1e-3  # relative to the largest value; float32 on another machine or on CUDA stays far below
 
 
@@ -68,16 +70,31 @@ class Generation:
     def pack(self, state: State) -> bytes:
         return record.pack(state, self.bundle)
 
-    def advance(self, states: Sequence[State], new_events: Sequence[KnownEvents]) -> None:
-        """Appends `new_events[i]` to `states[i]`, in place."""
-        recurrence.advance(states, new_events, bundle=self.bundle, graphs=self.graphs)
+    @property
+    def answer_bytes(self) -> int:
+        """How much of a record `unpack_for_answer` takes."""
+        shape = self.bundle.manifest.state
+        return record.max_record_bytes(shape) if shape.answers_read_states else record.head_bytes(shape)
 
-    def embeddings_at(self, states: Sequence[State], moments: Sequence[int]) -> np.ndarray:
-        """(B, D) user embeddings for requests at these seconds: `recurrence.embeddings_at`."""
-        return recurrence.embeddings_at(states, moments, bundle=self.bundle, graphs=self.graphs)
+    def unpack_for_answer(self, stored: bytes) -> Answering:
+        """What an answer is made from: of most models the head of a record is enough. Raises StateError."""
+        unpack = record.unpack if self.bundle.manifest.state.answers_read_states else record.read_head
+        return unpack(stored, self.bundle)
 
-    def added(self, state: State, embedding: np.ndarray) -> Added | None:
-        """What is added to the scores of items that the user had before; None for a model without that term."""
+    def asked(self, users: Sequence[Answering], moments: Sequence[int | None]) -> tuple[np.ndarray, list[Added | None]]:
+        """What a search needs of users with events, for requests at these seconds, None for an unknown time.
+
+        Returns:
+            (B, D) user embeddings, and what is added to the scores of items that the users had before.
+        """
+        states = [user for user in users if isinstance(user, State)]
+        if len(states) < len(users):  # heads, which is enough: nothing else is in a state that would count
+            return _rows([user.user_embedding for user in users]), [None] * len(users)
+        embeddings = recurrence.embeddings_at(states, moments, bundle=self.bundle, graphs=self.graphs)
+        return embeddings, [self._added(state, user) for state, user in zip(states, embeddings, strict=True)]
+
+    def _added(self, state: State, embedding: np.ndarray) -> Added | None:
+        """What `dman_train.returns.ReturnTerm` gives; None for a model without it."""
         weights = self.bundle.returns
         if not weights:
             return None
@@ -85,13 +102,12 @@ class Generation:
         by_user = weights["by_user"] @ embedding + weights["bias"]  # (H)
         return Added(items, (np.log1p(counts) * (by_user + weights["by_item"][items])).sum(axis=1))
 
+    def advance(self, states: Sequence[State], new_events: Sequence[KnownEvents]) -> None:
+        """Appends `new_events[i]` to `states[i]`, in place."""
+        recurrence.advance(states, new_events, bundle=self.bundle, graphs=self.graphs)
+
     def advance_pieces(self, pieces: Sequence[Piece]) -> None:
         recurrence.advance_pieces(pieces, bundle=self.bundle, graphs=self.graphs)
-
-    def asked(self, states: Sequence[State], moments: Sequence[int]) -> tuple[np.ndarray, list[Added | None]]:
-        """What a search needs of states for requests at these seconds: (B, D) user embeddings, and what is added."""
-        users = self.embeddings_at(states, moments)
-        return users, [self.added(state, user) for state, user in zip(states, users, strict=True)]
 
     def replay(self, histories: Sequence[KnownEvents]) -> list[State]:
         """The states of users with these histories."""
@@ -132,6 +148,11 @@ class Generation:
             _relative_error(np.stack([state.user_embedding for state in states]), golden["user_embeddings"]),
             _relative_error(np.stack([state.memory for state in states]), golden["memories"]),
         )
+
+
+def _rows(vectors: list[np.ndarray]) -> np.ndarray:
+    """(D) vectors as (B, D); np.stack takes longer than the search where there is one."""
+    return vectors[0][None] if len(vectors) == 1 else np.stack(vectors)
 
 
 def _relative_error(found: np.ndarray, expected: np.ndarray) -> float:

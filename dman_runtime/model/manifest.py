@@ -47,8 +47,9 @@ class StateShape:
         return self.times != "none"
 
     @property
-    def closes_late(self) -> bool:
-        """Whether a full segment stays open until the next event: where an answer reads the state once more."""
+    def answers_read_states(self) -> bool:
+        """Whether an answer depends on more than the user embedding. Then a full segment stays open until the next
+        event, as in training: the answer must not see the memory that is made of it."""
         return self.times == "request" or self.sketch_items > 0
 
     @property

@@ -57,7 +57,7 @@ def head_bytes(shape: StateShape) -> int:
 
 def max_record_bytes(shape: StateShape) -> int:
     """Bytes of the largest record: before a segment closes, with a memory."""
-    positions, value_bytes = shape.context_limit - (not shape.closes_late), np.dtype(shape.dtype).itemsize
+    positions, value_bytes = shape.context_limit - (not shape.answers_read_states), np.dtype(shape.dtype).itemsize
     hidden, memory = (shape.layers - 1) * positions, shape.layers * shape.memory_slots
     times = 8 + 9 * positions if shape.sees_times else 0
     sketch = 4 + shape.sketch_items * _SKETCH_ROW if shape.sketch_items else 0

@@ -78,7 +78,7 @@ def advance_pieces(pieces: Sequence[Piece], *, bundle: Bundle, graphs: Graphs) -
     for start in range(0, len(ordered), ROWS_PER_RUN):
         part = ordered[start : start + ROWS_PER_RUN]
         states = [state for state, _ in part]
-        late = states[0].shape.closes_late
+        late = states[0].shape.answers_read_states
         if late:
             _close_full(states, bundle=bundle, graphs=graphs)
         _encode(part, bundle=bundle, graphs=graphs)
@@ -178,21 +178,23 @@ def _add_times(ages: np.ndarray, new: np.ndarray, context: np.ndarray, piece: Pi
     ages[:fresh, len(context) - count : len(context) + fresh] = bucket(moments[:, None] - times)
 
 
-def embeddings_at(states: Sequence[State], moments: Sequence[int], *, bundle: Bundle, graphs: Graphs) -> np.ndarray:
-    """(B, D) user embeddings of states that have events, for requests at these seconds.
+def embeddings_at(
+    states: Sequence[State], moments: Sequence[int | None], *, bundle: Bundle, graphs: Graphs
+) -> np.ndarray:
+    """(B, D) user embeddings for requests at these seconds; where the model or the request knows no time, the states'.
 
-    A moment before the last event counts as unknown, and so does every moment if the time of that is unknown. For a
-    model that does not see requests: those of the states.
+    A moment before the last event counts as unknown, and so does every moment if the time of that is unknown.
     """
     embeddings = np.stack([state.user_embedding for state in states])
-    rows = [
-        row
+    asked = [
+        (row, state, moment)
         for row, (state, moment) in enumerate(zip(states, moments, strict=True))
-        if state.shape.times == "request" and state.context_length and moment >= state.last_time > 0
+        if moment is not None and moment >= state.last_time > 0 and state.shape.times == "request"
     ]
-    for start in range(0, len(rows), ROWS_PER_RUN):
-        part = rows[start : start + ROWS_PER_RUN]
-        embeddings[part] = _read([states[row] for row in part], [moments[row] for row in part], bundle, graphs)
+    for start in range(0, len(asked), ROWS_PER_RUN):
+        part = asked[start : start + ROWS_PER_RUN]
+        at = [row for row, _, _ in part]
+        embeddings[at] = _read([state for _, state, _ in part], [moment for _, _, moment in part], bundle, graphs)
     return embeddings
 
 

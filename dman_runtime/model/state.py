@@ -28,7 +28,7 @@ def context_length(event_count: int, shape: StateShape) -> int:
 
 
 def _closed_segments(event_count: int, shape: StateShape) -> int:
-    return max(0, event_count - shape.closes_late) // shape.segment_length
+    return max(0, event_count - shape.answers_read_states) // shape.segment_length
 
 
 @dataclass(slots=True, eq=False)

@@ -25,8 +25,8 @@ from dman_runtime.model.bundle import (
     files_of,
     open_bundle,
     read_manifest,
-    sha256,
 )
+from dman_runtime.model.bundle_writer import sha256
 from dman_runtime.model.encoder import Encoder
 from dman_runtime.model.generation import Generation
 from dman_runtime.model.times import BUCKETS
@@ -138,7 +138,7 @@ def test_export_replay_equals_pytorch_replay(exported: tuple[DMAN, Path]) -> Non
     states = generation.replay([events_of(*history) for history in zip(histories, times, strict=True)])
     users, memories = torch_replay(model, histories, times=times)
     asked, _ = torch_replay(model, histories, times=times, request_times=moments)
-    found = torch.from_numpy(generation.embeddings_at(states, moments.tolist()))
+    found = torch.from_numpy(generation.asked(states, moments.tolist())[0])
     torch.testing.assert_close(found, asked, **ONNX_ERROR)
     for state, user, memory in zip(states, users, memories, strict=True):
         torch.testing.assert_close(torch.from_numpy(state.user_embedding), user, **ONNX_ERROR)

@@ -16,9 +16,10 @@ from torch import Tensor
 
 from dman_runtime.data.logs import read_interactions
 from dman_train import evaluate, train
+from dman_train.blocks import Attention
 from dman_train.config import ModelConfig
 from dman_train.interpret import Observations, observe, slot_diversity, summarise, trajectory
-from dman_train.model import DMAN, Attention
+from dman_train.model import DMAN
 from dman_train.replay import replay
 
 EXACT = {"rtol": 1e-4, "atol": 2e-5}  # float32, two orders of summation

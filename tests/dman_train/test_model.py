@@ -11,8 +11,9 @@ import torch
 from conftest import PAPER, TINY, TINY_ITEMS, random_model
 from torch import Tensor
 
+from dman_train.blocks import Attention
 from dman_train.config import ModelConfig
-from dman_train.model import DMAN, Attention, Encoding
+from dman_train.model import DMAN, Encoding
 from dman_train.replay import replay, returns_of
 
 EXACT = {"rtol": 1e-4, "atol": 2e-5}  # float32, two orders of summation

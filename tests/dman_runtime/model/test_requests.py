@@ -16,7 +16,6 @@ from dman_runtime.model.events import KnownEvents
 from dman_runtime.model.generation import Generation
 from dman_runtime.model.state import State
 from dman_runtime.model.times import NO_GAP
-from dman_runtime.requests import UNKNOWN_MOMENT
 from dman_train.config import ModelConfig
 from dman_train.model import DMAN
 from dman_train.replay import replay, returns_of
@@ -54,7 +53,7 @@ def histories_and_moments() -> tuple[list[KnownEvents], np.ndarray]:
 def check_answers(model: DMAN, states: list[State], histories: list[KnownEvents], moments: np.ndarray | None) -> None:
     """The user embeddings, and what is added to scores, are those of PyTorch; `moments` None: unknown."""
     generation = generation_of(model)
-    asked = [UNKNOWN_MOMENT] * len(states) if moments is None else moments.tolist()
+    asked = [None] * len(states) if moments is None else moments.tolist()
     found, added = generation.asked(states, asked)
     items, times = [history.items for history in histories], [history.times for history in histories]
     expected, memories = replay(model, items, times=times, request_times=moments)
@@ -124,19 +123,19 @@ def test_asking_changes_no_state(timed: Generation) -> None:
 
 def test_moment_of_a_request_matters_and_that_of_the_last_event_is_not_an_unknown_one(timed: Generation) -> None:
     (state,) = timed.replay([random_events(13, np.random.default_rng(0))])
-    moments = [UNKNOWN_MOMENT, *(state.last_time + later for later in (0, 60, 3600, 10**7))]
-    users = timed.embeddings_at([state] * len(moments), moments)
+    moments = [None, *(state.last_time + later for later in (0, 60, 3600, 10**7))]
+    users = timed.asked([state] * len(moments), moments)[0]
     np.testing.assert_array_equal(users[0], state.user_embedding)
     assert all(np.abs(one - other).max() > 1e-3 for one, other in pairwise(users))
 
 
 def test_moments_of_one_bucket_give_one_answer(timed: Generation) -> None:
     (state,) = timed.replay([events_of([3, 4], [BEGIN, BEGIN + 10**6])])
-    users = timed.embeddings_at([state] * 2, [state.last_time + 1500, state.last_time + 1501])
+    users = timed.asked([state] * 2, [state.last_time + 1500, state.last_time + 1501])[0]
     np.testing.assert_array_equal(users[0], users[1])
 
 
-@pytest.mark.parametrize("moment", [UNKNOWN_MOMENT, BEGIN + 10**6])
+@pytest.mark.parametrize("moment", [None, BEGIN + 10**6])
 def test_empty_history_answers_nothing_personal(timed: Generation, moment: int) -> None:
     users, (added,) = timed.asked([timed.unpack(None)], [moment])
     assert not users.any()
@@ -186,7 +185,7 @@ def test_unknown_time_within_a_history_gives_what_pytorch_gives_for_the_event_be
 def test_history_without_times_has_no_gaps_and_no_moment(timed: Generation) -> None:
     (state,) = timed.replay([events_of(range(8))])
     assert state.last_time == 0 and state.gaps[:8].tolist() == [NO_GAP] * 8
-    users = timed.embeddings_at([state] * 2, [UNKNOWN_MOMENT, BEGIN])
+    users = timed.asked([state] * 2, [None, BEGIN])[0]
     np.testing.assert_array_equal(users[0], users[1])
 
 

@@ -53,7 +53,7 @@ def test_state_without_recurrence_holds_a_full_segment_until_the_next_event_too(
 
 
 def test_state_that_sees_event_times_only_closes_segments_at_once() -> None:
-    assert not replace(RECURRENT, times="events").closes_late
+    assert not replace(RECURRENT, times="events").answers_read_states
 
 
 @pytest.mark.parametrize(

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from dman_runtime.model.times import BORDERS, BUCKETS, NO_GAP, bucket
-from dman_train.model import buckets, gap_buckets, timing_of
+from dman_train.timing import buckets, gap_buckets, timing_of
 
 DAY = 86_400
 
