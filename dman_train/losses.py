@@ -79,6 +79,7 @@ class NextItemLoss(nn.Module):
             negatives: As `draw_negatives` returns them.
             items, real: (B, T) the inputs, and which of them are real: P in all.
             seen_before: B x (H) items that the users saw before these inputs; None: seen items are negatives too.
+            added: What is added to the scores of some items.
         """
         if self.kind == "full":
             seen = None if seen_before is None else SeenItems.of(seen_before, items, real)
@@ -90,20 +91,32 @@ class NextItemLoss(nn.Module):
         left_out = drawn == targets[:, None]  # (P, n)
         if seen_before is not None:
             left_out |= _seen_at(negatives, seen_before, items)[real]
+        if added is not None:
+            positive = positive + _added_at(added, targets[:, None])[:, 0]
         if self.kind == "sampled":
-            return self._sampled_softmax(users, table, positive, negatives, left_out)
+            return self._sampled_softmax(users, table, positive, negatives, left_out, added)
         scores = torch.einsum("pd,pnd->pn", users, F.embedding(drawn, table)).float()
+        if added is not None:
+            scores = scores + _added_at(added, drawn)
         scores = scores.masked_fill(left_out, float("-inf"))
         if self.kind == "negatives-softmax":
             return (torch.logsumexp(torch.cat([positive[:, None], scores], 1), 1) - positive).sum()
         return (F.softplus(-positive) + F.softplus(scores).sum(-1)).sum()
 
     def _sampled_softmax(
-        self, users: Tensor, table: Tensor, positive: Tensor, negatives: Tensor, left_out: Tensor
+        self,
+        users: Tensor,
+        table: Tensor,
+        positive: Tensor,
+        negatives: Tensor,
+        left_out: Tensor,
+        added: Added | None,
     ) -> Tensor:
         logits = (users @ F.embedding(negatives, table).T).float() - torch.log(
             self.proposal[negatives] * len(negatives)
         )
+        if added is not None:
+            logits = logits + _added_to_shared(added, negatives)
         logits = logits.masked_fill(left_out, float("-inf"))
         # The target gets no correction, because it is not drawn but always there. With one, the loss would not tend to
         # the full softmax for items that are expected more than once among the negatives.
@@ -115,6 +128,20 @@ class Added(NamedTuple):
 
     scores: Tensor  # (P, K)
     items: Tensor  # (P, K) int64; one may come up several times
+
+
+def _added_at(added: Added, items: Tensor) -> Tensor:
+    """(P, n) items -> (P, n) what is added to their scores."""
+    same = items[:, :, None] == added.items[:, None]  # (P, n, K)
+    return torch.einsum("pnk,pk->pn", same.float(), added.scores.float())
+
+
+def _added_to_shared(added: Added, items: Tensor) -> Tensor:
+    """(n) items that all positions share -> (P, n) what is added to their scores."""
+    distinct, place = torch.unique(items, return_inverse=True)  # ascending
+    at = torch.searchsorted(distinct, added.items.contiguous()).clamp(max=len(distinct) - 1)  # (P, K)
+    scores = torch.where(distinct[at] == added.items, added.scores.float(), 0.0)
+    return scores.new_zeros(len(scores), len(distinct)).scatter_add(1, at, scores)[:, place]
 
 
 class SeenItems(NamedTuple):

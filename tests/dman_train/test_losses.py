@@ -136,6 +136,49 @@ def test_sampled_softmax_over_all_items_equals_full_softmax() -> None:
     assert found.item() == pytest.approx(sum(full_losses()), rel=1e-5)
 
 
+def added_to(items: Tensor) -> tuple[Added, Tensor]:
+    """Scores for some items of two positions, one of them twice; and the same as (P, V)."""
+    scores = torch.tensor([[0.5, -1.0, 2.0, 0.25], [1.0, 3.0, -0.5, 0.0]]).requires_grad_()
+    return Added(scores, items), torch.zeros(2, len(TABLE)).scatter_add(1, items, scores)
+
+
+ADDED_ITEMS = torch.tensor([[1, 4, 0, 1], [3, 3, 0, 2]])  # targets among them
+
+
+@pytest.mark.parametrize("drawn", [[0, 1, 2, 3, 4], [4, 4, 0, 3], [2]])
+def test_sampled_softmax_with_added_scores_and_their_gradients_equal_plain_torch(drawn: list[int]) -> None:
+    negatives = torch.tensor(drawn)
+    (added, dense), (again, expected_dense) = added_to(ADDED_ITEMS), added_to(ADDED_ITEMS)
+    loss = loss_of("sampled", negatives=len(drawn))
+    found = loss(USERS, TABLE, TARGETS, negatives=negatives, items=ITEMS, real=REAL, seen_before=None, added=added)
+    scores, rows = USERS @ TABLE.T + expected_dense, torch.arange(2)
+    positive = scores[rows, TARGETS]
+    logits = scores[:, negatives] - math.log(len(drawn) / len(TABLE))
+    logits = logits.masked_fill(negatives == TARGETS[:, None], float("-inf"))
+    expected = (torch.logsumexp(torch.cat([positive[:, None], logits], 1), 1) - positive).sum()
+    torch.testing.assert_close(found, expected)
+    found.backward(), expected.backward()
+    torch.testing.assert_close(added.scores.grad, again.scores.grad)
+    assert not torch.equal(dense, torch.zeros_like(dense))
+
+
+@pytest.mark.parametrize("kind", ["negatives", "negatives-softmax"])
+def test_negatives_with_added_scores_equal_hand_computation(kind: str) -> None:
+    negatives = torch.tensor([[[0, 3, 1], [4, 4, 0]]])
+    added, dense = added_to(ADDED_ITEMS)
+    found = loss_of(kind, negatives=3)(
+        USERS, TABLE, TARGETS, negatives=negatives, items=ITEMS, real=REAL, seen_before=None, added=added
+    )
+    scores, expected = (USERS @ TABLE.T + dense).tolist(), 0.0
+    for row, target in enumerate(TARGETS.tolist()):
+        drawn = [scores[row][item] for item in negatives[0, row].tolist() if item != target]
+        if kind == "negatives":
+            expected += math.log1p(math.exp(-scores[row][target])) + sum(math.log1p(math.exp(s)) for s in drawn)
+        else:
+            expected += math.log(sum(math.exp(s) for s in [scores[row][target], *drawn])) - scores[row][target]
+    assert found.item() == pytest.approx(expected, rel=1e-6)
+
+
 def test_sampled_softmax_is_unbiased_under_a_skewed_proposal() -> None:
     """exp(loss) = 1 + sum of exp(s_j - s_target) / (n q_j), whose expectation is exp(full loss): all draws tried."""
     loss = loss_of("sampled", counts=torch.tensor([1, 100, 10, 3, 40]))
