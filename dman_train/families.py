@@ -19,7 +19,7 @@ from dman_train.config import BaselineConfig, ModelConfig
 from dman_train.lane_learner import LaneLearner
 from dman_train.learner import Learner
 from dman_train.model import DMAN
-from dman_train.replay import replay, returns_of
+from dman_train.replay import replay, returned
 
 Model = DMAN | Baseline
 
@@ -45,9 +45,8 @@ def _dman_scores(model: DMAN, table: Tensor, data: HeldOut) -> Tensor:
     users, _ = replay(model, data.histories, times=data.times, request_times=data.target_times)
     scores = users @ table
     if model.config.returns == "on":
-        returns = returns_of(model, data.histories)
-        added = model.return_scores(users[:, None], returns)[:, 0]
-        scores.scatter_add_(1, returns.items.clamp(min=0), added)
+        items, added = returned(model, users, data.histories, times=data.times, request_times=data.target_times)
+        scores.scatter_add_(1, items, added)
     return scores
 
 

@@ -23,7 +23,7 @@ from dman_train.learner import Learner, StepInputs
 from dman_train.losses import Added, Losses
 from dman_train.model import DMAN, Encoding
 from dman_train.returns import Sketch, follow
-from dman_train.timing import Timing, gap_buckets, timing_of
+from dman_train.timing import Timing, gap_buckets, moments_of, timing_of
 
 UNKNOWN_TIME = -(1 << 62)  # of a request: before any event
 
@@ -39,8 +39,10 @@ class LaneState:
     initial: Tensor  # (B) bool: use the learned initial slots in place of `memory`
     absorbed: Tensor  # (N, B, L, T, D) segments to absorb, oldest first, right-aligned
     absorbed_lengths: Tensor  # (N, B) int64; 0 where there is nothing to absorb
-    sketch_items: Tensor  # (B, R) int64, as in `returns.Sketch`
+    sketch_items: Tensor  # (B, R) int64, like the next ones as in `returns.Sketch`
     sketch_counts: Tensor  # (B, R, H)
+    sketch_ages: Tensor  # (B, R) int64
+    sketch_times: Tensor  # (B, R) int64
 
     @classmethod
     def empty(cls, model: DMAN, lanes: int, backprop_segments: int) -> LaneState:
@@ -55,8 +57,7 @@ class LaneState:
             initial=torch.ones(lanes, dtype=torch.bool, device=device),
             absorbed=torch.zeros(backprop_segments, *shape, device=device),
             absorbed_lengths=torch.zeros(backprop_segments, lanes, dtype=torch.int64, device=device),
-            sketch_items=(sketch := Sketch.empty(lanes, config.sketch_items, device)).items,
-            sketch_counts=sketch.counts,
+            **_fields_of(Sketch.empty(lanes, config.sketch_items, device)),
         )
 
     def restarted(self, starts: Tensor) -> LaneState:
@@ -69,12 +70,19 @@ class LaneState:
             initial=self.initial | starts,
             absorbed=self.absorbed,
             absorbed_lengths=self.absorbed_lengths.masked_fill(starts[None], 0),
-            sketch_items=(sketch := Sketch(self.sketch_items, self.sketch_counts).restarted(starts)).items,
-            sketch_counts=sketch.counts,
+            **_fields_of(self.sketch.restarted(starts)),
         )
+
+    @property
+    def sketch(self) -> Sketch:
+        return Sketch(*(getattr(self, f"sketch_{name}") for name in Sketch._fields))
 
     def state_dict(self) -> dict[str, Tensor]:
         return {f.name: getattr(self, f.name) for f in fields(self)}
+
+
+def _fields_of(sketch: Sketch) -> dict[str, Tensor]:
+    return {f"sketch_{name}": tensor for name, tensor in sketch._asdict().items()}
 
 
 class _Judged(NamedTuple):
@@ -121,42 +129,48 @@ class LaneLearner(Learner):
         """The losses of one segment in each lane, and the lanes' state after it."""
         state, lengths, real = state.restarted(inputs.starts), inputs.lengths, inputs.real
         memories = self._absorb(state)
-        gaps, timing = self._timing(inputs, state)
+        requests = self._requests(inputs)
+        gaps, timing = self._timing(inputs, state, requests)
         item_embeddings = self.model.embed(inputs.items, gaps)
         context_lengths = state.context_lengths if self.model.config.recurrent else torch.zeros_like(lengths)
         encoding = self.model.encode(item_embeddings, state.context, context_lengths, memories.read, timing=timing)
-        added, sketch = self._returns(inputs, state, encoding)
+        added, sketch = self._returns(inputs, state, requests, encoding)
         likelihood = self.likelihood(encoding.user_embedding, self.model.item_table(), inputs, added)
         reconstructed = real[self._abstraction_lanes] & (memories.judged.lengths > 0)[:, None]
         abstraction = self._abstraction_loss(memories.judged, encoding, reconstructed)
         losses = Losses(likelihood, real.sum(), abstraction, reconstructed.sum())
         following = _next_state(state, memories, encoding, inputs, recurrent=self.model.config.recurrent)
-        return losses, replace(following, sketch_items=sketch.items, sketch_counts=sketch.counts)
+        return losses, replace(following, **_fields_of(sketch))
 
-    def _returns(self, inputs: StepInputs, state: LaneState, encoding: Encoding) -> tuple[Added | None, Sketch]:
+    def _returns(
+        self, inputs: StepInputs, state: LaneState, requests: Tensor | None, encoding: Encoding
+    ) -> tuple[Added | None, Sketch]:
         """What is added to the scores for items that users come back to, and the sketches after the segment."""
-        sketch = Sketch(state.sketch_items, state.sketch_counts)
         if self.model.config.returns != "on":
-            return None, sketch
+            return None, state.sketch
         with torch.no_grad():
-            returns, sketch = follow(sketch, inputs.items, inputs.lengths)
-        scores = self.model.return_scores(encoding.user_embedding, returns)
+            returns, sketch = follow(state.sketch, inputs.items, inputs.lengths, inputs.times)
+        scores = self.model.return_scores(encoding.user_embedding, returns, moments_of(inputs.times, requests))
         items = returns.items.clamp(min=0)[:, None].expand_as(scores)  # counts are 0 where there is none
         return Added(scores, items), sketch
 
-    def _timing(self, inputs: StepInputs, state: LaneState) -> tuple[Tensor | None, Timing | None]:
+    def _requests(self, inputs: StepInputs) -> Tensor | None:
+        """(B, T) seconds at which the positions are asked; None for a model that does not see requests."""
+        if self.model.config.time != "request":
+            return None
+        if not self.training:
+            return inputs.next_times
+        unknown = torch.rand(len(inputs.times), 1, device=inputs.times.device) < self.config.request_dropout
+        return torch.where(unknown, UNKNOWN_TIME, inputs.next_times)
+
+    def _timing(
+        self, inputs: StepInputs, state: LaneState, requests: Tensor | None
+    ) -> tuple[Tensor | None, Timing | None]:
         """(B, T) buckets of the gaps between events, and what the positions know of times."""
-        config, times = self.model.config, inputs.times
-        if not config.sees_times:
+        if not self.model.config.sees_times:
             return None, None
-        requests = None
-        if config.time == "request":
-            requests = inputs.next_times
-            if self.training:
-                unknown = torch.rand(len(times), 1, device=times.device) < self.config.request_dropout
-                requests = torch.where(unknown, UNKNOWN_TIME, requests)
-        keys = torch.cat([state.context_times, times], dim=1)
-        return gap_buckets(inputs.since_last), timing_of(times, keys, requests)
+        keys = torch.cat([state.context_times, inputs.times], dim=1)
+        return gap_buckets(inputs.since_last), timing_of(inputs.times, keys, requests)
 
     def parameter_groups(self) -> list[tuple[list[nn.Parameter], float]]:
         """All but f_abs, and f_abs if it has parameters."""
@@ -247,8 +261,7 @@ def _next_state(
         context=context,
         context_lengths=lengths,
         context_times=_times_right_aligned(inputs.times, lengths),
-        sketch_items=state.sketch_items,
-        sketch_counts=state.sketch_counts,
+        **_fields_of(state.sketch),
         memory=memories.window_start,
         initial=state.initial & (state.absorbed_lengths[0] == 0),
         absorbed=torch.cat([state.absorbed[1:], newest[None]]) if len(state.absorbed) > 1 else newest[None],

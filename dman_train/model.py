@@ -33,7 +33,7 @@ from dman_train.abstraction import MASKED, FifoAbstraction, RoutingAbstraction, 
 from dman_train.blocks import PaperBlock, PlusBlock, blocks_of
 from dman_train.config import ModelConfig
 from dman_train.dropout import Dropout
-from dman_train.returns import Returns, ReturnTerm, item_embeddings
+from dman_train.returns import Returns, ReturnTerm, gaps_to, item_embeddings
 from dman_train.timing import Timing, at_position, of_gaps
 
 # Length of a LayerNormed user embedding. Untrained scores then have a standard deviation of about one; with length 1
@@ -92,7 +92,7 @@ class DMAN(nn.Module):
         if config.time == "request":
             self.request_gaps = nn.Parameter(torch.zeros(BUCKETS, width))  # by the time since the last event
         if config.returns == "on":
-            self.returns = ReturnTerm(width)
+            self.returns = ReturnTerm(width, sees_times=config.sees_times)
         self.short_term, self.norm_short = self._branch(reads_memory=config.merged)
         if config.has_memory:
             # Of the length that f_abs gives to slots: squash keeps it below 1, LayerNorm at sqrt(D).
@@ -135,9 +135,15 @@ class DMAN(nn.Module):
             x = x + of_gaps(self.gaps, gaps)
         return self.input_dropout(x * self.input_scale)
 
-    def return_scores(self, users: Tensor, returns: Returns) -> Tensor:
-        """(B, T, D) user embeddings -> (B, T, K) what is added to the scores of the candidates of `returns`."""
-        return self.returns(users, item_embeddings(self.item_table(), returns.items), returns.counts)
+    def return_scores(self, users: Tensor, returns: Returns, moments: Tensor) -> Tensor:
+        """What is added to the scores of the candidates of `returns`, (B, T, K).
+
+        Args:
+            users: (B, T, D) user embeddings.
+            moments: (B, T) seconds of the requests.
+        """
+        gaps = gaps_to(returns, moments) if self.config.sees_times else None
+        return self.returns(users, item_embeddings(self.item_table(), returns.items), returns, gaps)
 
     def encode(
         self,

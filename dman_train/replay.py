@@ -10,11 +10,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dman_runtime.model.sketch import HALF_LIVES
 from dman_runtime.model.times import NO_GAP
 from dman_train.model import DMAN, Encoding
-from dman_train.returns import NO_ITEM, Returns, Sketch, follow
-from dman_train.timing import Timing, gap_buckets, timing_of
+from dman_train.returns import Returns, Sketch, follow
+from dman_train.timing import Timing, gap_buckets, moments_of, timing_of
 
 OnSegment = Callable[[Tensor, Tensor, Encoding], None]
 
@@ -65,21 +64,44 @@ def replay(
 
 
 @torch.no_grad()
-def returns_of(model: DMAN, histories: Sequence[np.ndarray]) -> Returns:
-    """What users may come back to after N histories, none of them empty: (N, K) items, (N, 1, K, H) counts."""
+def returned(
+    model: DMAN,
+    users: Tensor,
+    histories: Sequence[np.ndarray],
+    *,
+    times: Sequence[np.ndarray] | None = None,
+    request_times: np.ndarray | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Items (N, K) and what is added to their scores (N, K), for (N, D) user embeddings; an item may come up again."""
+    returns, device = _returns_of(model, histories, times), users.device
+    last = torch.tensor([[0 if times is None else int(times[row][-1])] for row in range(len(histories))], device=device)
+    asked = (
+        None if request_times is None or model.config.time != "request" else torch.from_numpy(request_times)[:, None]
+    )
+    moments = moments_of(last, None if asked is None else asked.to(device))
+    return returns.items.clamp(min=0), model.return_scores(users[:, None], returns, moments)[:, 0]
+
+
+def _returns_of(model: DMAN, histories: Sequence[np.ndarray], times: Sequence[np.ndarray] | None) -> Returns:
+    """What users may come back to after N histories, none of them empty: `Returns` of N segments, one position each."""
     T, device = model.config.segment_length, model.items.device
     padded, lengths, order = _by_length(histories, device)
     sketch = Sketch.empty(len(histories), model.config.sketch_items, device)
-    items = torch.full((len(histories), sketch.items.shape[1] + T), NO_ITEM, device=device)
-    counts = torch.zeros(len(histories), items.shape[1], len(HALF_LIVES), device=device)
+    moments = _padded([np.zeros_like(history) for history in histories] if times is None else times, order)
+    result: list[Tensor] = []
     for start in range(0, padded.shape[1], T):
         active = int((lengths > start).sum())
-        new = F.pad(padded[:active, start : start + T], (0, max(0, start + T - padded.shape[1])))
+        new = padded[:active, start : start + T]
         here = (lengths[:active] - start).clamp(max=T)
-        found, sketch = follow(Sketch(*(x[:active] for x in sketch)), new, here)
-        items[:active], counts[:active] = found.items, found.counts[torch.arange(active, device=device), here - 1]
+        then = F.pad(moments[:active, start : start + T], (0, T - new.shape[1]))
+        found, sketch = follow(Sketch(*(x[:active] for x in sketch)), F.pad(new, (0, T - new.shape[1])), here, then)
+        at = torch.arange(active, device=device), here - 1
+        last = found.items, *(x[at][:, None] for x in (found.counts, found.ages, found.times))
+        for whole, part in zip(result, last, strict=True) if result else ():
+            whole[:active] = part
+        result = result or list(last)
     unsort = torch.argsort(order)
-    return Returns(items[unsort], counts[unsort][:, None])
+    return Returns(*(x[unsort] for x in result))
 
 
 class _Clock(NamedTuple):
@@ -93,8 +115,7 @@ class _Clock(NamedTuple):
     def of(cls, model: DMAN, times: Sequence[np.ndarray] | None, requests: np.ndarray | None, order: Tensor) -> _Clock:
         if times is None:
             raise ValueError("this model sees the times of events")
-        rows, device = order.tolist(), order.device
-        padded = nn.utils.rnn.pad_sequence([torch.from_numpy(times[row]) for row in rows], batch_first=True).to(device)
+        padded, device = _padded(times, order), order.device
         since_last = F.pad(padded[:, 1:] - padded[:, :-1], (1, 0)).clamp(min=0)
         since_last[:, 0] = NO_GAP
         asked = None if requests is None or model.config.time != "request" else torch.from_numpy(requests).to(device)
@@ -108,11 +129,14 @@ class _Clock(NamedTuple):
         return gap_buckets(self.since_last[:active, start:end]), timing_of(times, keys, requests)
 
 
+def _padded(arrays: Sequence[np.ndarray], order: Tensor) -> Tensor:
+    """(N, longest) int64 arrays in an order, padded with zeros."""
+    rows = [torch.from_numpy(arrays[row].astype(np.int64)) for row in order.tolist()]
+    return nn.utils.rnn.pad_sequence(rows, batch_first=True).to(order.device)
+
+
 def _by_length(histories: Sequence[np.ndarray], device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
     """Longest first: the padded histories (N, longest), their lengths (N), and which history (N) each row is."""
     lengths = torch.tensor([len(history) for history in histories], device=device)
     order = torch.argsort(lengths, descending=True)
-    padded = torch.zeros(len(histories), int(lengths.max()), dtype=torch.int64, device=device)
-    for row, history in enumerate(order.tolist()):
-        padded[row, : len(histories[history])] = torch.from_numpy(histories[history].astype(np.int64))
-    return padded, lengths[order], order
+    return _padded(histories, order), lengths[order], order

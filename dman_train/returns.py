@@ -14,6 +14,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dman_runtime.model.sketch import HALF_LIVES, RATES
+from dman_runtime.model.times import BUCKETS, NO_GAP
+from dman_train.timing import buckets, gap_buckets
 
 NO_ITEM = -1
 
@@ -21,17 +23,18 @@ NO_ITEM = -1
 class Sketch(NamedTuple):
     items: Tensor  # (B, R) int64, NO_ITEM where empty
     counts: Tensor  # (B, R, H) float32, decayed up to the last event
+    ages: Tensor  # (B, R) int64 events that came after the last one of the item
+    times: Tensor  # (B, R) int64 seconds of the last one of the item
 
     @classmethod
     def empty(cls, users: int, size: int, device: torch.device) -> Sketch:
         items = torch.full((users, size), NO_ITEM, device=device)
-        return cls(items, torch.zeros(users, size, len(HALF_LIVES), device=device))
+        counts = torch.zeros(users, size, len(HALF_LIVES), device=device)
+        return cls(items, counts, torch.zeros_like(items), torch.zeros_like(items))
 
     def restarted(self, starts: Tensor) -> Sketch:
         """Forgets the rows where `starts` (B) is true."""
-        return Sketch(
-            self.items.masked_fill(starts[:, None], NO_ITEM), self.counts.masked_fill(starts[:, None, None], 0.0)
-        )
+        return self._replace(items=self.items.masked_fill(starts[:, None], NO_ITEM))
 
 
 class Returns(NamedTuple):
@@ -39,43 +42,88 @@ class Returns(NamedTuple):
 
     items: Tensor  # (B, K) int64; NO_ITEM where there is none
     counts: Tensor  # (B, T, K, H) log(1 + decayed count) up to and including the position
+    ages: Tensor  # (B, T, K) int64 buckets of the events since the last one of the item; NO_GAP: none so far
+    times: Tensor  # (B, T, K) int64 seconds of the last one of the item
 
 
-def follow(sketch: Sketch, items: Tensor, lengths: Tensor) -> tuple[Returns, Sketch]:
-    """Counts along a segment: (B, T) items, left-aligned, `lengths` (B) of them real; and the sketch after it."""
+def follow(sketch: Sketch, items: Tensor, lengths: Tensor, times: Tensor) -> tuple[Returns, Sketch]:
+    """Counts along a segment: (B, T) items and seconds, left-aligned, `lengths` (B) real; the sketch after it."""
     (_, segment), size, device = items.shape, sketch.items.shape[1], items.device
     position = torch.arange(segment, device=device)
     events = items.masked_fill(position >= lengths[:, None], NO_ITEM)
     candidates = torch.cat([sketch.items, events], dim=1)  # (B, K)
     same = candidates[:, :, None] == candidates[:, None]
     candidates = candidates.masked_fill(same.tril(-1).any(-1), NO_ITEM)  # the first place of each item counts
-    match = ((candidates[:, :, None] == events[:, None]) & (events >= 0)[:, None]).float()  # (B, K, T)
-    rates = torch.from_numpy(RATES).to(device)  # (H)
-    ages = position[:, None] - position  # (T, T) of event s at position t
-    decay = torch.where(ages >= 0, rates[:, None, None] ** ages.clamp(min=0), 0.0)  # (H, T, T)
-    counts = torch.einsum("bks,hts->btkh", match, decay)
-    carried = rates ** (position[:, None] + 1.0)  # (T, H)
-    counts[:, :, :size] += sketch.counts[:, None] * carried[:, None]
-    last = counts[torch.arange(len(items), device=device), lengths - 1]  # (B, K, H)
-    weight = last.log1p().sum(-1).masked_fill(candidates < 0, -1.0)
+    match = (candidates[:, :, None] == events[:, None]) & (events >= 0)[:, None]  # (B, K, T)
+    counts = _counts(sketch, candidates, match)
+    ages, moments = _last(sketch, candidates, match, times)
+    row, end = torch.arange(len(items), device=device), lengths - 1
+    weight = counts[row, end].log1p().sum(-1).masked_fill(candidates < 0, -1.0)
     kept = torch.sort(weight, dim=1, descending=True, stable=True).indices[:, :size]  # (B, R)
-    after = Sketch(candidates.gather(1, kept), last.gather(1, kept[..., None].expand(-1, -1, len(HALF_LIVES))))
-    return Returns(candidates, counts.log1p_()), after
+    after = Sketch(
+        candidates.gather(1, kept),
+        counts[row, end].gather(1, kept[..., None].expand(-1, -1, len(HALF_LIVES))),
+        ages[row, end].gather(1, kept),
+        moments[row, end].gather(1, kept),
+    )
+    return Returns(candidates, counts.log1p_(), gap_buckets(ages), moments), after
+
+
+def _counts(sketch: Sketch, candidates: Tensor, match: Tensor) -> Tensor:
+    """(B, T, K, H) decayed counts of the candidates (B, K); `match` (B, K, T): which events they are."""
+    position, size = torch.arange(match.shape[2], device=match.device), sketch.items.shape[1]
+    rates = torch.from_numpy(RATES).to(match.device)  # (H)
+    since = position[:, None] - position  # (T, T) from event s to position t
+    decay = torch.where(since >= 0, rates[:, None, None] ** since.clamp(min=0), 0.0)  # (H, T, T)
+    counts = torch.einsum("bks,hts->btkh", match.float(), decay)
+    known = sketch.counts.masked_fill((sketch.items < 0)[..., None], 0.0)
+    counts[:, :, :size] += known[:, None] * (rates ** (position[:, None] + 1.0))[:, None]
+    return counts
+
+
+def _last(sketch: Sketch, candidates: Tensor, match: Tensor, times: Tensor) -> tuple[Tensor, Tensor]:
+    """(B, T, K) events since the last one of each candidate, NO_GAP if none came so far; and (B, T, K) its seconds."""
+    position = torch.arange(match.shape[2], device=match.device)
+    last = torch.where(match, position, -1).cummax(dim=2).values.transpose(1, 2)  # (B, T, K)
+    here = last >= 0
+    known = F.pad(sketch.items >= 0, (0, len(position)))[:, None]  # (B, 1, K)
+    before = F.pad(sketch.ages, (0, len(position)))[:, None] + position[:, None] + 1  # (B, T, K)
+    ages = torch.where(here, position[:, None] - last, torch.where(known, before, NO_GAP))
+    moments = times.gather(1, last.clamp(min=0).flatten(1)).view_as(last)
+    return ages, torch.where(here, moments, F.pad(sketch.times, (0, len(position)))[:, None])
 
 
 class ReturnTerm(nn.Module):
-    """counts . (A u + B x_j + c): what is added to the score of item j for the user embedding u."""
+    """What is added to the score of item j for the user embedding u: counts . (A u + B x_j + c) + a_age + b_gap.
 
-    def __init__(self, width: int) -> None:
+    The age is in events, the gap in the time from the last event of the item to the request, both in buckets.
+    """
+
+    def __init__(self, width: int, *, sees_times: bool) -> None:
         super().__init__()
         self.by_user, self.by_item = (nn.Linear(width, len(HALF_LIVES), bias=bias) for bias in (True, False))
+        self.by_age = nn.Parameter(torch.empty(BUCKETS))
+        if sees_times:
+            self.by_gap = nn.Parameter(torch.empty(BUCKETS))
         for weight in self.parameters():
             nn.init.zeros_(weight)
 
-    def forward(self, users: Tensor, items: Tensor, counts: Tensor) -> Tensor:
-        """(B, T, D) user embeddings, (B, K, D) items, (B, T, K, H) counts -> (B, T, K)."""
+    def forward(self, users: Tensor, items: Tensor, returns: Returns, gaps: Tensor | None) -> Tensor:
+        """(B, T, D) user embeddings, (B, K, D) items, (B, T, K) buckets of the gaps or NO_GAP -> (B, T, K)."""
         weights = self.by_user(users)[:, :, None] + self.by_item(items)[:, None]  # (B, T, K, H)
-        return (weights * counts).sum(-1)
+        scores = (weights * returns.counts).sum(-1) + _weights_of(self.by_age, returns.ages)
+        return scores if gaps is None else scores + _weights_of(self.by_gap, gaps)
+
+
+def _weights_of(table: Tensor, buckets: Tensor) -> Tensor:
+    """Weights (...) from (BUCKETS) for buckets (...); 0 for NO_GAP."""
+    return torch.cat([table, table.new_zeros(1)])[buckets]  # NO_GAP is the last one
+
+
+def gaps_to(returns: Returns, moments: Tensor) -> Tensor:
+    """(B, T, K) buckets of the time from the last event of each candidate to the moments (B, T); NO_GAP: unknown."""
+    unknown = (returns.ages < 0) | (returns.times == 0) | (moments == 0)[..., None]
+    return torch.where(unknown, NO_GAP, buckets(moments[..., None] - returns.times))
 
 
 def item_embeddings(table: Tensor, items: Tensor) -> Tensor:

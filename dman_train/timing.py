@@ -43,9 +43,14 @@ def timing_of(times: Tensor, key_times: Tensor, request_times: Tensor | None = N
     ages = buckets(times[:, :, None] - key_times[:, None])
     if request_times is None:
         return Timing(ages, ages)
-    unknown = request_times < times
-    at = torch.where(unknown, times, request_times)
-    return Timing(ages, buckets(at[:, :, None] - key_times[:, None]), torch.where(unknown, NO_GAP, buckets(at - times)))
+    at = moments_of(times, request_times)
+    gaps = torch.where(request_times < times, NO_GAP, buckets(at - times))
+    return Timing(ages, buckets(at[:, :, None] - key_times[:, None]), gaps)
+
+
+def moments_of(times: Tensor, request_times: Tensor | None) -> Tensor:
+    """(B, S) seconds that positions at `times` (B, S) are asked for: an unknown request stands at its event."""
+    return times if request_times is None else torch.maximum(times, request_times)
 
 
 def of_gaps(table: Tensor, gaps: Tensor) -> Tensor:
