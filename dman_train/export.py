@@ -176,6 +176,7 @@ def return_tables(model: DMAN) -> dict[str, np.ndarray]:
     """The weights of the term for items that come back, by user and, computed once, by item."""
     term = model.returns
     tables = {"by_user": term.by_user.weight, "bias": term.by_user.bias, "by_item": term.by_item(model.item_table())}
+    tables |= {"by_age": term.by_age} | ({"by_gap": term.by_gap} if model.config.sees_times else {})
     return {name: table.detach().numpy() for name, table in tables.items()}
 
 

@@ -30,7 +30,7 @@ class Timing(NamedTuple):
 def buckets(seconds: Tensor) -> Tensor:
     """`dman_runtime.model.times.bucket` for int64 seconds (...) on any device."""
     borders = torch.from_numpy(BORDERS).to(seconds.device)
-    return torch.bucketize(seconds.double(), borders, right=True)
+    return torch.bucketize(seconds.double().contiguous(), borders, right=True)
 
 
 def gap_buckets(since_last: Tensor) -> Tensor:

@@ -72,7 +72,9 @@ def bundle_of(shape: StateShape, vocabulary: int, **arrays: Any) -> Bundle:
     index = {item_id: n for n, item_id in enumerate(ids)}
     items = Items(ids, np.full(vocabulary, 1 / vocabulary), [""] * vocabulary, [{}] * vocabulary, index)
     lives = len(HALF_LIVES)
-    returns = {"by_user": (lives, shape.width), "bias": (lives,), "by_item": (vocabulary, lives)}
+    returns = {"by_user": (lives, shape.width), "bias": (lives,), "by_item": (vocabulary, lives), "by_age": (BUCKETS,)}
+    if shape.sees_times:
+        returns["by_gap"] = (BUCKETS,)
     given: dict[str, Any] = {
         "item_embeddings": np.zeros((vocabulary, shape.width), np.float32),
         "initial_memory": np.zeros((shape.layers, shape.memory_slots, shape.width), np.float32),

@@ -231,14 +231,17 @@ class _Files:
             return parse_items(content, count, integer_item_ids=self._manifest.integer_item_ids)
 
     def returns(self) -> dict[str, np.ndarray]:
-        """`by_user` (H, D), `bias` (H), `by_item` (V, H), all float32."""
+        """The arrays that `sketch.return_scores` takes."""
         shape, items, lives = self._manifest.state, self._manifest.vocabulary, len(HALF_LIVES)
         arrays: dict[str, tuple[str, tuple[int | None, ...]]] = {
             "by_user": ("float32", (lives, shape.width)),
             "bias": ("float32", (lives,)),
             "by_item": ("float32", (items, lives)),
+            "by_age": ("float32", (BUCKETS,)),
         }
-        limit = 4 * lives * (shape.width + 1 + items) + _ARCHIVE_BYTES
+        if shape.sees_times:
+            arrays["by_gap"] = ("float32", (BUCKETS,))
+        limit = 4 * lives * (shape.width + 1 + items) + 8 * BUCKETS + _ARCHIVE_BYTES
         content = self.read(RETURNS, limit=limit + _ARCHIVE_BYTES)
         with self._understood(RETURNS):
             return parse_npz(content, arrays, limit=limit)

@@ -15,6 +15,7 @@ from dman_runtime.model.bundle import Bundle, open_bundle
 from dman_runtime.model.events import KnownEvents
 from dman_runtime.model.record import RecordHead
 from dman_runtime.model.recurrence import Graphs, Piece
+from dman_runtime.model.sketch import return_scores
 from dman_runtime.model.state import State
 from dman_runtime.retrieval.base import Added, Retriever
 from dman_runtime.retrieval.exact import ExactRetriever
@@ -91,16 +92,15 @@ class Generation:
         if len(states) < len(users):  # heads, which is enough: nothing else is in a state that would count
             return _rows([user.user_embedding for user in users]), [None] * len(users)
         embeddings = recurrence.embeddings_at(states, moments, bundle=self.bundle, graphs=self.graphs)
-        return embeddings, [self._added(state, user) for state, user in zip(states, embeddings, strict=True)]
+        return embeddings, [self._added(*one) for one in zip(states, embeddings, moments, strict=True)]
 
-    def _added(self, state: State, embedding: np.ndarray) -> Added | None:
-        """What `dman_train.returns.ReturnTerm` gives; None for a model without it."""
-        weights = self.bundle.returns
-        if not weights:
+    def _added(self, state: State, embedding: np.ndarray, moment: int | None) -> Added | None:
+        """What is added to the scores of items that the user had before; None for a model without that term."""
+        if not self.bundle.returns:
             return None
-        items, counts = state.counts()
-        by_user = weights["by_user"] @ embedding + weights["bias"]  # (H)
-        return Added(items, (np.log1p(counts) * (by_user + weights["by_item"][items])).sum(axis=1))
+        sketch = state.counts()
+        at = moment if moment is not None and recurrence.is_asked(state, moment) else state.last_time
+        return Added(sketch.items, return_scores(sketch, embedding, at, self.bundle.returns))
 
     def advance(self, states: Sequence[State], new_events: Sequence[KnownEvents]) -> None:
         """Appends `new_events[i]` to `states[i]`, in place."""

@@ -14,7 +14,9 @@ positions, one event before a segment closes):
     memory          5120 B    dtype [L, m, D]; absent until the first absorption
     times            359 B    only if the model sees times: i64 seconds of the last event and, [c], of the context;
                               i8 [c] buckets of the times between events
-    sketch          1540 B    only if the model counts returns: u32 r, u32 [r] item indices, float32 [r, H] counts
+    sketch          1796 B    only if the model counts returns: u32 r, u32 [r] item indices, float32 [r, H] counts,
+                              u32 [r] events since the last one of the item
+    last times       512 B    if it does both: i64 [r] seconds of the last one of the item
 
 A model that sees requests or counts returns closes a segment one event later: 40 positions, 269 B more.
 """
@@ -36,7 +38,8 @@ RECORD_FORMAT = 2
 _HEADER, _CHECKSUM = struct.Struct("<BBHI8sQQ"), struct.Struct("<I")
 _HEADER_BYTES = _HEADER.size + _CHECKSUM.size
 _DTYPE_CODES = {"float16": 1, "float32": 2}
-_SKETCH_ROW = 4 + 4 * len(HALF_LIVES)  # bytes
+_COUNTS = 4 * len(HALF_LIVES)  # bytes of an item of the sketch
+_MAX_AGE = (1 << 32) - 1
 _REMEDY = "make it anew from the history"
 
 
@@ -60,7 +63,7 @@ def max_record_bytes(shape: StateShape) -> int:
     positions, value_bytes = shape.context_limit - (not shape.answers_read_states), np.dtype(shape.dtype).itemsize
     hidden, memory = (shape.layers - 1) * positions, shape.layers * shape.memory_slots
     times = 8 + 9 * positions if shape.sees_times else 0
-    sketch = 4 + shape.sketch_items * _SKETCH_ROW if shape.sketch_items else 0
+    sketch = 4 + shape.sketch_items * _sketch_row(shape) if shape.sketch_items else 0
     return head_bytes(shape) + 4 * positions + value_bytes * (hidden + memory) * shape.width + times + sketch
 
 
@@ -91,7 +94,7 @@ def unpack(record: bytes, bundle: Bundle) -> State:
     times_at = memory_at + (size * bundle.initial_memory.size if has_memory else 0)
     sketch_at = times_at + (8 + 9 * count if shape.sees_times else 0)
     rows = _sketch_rows(record, sketch_at, shape)
-    end = sketch_at + (4 + rows * _SKETCH_ROW if shape.sketch_items else 0)
+    end = sketch_at + (4 + rows * _sketch_row(shape) if shape.sketch_items else 0)
     (checksum,) = _CHECKSUM.unpack_from(record, recent_at - _CHECKSUM.size)
     intact = end == len(record) and zlib.crc32(record[recent_at:]) == checksum
     if not intact or head.dtype_code != _DTYPE_CODES[shape.dtype] or count != context_length(head.event_count, shape):
@@ -110,10 +113,22 @@ def unpack(record: bytes, bundle: Bundle) -> State:
         state.last_time, state.times[:count] = int(times[0]), times[1:]
         state.gaps[:count] = np.frombuffer(record, "i1", count, times_at + 8 * (1 + count))
     if rows:
-        items = np.frombuffer(record, "<u4", rows, sketch_at + 4).astype(np.int64)
-        counts = np.frombuffer(record, "<f4", rows * len(HALF_LIVES), sketch_at + 4 + 4 * rows)
-        state.sketch = Sketch(items, counts.reshape(rows, len(HALF_LIVES)))
+        state.sketch = _unpack_sketch(record, sketch_at + 4, rows, shape)
     return state
+
+
+def _sketch_row(shape: StateShape) -> int:
+    """Bytes of an item of the sketch."""
+    return 4 + _COUNTS + 4 + (8 if shape.sees_times else 0)
+
+
+def _unpack_sketch(record: bytes, start: int, rows: int, shape: StateShape) -> Sketch:
+    items, ages = (np.frombuffer(record, "<u4", rows, at) for at in (start, start + rows * (4 + _COUNTS)))
+    counts = np.frombuffer(record, "<f4", rows * len(HALF_LIVES), start + 4 * rows).reshape(rows, -1)
+    times = np.zeros(rows, np.int64)
+    if shape.sees_times:
+        times = np.frombuffer(record, "<i8", rows, start + rows * (8 + _COUNTS)).astype(np.int64)
+    return Sketch(items.astype(np.int64), counts, ages.astype(np.int64), times)
 
 
 def _sketch_rows(record: bytes, start: int, shape: StateShape) -> int:
@@ -142,8 +157,10 @@ def pack(state: State, bundle: Bundle) -> bytes:
         parts += [np.array([state.last_time], "<i8").tobytes(), state.times[:count].astype("<i8").tobytes()]
         parts.append(state.gaps[:count].astype("i1").tobytes())
     if state.shape.sketch_items:
-        items, counts = state.sketch
+        items, counts, ages, times = state.sketch
         parts += [len(items).to_bytes(4, "little"), items.astype("<u4").tobytes(), counts.astype("<f4").tobytes()]
+        parts.append(ages.clip(max=_MAX_AGE).astype("<u4").tobytes())
+        parts.append(times.astype("<i8").tobytes() if state.shape.sees_times else b"")
     tail = b"".join(parts)
     embedding = state.user_embedding.astype("<f4").tobytes() + _CHECKSUM.pack(zlib.crc32(tail))
     return header + _CHECKSUM.pack(zlib.crc32(embedding, zlib.crc32(header))) + embedding + tail

@@ -189,13 +189,18 @@ def embeddings_at(
     asked = [
         (row, state, moment)
         for row, (state, moment) in enumerate(zip(states, moments, strict=True))
-        if moment is not None and moment >= state.last_time > 0 and state.shape.times == "request"
+        if moment is not None and is_asked(state, moment)
     ]
     for start in range(0, len(asked), ROWS_PER_RUN):
         part = asked[start : start + ROWS_PER_RUN]
         at = [row for row, _, _ in part]
         embeddings[at] = _read([state for _, state, _ in part], [moment for _, _, moment in part], bundle, graphs)
     return embeddings
+
+
+def is_asked(state: State, moment: int) -> bool:
+    """Whether an answer depends on the moment of a request."""
+    return moment >= state.last_time > 0 and state.shape.times == "request"
 
 
 def _read(states: Sequence[State], moments: Sequence[int], bundle: Bundle, graphs: Graphs) -> np.ndarray:

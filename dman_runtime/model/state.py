@@ -14,6 +14,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from dman_runtime.model.bundle import Bundle, StateShape
+from dman_runtime.model.events import KnownEvents
 from dman_runtime.model.sketch import EMPTY, Sketch, counted
 
 
@@ -70,14 +71,14 @@ class State:
         return context_length(self.event_count, self.shape)
 
     @property
-    def open_items(self) -> np.ndarray:
-        """(f) item indices of the open segment."""
-        end = self.context_length
-        return self.recent[end - self.segment_fill : end]
+    def open_events(self) -> KnownEvents:
+        """Those of the open segment; at unknown times for a model that sees none."""
+        part = slice(self.context_length - self.segment_fill, self.context_length)
+        return KnownEvents(self.recent[part], self.times[part])
 
     def counts(self) -> Sketch:
-        """What the user may come back to, with the counts of now."""
-        return counted(self.sketch, self.open_items)
+        """What the user may come back to, as it is now."""
+        return counted(self.sketch, self.open_events)
 
     @property
     def segment_fill(self) -> int:
