@@ -260,7 +260,7 @@ class Engine:
         if view is None or view.record is None:
             return None
         try:
-            user = self.generation.unpack_for_answer(view.record)
+            user = self.generation.read_for_answer(view.record)
         except StateError:
             return None
         if user.history_count != view.history_count or not user.event_count:
@@ -292,7 +292,7 @@ class Engine:
         if view is not None:
             opened.seen = self.known_indices(view.seen)
             with suppress(StateError):  # a damaged record is made anew
-                found = self.generation.unpack_for_answer(view.record) if view.record is not None else None
+                found = self.generation.read_for_answer(view.record) if view.record is not None else None
         lags = view is not None and (found is None or found.history_count != view.history_count)
         if lags and catch_up:
             opened.lags = True

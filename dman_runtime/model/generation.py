@@ -73,14 +73,14 @@ class Generation:
 
     @property
     def answer_bytes(self) -> int:
-        """How much of a record `unpack_for_answer` takes."""
+        """How much of a record `read_for_answer` takes."""
         shape = self.bundle.manifest.state
         return record.max_record_bytes(shape) if shape.answers_read_states else record.head_bytes(shape)
 
-    def unpack_for_answer(self, stored: bytes) -> Answering:
+    def read_for_answer(self, stored: bytes) -> Answering:
         """What an answer is made from: of most models the head of a record is enough. Raises StateError."""
-        unpack = record.unpack if self.bundle.manifest.state.answers_read_states else record.read_head
-        return unpack(stored, self.bundle)
+        read = record.view if self.bundle.manifest.state.answers_read_states else record.read_head
+        return read(stored, self.bundle)
 
     def asked(self, users: Sequence[Answering], moments: Sequence[int | None]) -> tuple[np.ndarray, list[Added | None]]:
         """What a search needs of users with events, for requests at these seconds, None for an unknown time.

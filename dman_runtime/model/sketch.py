@@ -37,28 +37,19 @@ EMPTY = Sketch(
 
 def counted(sketch: Sketch, events: KnownEvents) -> Sketch:
     """The sketch's items, then the others of n later events in order, as they are after the last one."""
-    count = len(events)
+    count, size = len(events), len(sketch.items)
     if not count:
         return sketch
-    distinct, first, place = np.unique(events.items, return_index=True, return_inverse=True)
+    row_of = {item: row for row, item in enumerate(sketch.items.tolist())}
+    rows = [row_of.setdefault(item, len(row_of)) for item in events.items.tolist()]  # for a segment faster than numpy
     age = np.arange(count - 1, -1, -1)  # (n) events that came after each
-    within = np.zeros((len(distinct), len(HALF_LIVES)), np.float32)
-    np.add.at(within, place, RATES ** age.astype(np.float32)[:, None])
-    last = np.zeros(len(distinct), np.int64)
-    last[place] = np.arange(count)  # of several values the last one stays
-    counts, ages, times = sketch.counts * RATES**count, sketch.ages + count, sketch.times.copy()
-    order = np.argsort(sketch.items)
-    at = np.searchsorted(sketch.items, distinct, sorter=order)
-    known = np.zeros(len(distinct), bool)
-    inside = at < len(order)
-    known[inside] = sketch.items[order[at[inside]]] == distinct[inside]
-    rows = order[at[known]]
-    counts[rows] += within[known]
-    ages[rows], times[rows] = age[last[known]], events.times[last[known]]
-    new = np.flatnonzero(~known)
-    new = new[np.argsort(first[new])]
-    more = Sketch(distinct[new], within[new], age[last[new]], events.times[last[new]])
-    return Sketch(*(np.concatenate(pair) for pair in zip((sketch.items, counts, ages, times), more, strict=True)))
+    counts = np.zeros((len(row_of), len(HALF_LIVES)), np.float32)
+    counts[:size] = sketch.counts * RATES**count
+    np.add.at(counts, rows, RATES ** age[:, None].astype(np.float32))
+    ages, times = np.empty(len(row_of), np.int64), np.empty(len(row_of), np.int64)
+    ages[:size], times[:size] = sketch.ages + count, sketch.times
+    ages[rows], times[rows] = age, events.times  # of several events of an item the last one stays
+    return Sketch(np.fromiter(row_of, np.int64, len(row_of)), counts, ages, times)
 
 
 def kept(sketch: Sketch, size: int) -> Sketch:

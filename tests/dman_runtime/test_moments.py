@@ -15,7 +15,7 @@ from dman_runtime.errors import RequestError
 from dman_runtime.model.events import KnownEvents
 from dman_runtime.requests import Answer, Query, Update
 from dman_train.model import DMAN
-from dman_train.replay import replay, returns_of
+from dman_train.replay import replay, returned
 
 T, BEGIN = 5, 10**9
 EXACT = 1e-4  # relative, in root mean square
@@ -45,9 +45,8 @@ def scores_of(model: DMAN, history: KnownEvents, at: int | None) -> np.ndarray:
     """(V) what PyTorch gives to each item."""
     moments = None if at is None else np.array([at])
     users, _ = replay(model, [history.items], times=[history.times], request_times=moments)
-    returns = returns_of(model, [history.items])
-    added = model.return_scores(users[:, None], returns)[:, 0]
-    scores = (users @ model.item_table().T).scatter_add(1, returns.items.clamp(min=0), added)
+    items, added = returned(model, users, [history.items], times=[history.times], request_times=moments)
+    scores = (users @ model.item_table().T).scatter_add(1, items, added)
     return scores[0].detach().numpy()
 
 

@@ -19,7 +19,7 @@ from dman_train.lane_learner import LaneLearner, LaneState
 from dman_train.lanes import Batch, Lanes
 from dman_train.learner import StepInputs
 from dman_train.model import DMAN
-from dman_train.replay import replay, returns_of
+from dman_train.replay import replay, returned
 
 
 def lanes_of(lanes: int, *, vary_first: bool = True) -> Lanes:
@@ -316,9 +316,8 @@ def loss_of_replays(model: DMAN, batch: Batch, data: TrainingData, *, asked: boo
     users, _ = replay(model, histories, times=times, request_times=moments)
     scores = users @ model.item_table().T
     if model.config.returns == "on":
-        returns = returns_of(model, histories)
-        added = model.return_scores(users[:, None], returns)[:, 0]
-        scores.scatter_add_(1, returns.items.clamp(min=0), added.masked_fill(returns.items < 0, 0.0))
+        items, added = returned(model, users, histories, times=times, request_times=moments)
+        scores.scatter_add_(1, items, added)
     return torch.nn.functional.cross_entropy(scores, targets, reduction="sum")
 
 

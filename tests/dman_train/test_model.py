@@ -14,7 +14,7 @@ from torch import Tensor
 from dman_train.blocks import Attention
 from dman_train.config import ModelConfig
 from dman_train.model import DMAN, Encoding
-from dman_train.replay import replay, returns_of
+from dman_train.replay import replay, returned
 
 EXACT = {"rtol": 1e-4, "atol": 2e-5}  # float32, two orders of summation
 VARIANTS = {
@@ -356,7 +356,7 @@ def outcome(config: ModelConfig) -> list[np.ndarray]:
     users, memories = replay(model.train(), histories, times=times, request_times=times[0][-1:] + 99)
     results = [users, memories]
     if config.returns == "on":
-        results.append(model.return_scores(users[:, None], returns_of(model, histories)).detach())
+        results.append(returned(model, users, histories, times=times)[1])
     return [tensor.numpy() for tensor in results]
 
 
