@@ -657,23 +657,26 @@ def test_option_and_variable_reach_the_field(name: str, monkeypatch: pytest.Monk
         (PAPER, "keep", True, ("none", "off")),
         (replace(TINY, time="events", returns="off"), "keep", True, ("events", "off")),
         (replace(TINY, time="none", returns="on"), "exclude", True, ("none", "on")),
+        (BaselineConfig("sasrec"), "keep", True, ("request", "on")),
+        (BaselineConfig("gru4rec"), "exclude", True, ("request", "off")),
+        (BaselineConfig("hpmn"), "keep", False, ("none", "on")),
+        (BaselineConfig("caser"), "keep", True, ("none", "off")),
+        (BaselineConfig("shan"), "keep", True, ("none", "off")),
+        (BaselineConfig("sdm"), "keep", True, ("none", "off")),
+        (BaselineConfig("sdm", returns="on"), "exclude", True, ("none", "on")),
+        (BaselineConfig("hpmn", time="events", returns="off"), "keep", True, ("events", "off")),
+        (BASELINE_PRESETS["paper"]["sasrec"].model, "keep", True, ("none", "off")),
+        (PRESETS["paper"].model, "keep", True, ("none", "off")),
     ],
 )
 def test_log_and_ranking_decide_whether_times_and_returns_are_seen(
-    model: ModelConfig, seen_items: Any, timed: bool, expected: tuple[str, str]
+    model: ModelConfig | BaselineConfig, seen_items: Any, timed: bool, expected: tuple[str, str]
 ) -> None:
     times = np.array([0, 5, 6]) if timed else np.zeros(3, np.int64)
     log = Interactions(["u"], ["1"], np.array([0, 3]), np.zeros(3, np.int32), times, False, True)
     found = train.decided(model, TrainConfig(seen_items=seen_items), log)
-    assert isinstance(found, ModelConfig)
     assert (found.time, found.returns) == expected
     assert replace(found, time=model.time, returns=model.returns) == model, "nothing else changes"
-
-
-def test_nothing_is_decided_for_a_baseline() -> None:
-    log = Interactions(["u"], ["1"], np.array([0, 1]), np.zeros(1, np.int32), np.ones(1, np.int64), False, True)
-    baseline = BaselineConfig()
-    assert train.decided(baseline, TrainConfig(), log) is baseline
 
 
 def test_option_wins_over_variable_and_variable_over_preset(monkeypatch: pytest.MonkeyPatch) -> None:
