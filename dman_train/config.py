@@ -137,7 +137,7 @@ class BaselineConfig:
     segment_length: int = option(20, "events of the current session (shan, sdm)")
     hops: int = option(3, "how often the memory is read (hpmn)")
     time: Literal["auto", "request", "events", "none"] = option("auto", f"{_TIME} (gru4rec, sasrec, hpmn only)")
-    returns: Literal["auto", "on", "off"] = option("auto", f"{_RETURNS} (gru4rec, sasrec, hpmn); history bounds it")
+    returns: Literal["auto", "on", "off"] = option("auto", f"{_RETURNS} (gru4rec, sasrec, hpmn only)")
 
     def __post_init__(self) -> None:
         _check_choices(self)
