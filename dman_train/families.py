@@ -43,15 +43,18 @@ def _build_dman(config: ModelConfig, vocabulary: int, _users: int) -> DMAN:
 
 def _dman_scores(model: DMAN, table: Tensor, data: HeldOut) -> Tensor:
     users, _ = replay(model, data.histories, times=data.times, request_times=data.target_times)
-    scores = users @ table
-    if model.config.returns == "on":
-        items, added = returned(model, users, data.histories, times=data.times, request_times=data.target_times)
-        scores.scatter_add_(1, items, added)
-    return scores
+    if model.config.returns != "on":
+        return users @ table
+    returns = returned(model, users, data.histories, times=data.times, request_times=data.target_times)
+    return (users @ table).scatter_add_(1, *returns)
 
 
 def _baseline_scores(model: Baseline, table: Tensor, data: HeldOut) -> Tensor:
-    return model.user_embeddings(data.histories, data.users) @ table
+    users = model.user_embeddings(data.histories, data.users, times=data.times, request_times=data.target_times)
+    if model.config.returns != "on":
+        return users @ table
+    returns = model.returned(users, data.histories, times=data.times, request_times=data.target_times)
+    return (users @ table).scatter_add_(1, *returns)
 
 
 _DMAN = Family(

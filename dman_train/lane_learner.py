@@ -25,8 +25,6 @@ from dman_train.model import DMAN, Encoding
 from dman_train.returns import Sketch, follow
 from dman_train.timing import Timing, gap_buckets, moments_of, timing_of
 
-UNKNOWN_TIME = -(1 << 62)  # of a request: before any event
-
 
 @dataclass
 class LaneState:
@@ -153,15 +151,6 @@ class LaneLearner(Learner):
         scores = self.model.return_scores(encoding.user_embedding, returns, moments_of(inputs.times, requests))
         items = returns.items.clamp(min=0)[:, None].expand_as(scores)  # counts are 0 where there is none
         return Added(scores, items), sketch
-
-    def _requests(self, inputs: StepInputs) -> Tensor | None:
-        """(B, T) seconds at which the positions are asked; None for a model that does not see requests."""
-        if self.model.config.time != "request":
-            return None
-        if not self.training:
-            return inputs.next_times
-        unknown = torch.rand(len(inputs.times), 1, device=inputs.times.device) < self.config.request_dropout
-        return torch.where(unknown, UNKNOWN_TIME, inputs.next_times)
 
     def _timing(
         self, inputs: StepInputs, state: LaneState, requests: Tensor | None

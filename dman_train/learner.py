@@ -6,15 +6,17 @@ There are two: `dman_train.lane_learner` for DMAN, which walks users along lanes
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, cast
 
 import torch
 from torch import Tensor, nn
 
-from dman_train.config import TrainConfig
+from dman_train.config import BaselineConfig, ModelConfig, TrainConfig
 from dman_train.data import TrainingData
 from dman_train.lanes import Batch
 from dman_train.losses import Added, Losses, NextItemLoss
+
+UNKNOWN_TIME = -(1 << 62)  # of a request: before any event
 
 
 class Schedule(Protocol):
@@ -99,6 +101,18 @@ class Learner(nn.Module):
         items, targets, lengths, starts, users = (torch.from_numpy(array).to(self.device) for array in arrays)
         moments = (torch.from_numpy(array).to(self.device) for array in (mine.times, mine.next_times, mine.since_last))
         return StepInputs(items, targets, lengths, starts, users, negatives, seen_before, *moments)
+
+    def _requests(self, inputs: StepInputs) -> Tensor | None:
+        """(B, T) seconds at which the positions are asked; None for a model that does not see requests.
+
+        In training those of a share of the pieces are unknown, so that a model learns to do without.
+        """
+        if cast("ModelConfig | BaselineConfig", self.model.config).time != "request":
+            return None
+        if not self.training:
+            return inputs.next_times
+        unknown = torch.rand(len(inputs.times), 1, device=inputs.times.device) < self.config.request_dropout
+        return torch.where(unknown, UNKNOWN_TIME, inputs.next_times)
 
     def parameter_groups(self) -> list[tuple[list[nn.Parameter], float]]:
         """The parameters of each optimiser and its full learning rate."""

@@ -18,7 +18,14 @@ class Preset:
 
 SHORT_HISTORY = 20  # events that a system of the paper's `*` form sees: one segment
 PAPER_MODEL = ModelConfig(
-    architecture="paper", heads=1, long_term="gated", dropout=0.1, memory_slots=20, routing_iterations=3
+    architecture="paper",
+    heads=1,
+    long_term="gated",
+    time="none",
+    returns="off",
+    dropout=0.1,
+    memory_slots=20,
+    routing_iterations=3,
 )
 # What all systems share that are trained as in the paper. All epochs are trained: validation stands still at first, and
 # a patience of four would end a run there.
@@ -70,7 +77,10 @@ _BASELINE_DEFAULTS = {  # by system
 }
 BASELINE_PRESETS = {  # by name, then by system
     "default": _BASELINE_DEFAULTS,
-    "paper": {system: Preset(preset.model, PAPER_TRAINING) for system, preset in _BASELINE_DEFAULTS.items()},
+    "paper": {
+        system: Preset(replace(preset.model, time="none", returns="off"), PAPER_TRAINING)
+        for system, preset in _BASELINE_DEFAULTS.items()
+    },
 }
 Presets = Mapping[str, Preset | Mapping[str, Preset]]
 

@@ -44,8 +44,12 @@ def timing_of(times: Tensor, key_times: Tensor, request_times: Tensor | None = N
     if request_times is None:
         return Timing(ages, ages)
     at = moments_of(times, request_times)
-    gaps = torch.where(request_times < times, NO_GAP, buckets(at - times))
-    return Timing(ages, buckets(at[:, :, None] - key_times[:, None]), gaps)
+    return Timing(ages, buckets(at[:, :, None] - key_times[:, None]), request_gaps(times, request_times))
+
+
+def request_gaps(times: Tensor, request_times: Tensor) -> Tensor:
+    """(B, S) buckets from positions at `times` to their requests, or NO_GAP."""
+    return torch.where(request_times < times, NO_GAP, buckets(request_times - times))
 
 
 def moments_of(times: Tensor, request_times: Tensor | None) -> Tensor:

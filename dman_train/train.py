@@ -154,14 +154,12 @@ def decided(
     model: ModelConfig | BaselineConfig, train: TrainConfig, interactions: Interactions
 ) -> ModelConfig | BaselineConfig:
     """The config with `time` and `returns` decided by the log and by what is ranked."""
-    if not isinstance(model, ModelConfig):
-        return model
-    plus, timed = model.architecture == "plus", bool(interactions.timestamps.any())
     if model.time == "auto":
-        seen = timed and plus and model.long_term == "merged"
+        seen = model.times_by_default and bool(interactions.timestamps.any())
         model = replace(model, time="request" if seen else "none")
     if model.returns == "auto":
-        model = replace(model, returns="on" if plus and train.seen_items == "keep" else "off")
+        counted = model.returns_by_default and train.seen_items == "keep"
+        model = replace(model, returns="on" if counted else "off")
     return model
 
 

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import fields
+from dataclasses import fields, replace
 from typing import Any
 
 import pytest
 
-from dman_train.config import ConfigError, DataConfig, ModelConfig, TrainConfig, from_dict, to_dict
+from dman_train.config import BaselineConfig, ConfigError, DataConfig, ModelConfig, TrainConfig, from_dict, to_dict
 from dman_train.presets import PRESETS
 
 INVALID: list[tuple[type, str, object]] = [
@@ -115,3 +115,20 @@ def test_config_of_an_earlier_version_is_read_if_it_means_the_same() -> None:
     )
     with pytest.raises(ConfigError, match=r"run/config\.json: residual 'plain' is no longer supported.*; train again"):
         from_dict(ModelConfig, {"residual": "plain"}, where="run/config.json")
+
+
+@pytest.mark.parametrize("config", [ModelConfig(), BaselineConfig()], ids=["dman", "baseline"])
+def test_config_of_a_version_without_times_and_returns_has_neither(config: ModelConfig | BaselineConfig) -> None:
+    old = {name: value for name, value in to_dict(config).items() if name not in ("time", "returns")}
+    assert from_dict(type(config), old, where="here") == replace(config, time="none", returns="off")
+    kept = old | {"time": "request", "returns": "on"}
+    assert from_dict(type(config), kept, where="here") == replace(config, time="request", returns="on")
+
+
+@pytest.mark.parametrize("time", ["request", "events"])
+@pytest.mark.parametrize("system", ["caser", "shan", "sdm"])
+def test_config_of_a_baseline_that_knows_no_times_refuses_them(system: Any, time: Any) -> None:
+    with pytest.raises(ConfigError, match=f"system '{system}' sees no times; set time to 'none'") as found:
+        BaselineConfig(system, time=time)
+    assert found.value.parameter == "time"
+    assert not BaselineConfig(system, time="none").sees_times and not BaselineConfig(system).sees_times

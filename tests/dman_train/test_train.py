@@ -217,7 +217,8 @@ def run_of_before(run: Path, model: ModelConfig | BaselineConfig, *, form: str) 
     config = json.loads((run / "config.json").read_text())
     config["model"] = to_dict(model)
     if form == "earlier":
-        config["model"].pop("hops", None)
+        for option in ("hops", "time", "returns"):
+            config["model"].pop(option, None)
         del config["train"]["adam_beta2"]
     (run / "config.json").write_text(json.dumps(config))
     sizes = (config["dataset"]["items"], config["dataset"]["users"])
@@ -260,6 +261,7 @@ def test_run_of_before_is_evaluated_if_its_form_is_that_of_today(
     run_copy: Path, capsys: pytest.CaptureFixture[str], name: str
 ) -> None:
     run_of_before(run_copy, UNCHANGED[name], form="earlier")
+    assert open_run(run_copy).model_config() == replace(UNCHANGED[name], time="none", returns="off")
     assert last_json(capsys, evaluate.main, "--run", run_copy)["users"] > 50
 
 
@@ -323,6 +325,21 @@ def test_baseline_resumes_to_the_weights_of_one_run(
     assert train.main(["--resume", "--run", str(tmp_path / "run")], presets=BASELINE_PRESETS) == 0
     resumed, whole = (open_run(path).best_model().state_dict() for path in (tmp_path / "run", baseline_run))
     assert all(torch.equal(resumed[name], weight) for name, weight in whole.items())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("system", ["sasrec", "gru4rec", "hpmn"])
+def test_baseline_run_with_times_and_returns_is_evaluated_as_it_was_ranked(
+    small_log: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], system: str
+) -> None:
+    options = ["--system", system, "--history", "12", "--width", "8", "--lanes", "16", "--seen-items", "keep"]
+    command = ["--data", str(small_log), "--run", str(tmp_path / "run"), "--epochs", "1", "--threads", "1", *options]
+    assert train.main(command, presets=BASELINE_PRESETS) == 0
+    run = open_run(tmp_path / "run")
+    assert (run.config["model"]["time"], run.config["model"]["returns"]) == ("request", "on"), "auto is decided"
+    assert run.metrics is not None and {"request_gaps", "returns.by_gap"} <= run.best_model().state_dict().keys()
+    found = last_json(capsys, evaluate.main, "--run", run.path)
+    assert found["seen_kept"]["hr@10"] == pytest.approx(run.metrics["test"]["seen_kept"]["hr@10"])
 
 
 def test_baseline_with_vectors_of_users_ranks_for_no_other_log(
@@ -657,23 +674,26 @@ def test_option_and_variable_reach_the_field(name: str, monkeypatch: pytest.Monk
         (PAPER, "keep", True, ("none", "off")),
         (replace(TINY, time="events", returns="off"), "keep", True, ("events", "off")),
         (replace(TINY, time="none", returns="on"), "exclude", True, ("none", "on")),
+        (BaselineConfig("sasrec"), "keep", True, ("request", "on")),
+        (BaselineConfig("gru4rec"), "exclude", True, ("request", "off")),
+        (BaselineConfig("hpmn"), "keep", False, ("none", "on")),
+        (BaselineConfig("caser"), "keep", True, ("none", "off")),
+        (BaselineConfig("shan"), "keep", True, ("none", "off")),
+        (BaselineConfig("sdm"), "keep", True, ("none", "off")),
+        (BaselineConfig("sdm", returns="on"), "exclude", True, ("none", "on")),
+        (BaselineConfig("hpmn", time="events", returns="off"), "keep", True, ("events", "off")),
+        (BASELINE_PRESETS["paper"]["sasrec"].model, "keep", True, ("none", "off")),
+        (PRESETS["paper"].model, "keep", True, ("none", "off")),
     ],
 )
 def test_log_and_ranking_decide_whether_times_and_returns_are_seen(
-    model: ModelConfig, seen_items: Any, timed: bool, expected: tuple[str, str]
+    model: ModelConfig | BaselineConfig, seen_items: Any, timed: bool, expected: tuple[str, str]
 ) -> None:
     times = np.array([0, 5, 6]) if timed else np.zeros(3, np.int64)
     log = Interactions(["u"], ["1"], np.array([0, 3]), np.zeros(3, np.int32), times, False, True)
     found = train.decided(model, TrainConfig(seen_items=seen_items), log)
-    assert isinstance(found, ModelConfig)
     assert (found.time, found.returns) == expected
     assert replace(found, time=model.time, returns=model.returns) == model, "nothing else changes"
-
-
-def test_nothing_is_decided_for_a_baseline() -> None:
-    log = Interactions(["u"], ["1"], np.array([0, 1]), np.zeros(1, np.int32), np.ones(1, np.int64), False, True)
-    baseline = BaselineConfig()
-    assert train.decided(baseline, TrainConfig(), log) is baseline
 
 
 def test_option_wins_over_variable_and_variable_over_preset(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -23,7 +23,7 @@ from conftest import PAPER, RANKING_OF_SEEN_ITEMS, ROOT, TIMED, TINY
 
 from dman_runtime.data.evaluation import RANKINGS, HeldOut, Ranking, metrics
 from dman_train import distributed, train
-from dman_train.config import ConfigError, ModelConfig, TrainConfig
+from dman_train.config import BaselineConfig, ConfigError, ModelConfig, TrainConfig
 from dman_train.data import TrainingData
 from dman_train.model import DMAN
 from dman_train.replay import replay
@@ -103,15 +103,25 @@ SETTINGS = {
     "sampled-joint": replace(CONFIG, loss="sampled", negatives=16, memory_training="joint", backprop_segments=2),
     "negatives": replace(CONFIG, loss="negatives", negatives=3, weight_decay=0.01),
 }
-RESUMED = {name: (TINY, config) for name, config in SETTINGS.items()} | {
+RESUMED: dict[str, tuple[ModelConfig | BaselineConfig, TrainConfig]] = {
+    name: (TINY, config) for name, config in SETTINGS.items()
+} | {
     "times-and-returns": (TIMED, replace(CONFIG, seen_items="keep", request_dropout=0.3)),
+}
+BASELINE = BaselineConfig(history=12, width=16, time="request", returns="on")
+RESUMED |= {
+    f"times-and-returns-{system}": (
+        replace(BASELINE, system=system),  # type: ignore[arg-type]
+        replace(CONFIG, lanes=2, seen_items="keep", request_dropout=0.3),
+    )
+    for system in ("sasrec", "gru4rec", "hpmn")
 }
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("model", "config"), RESUMED.values(), ids=RESUMED.keys())
 def test_trainer_resumed_from_a_checkpoint_gives_bit_identical_weights(
-    model: ModelConfig, config: TrainConfig, tmp_path: Path
+    model: ModelConfig | BaselineConfig, config: TrainConfig, tmp_path: Path
 ) -> None:
     data, file = random_data(), tmp_path / "checkpoint.pt"
     through = Trainer(model, config, data, CPU)
