@@ -148,7 +148,9 @@ class LaneLearner(Learner):
             return None, state.sketch
         with torch.no_grad():
             returns, sketch = follow(state.sketch, inputs.items, inputs.lengths, inputs.times)
-        scores = self.model.return_scores(encoding.user_embedding, returns, moments_of(inputs.times, requests))
+        scores = self.model.returns(
+            encoding.user_embedding, self.model.item_table(), returns, moments_of(inputs.times, requests)
+        )
         items = returns.items.clamp(min=0)[:, None].expand_as(scores)  # counts are 0 where there is none
         return Added(scores, items), sketch
 

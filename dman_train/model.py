@@ -33,7 +33,7 @@ from dman_train.abstraction import MASKED, FifoAbstraction, RoutingAbstraction, 
 from dman_train.blocks import PaperBlock, PlusBlock, blocks_of
 from dman_train.config import ModelConfig
 from dman_train.dropout import Dropout
-from dman_train.returns import Returns, ReturnTerm, gaps_to, item_embeddings
+from dman_train.returns import ReturnTerm
 from dman_train.timing import Timing, at_position, of_gaps
 
 # Length of a LayerNormed user embedding. Untrained scores then have a standard deviation of about one; with length 1
@@ -134,16 +134,6 @@ class DMAN(nn.Module):
             assert gaps is not None
             x = x + of_gaps(self.gaps, gaps)
         return self.input_dropout(x * self.input_scale)
-
-    def return_scores(self, users: Tensor, returns: Returns, moments: Tensor) -> Tensor:
-        """What is added to the scores of the candidates of `returns`, (B, T, K).
-
-        Args:
-            users: (B, T, D) user embeddings.
-            moments: (B, T) seconds of the requests.
-        """
-        gaps = gaps_to(returns, moments) if self.config.sees_times else None
-        return self.returns(users, item_embeddings(self.item_table(), returns.items), returns, gaps)
 
     def encode(
         self,

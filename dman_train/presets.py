@@ -89,3 +89,13 @@ def preset_of(presets: Presets, name: str, *, system: str = BaselineConfig.syste
     """The preset of this name; among BASELINE_PRESETS, that of this system."""
     found = presets[name]
     return found if isinstance(found, Preset) else found[system]
+
+
+def decided(model: ModelConfig | BaselineConfig, *, seen_items: str, has_times: bool) -> ModelConfig | BaselineConfig:
+    """The model with `time` and `returns` decided, where they are "auto": by the log and by what is ranked."""
+    if model.time == "auto":
+        model = replace(model, time="request" if has_times and model.times_by_default else "none")
+    if model.returns == "auto":
+        counted = model.returns_by_default and seen_items == "keep"
+        model = replace(model, returns="on" if counted else "off")
+    return model

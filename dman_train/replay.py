@@ -79,7 +79,7 @@ def returned(
         None if request_times is None or model.config.time != "request" else torch.from_numpy(request_times)[:, None]
     )
     moments = moments_of(last, None if asked is None else asked.to(device))
-    return returns.items.clamp(min=0), model.return_scores(users[:, None], returns, moments)[:, 0]
+    return returns.items.clamp(min=0), model.returns(users[:, None], model.item_table(), returns, moments)[:, 0]
 
 
 def _returns_of(model: DMAN, histories: Sequence[np.ndarray], times: Sequence[np.ndarray] | None) -> Returns:

@@ -101,6 +101,7 @@ class ReturnTerm(nn.Module):
 
     def __init__(self, width: int, *, sees_times: bool) -> None:
         super().__init__()
+        self.sees_times = sees_times
         self.by_user, self.by_item = (nn.Linear(width, len(HALF_LIVES), bias=bias) for bias in (True, False))
         self.by_age = nn.Parameter(torch.empty(BUCKETS))
         if sees_times:
@@ -108,11 +109,17 @@ class ReturnTerm(nn.Module):
         for weight in self.parameters():
             nn.init.zeros_(weight)
 
-    def forward(self, users: Tensor, items: Tensor, returns: Returns, gaps: Tensor | None) -> Tensor:
-        """(B, T, D) user embeddings, (B, K, D) items, (B, T, K) buckets of the gaps or NO_GAP -> (B, T, K)."""
+    def forward(self, users: Tensor, table: Tensor, returns: Returns, moments: Tensor) -> Tensor:
+        """What is added to the scores of the candidates of `returns`, (B, T, K).
+
+        Args:
+            users, table: (B, T, D) user embeddings, (V, D) item embeddings.
+            moments: (B, T) seconds of the requests.
+        """
+        items = F.embedding(returns.items.clamp(min=0), table)  # (B, K, D)
         weights = self.by_user(users)[:, :, None] + self.by_item(items)[:, None]  # (B, T, K, H)
         scores = (weights * returns.counts).sum(-1) + _weights_of(self.by_age, returns.ages)
-        return scores if gaps is None else scores + _weights_of(self.by_gap, gaps)
+        return scores + _weights_of(self.by_gap, gaps_to(returns, moments)) if self.sees_times else scores
 
 
 def _weights_of(table: Tensor, buckets: Tensor) -> Tensor:
@@ -124,8 +131,3 @@ def gaps_to(returns: Returns, moments: Tensor) -> Tensor:
     """(B, T, K) buckets of the time from the last event of each candidate to the moments (B, T); NO_GAP: unknown."""
     unknown = (returns.ages < 0) | (returns.times == 0) | (moments == 0)[..., None]
     return torch.where(unknown, NO_GAP, buckets(moments[..., None] - returns.times))
-
-
-def item_embeddings(table: Tensor, items: Tensor) -> Tensor:
-    """(V, D) table, (B, K) items -> (B, K, D)."""
-    return F.embedding(items.clamp(min=0), table)

@@ -15,7 +15,7 @@ from dman_train.baselines.latest import LatestEvents, Moments, returns_within
 from dman_train.config import BaselineConfig
 from dman_train.dropout import Dropout
 from dman_train.model import SCORE_SCALE
-from dman_train.returns import Returns, ReturnTerm, gaps_to, item_embeddings
+from dman_train.returns import Returns, ReturnTerm
 from dman_train.timing import gap_buckets, moments_of, of_gaps, request_gaps
 
 
@@ -75,16 +75,6 @@ class Baseline(nn.Module):
         """A term of the mean loss for the last `encode`; 0 for most models."""
         return self.items.new_zeros(())
 
-    def return_scores(self, users: Tensor, table: Tensor, returns: Returns, moments: Tensor) -> Tensor:
-        """What is added to the scores of the candidates of `returns`, (B, T, K).
-
-        Args:
-            users, table: (B, T, D') user embeddings, (V, D') `item_table`.
-            moments: (B, T) seconds of the requests.
-        """
-        gaps = gaps_to(returns, moments) if self.config.sees_times else None
-        return self.returns(users, item_embeddings(table, returns.items), returns, gaps)
-
     @torch.no_grad()
     def user_embeddings(
         self,
@@ -120,7 +110,7 @@ class Baseline(nn.Module):
             returns, at = returns_within(events.items, events.lengths, events.moments.times), events.last
             now = Returns(returns.items, *(x[at][:, None] for x in (returns.counts, returns.ages, returns.times)))
             asked = moments_of(events.moments.times, events.moments.requests)[at][:, None]
-            found.append((now.items.clamp(min=0), self.return_scores(users[part, None], table, now, asked)[:, 0]))
+            found.append((now.items.clamp(min=0), self.returns(users[part, None], table, now, asked)[:, 0]))
         items, scores = (torch.cat(parts) for parts in zip(*found, strict=True))
         return items, scores
 

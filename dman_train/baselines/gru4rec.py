@@ -12,6 +12,7 @@ into each input, and the one from the last event to the request into the state t
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor, nn
 
 from dman_train.baselines.base import Baseline
@@ -31,3 +32,7 @@ class GRU4Rec(Baseline):
         states, _ = self.gru(self.embed(items, moments))  # (B, W, D)
         # States are small at first and never above 1, so they need no output_scale.
         return self.dropout(self.at_request(states, moments))
+
+    def at_request(self, states: Tensor, moments: Moments | None) -> Tensor:
+        """As a product, so that what the time means depends on the state (latent cross: Beutel et al., WSDM 2018)."""
+        return states * (1 + super().at_request(torch.zeros_like(states), moments))

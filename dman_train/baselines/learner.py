@@ -54,6 +54,6 @@ class WindowLearner(Learner):
             return None
         with torch.no_grad():
             returns = returns_within(inputs.items, inputs.lengths, inputs.times)
-        scores = self.model.return_scores(embeddings, table, returns, moments_of(inputs.times, requests))
+        scores = self.model.returns(embeddings, table, returns, moments_of(inputs.times, requests))
         items = returns.items.clamp(min=0)[:, None].expand_as(scores)  # counts are 0 where there is none
         return Added(scores, items)

@@ -362,7 +362,7 @@ def test_request_dropout_hides_whole_segments_of_a_share_of_lanes(share: float) 
     learner = LaneLearner(random_model(UNCHANGED, TINY_ITEMS).train(), config, data)
     inputs = learner.inputs(next(learner.schedule))
     torch.manual_seed(0)
-    _, timing = learner._timing(inputs, learner.state)
+    _, timing = learner._timing(inputs, learner.state, learner._requests(inputs))
     assert timing is not None and timing.request_gaps is not None
     hidden = (timing.request_gaps == NO_GAP) & inputs.real
     assert ((hidden.sum(1) == 0) | (hidden.sum(1) == inputs.lengths)).all()
@@ -379,7 +379,7 @@ def test_times_and_returns_are_trained() -> None:
     losses.likelihood.backward()
     gradients = {name: p.grad for name, p in learner.model.named_parameters()}
     new = {"gaps", "age_bias", "request_gaps", *(name for name in gradients if name.startswith("returns."))}
-    assert len(new) == 6
+    assert len(new) == 8
     for name in new:
         assert gradients[name] is not None and bool(gradients[name].abs().any()), name
 

@@ -14,17 +14,15 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from conftest import PAPER, TINY
 
-from dman_runtime.data.interactions import Interactions
 from dman_runtime.model.bundle import read_manifest
 from dman_train import evaluate, export, train
 from dman_train.config import BaselineConfig, ConfigError, DataConfig, ModelConfig, TrainConfig, to_dict
 from dman_train.families import family_of
-from dman_train.presets import BASELINE_PRESETS, PRESETS
+from dman_train.presets import BASELINE_PRESETS, PRESETS, decided
 from dman_train.run import Run, RunError, open_run
 from dman_train.signals import stop_requests
 
@@ -689,9 +687,7 @@ def test_option_and_variable_reach_the_field(name: str, monkeypatch: pytest.Monk
 def test_log_and_ranking_decide_whether_times_and_returns_are_seen(
     model: ModelConfig | BaselineConfig, seen_items: Any, timed: bool, expected: tuple[str, str]
 ) -> None:
-    times = np.array([0, 5, 6]) if timed else np.zeros(3, np.int64)
-    log = Interactions(["u"], ["1"], np.array([0, 3]), np.zeros(3, np.int32), times, False, True)
-    found = train.decided(model, TrainConfig(seen_items=seen_items), log)
+    found = decided(model, seen_items=seen_items, has_times=timed)
     assert (found.time, found.returns) == expected
     assert replace(found, time=model.time, returns=model.returns) == model, "nothing else changes"
 
