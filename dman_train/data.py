@@ -42,6 +42,18 @@ def as_found(config: DataConfig, log: Log) -> DataConfig:
     return replace(config, **{field.name: getattr(log.options, field.name) for field in fields(LogOptions)})
 
 
+KNOWN_GAPS = 100  # a gap is known to training if so many events came after one that was as long or longer
+
+
+def longest_gap(data: TrainingData) -> int:
+    """Seconds: the longest time between two events of a user that training knows well."""
+    since_last = np.diff(data.times)[np.diff(np.repeat(np.arange(len(data.offsets) - 1), np.diff(data.offsets))) == 0]
+    if not len(since_last):
+        return 0
+    place = max(0, len(since_last) - KNOWN_GAPS)
+    return max(0, int(np.partition(since_last, place)[place]))
+
+
 def training_data(interactions: Interactions) -> TrainingData:
     """What training may see of a log: all but the last two events of each user, and the validation targets."""
     items, offsets, times = training_events(interactions)

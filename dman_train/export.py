@@ -118,7 +118,7 @@ def export_bundle(
         np.savez(directory / bundle_format.GOLDEN, allow_pickle=False, **golden_replay(model))
         return {
             "model": to_dict(config),
-            "state": state_shape(config, state_dtype),
+            "state": state_shape(config, state_dtype, longest_gap=model.longest_gap),
             "vocabulary": model.vocabulary,
             "integer_item_ids": vocabulary.integer_item_ids,
             "tensors": tensors,

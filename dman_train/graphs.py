@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from dman_runtime.model import bundle as bundle_format
 from dman_runtime.model.bundle import StateShape
 from dman_runtime.model.encoder import Encoder
-from dman_runtime.model.times import BUCKETS
+from dman_runtime.model.times import ANY_GAP, BUCKETS
 from dman_train.config import ModelConfig
 from dman_train.model import DMAN
 from dman_train.timing import Timing
@@ -70,8 +70,8 @@ class AbstractionGraph(nn.Module):
         return self.model.abstract(memory, segment_hidden)
 
 
-def state_shape(config: ModelConfig, dtype: str) -> StateShape:
-    """The sizes of a state of this model; `dtype` is what it is stored as."""
+def state_shape(config: ModelConfig, dtype: str, *, longest_gap: int = ANY_GAP) -> StateShape:
+    """The sizes of a state of this model; `dtype` is what it is stored as. `longest_gap`: `DMAN.longest_gap`."""
     return StateShape(
         segment_length=config.segment_length,
         memory_slots=config.slots,
@@ -81,6 +81,7 @@ def state_shape(config: ModelConfig, dtype: str) -> StateShape:
         dtype=dtype,
         times=config.time if config.sees_times else "none",
         sketch_items=config.sketch_items if config.returns == "on" else 0,
+        longest_gap=longest_gap if config.time == "request" else ANY_GAP,
     )
 
 

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from dman_train import distributed
 from dman_train.checkpoint import like, within
 from dman_train.config import TrainConfig
-from dman_train.data import TrainingData
+from dman_train.data import TrainingData, longest_gap
 from dman_train.lanes import Lanes
 from dman_train.learner import Learner, StepInputs
 from dman_train.losses import Added, Losses
@@ -117,6 +117,8 @@ class LaneLearner(Learner):
             seed=config.seed,
         )
         super().__init__(model, config, data, schedule, part)
+        if model.config.time == "request":
+            model.known_gap.fill_(longest_gap(data))
         self.state = LaneState.empty(model, part.stop - part.start, config.backprop_segments)
 
     def forward(self, inputs: StepInputs) -> Losses:
@@ -153,6 +155,10 @@ class LaneLearner(Learner):
         )
         items = returns.items.clamp(min=0)[:, None].expand_as(scores)  # counts are 0 where there is none
         return Added(scores, items), sketch
+
+    def _requests(self, inputs: StepInputs) -> Tensor | None:
+        requests = super()._requests(inputs)
+        return None if requests is None else torch.minimum(requests, inputs.times + self.model.known_gap)
 
     def _timing(
         self, inputs: StepInputs, state: LaneState, requests: Tensor | None

@@ -28,7 +28,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from dman_runtime.model.times import BUCKETS
+from dman_runtime.model.times import ANY_GAP, BUCKETS
 from dman_train.abstraction import MASKED, FifoAbstraction, RoutingAbstraction, valid_primaries
 from dman_train.blocks import PaperBlock, PlusBlock, blocks_of
 from dman_train.config import ModelConfig
@@ -77,6 +77,8 @@ def _frozen_read_difference(
 class DMAN(nn.Module):
     """The network; `vocabulary` is V."""
 
+    known_gap: Tensor  # () int64, see `longest_gap`
+
     def __init__(self, config: ModelConfig, vocabulary: int) -> None:
         super().__init__()
         self.config, self.vocabulary = config, vocabulary
@@ -91,6 +93,7 @@ class DMAN(nn.Module):
             self.age_bias = nn.Parameter(torch.zeros(depth, BUCKETS, config.heads))
         if config.time == "request":
             self.request_gaps = nn.Parameter(torch.zeros(BUCKETS, width))  # by the time since the last event
+            self.register_buffer("known_gap", torch.tensor(ANY_GAP))
         if config.returns == "on":
             self.returns = ReturnTerm(width, sees_times=config.sees_times)
         self.short_term, self.norm_short = self._branch(reads_memory=config.merged)
@@ -117,6 +120,11 @@ class DMAN(nn.Module):
             return nn.ModuleList(PaperBlock(config) for _ in depth), nn.Identity()
         blocks = nn.ModuleList(PlusBlock(config, reads_memory=reads_memory) for _ in depth)
         return blocks, nn.LayerNorm(config.width)
+
+    @property
+    def longest_gap(self) -> int:
+        """Seconds: a request later than that after the last event counts as that late. Training sets it."""
+        return int(self.known_gap) if self.config.time == "request" else ANY_GAP
 
     @property
     def memory_blocks(self) -> list[PaperBlock | PlusBlock]:

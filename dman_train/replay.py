@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from dman_runtime.model.times import NO_GAP
 from dman_train.model import DMAN, Encoding
 from dman_train.returns import Returns, Sketch, follow
-from dman_train.timing import Timing, gap_buckets, moments_of, timing_of
+from dman_train.timing import Timing, gap_buckets, timing_of
 
 OnSegment = Callable[[Tensor, Tensor, Encoding], None]
 
@@ -41,7 +41,7 @@ def replay(
     memory = model.initial_memory[None].repeat(len(histories), 1, 1, 1)
     context = torch.zeros(len(histories), config.layers, 0, config.width, device=device)
     users = torch.empty(len(histories), config.width, device=device)
-    clock = _Clock.of(model, times, request_times, order) if config.sees_times else None
+    clock = _Clock.of(times, _asked_at(model, times, request_times), order) if config.sees_times else None
     for start in range(0, padded.shape[1], T):
         active = int((sorted_lengths > start).sum())
         context, memory_now = context[:active], memory[:active]
@@ -74,11 +74,9 @@ def returned(
 ) -> tuple[Tensor, Tensor]:
     """Items (N, K) and what is added to their scores (N, K), for (N, D) user embeddings; an item may come up again."""
     returns, device = _returns_of(model, histories, times), users.device
-    last = torch.tensor([[0 if times is None else int(times[row][-1])] for row in range(len(histories))], device=device)
-    asked = (
-        None if request_times is None or model.config.time != "request" else torch.from_numpy(request_times)[:, None]
-    )
-    moments = moments_of(last, None if asked is None else asked.to(device))
+    last = np.zeros(len(histories), np.int64) if times is None else _last(times)
+    asked = _asked_at(model, times, request_times)
+    moments = torch.from_numpy(last if asked is None else np.maximum(last, asked))[:, None].to(device)
     return returns.items.clamp(min=0), model.returns(users[:, None], model.item_table(), returns, moments)[:, 0]
 
 
@@ -112,13 +110,13 @@ class _Clock(NamedTuple):
     requests: Tensor | None  # (N) int64 seconds
 
     @classmethod
-    def of(cls, model: DMAN, times: Sequence[np.ndarray] | None, requests: np.ndarray | None, order: Tensor) -> _Clock:
+    def of(cls, times: Sequence[np.ndarray] | None, requests: np.ndarray | None, order: Tensor) -> _Clock:
         if times is None:
             raise ValueError("this model sees the times of events")
         padded, device = _padded(times, order), order.device
         since_last = F.pad(padded[:, 1:] - padded[:, :-1], (1, 0)).clamp(min=0)
         since_last[:, 0] = NO_GAP
-        asked = None if requests is None or model.config.time != "request" else torch.from_numpy(requests).to(device)
+        asked = None if requests is None else torch.from_numpy(requests).to(device)
         return cls(padded, since_last, None if asked is None else asked[order])
 
     def at(self, start: int, new: int, context: int, active: int) -> tuple[Tensor, Timing]:
@@ -127,6 +125,18 @@ class _Clock(NamedTuple):
         times, keys = self.times[:active, start:end], self.times[:active, start - context : end]
         requests = None if self.requests is None else self.requests[:active, None].expand(-1, new)
         return gap_buckets(self.since_last[:active, start:end]), timing_of(times, keys, requests)
+
+
+def _asked_at(model: DMAN, times: Sequence[np.ndarray] | None, request_times: np.ndarray | None) -> np.ndarray | None:
+    """(N) seconds of the requests as the model sees them; None if it does not."""
+    if times is None or request_times is None or model.config.time != "request":
+        return None
+    return np.minimum(request_times, _last(times) + model.longest_gap)
+
+
+def _last(times: Sequence[np.ndarray]) -> np.ndarray:
+    """(N) the last of each."""
+    return np.array([int(seconds[-1]) for seconds in times], np.int64)
 
 
 def _padded(arrays: Sequence[np.ndarray], order: Tensor) -> Tensor:

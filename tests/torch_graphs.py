@@ -95,6 +95,5 @@ def generation_of(model: DMAN, state_dtype: str = "float32") -> Generation:
         arrays["gap_embeddings"] = (model.gaps * model.input_scale).numpy()
     if model.config.returns == "on":
         arrays["returns"] = return_tables(model)
-    return Generation.of(
-        bundle_of(state_shape(model.config, state_dtype), model.vocabulary, **arrays), TorchGraphs(model)
-    )
+    shape = state_shape(model.config, state_dtype, longest_gap=model.longest_gap)
+    return Generation.of(bundle_of(shape, model.vocabulary, **arrays), TorchGraphs(model))

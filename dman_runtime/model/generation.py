@@ -99,7 +99,7 @@ class Generation:
         if not self.bundle.returns:
             return None
         sketch = state.counts()
-        at = moment if moment is not None and recurrence.is_asked(state, moment) else state.last_time
+        at = recurrence.moment_of(state, moment) or state.last_time
         return Added(sketch.items, return_scores(sketch, embedding, at, self.bundle.returns))
 
     def advance(self, states: Sequence[State], new_events: Sequence[KnownEvents]) -> None:

@@ -11,6 +11,7 @@ from typing import Any
 
 from dman_runtime.data.untrusted import is_whole_number, parse_json, shown
 from dman_runtime.errors import BundleError
+from dman_runtime.model.times import ANY_GAP
 
 FORMAT_VERSION = 1
 MANIFEST = "manifest.json"
@@ -41,6 +42,7 @@ class StateShape:
     dtype: str  # what hidden states and memory are stored as
     times: str = "none"  # one of TIMES: what the model sees of times
     sketch_items: int = 0  # R; 0 for a model that does not count what users come back to
+    longest_gap: int = ANY_GAP  # seconds; a request later than that after the last event counts as that late
 
     @property
     def sees_times(self) -> bool:
@@ -162,6 +164,7 @@ def _check_state(state: object) -> None:
     _require(state["dtype"] in STATE_DTYPES, f"state.dtype is {shown(state['dtype'])}")
     _require(state.get("times", "none") in TIMES, f"state.times is {shown(state.get('times'))}")
     _require_number("state.sketch_items", state.get("sketch_items", 0), 0, 512)
+    _require_number("state.longest_gap", state.get("longest_gap", 0), 0, ANY_GAP)
     shape = StateShape(**state)
     size = 4 * shape.layers * shape.width * (shape.context_limit + shape.memory_slots)
     _require(size <= MAX_STATE_BYTES, f"a state would have {size} bytes, more than {MAX_STATE_BYTES}")

@@ -183,24 +183,30 @@ def embeddings_at(
 ) -> np.ndarray:
     """(B, D) user embeddings for requests at these seconds; where the model or the request knows no time, the states'.
 
-    A moment before the last event counts as unknown, and so does every moment if the time of that is unknown.
+    What a moment is: `moment_of`.
     """
     embeddings = np.stack([state.user_embedding for state in states])
     asked = [
-        (row, state, moment)
+        (row, state, at)
         for row, (state, moment) in enumerate(zip(states, moments, strict=True))
-        if moment is not None and is_asked(state, moment)
+        if (at := moment_of(state, moment)) is not None
     ]
     for start in range(0, len(asked), ROWS_PER_RUN):
         part = asked[start : start + ROWS_PER_RUN]
-        at = [row for row, _, _ in part]
-        embeddings[at] = _read([state for _, state, _ in part], [moment for _, _, moment in part], bundle, graphs)
+        chosen = [row for row, _, _ in part]
+        embeddings[chosen] = _read([state for _, state, _ in part], [moment for _, _, moment in part], bundle, graphs)
     return embeddings
 
 
-def is_asked(state: State, moment: int) -> bool:
-    """Whether an answer depends on the moment of a request."""
-    return moment >= state.last_time > 0 and state.shape.times == "request"
+def moment_of(state: State, moment: int | None) -> int | None:
+    """The moment of a request as the model sees it; None for an unknown one, and for a model that sees no requests.
+
+    A moment before the last event is unknown, and so is every moment if the time of that is. One that is later than
+    training knew counts as the latest of them: no weight was trained for more.
+    """
+    if moment is None or not moment >= state.last_time > 0 or state.shape.times != "request":
+        return None
+    return min(moment, state.last_time + state.shape.longest_gap)
 
 
 def _read(states: Sequence[State], moments: Sequence[int], bundle: Bundle, graphs: Graphs) -> np.ndarray:

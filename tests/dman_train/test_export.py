@@ -209,6 +209,7 @@ def test_export_tables_of_times_and_returns_are_those_of_the_model(exported: tup
     assert set(bundle.manifest.files) == set(files_of(bundle.manifest.state))
     assert bundle.manifest.state.times == (config.time if config.sees_times else "none")
     assert bundle.manifest.state.sketch_items == (config.sketch_items if config.returns == "on" else 0)
+    assert bundle.manifest.state.longest_gap == model.longest_gap
     if config.sees_times:
         assert np.array_equal(bundle.gap_embeddings, (model.gaps * model.input_scale).detach().numpy())
     else:

@@ -12,7 +12,7 @@ from conftest import PAPER, TIMED, TINY, TINY_ITEMS, held_out_of, random_model
 from torch import Tensor
 from traced_log import EVENTS, OFFSETS, TIMES
 
-from dman_runtime.model.times import NO_GAP
+from dman_runtime.model.times import ANY_GAP, NO_GAP
 from dman_train.config import ModelConfig, TrainConfig
 from dman_train.data import TrainingData
 from dman_train.lane_learner import LaneLearner, LaneState
@@ -353,6 +353,26 @@ def test_request_dropout_hides_the_time_of_the_request_in_training_only() -> Non
     for learner, training, expected in zip(learners, (True, True, False), (known, unknown, known), strict=True):
         losses, _ = learner.train(training).step(learner.inputs(batch), learner.state)
         torch.testing.assert_close(losses.likelihood, expected, rtol=1e-4, atol=1e-3)
+
+
+@pytest.mark.parametrize("many", [1, 150])
+def test_longest_gap_of_a_model_is_one_that_training_knows_well(many: int) -> None:
+    """Two users of 102 events; the gaps are 1 s but for `many` of a day, and the time between users is none."""
+    gaps = np.ones(204, np.int64)
+    gaps[5 : 5 + many] = 86_400
+    times = 10**9 + np.cumsum(gaps)
+    times[102:] += 10**8
+    data = TrainingData(
+        np.zeros(204, np.int32),
+        np.array([0, 102, 204]),
+        times,
+        np.ones(TINY_ITEMS, np.int64),
+        held_out_of([], np.zeros(0, np.int64)),
+    )
+    model = random_model(UNCHANGED, TINY_ITEMS)
+    assert model.longest_gap == ANY_GAP
+    timed_learner(model, data)
+    assert model.longest_gap == (1 if many == 1 else 86_400)
 
 
 @pytest.mark.parametrize("share", [0.0, 0.5])

@@ -82,6 +82,25 @@ def test_answers_at_known_and_unknown_moments_equal_pytorch(config: ModelConfig)
     check_answers(model, states, histories, np.array([history.times[-1] - 1 for history in histories]))
 
 
+@pytest.mark.parametrize("config", [TIMED, MODELS["returns only"]], ids=["request", "returns only"])
+def test_request_after_more_time_than_training_knew_counts_as_the_longest_gap(config: ModelConfig) -> None:
+    model, (histories, moments) = random_model(config, TINY_ITEMS), histories_and_moments()
+    last = np.array([history.times[-1] for history in histories])
+    if config.time == "request":
+        model.known_gap.fill_(5000)
+    generation = generation_of(model)
+    states = generation.replay(histories)
+    assert (moments > last + 5000).any() and (moments < last + 5000).any()
+    check_answers(model, states, histories, moments)
+    (users, added), (clipped, again) = (
+        generation.asked(states, at.tolist()) for at in (moments, np.minimum(moments, last + 5000))
+    )
+    np.testing.assert_array_equal(users, clipped)
+    for one, other in zip(added, again, strict=True):
+        assert one is not None and other is not None
+        np.testing.assert_array_equal(one.scores, other.scores)
+
+
 @pytest.fixture(scope="module", params=["2-dman-request", "3-nran-request", "1-xl-events", "returns only"])
 def model(request: pytest.FixtureRequest) -> DMAN:
     return random_model(MODELS[request.param], TINY_ITEMS)
