@@ -207,6 +207,7 @@ class TrainConfig:
     )
     evaluation_users: int = option(0, "users validated after each epoch; 0: all")
     request_dropout: float = option(0.1, "share of segments in training whose time of request is unknown")
+    times_dropout: float = option(0.05, "share of users in training whose events have no times (DMAN only)")
     random_first_segment: bool = option(True, "vary the length of a user's first segment, so that all shifts occur")
     seed: int = option(0, "seed of the initial weights, the order of users, dropout and negatives")
 
@@ -219,7 +220,7 @@ class TrainConfig:
             self, 0.0, 1.0, "final_learning_rate", "learning_rate", "abstraction_learning_rate", "weight_decay"
         )
         _check_range(self, 0.0, 1e6, "gradient_clip", "abstraction_weight")
-        _check_range(self, 0.0, 1.0, "request_dropout")
+        _check_range(self, 0.0, 1.0, "request_dropout", "times_dropout")
         _check_range(self, 0.0, 0.999999, "ema_decay", "adam_beta2")
         _check_switch(self, "random_first_segment")
         if self.backprop_segments > 1 and self.memory_training != "joint":

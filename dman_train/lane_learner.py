@@ -14,12 +14,13 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from dman_runtime.model.times import NO_GAP
 from dman_train import distributed
 from dman_train.checkpoint import like, within
 from dman_train.config import TrainConfig
 from dman_train.data import TrainingData, longest_gap
 from dman_train.lanes import Lanes
-from dman_train.learner import Learner, StepInputs
+from dman_train.learner import UNKNOWN_TIME, Learner, StepInputs
 from dman_train.losses import Added, Losses
 from dman_train.model import DMAN, Encoding
 from dman_train.returns import Sketch, follow
@@ -37,6 +38,7 @@ class LaneState:
     initial: Tensor  # (B) bool: use the learned initial slots in place of `memory`
     absorbed: Tensor  # (N, B, L, T, D) segments to absorb, oldest first, right-aligned
     absorbed_lengths: Tensor  # (N, B) int64; 0 where there is nothing to absorb
+    timeless: Tensor  # (B) bool: the user's events have no times here
     sketch_items: Tensor  # (B, R) int64, like the next ones as in `returns.Sketch`
     sketch_counts: Tensor  # (B, R, H)
     sketch_ages: Tensor  # (B, R) int64
@@ -55,6 +57,7 @@ class LaneState:
             initial=torch.ones(lanes, dtype=torch.bool, device=device),
             absorbed=torch.zeros(backprop_segments, *shape, device=device),
             absorbed_lengths=torch.zeros(backprop_segments, lanes, dtype=torch.int64, device=device),
+            timeless=torch.zeros(lanes, dtype=torch.bool, device=device),
             **_fields_of(Sketch.empty(lanes, config.sketch_items, device)),
         )
 
@@ -68,6 +71,7 @@ class LaneState:
             initial=self.initial | starts,
             absorbed=self.absorbed,
             absorbed_lengths=self.absorbed_lengths.masked_fill(starts[None], 0),
+            timeless=self.timeless & ~starts,
             **_fields_of(self.sketch.restarted(starts)),
         )
 
@@ -129,6 +133,7 @@ class LaneLearner(Learner):
         """The losses of one segment in each lane, and the lanes' state after it."""
         state, lengths, real = state.restarted(inputs.starts), inputs.lengths, inputs.real
         memories = self._absorb(state)
+        inputs, state = self._without_times(inputs, state)
         requests = self._requests(inputs)
         gaps, timing = self._timing(inputs, state, requests)
         item_embeddings = self.model.embed(inputs.items, gaps)
@@ -155,6 +160,19 @@ class LaneLearner(Learner):
         )
         items = returns.items.clamp(min=0)[:, None].expand_as(scores)  # counts are 0 where there is none
         return Added(scores, items), sketch
+
+    def _without_times(self, inputs: StepInputs, state: LaneState) -> tuple[StepInputs, LaneState]:
+        """In training, a share of the users have no times at all, so that a model learns to do without."""
+        if not (self.training and self.model.config.sees_times):
+            return inputs, state
+        drawn = torch.rand(len(inputs.starts), device=inputs.starts.device) < self.config.times_dropout
+        timeless = torch.where(inputs.starts, drawn, state.timeless)
+        inputs = inputs._replace(
+            times=inputs.times.masked_fill(timeless[:, None], 0),
+            next_times=inputs.next_times.masked_fill(timeless[:, None], UNKNOWN_TIME),
+            since_last=inputs.since_last.masked_fill(timeless[:, None], NO_GAP),
+        )
+        return inputs, replace(state, timeless=timeless)
 
     def _requests(self, inputs: StepInputs) -> Tensor | None:
         requests = super()._requests(inputs)
@@ -258,6 +276,7 @@ def _next_state(
         context=context,
         context_lengths=lengths,
         context_times=_times_right_aligned(inputs.times, lengths),
+        timeless=state.timeless,
         **_fields_of(state.sketch),
         memory=memories.window_start,
         initial=state.initial & (state.absorbed_lengths[0] == 0),

@@ -54,6 +54,7 @@ INVALID: list[tuple[type, str, object]] = [
     (TrainConfig, "patience", 0),
     (TrainConfig, "evaluation_users", -1),
     (TrainConfig, "request_dropout", 1.5),
+    (TrainConfig, "times_dropout", -0.1),
     (TrainConfig, "request_dropout", float("nan")),
     (TrainConfig, "random_first_segment", "maybe"),
     (TrainConfig, "seed", -1),

@@ -10,8 +10,10 @@ import pytest
 import torch
 from conftest import PAPER, TIMED, TINY, TINY_ITEMS, held_out_of, random_model
 from torch import Tensor
+from torch_graphs import generation_of
 from traced_log import EVENTS, OFFSETS, TIMES
 
+from dman_runtime.model.events import without_times
 from dman_runtime.model.times import ANY_GAP, NO_GAP
 from dman_train.config import ModelConfig, TrainConfig
 from dman_train.data import TrainingData
@@ -302,17 +304,27 @@ def repeating_log() -> TrainingData:
     return TrainingData(items, offsets, times, np.ones(TINY_ITEMS, np.int64), held_out_of([], np.zeros(0, np.int64)))
 
 
-def loss_of_replays(model: DMAN, batch: Batch, data: TrainingData, *, asked: bool = True) -> Tensor:
-    """The cross-entropy of all targets of a batch, each by a replay of all that came before it."""
-    ends = [
+def ends_of(batch: Batch, data: TrainingData) -> list[tuple[int, int]]:
+    """Where the user of each position of a batch begins in the log, and the position itself."""
+    return [
         (int(data.offsets[user]), first + place)
         for user, first, length in zip(batch.users, batch.first_events.tolist(), batch.lengths, strict=True)
         for place in range(length)
     ]
-    histories = [data.items[start : end + 1] for start, end in ends]
-    times = [data.times[start : end + 1] for start, end in ends]
-    targets = torch.tensor([int(data.items[end + 1]) for _, end in ends])
-    moments = np.array([data.times[end + 1] for _, end in ends]) if asked else None
+
+
+def histories_of(batch: Batch, data: TrainingData) -> tuple[list[np.ndarray], list[np.ndarray], Tensor]:
+    """Of each position of a batch: the items and times up to it, and its target."""
+    ends = ends_of(batch, data)
+    histories, times = ([values[start : end + 1] for start, end in ends] for values in (data.items, data.times))
+    return histories, times, torch.tensor([int(data.items[end + 1]) for _, end in ends])
+
+
+def loss_of_replays(model: DMAN, batch: Batch, data: TrainingData, *, asked: bool = True) -> Tensor:
+    """The cross-entropy of all targets of a batch, each by a replay of all that came before it."""
+    histories, times, targets = histories_of(batch, data)
+    ends = [end for _, end in ends_of(batch, data)]
+    moments = np.array([data.times[end + 1] for end in ends]) if asked else None
     users, _ = replay(model, histories, times=times, request_times=moments)
     scores = users @ model.item_table().T
     if model.config.returns == "on":
@@ -346,13 +358,45 @@ def test_lane_loss_with_times_and_returns_is_that_of_replays(config: ModelConfig
 def test_request_dropout_hides_the_time_of_the_request_in_training_only() -> None:
     data = repeating_log()
     model = random_model(UNCHANGED, TINY_ITEMS)
-    learners = [timed_learner(model, data, request_dropout=share) for share in (0.0, 1.0, 1.0)]
+    learners = [timed_learner(model, data, request_dropout=share, times_dropout=0.0) for share in (0.0, 1.0, 1.0)]
     batch = next(learners[0].schedule)
     known, unknown = (loss_of_replays(model, batch, data, asked=asked) for asked in (True, False))
     assert abs(known - unknown) > 0.1
     for learner, training, expected in zip(learners, (True, True, False), (known, unknown, known), strict=True):
         losses, _ = learner.train(training).step(learner.inputs(batch), learner.state)
         torch.testing.assert_close(losses.likelihood, expected, rtol=1e-4, atol=1e-3)
+
+
+@torch.no_grad()
+def test_users_without_times_in_training_are_served_alike() -> None:
+    data, model = repeating_log(), random_model(UNCHANGED, TINY_ITEMS)
+    learner, generation = timed_learner(model, data, times_dropout=1.0).train(), generation_of(model)
+    state, table = learner.state, model.item_table()
+    for _ in range(6):
+        batch = next(learner.schedule)
+        losses, state = learner.step(learner.inputs(batch), state)
+        histories, _, targets = histories_of(batch, data)
+        users, added = generation.asked(generation.replay(without_times(histories)), [None] * len(histories))
+        scores = torch.from_numpy(users) @ table.T
+        for row, more in enumerate(added):
+            assert more is not None
+            scores[row, torch.from_numpy(more.items)] += torch.from_numpy(more.scores)
+        expected = torch.nn.functional.cross_entropy(scores, targets, reduction="sum")
+        torch.testing.assert_close(losses.likelihood, expected, rtol=1e-4, atol=1e-3)
+
+
+def test_share_of_users_without_times_is_drawn_at_their_start_and_kept() -> None:
+    data = repeating_log()
+    config = TrainConfig(loss="full", lanes=300, times_dropout=0.5, random_first_segment=False)
+    learner = LaneLearner(random_model(UNCHANGED, TINY_ITEMS).train(), config, data)
+    before = learner.state.timeless
+    for _ in range(6):
+        inputs = learner.inputs(next(learner.schedule))
+        learner(inputs)
+        now = learner.state.timeless
+        assert torch.equal(now[~inputs.starts], before[~inputs.starts])
+        assert 0.3 < float(now.float().mean()) < 0.7
+        before = now
 
 
 @pytest.mark.parametrize("many", [1, 150])

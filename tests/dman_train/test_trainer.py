@@ -406,6 +406,7 @@ OTHER: dict[str, tuple[TrainConfig, object]] = {
     "epochs": (CONFIG, 9),
     "random_first_segment": (CONFIG, False),
     "request_dropout": (CONFIG, 0.9),
+    "times_dropout": (CONFIG, 0.9),
     "seen_items": (CONFIG, "exclude-from-ranking"),
     "seed": (CONFIG, 1),
 }
@@ -415,7 +416,7 @@ OTHER: dict[str, tuple[TrainConfig, object]] = {
 @pytest.mark.parametrize("name", OTHER)
 def test_train_config_field_changes_the_weights(name: str) -> None:
     base, value = OTHER[name]
-    model = replace(TINY, time="request") if name == "request_dropout" else TINY
+    model = replace(TINY, time="request") if name in ("request_dropout", "times_dropout") else TINY
     assert not same_bits(weights(trained(model, base, 6)), weights(trained(model, replace(base, **{name: value}), 6)))
 
 
