@@ -241,7 +241,7 @@ class Batcher:
             user = job.waiting.popleft()
             pieces.append(user.take_piece())
             served.append((job, user))
-            budget -= len(pieces[-1].items)
+            budget -= len(pieces[-1].events)
             if job.waiting:
                 turns.append(job)
         jobs = list(dict.fromkeys(job for job, _ in served))

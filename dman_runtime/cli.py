@@ -150,6 +150,7 @@ def _score_options(p: Parser) -> None:
     p.flag("--input", type=Path, default=DEFAULT_LOG, help="interaction log")
     p.flag("--output", type=Path, default=Path("scores.parquet"), help="Parquet file to write")
     p.flag("--k", type=int, default=100, help="items per user")
+    p.flag("--at", type=int, default=None, help="seconds since 1970 of the moment to score for; without it, unknown")
     p.add_argument("--include-seen", action="store_true", help="do not leave out items in the user's history")
     _log_options(p)
     _encoder_options(p)

@@ -139,7 +139,9 @@ def score(arguments: argparse.Namespace) -> int:
     with _input(arguments, generation) as log:
         if not _goes_on(arguments, log.report, generation):
             return 0
-        result = score_log(log, arguments.output, generation, k=arguments.k, include_seen=arguments.include_seen)
+        result = score_log(
+            log, arguments.output, generation, k=arguments.k, include_seen=arguments.include_seen, at=arguments.at
+        )
     print("\n".join(result.lines(arguments.output, arguments.k)))
     if arguments.json:
         about = {"output": str(arguments.output), "bundle_id": generation.bundle_id}

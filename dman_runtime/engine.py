@@ -19,10 +19,10 @@ import numpy as np
 
 from dman_runtime.errors import ConflictError, RequestError, StateError, StoreFullError
 from dman_runtime.merging import Merged, joined_events, merge_events
+from dman_runtime.model.events import NO_EVENTS, KnownEvents
 from dman_runtime.model.generation import Generation
-from dman_runtime.model.record import head_bytes, read_head
 from dman_runtime.model.state import absorbed_segments
-from dman_runtime.opened import NEW_USER, OpenQuery, OpenUpdates, OpenUser, catch_up_updates
+from dman_runtime.opened import NEW_USER, OpenQuery, OpenUpdates, OpenUser, catch_up_updates, what_if_events
 from dman_runtime.ranking import rank
 from dman_runtime.requests import (
     MAX_EVENTS,
@@ -38,7 +38,7 @@ from dman_runtime.requests import (
     request_hash,
 )
 from dman_runtime.retrieval.base import NO_ITEMS
-from dman_runtime.store.base import Snapshot, StateStore, StoredUser, Write
+from dman_runtime.store.base import Events, Snapshot, StateStore, StoredUser, Write
 
 logger = logging.getLogger(__name__)
 COMMIT_ATTEMPTS = 50
@@ -60,14 +60,18 @@ class Engine:
         self._indices[self._numbers] = np.arange(len(self._numbers))
         known = store.generations()
         self.number = known.get(self.bundle.bundle_id) or store.add_generation(self.bundle.bundle_id)
-        self._head_bytes = head_bytes(self.bundle.manifest.state)
-        self._no_embedding = np.zeros(self.bundle.manifest.state.width, np.float32)
+        self._answer_bytes = generation.answer_bytes
         self.committed: Callable[[], None] = lambda: None  # called after every commit that stored something
 
     def known_indices(self, numbers: np.ndarray) -> np.ndarray:
         """Item indices (int64) of the item numbers that the bundle knows, in order."""
         indices = self._indices.take(numbers, mode="clip")  # the last one is -1
         return indices[indices >= 0]
+
+    def known_events(self, events: Events) -> KnownEvents:
+        """Those of items that the bundle knows, in order."""
+        indices = self._indices.take(events[0], mode="clip")
+        return KnownEvents(indices[indices >= 0], events[1][indices >= 0])
 
     # -- the path --------------------------------------------------------------------------------------------------
 
@@ -98,19 +102,18 @@ class Engine:
         except StateError as error:
             logger.warning("%s; making the record of user %r anew from the history", error.cause, user_id)
             state, lags = self.generation.unpack(None), True
-        left = NO_ITEMS
+        left = NO_EVENTS
         if lags:
-            items, _ = snapshot.history(user_id, state.history_count, head.history_count)
-            left = self.known_indices(items)
+            left = self.known_events(snapshot.history(user_id, state.history_count, head.history_count))
         return OpenUser(user_id, head, state, left, lags)
 
     def append(self, user: OpenUser, numbers: np.ndarray, timestamps: np.ndarray) -> int:
         """Appends events (N) to what will be stored; returns how many of them the model knows."""
-        indices = self.known_indices(numbers)
+        known = self.known_events((numbers, timestamps))
         user.items.append(numbers)
         user.timestamps.append(timestamps)
-        user.add_left(indices)
-        return len(indices)
+        user.left += known
+        return len(known)
 
     def merge(self, user: OpenUser, numbers: np.ndarray, timestamps: np.ndarray, *, keep_order: bool = False) -> Merged:
         """Like `append`, for events (N), oldest first, that the history may hold already, or that belong before its
@@ -130,14 +133,14 @@ class Engine:
             known = self.append(user, *added) if len(added[0]) else 0
         else:
             known = len(self.known_indices(added[0]))
-            user.rebuild(whole, self.generation.unpack(None), self.known_indices(whole[0]))
+            user.rebuild(whole, self.generation.unpack(None), self.known_events(whole))
         return Merged(len(added[0]), known, rebuilt=whole is not None)
 
     def advance(self, users: Sequence[OpenUser]) -> None:
         """Advances the states of different users by all that is left."""
         self.generation.advance([user.state for user in users], [user.left for user in users])
         for user in users:
-            user.left = NO_ITEMS
+            user.left = NO_EVENTS
 
     def commit(self, users: Sequence[OpenUser]) -> list[str]:
         """Stores advanced users that have changed, all at once. Returns those that somebody else has changed since
@@ -253,18 +256,19 @@ class Engine:
         if query.user_id is None or query.what_if or query.exclude or query.candidates is not None:
             return None
         check_query(query)
-        view = self.store.ranking_view(query.user_id, self.number, self._head_bytes)
+        view = self.store.ranking_view(query.user_id, self.number, self._answer_bytes)
         if view is None or view.record is None:
             return None
         try:
-            head = read_head(view.record, self.bundle)
+            user = self.generation.read_for_answer(view.record)
         except StateError:
             return None
-        if head.history_count != view.history_count or not head.event_count:
+        if user.history_count != view.history_count or not user.event_count:
             return None
         exclude = NO_ITEMS if query.include_seen else self.known_indices(view.seen)
-        (best,) = self.generation.retriever.search(head.user_embedding[None], query.k, exclude=(exclude,))
-        return Answer(best.items, best.scores, False, head.event_count, [])
+        embedding, added = self.generation.asked((user,), (query.at,))
+        (best,) = self.generation.retriever.search(embedding, query.k, exclude=(exclude,), added=added)
+        return Answer(best.items, best.scores, False, user.event_count, [])
 
     def open_queries(self, queries: Sequence[Query], *, catch_up: bool = True) -> list[OpenQuery]:
         """Reads what queries need. Those that have a `user` need it advanced before `answer`.
@@ -281,31 +285,30 @@ class Engine:
         return opened
 
     def _opened(self, query: Query, snapshot: Snapshot, catch_up: bool) -> OpenQuery:
-        what_if, unknown = self.bundle.items.indices(query.what_if)
-        opened = OpenQuery(query, NO_ITEMS, self._no_embedding, 0, None, what_if, unknown)
-        view, head = None, None
-        if query.user_id is not None:
-            view = snapshot.ranking_view(query.user_id, self.number, self._head_bytes)
+        what_if, unknown = what_if_events(query, self.bundle.items)
+        opened = OpenQuery(query, NO_ITEMS, 0, None, None, what_if, unknown)
+        user_id, found = query.user_id, None
+        view = None if user_id is None else snapshot.ranking_view(user_id, self.number, self._answer_bytes)
         if view is not None:
             opened.seen = self.known_indices(view.seen)
             with suppress(StateError):  # a damaged record is made anew
-                head = read_head(view.record, self.bundle) if view.record is not None else None
-        lags = view is not None and (head is None or head.history_count != view.history_count)
+                found = self.generation.read_for_answer(view.record) if view.record is not None else None
+        lags = view is not None and (found is None or found.history_count != view.history_count)
         if lags and catch_up:
             opened.lags = True
         elif lags or len(what_if):
             opened.user = self._anonymous()
-            if view is not None and query.user_id is not None:
-                (stored,) = snapshot.get_many([query.user_id], self.number)
-                opened.user = self._open(snapshot, query.user_id, stored)
-            opened.user.add_left(what_if)
+            if view is not None and user_id is not None:
+                (stored,) = snapshot.get_many([user_id], self.number)
+                opened.user = self._open(snapshot, user_id, stored)
+            opened.user.left += what_if
             opened.event_count = opened.user.event_count
-        elif head is not None:
-            opened.embedding, opened.event_count = head.user_embedding, head.event_count
+        elif found is not None:
+            opened.record, opened.event_count = found, found.event_count
         return opened
 
     def _anonymous(self) -> OpenUser:
-        return OpenUser(None, NEW_USER, self.generation.unpack(None), NO_ITEMS, record_lags=False)
+        return OpenUser(None, NEW_USER, self.generation.unpack(None), NO_EVENTS, record_lags=False)
 
     def answer(self, opened: Sequence[OpenQuery]) -> list[Answer]:
         """Ranks for opened queries whose users have been advanced."""

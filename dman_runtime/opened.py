@@ -7,6 +7,9 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
+from dman_runtime.model.bundle import Items
+from dman_runtime.model.events import NO_EVENTS, KnownEvents
+from dman_runtime.model.generation import Answering
 from dman_runtime.model.recurrence import Piece, next_piece
 from dman_runtime.model.state import State
 from dman_runtime.requests import Query, Update, UpdateOutcome
@@ -22,7 +25,7 @@ class OpenUser:
     user_id: str | None  # None: an anonymous user, who is never committed
     head: Head
     state: State
-    left: np.ndarray  # (n) item indices that the state has yet to be advanced by, oldest first
+    left: KnownEvents  # what the state has yet to be advanced by
     record_lags: bool  # the stored record does not cover the stored history
     items: list[np.ndarray] = field(default_factory=list)  # item numbers of new events, oldest first
     timestamps: list[np.ndarray] = field(default_factory=list)
@@ -44,10 +47,7 @@ class OpenUser:
         """Events that the model has seen, once this user is advanced."""
         return self.state.event_count + len(self.left)
 
-    def add_left(self, indices: np.ndarray) -> None:
-        self.left = np.concatenate([self.left, indices]) if len(self.left) else indices
-
-    def rebuild(self, history: Events, empty: State, left: np.ndarray) -> None:
+    def rebuild(self, history: Events, empty: State, left: KnownEvents) -> None:
         """Puts a whole history (N) in place of the stored one: an empty state is to be advanced by what is `left`."""
         (numbers, timestamps), self.replaces = history, True
         self.items, self.timestamps, self.state, self.left = [numbers], [timestamps], empty, left
@@ -63,7 +63,7 @@ class OpenUser:
     def take_piece(self) -> Piece:
         """Removes the next piece from what is left."""
         piece = next_piece(self.state, self.left)
-        self.left = self.left[len(piece.items) :]
+        self.left = self.left[len(piece.events) :]
         return piece
 
 
@@ -94,12 +94,22 @@ class OpenQuery:
 
     query: Query
     seen: np.ndarray  # item indices of the history, in no order
-    embedding: np.ndarray  # (D); zero while `user` has to be advanced first
     event_count: int
+    record: Answering | None  # of a user who need not be advanced
     user: OpenUser | None  # to be advanced: by what-if events, or because the record lags
-    what_if: np.ndarray  # item indices
+    what_if: KnownEvents
     unknown: list[str]
     lags: bool = False  # the user's record does not cover the history: catch up first, then open the query again
+
+
+def what_if_events(query: Query, items: Items) -> tuple[KnownEvents, list[str]]:
+    """The what-if events of a query that the bundle knows, and the ids of the others."""
+    if not query.what_if:
+        return NO_EVENTS, []
+    indices, unknown = items.indices(query.what_if)
+    times, missing = query.what_if_times or [0] * len(query.what_if), set(unknown)
+    known = [time for item, time in zip(query.what_if, times, strict=True) if item not in missing]
+    return KnownEvents(indices, np.array(known, np.int64)), unknown
 
 
 def catch_up_updates(opened: Sequence[OpenQuery]) -> list[Update]:

@@ -10,7 +10,7 @@ from dman_runtime.model.bundle import Items
 from dman_runtime.model.generation import Generation
 from dman_runtime.opened import OpenQuery
 from dman_runtime.requests import Answer
-from dman_runtime.retrieval.base import NO_ITEMS, Hits
+from dman_runtime.retrieval.base import NO_ITEMS, Added, Hits
 from dman_runtime.retrieval.exact import search_scores
 
 
@@ -20,11 +20,13 @@ def rank(opened: Sequence[OpenQuery], generation: Generation) -> list[Answer]:
     limits = [_limits(one, generation.bundle.items) for one in opened]
     personal = [row for row, one in enumerate(opened) if one.event_count]
     if personal:
+        users, added = _asked([opened[row] for row in personal], generation)
         found = generation.retriever.search(
-            _rows([opened[row].embedding for row in personal]),
+            users,
             max(opened[row].query.k for row in personal),
             exclude=[limits[row][0] for row in personal],
             candidates=[limits[row][1] for row in personal],
+            added=added,
         )
         for row, best in zip(personal, found, strict=True):
             hits[row] = best
@@ -43,13 +45,17 @@ def _limits(one: OpenQuery, items: Items) -> tuple[np.ndarray, np.ndarray | None
         exclude = np.concatenate([listed, exclude])
         one.unknown += unknown
     if len(one.what_if) and not query.include_seen:
-        exclude = np.concatenate([exclude, one.what_if])
+        exclude = np.concatenate([exclude, one.what_if.items])
     if query.candidates is not None:
         candidates, unknown = indices(query.candidates)
         one.unknown += unknown
-    if one.user is not None:
-        one.embedding = one.user.state.user_embedding
     return exclude, candidates
+
+
+def _asked(opened: Sequence[OpenQuery], generation: Generation) -> tuple[np.ndarray, list[Added | None]]:
+    """As `Generation.asked`, of queries whose users have events."""
+    users = [one.user.state if one.user else one.record for one in opened]
+    return generation.asked([user for user in users if user is not None], [one.query.at for one in opened])
 
 
 def _answer(
@@ -60,8 +66,3 @@ def _answer(
     if best is None:
         best = search_scores(items.popularity, k, exclude=exclude, candidates=candidates)
     return Answer(best.items[:k], best.scores[:k], popular, one.event_count, one.unknown)
-
-
-def _rows(vectors: list[np.ndarray]) -> np.ndarray:
-    """(D) vectors as (B, D); np.stack takes longer than the search where there is one."""
-    return vectors[0][None] if len(vectors) == 1 else np.stack(vectors)

@@ -55,6 +55,8 @@ class Query:
     exclude: Sequence[str] = ()
     candidates: Sequence[str] | None = None
     what_if: Sequence[str] = ()
+    what_if_times: Sequence[int] = ()  # seconds since the epoch, 0 unknown; empty or one per item
+    at: int | None = None  # seconds since the epoch: the time that the answer is for; None: unknown
 
 
 @dataclass(frozen=True, slots=True)
@@ -144,6 +146,8 @@ def check_query(query: Query) -> None:
         raise RequestError(f"k is {query.k}", f"choose 1 to {MAX_K}")
     if len(query.what_if) > MAX_EVENTS:
         raise RequestError(f"{len(query.what_if)} what-if events", f"send at most {MAX_EVENTS}")
+    if len(query.what_if_times) not in (0, len(query.what_if)):
+        raise RequestError("times do not match the what-if events", "send one per item, or none")
     for name, listed in (("exclude", query.exclude), ("candidate", query.candidates or ())):
         if len(listed) > MAX_LISTED_IDS:
             raise RequestError(f"{len(listed)} {name}_item_ids", f"send at most {MAX_LISTED_IDS}")

@@ -20,6 +20,14 @@ class ConfigError(DmanError, ValueError):
     """A configuration that cannot work; `parameter` names the field."""
 
 
+# What two options of DMAN and of the baselines mean.
+_TIME = (
+    "what the model sees of times: request: those of the events and of the request; events: those of the events; "
+    "none; auto: request if the log has times"
+)
+_RETURNS = "whether the scores have a term for items that the user had before: auto: if seen_items is keep"
+
+
 @dataclass(frozen=True)
 class ModelConfig:
     """The network of `dman_train.model`; symbols in its docstring. Raises ConfigError."""
@@ -43,6 +51,9 @@ class ModelConfig:
         "how the memory is read: merged: one attention reads slots and events (plus only); "
         "gated: a second branch reads the slots, and the gate of eq. 3 mixes both; try it if only the far past matters",
     )
+    time: Literal["auto", "request", "events", "none"] = option("auto", f"{_TIME} (plus only)")
+    returns: Literal["auto", "on", "off"] = option("auto", f"{_RETURNS} (plus only)")
+    sketch_items: int = option(64, "R: items per user whose counts are kept for it")
     dropout: float = option(0.2, "dropout rate on inputs, attention weights and block outputs")
     routing: Literal["slot", "full"] = option(
         "slot", "bilinear maps of eq. 6: slot: one per memory slot; full: one per pair of input and slot"
@@ -54,7 +65,7 @@ class ModelConfig:
 
     def __post_init__(self) -> None:
         _check_choices(self)
-        _check_range(self, 1, 512, "segment_length", "memory_slots")
+        _check_range(self, 1, 512, "segment_length", "memory_slots", "sketch_items")
         _check_range(self, 1, 16, "layers", "heads", "ffn_multiplier", "routing_iterations")
         _check_range(self, 4, 4096, "width")
         _check_range(self, 0.0, 0.95, "dropout")
@@ -63,6 +74,10 @@ class ModelConfig:
             raise ConfigError(
                 f"architecture 'paper' has one head, not {self.heads}", "set heads to 1", parameter="heads"
             )
+        if self.sees_times and self.long_term == "gated":
+            raise ConfigError("long_term 'gated' sees no times", "set time to 'none'", parameter="time")
+        if self.architecture == "paper" and self.sees_times:
+            raise ConfigError("architecture 'paper' sees no times", "set time to 'none'", parameter="time")
         if self.architecture == "paper" and self.long_term != "gated":
             raise ConfigError(
                 "architecture 'paper' has a long-term branch", "set long_term to 'gated'", parameter="long_term"
@@ -77,6 +92,26 @@ class ModelConfig:
     def merged(self) -> bool:
         """Whether one attention per layer reads events and memory."""
         return self.has_memory and self.long_term == "merged"
+
+    @property
+    def sees_times(self) -> bool:
+        """Whether the model sees the times of events. `auto` is decided before a model is built."""
+        return self.time in ("request", "events")
+
+    @property
+    def times_by_default(self) -> bool:
+        """Whether time "auto" means "request" for a log with times."""
+        return self.architecture == "plus" and self.long_term == "merged"
+
+    @property
+    def returns_by_default(self) -> bool:
+        """Whether returns "auto" means "on" if seen items are kept."""
+        return self.architecture == "plus"
+
+    @property
+    def closes_late(self) -> bool:
+        """As `StateShape.closes_late`."""
+        return self.time == "request" or self.returns == "on"
 
     @property
     def slots(self) -> int:
@@ -101,6 +136,8 @@ class BaselineConfig:
     dropout: float = option(0.2, "dropout rate")
     segment_length: int = option(20, "events of the current session (shan, sdm)")
     hops: int = option(3, "how often the memory is read (hpmn)")
+    time: Literal["auto", "request", "events", "none"] = option("auto", f"{_TIME} (gru4rec, sasrec, hpmn only)")
+    returns: Literal["auto", "on", "off"] = option("auto", f"{_RETURNS} (gru4rec, sasrec, hpmn only)")
 
     def __post_init__(self) -> None:
         _check_choices(self)
@@ -109,6 +146,23 @@ class BaselineConfig:
         _check_range(self, 4, 4096, "width")
         _check_range(self, 0.0, 0.95, "dropout")
         _check_heads(self)
+        if self.sees_times and not self.times_by_default:
+            raise ConfigError(f"system {self.system!r} sees no times", "set time to 'none'", parameter="time")
+
+    @property
+    def sees_times(self) -> bool:
+        """Whether the model sees the times of events. `auto` is decided before a model is built."""
+        return self.time in ("request", "events")
+
+    @property
+    def times_by_default(self) -> bool:
+        """As in `ModelConfig`."""
+        return self.system in ("gru4rec", "sasrec", "hpmn")
+
+    @property
+    def returns_by_default(self) -> bool:
+        """As in `ModelConfig`."""
+        return self.times_by_default
 
 
 @dataclass(frozen=True)
@@ -152,6 +206,8 @@ class TrainConfig:
         "(the paper's protocol); keep: both, for logs where users return to items",
     )
     evaluation_users: int = option(0, "users validated after each epoch; 0: all")
+    request_dropout: float = option(0.1, "share of segments in training whose time of request is unknown")
+    times_dropout: float = option(0.05, "share of users in training whose events have no times (DMAN only)")
     random_first_segment: bool = option(True, "vary the length of a user's first segment, so that all shifts occur")
     seed: int = option(0, "seed of the initial weights, the order of users, dropout and negatives")
 
@@ -164,6 +220,7 @@ class TrainConfig:
             self, 0.0, 1.0, "final_learning_rate", "learning_rate", "abstraction_learning_rate", "weight_decay"
         )
         _check_range(self, 0.0, 1e6, "gradient_clip", "abstraction_weight")
+        _check_range(self, 0.0, 1.0, "request_dropout", "times_dropout")
         _check_range(self, 0.0, 0.999999, "ema_decay", "adam_beta2")
         _check_switch(self, "random_first_segment")
         if self.backprop_segments > 1 and self.memory_training != "joint":
@@ -239,6 +296,10 @@ def _check_range(config: Any, low: float, high: float, *names: str) -> None:
 # Fields of earlier versions, with the one value that still describes what happens.
 REMOVED_FIELDS: dict[type, dict[str, Any]] = {ModelConfig: {"residual": "gated"}}
 
+# Fields that earlier versions did not have, with what they did if it is not today's default.
+_WITHOUT_SIGNALS = {"time": "none", "returns": "off"}
+ADDED_FIELDS: dict[type, dict[str, Any]] = {ModelConfig: _WITHOUT_SIGNALS, BaselineConfig: _WITHOUT_SIGNALS}
+
 # Baselines whose equations an earlier version had in another form, with the same names in the configuration.
 _REPAIRED_BASELINES = ("caser", "shan", "hpmn", "sdm")
 
@@ -261,7 +322,7 @@ def to_dict(config: ModelConfig | BaselineConfig | TrainConfig | DataConfig) -> 
 
 
 def from_dict(config_class: type, values: dict[str, Any], *, where: str) -> Any:
-    """Builds a config from a mapping that was read from the file `where`.
+    """Builds a config from a mapping that was read from the file `where`; one of an earlier version may lack fields.
 
     Raises ConfigError for unknown fields, and for values that this version does not have.
     """
@@ -277,7 +338,8 @@ def from_dict(config_class: type, values: dict[str, Any], *, where: str) -> Any:
             f"{where}: unknown {config_class.__name__} field {shown(', '.join(unknown))}",
             "use the version of dman that wrote it, or train again",
         )
+    known = {name: value for name, value in values.items() if name not in removed}
     try:
-        return replace(config_class(), **{name: value for name, value in values.items() if name not in removed})
+        return replace(config_class(), **ADDED_FIELDS.get(config_class, {}) | known)
     except ConfigError as error:
         raise ConfigError(f"{where}: {error.cause}", error.remedy) from None

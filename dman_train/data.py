@@ -20,6 +20,7 @@ class TrainingData:
 
     items: np.ndarray  # (N) int32 training events, user after user
     offsets: np.ndarray  # (U+1) int64
+    times: np.ndarray  # (N) int64 seconds; 0 if the log has no times
     item_counts: np.ndarray  # (V) int64 training events per item
     validation: HeldOut
 
@@ -41,8 +42,20 @@ def as_found(config: DataConfig, log: Log) -> DataConfig:
     return replace(config, **{field.name: getattr(log.options, field.name) for field in fields(LogOptions)})
 
 
+KNOWN_GAPS = 100  # a gap is known to training if so many events came after one that was as long or longer
+
+
+def longest_gap(data: TrainingData) -> int:
+    """Seconds: the longest time between two events of a user that training knows well."""
+    since_last = np.diff(data.times)[np.diff(np.repeat(np.arange(len(data.offsets) - 1), np.diff(data.offsets))) == 0]
+    if not len(since_last):
+        return 0
+    place = max(0, len(since_last) - KNOWN_GAPS)
+    return max(0, int(np.partition(since_last, place)[place]))
+
+
 def training_data(interactions: Interactions) -> TrainingData:
     """What training may see of a log: all but the last two events of each user, and the validation targets."""
-    items, offsets = training_events(interactions)
+    items, offsets, times = training_events(interactions)
     counts = np.bincount(items, minlength=len(interactions.item_ids)).astype(np.int64)
-    return TrainingData(items, offsets, counts, held_out(interactions, "valid"))
+    return TrainingData(items, offsets, times, counts, held_out(interactions, "valid"))

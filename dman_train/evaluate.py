@@ -106,7 +106,10 @@ def _evaluate_run(arguments: argparse.Namespace) -> tuple[dict[str, object], Kno
         about = {"run": str(run.path), "split": arguments.split, "user": arguments.user}
         segments = arguments.user is not None
         histories = [history for history in data.histories if len(history)]
-        write_interpretation(cast(DMAN, model), histories, arguments.interpret, about=about, segments=segments)
+        times = [moments for moments in data.times if len(moments)]
+        write_interpretation(
+            cast(DMAN, model), histories, arguments.interpret, times=times, about=about, segments=segments
+        )
     _print_report(log)
     ranks = all_ranks(model, data, popularity=vocabulary.counts)
     unknown = data.unknown_targets

@@ -20,7 +20,8 @@ import torch
 
 from dman_runtime.errors import BundleError
 from dman_runtime.model import bundle as bundle_format
-from dman_runtime.model.bundle import items_jsonl, write_bundle
+from dman_runtime.model.bundle import items_jsonl
+from dman_runtime.model.bundle_writer import write_bundle
 from dman_runtime.options import Parser, configure_logging, print_json, run_command
 from dman_train.config import to_dict
 from dman_train.graphs import OPSET, export_graphs, graph_errors, state_shape
@@ -117,7 +118,7 @@ def export_bundle(
         np.savez(directory / bundle_format.GOLDEN, allow_pickle=False, **golden_replay(model))
         return {
             "model": to_dict(config),
-            "state": state_shape(config, state_dtype),
+            "state": state_shape(config, state_dtype, longest_gap=model.longest_gap),
             "vocabulary": model.vocabulary,
             "integer_item_ids": vocabulary.integer_item_ids,
             "tensors": tensors,
@@ -144,6 +145,10 @@ def _write_tables(model: DMAN, vocabulary: Vocabulary, directory: Path) -> None:
     with torch.no_grad():
         np.save(directory / bundle_format.EMBEDDINGS, model.item_table().numpy())
         np.save(directory / bundle_format.INITIAL_MEMORY, model.initial_memory.detach().numpy())
+        if model.config.sees_times:
+            np.save(directory / bundle_format.GAPS, (model.gaps * model.input_scale).numpy())
+        if model.config.returns == "on":
+            np.savez(directory / bundle_format.RETURNS, allow_pickle=False, **return_tables(model))
     entries = []
     for item_id, count in zip(vocabulary.item_ids, vocabulary.counts.tolist(), strict=True):
         entry: dict[str, Any] = {"item_id": item_id, "events": count}
@@ -158,11 +163,21 @@ def golden_replay(model: DMAN) -> dict[str, np.ndarray]:
     random = np.random.default_rng(GOLDEN_SEED)
     lengths = [max(1, round(share * model.config.segment_length)) for share in GOLDEN_SEGMENTS]
     histories = [random.integers(0, model.vocabulary, length) for length in lengths]
-    users, memories = replay(model, histories)
-    padded = np.full((len(histories), max(lengths)), -1, np.int64)
+    times = [np.cumsum(random.geometric(2.0 ** -random.integers(0, 24, length))) for length in lengths]
+    users, memories = replay(model, histories, times=times)
+    padded, padded_times = (np.full((len(histories), max(lengths)), -1, np.int64) for _ in range(2))
     for row, history in enumerate(histories):
-        padded[row, : len(history)] = history
-    return {"histories": padded, "user_embeddings": users.numpy(), "memories": memories.numpy()}
+        padded[row, : len(history)], padded_times[row, : len(history)] = history, times[row]
+    golden = {"histories": padded, "user_embeddings": users.numpy(), "memories": memories.numpy()}
+    return golden | ({"times": padded_times} if model.config.sees_times else {})
+
+
+def return_tables(model: DMAN) -> dict[str, np.ndarray]:
+    """The weights of the term for items that come back, by user and, computed once, by item."""
+    term = model.returns
+    tables = {"by_user": term.by_user.weight, "bias": term.by_user.bias, "by_item": term.by_item(model.item_table())}
+    tables |= {"by_age": term.by_age} | ({"by_gap": term.by_gap} if model.config.sees_times else {})
+    return {name: table.detach().numpy() for name, table in tables.items()}
 
 
 if __name__ == "__main__":

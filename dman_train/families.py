@@ -5,13 +5,13 @@ Everything else that trains, opens or ranks a model asks its family and does not
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 from torch import Tensor
 
+from dman_runtime.data.evaluation import HeldOut
 from dman_train import baselines
 from dman_train.baselines.base import Baseline
 from dman_train.baselines.learner import WindowLearner
@@ -19,7 +19,7 @@ from dman_train.config import BaselineConfig, ModelConfig
 from dman_train.lane_learner import LaneLearner
 from dman_train.learner import Learner
 from dman_train.model import DMAN
-from dman_train.replay import replay
+from dman_train.replay import replay, returned
 
 Model = DMAN | Baseline
 
@@ -33,7 +33,7 @@ class Family:
     config: type[ModelConfig] | type[BaselineConfig]
     build: Callable[[Any, int, int], Model]  # config, V items, U users of the training log -> a fresh model
     learner: Callable[..., Learner]  # model, TrainConfig, TrainingData -> how it is trained
-    user_embeddings: Callable[[Any, Sequence[np.ndarray], np.ndarray], Tensor]  # N histories, (N) users -> (N, D)
+    scores: Callable[[Any, Tensor, HeldOut], Tensor]  # items (D, V), the histories of N users, none empty -> (N, V)
     has_state: bool  # can be exported, served and interpreted
 
 
@@ -41,8 +41,20 @@ def _build_dman(config: ModelConfig, vocabulary: int, _users: int) -> DMAN:
     return DMAN(config, vocabulary)
 
 
-def _dman_user_embeddings(model: DMAN, histories: Sequence[np.ndarray], _users: np.ndarray) -> Tensor:
-    return replay(model, histories)[0]
+def _dman_scores(model: DMAN, table: Tensor, data: HeldOut) -> Tensor:
+    users, _ = replay(model, data.histories, times=data.times, request_times=data.target_times)
+    if model.config.returns != "on":
+        return users @ table
+    returns = returned(model, users, data.histories, times=data.times, request_times=data.target_times)
+    return (users @ table).scatter_add_(1, *returns)
+
+
+def _baseline_scores(model: Baseline, table: Tensor, data: HeldOut) -> Tensor:
+    users = model.user_embeddings(data.histories, data.users, times=data.times, request_times=data.target_times)
+    if model.config.returns != "on":
+        return users @ table
+    returns = model.returned(users, data.histories, times=data.times, request_times=data.target_times)
+    return (users @ table).scatter_add_(1, *returns)
 
 
 _DMAN = Family(
@@ -51,7 +63,7 @@ _DMAN = Family(
     config=ModelConfig,
     build=_build_dman,
     learner=LaneLearner,
-    user_embeddings=_dman_user_embeddings,
+    scores=_dman_scores,
     has_state=True,
 )
 _BASELINE = Family(
@@ -60,7 +72,7 @@ _BASELINE = Family(
     config=BaselineConfig,
     build=baselines.build,
     learner=WindowLearner,
-    user_embeddings=Baseline.user_embeddings,
+    scores=_baseline_scores,
     has_state=False,
 )
 _BY_CONFIG = {family.config: family for family in (_DMAN, _BASELINE)}

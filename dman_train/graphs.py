@@ -17,8 +17,10 @@ from torch import Tensor, nn
 from dman_runtime.model import bundle as bundle_format
 from dman_runtime.model.bundle import StateShape
 from dman_runtime.model.encoder import Encoder
+from dman_runtime.model.times import ANY_GAP, BUCKETS
 from dman_train.config import ModelConfig
 from dman_train.model import DMAN
+from dman_train.timing import Timing
 
 for chatty in ("torch.onnx", "onnx_ir", "onnxscript"):  # they report each graph rewrite, and that torchvision is absent
     logging.getLogger(chatty).setLevel(logging.ERROR)
@@ -33,10 +35,28 @@ class EncoderGraph(nn.Module):
         self.model = model
 
     def forward(
-        self, item_embeddings: Tensor, new_lengths: Tensor, context: Tensor, context_lengths: Tensor, memory: Tensor
+        self,
+        item_embeddings: Tensor,
+        new_lengths: Tensor,
+        context: Tensor,
+        context_lengths: Tensor,
+        memory: Tensor,
+        ages: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
-        encoding = self.model.encode(item_embeddings, context, context_lengths, memory, new_lengths - 1)
+        timing = None if ages is None else Timing(ages, ages)
+        encoding = self.model.encode(item_embeddings, context, context_lengths, memory, new_lengths - 1, timing)
         return encoding.user_embedding[:, 0], encoding.hidden
+
+
+class RequestGraph(nn.Module):
+    """The interface of request_reader.onnx."""
+
+    def __init__(self, model: DMAN) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, sources: Tensor, source_lengths: Tensor, memory: Tensor, ages: Tensor, gaps: Tensor) -> Tensor:
+        return self.model.read_at_request(sources, source_lengths, memory, ages, gaps)
 
 
 class AbstractionGraph(nn.Module):
@@ -50,8 +70,8 @@ class AbstractionGraph(nn.Module):
         return self.model.abstract(memory, segment_hidden)
 
 
-def state_shape(config: ModelConfig, dtype: str) -> StateShape:
-    """The sizes of a state of this model; `dtype` is what it is stored as."""
+def state_shape(config: ModelConfig, dtype: str, *, longest_gap: int = ANY_GAP) -> StateShape:
+    """The sizes of a state of this model; `dtype` is what it is stored as. `longest_gap`: `DMAN.longest_gap`."""
     return StateShape(
         segment_length=config.segment_length,
         memory_slots=config.slots,
@@ -59,6 +79,9 @@ def state_shape(config: ModelConfig, dtype: str) -> StateShape:
         width=config.width,
         recurrent=config.recurrent,
         dtype=dtype,
+        times=config.time if config.sees_times else "none",
+        sketch_items=config.sketch_items if config.returns == "on" else 0,
+        longest_gap=longest_gap if config.time == "request" else ANY_GAP,
     )
 
 
@@ -69,17 +92,32 @@ def _example(model: DMAN, *, batch: int, new: int, context: int, seed: int = 0) 
     def normal(*shape: int) -> Tensor:
         return torch.randn(*shape, generator=generator)
 
-    return (
+    tensors: tuple[Tensor, ...] = (
         normal(batch, new, config.width) * model.item_table().std().item(),
         torch.randint(1, new + 1, (batch,), generator=generator),
         normal(batch, config.layers, context, config.width),
         torch.randint(0, context + 1, (batch,), generator=generator),
         normal(batch, config.layers, config.slots, config.width),
     )
+    if config.sees_times:
+        tensors += (torch.randint(0, BUCKETS, (batch, new, context + new), generator=generator),)
+    return tensors
+
+
+def _request_example(model: DMAN, *, batch: int, context: int, seed: int = 0) -> tuple[Tensor, ...]:
+    """Random inputs of the graph that reads at the time of a request."""
+    config, generator = model.config, torch.Generator().manual_seed(seed)
+    return (
+        torch.randn(batch, context, config.width, generator=generator),
+        torch.randint(1, context + 1, (batch,), generator=generator),
+        torch.randn(batch, config.slots, config.width, generator=generator),
+        torch.randint(0, BUCKETS, (batch, context), generator=generator),
+        torch.randint(0, BUCKETS, (batch,), generator=generator),
+    )
 
 
 def export_graphs(model: DMAN, directory: Path) -> dict[str, Any]:
-    """Writes both graphs into `directory`. Returns names, types and shapes of their inputs and outputs, by file."""
+    """Writes the graphs into `directory`. Returns names, types and shapes of their inputs and outputs, by file."""
     batch, new, context = (torch.export.Dim(name, min=1, max=1 << 20) for name in ("B", "S", "C"))
     encoder_inputs = {
         "item_embeddings": {0: batch, 1: new},
@@ -88,6 +126,8 @@ def export_graphs(model: DMAN, directory: Path) -> dict[str, Any]:
         "context_lengths": {0: batch},
         "memory": {0: batch},
     }
+    if model.config.sees_times:
+        encoder_inputs["ages"] = {0: batch, 1: new, 2: torch.export.Dim.DYNAMIC}
     _export_graph(
         EncoderGraph(model),
         _example(model, batch=3, new=5, context=7),
@@ -105,7 +145,17 @@ def export_graphs(model: DMAN, directory: Path) -> dict[str, Any]:
         inputs={"memory": {0: batch}, "segment_hidden": {0: batch}},
         outputs=["new_memory"],
     )
-    return {name: _describe_graph(directory / name) for name in bundle_format.GRAPHS}
+    if config.time == "request":
+        dynamic = {"sources": {0: batch, 1: context}, "source_lengths": {0: batch}, "memory": {0: batch}}
+        _export_graph(
+            RequestGraph(model),
+            _request_example(model, batch=3, context=7),
+            directory / bundle_format.REQUEST,
+            inputs=dynamic | {"ages": {0: batch, 1: context}, "gaps": {0: batch}},
+            outputs=["user_embedding"],
+        )
+    names = bundle_format.graphs_of(state_shape(config, "float32"))
+    return {name: _describe_graph(directory / name) for name in names}
 
 
 def _export_graph(
@@ -146,9 +196,10 @@ def _describe_graph(file: Path) -> dict[str, list[dict[str, Any]]]:
 @torch.no_grad()
 def graph_errors(model: DMAN, directory: Path) -> dict[str, float]:
     """Largest ONNX-to-PyTorch difference of each graph over many shapes, relative to the largest value."""
-    graphs = {name: (directory / name).read_bytes() for name in bundle_format.GRAPHS}
-    encoder = Encoder(graphs, state_shape(model.config, "float32"), provider="cpu", where=directory)
-    T, errors = model.config.segment_length, {bundle_format.ENCODER: 0.0, bundle_format.ABSTRACTION: 0.0}
+    shape = state_shape(model.config, "float32")
+    graphs = {name: (directory / name).read_bytes() for name in bundle_format.graphs_of(shape)}
+    encoder = Encoder(graphs, shape, provider="cpu", where=directory)
+    T, errors = model.config.segment_length, dict.fromkeys(graphs, 0.0)
     shapes = [(1, 1, 0), (1, 1, 2 * T - 1), (1, T, 0), (4, T, T), (3, 1, 5), (2, max(1, T - 3), 0), (5, 2, T + 1)]
     for seed, (batch, new, context) in enumerate(shapes):
         example = _example(model, batch=batch, new=new, context=context, seed=seed)
@@ -161,6 +212,11 @@ def graph_errors(model: DMAN, directory: Path) -> dict[str, float]:
             new_memory = encoder.abstract(memory.numpy(), hidden.numpy())
             error = _relative(new_memory, model.abstract(memory, hidden))
             errors[bundle_format.ABSTRACTION] = max(errors[bundle_format.ABSTRACTION], error)
+        if bundle_format.REQUEST in graphs and context:
+            asked = _request_example(model, batch=batch, context=context, seed=seed)
+            found_users = encoder.read_at_request(*(tensor.numpy() for tensor in asked))
+            error = _relative(found_users, RequestGraph(model)(*asked))
+            errors[bundle_format.REQUEST] = max(errors[bundle_format.REQUEST], error)
     return errors
 
 

@@ -25,8 +25,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dman_runtime.errors import UsageError
-from dman_train.model import DMAN, Encoding, at_position
+from dman_train.model import DMAN, Encoding
 from dman_train.replay import replay
+from dman_train.timing import at_position
 
 logger = logging.getLogger(__name__)
 
@@ -89,11 +90,16 @@ class Observations:
 
 
 def observe(
-    model: DMAN, histories: Sequence[np.ndarray], *, every_segment: bool = False, batch: int = 256
+    model: DMAN,
+    histories: Sequence[np.ndarray],
+    *,
+    times: Sequence[np.ndarray] | None = None,
+    every_segment: bool = False,
+    batch: int = 256,
 ) -> Observations:
     """Observations at the last position of each history, or of each segment of each. Raises ValueError without memory.
 
-    None of the histories is empty.
+    None of the histories is empty. `times`: as in `replay`, for a model that sees times.
     """
     if not model.config.has_memory:
         raise ValueError("a model without memory has nothing to observe")
@@ -102,7 +108,7 @@ def observe(
     with _recording(model) as reading:
         for start in range(0, len(order), batch):
             chosen = order[start : start + batch]
-            parts += _observe_batch(model, histories, chosen, reading, every_segment=every_segment)
+            parts += _observe_batch(model, histories, chosen, reading, times, every_segment=every_segment)
     return Observations.concatenate(parts)
 
 
@@ -111,6 +117,7 @@ def _observe_batch(
     histories: Sequence[np.ndarray],
     chosen: np.ndarray,
     reading: Callable[[Tensor], tuple[Tensor, Tensor]],
+    times: Sequence[np.ndarray] | None,
     *,
     every_segment: bool,
 ) -> list[Observations]:
@@ -134,7 +141,8 @@ def _observe_batch(
             )
         )
 
-    replay(model, [histories[row] for row in chosen], record)
+    of_chosen = None if times is None else [times[row] for row in chosen]
+    replay(model, [histories[row] for row in chosen], record, times=of_chosen)
     return parts
 
 
@@ -268,7 +276,13 @@ def trajectory(seen: Observations) -> list[dict[str, Any]]:
 
 
 def write_interpretation(
-    model: DMAN, histories: Sequence[np.ndarray], directory: Path, *, about: dict[str, Any], segments: bool
+    model: DMAN,
+    histories: Sequence[np.ndarray],
+    directory: Path,
+    *,
+    times: Sequence[np.ndarray] | None = None,
+    about: dict[str, Any],
+    segments: bool,
 ) -> None:
     """Writes interpretation.json, which begins with `about`, and its plots into `directory`, created if absent.
 
@@ -283,9 +297,10 @@ def write_interpretation(
     with _writing(directory):
         directory.mkdir(parents=True, exist_ok=True)
         temporary.touch()  # fails now if nothing can be written, not after minutes
-    result = about | {"memory_slots": model.config.memory_slots} | summarise(model, observe(model, histories))
+    seen = observe(model, histories, times=times)
+    result = about | {"memory_slots": model.config.memory_slots} | summarise(model, seen)
     if segments:
-        result["trajectory"] = trajectory(observe(model, histories[:1], every_segment=True))
+        result["trajectory"] = trajectory(observe(model, histories[:1], times=times and times[:1], every_segment=True))
     with _writing(directory):
         temporary.write_text(json.dumps(result, indent=2, allow_nan=False) + "\n", encoding="utf-8")
         temporary.replace(directory / "interpretation.json")

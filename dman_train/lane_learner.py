@@ -8,20 +8,23 @@ stays attached to the last `backprop_segments` abstractions, and eq. 9 reaches f
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
+from dman_runtime.model.times import NO_GAP
 from dman_train import distributed
 from dman_train.checkpoint import like, within
 from dman_train.config import TrainConfig
-from dman_train.data import TrainingData
+from dman_train.data import TrainingData, longest_gap
 from dman_train.lanes import Lanes
-from dman_train.learner import Learner, StepInputs
-from dman_train.losses import Losses
+from dman_train.learner import UNKNOWN_TIME, Learner, StepInputs
+from dman_train.losses import Added, Losses
 from dman_train.model import DMAN, Encoding
+from dman_train.returns import Sketch, follow
+from dman_train.timing import Timing, gap_buckets, moments_of, timing_of
 
 
 @dataclass
@@ -30,10 +33,16 @@ class LaneState:
 
     context: Tensor  # (B, L, T, D) layer inputs of the previous segment, right-aligned
     context_lengths: Tensor  # (B) int64
+    context_times: Tensor  # (B, T) int64 seconds, right-aligned
     memory: Tensor  # (B, L, m, D) before the absorptions below
     initial: Tensor  # (B) bool: use the learned initial slots in place of `memory`
     absorbed: Tensor  # (N, B, L, T, D) segments to absorb, oldest first, right-aligned
     absorbed_lengths: Tensor  # (N, B) int64; 0 where there is nothing to absorb
+    timeless: Tensor  # (B) bool: the user's events have no times here
+    sketch_items: Tensor  # (B, R) int64, like the next ones as in `returns.Sketch`
+    sketch_counts: Tensor  # (B, R, H)
+    sketch_ages: Tensor  # (B, R) int64
+    sketch_times: Tensor  # (B, R) int64
 
     @classmethod
     def empty(cls, model: DMAN, lanes: int, backprop_segments: int) -> LaneState:
@@ -43,10 +52,13 @@ class LaneState:
         return cls(
             context=torch.zeros(shape, device=device),
             context_lengths=torch.zeros(lanes, dtype=torch.int64, device=device),
+            context_times=torch.zeros(lanes, config.segment_length, dtype=torch.int64, device=device),
             memory=torch.zeros(lanes, config.layers, config.slots, config.width, device=device),
             initial=torch.ones(lanes, dtype=torch.bool, device=device),
             absorbed=torch.zeros(backprop_segments, *shape, device=device),
             absorbed_lengths=torch.zeros(backprop_segments, lanes, dtype=torch.int64, device=device),
+            timeless=torch.zeros(lanes, dtype=torch.bool, device=device),
+            **_fields_of(Sketch.empty(lanes, config.sketch_items, device)),
         )
 
     def restarted(self, starts: Tensor) -> LaneState:
@@ -54,14 +66,25 @@ class LaneState:
         return LaneState(
             context=self.context,
             context_lengths=self.context_lengths.masked_fill(starts, 0),
+            context_times=self.context_times,
             memory=self.memory,
             initial=self.initial | starts,
             absorbed=self.absorbed,
             absorbed_lengths=self.absorbed_lengths.masked_fill(starts[None], 0),
+            timeless=self.timeless & ~starts,
+            **_fields_of(self.sketch.restarted(starts)),
         )
+
+    @property
+    def sketch(self) -> Sketch:
+        return Sketch(*(getattr(self, f"sketch_{name}") for name in Sketch._fields))
 
     def state_dict(self) -> dict[str, Tensor]:
         return {f.name: getattr(self, f.name) for f in fields(self)}
+
+
+def _fields_of(sketch: Sketch) -> dict[str, Tensor]:
+    return {f"sketch_{name}": tensor for name, tensor in sketch._asdict().items()}
 
 
 class _Judged(NamedTuple):
@@ -91,12 +114,15 @@ class LaneLearner(Learner):
         schedule = Lanes(
             data.items,
             data.offsets,
+            data.times,
             segment_length=model.config.segment_length,
             lanes=config.lanes,
             vary_first=config.random_first_segment,
             seed=config.seed,
         )
         super().__init__(model, config, data, schedule, part)
+        if model.config.time == "request":
+            model.known_gap.fill_(longest_gap(data))
         self.state = LaneState.empty(model, part.stop - part.start, config.backprop_segments)
 
     def forward(self, inputs: StepInputs) -> Losses:
@@ -107,14 +133,59 @@ class LaneLearner(Learner):
         """The losses of one segment in each lane, and the lanes' state after it."""
         state, lengths, real = state.restarted(inputs.starts), inputs.lengths, inputs.real
         memories = self._absorb(state)
-        item_embeddings = self.model.embed(inputs.items)
+        inputs, state = self._without_times(inputs, state)
+        requests = self._requests(inputs)
+        gaps, timing = self._timing(inputs, state, requests)
+        item_embeddings = self.model.embed(inputs.items, gaps)
         context_lengths = state.context_lengths if self.model.config.recurrent else torch.zeros_like(lengths)
-        encoding = self.model.encode(item_embeddings, state.context, context_lengths, memories.read)
-        likelihood = self.likelihood(encoding.user_embedding, self.model.item_table(), inputs)
+        encoding = self.model.encode(item_embeddings, state.context, context_lengths, memories.read, timing=timing)
+        added, sketch = self._returns(inputs, state, requests, encoding)
+        likelihood = self.likelihood(encoding.user_embedding, self.model.item_table(), inputs, added)
         reconstructed = real[self._abstraction_lanes] & (memories.judged.lengths > 0)[:, None]
         abstraction = self._abstraction_loss(memories.judged, encoding, reconstructed)
         losses = Losses(likelihood, real.sum(), abstraction, reconstructed.sum())
-        return losses, _next_state(state, memories, encoding, lengths, recurrent=self.model.config.recurrent)
+        following = _next_state(state, memories, encoding, inputs, recurrent=self.model.config.recurrent)
+        return losses, replace(following, **_fields_of(sketch))
+
+    def _returns(
+        self, inputs: StepInputs, state: LaneState, requests: Tensor | None, encoding: Encoding
+    ) -> tuple[Added | None, Sketch]:
+        """What is added to the scores for items that users come back to, and the sketches after the segment."""
+        if self.model.config.returns != "on":
+            return None, state.sketch
+        with torch.no_grad():
+            returns, sketch = follow(state.sketch, inputs.items, inputs.lengths, inputs.times)
+        scores = self.model.returns(
+            encoding.user_embedding, self.model.item_table(), returns, moments_of(inputs.times, requests)
+        )
+        items = returns.items.clamp(min=0)[:, None].expand_as(scores)  # counts are 0 where there is none
+        return Added(scores, items), sketch
+
+    def _without_times(self, inputs: StepInputs, state: LaneState) -> tuple[StepInputs, LaneState]:
+        """In training, a share of the users have no times at all, so that a model learns to do without."""
+        if not (self.training and self.model.config.sees_times):
+            return inputs, state
+        drawn = torch.rand(len(inputs.starts), device=inputs.starts.device) < self.config.times_dropout
+        timeless = torch.where(inputs.starts, drawn, state.timeless)
+        inputs = inputs._replace(
+            times=inputs.times.masked_fill(timeless[:, None], 0),
+            next_times=inputs.next_times.masked_fill(timeless[:, None], UNKNOWN_TIME),
+            since_last=inputs.since_last.masked_fill(timeless[:, None], NO_GAP),
+        )
+        return inputs, replace(state, timeless=timeless)
+
+    def _requests(self, inputs: StepInputs) -> Tensor | None:
+        requests = super()._requests(inputs)
+        return None if requests is None else torch.minimum(requests, inputs.times + self.model.known_gap)
+
+    def _timing(
+        self, inputs: StepInputs, state: LaneState, requests: Tensor | None
+    ) -> tuple[Tensor | None, Timing | None]:
+        """(B, T) buckets of the gaps between events, and what the positions know of times."""
+        if not self.model.config.sees_times:
+            return None, None
+        keys = torch.cat([state.context_times, inputs.times], dim=1)
+        return gap_buckets(inputs.since_last), timing_of(inputs.times, keys, requests)
 
     def parameter_groups(self) -> list[tuple[list[nn.Parameter], float]]:
         """All but f_abs, and f_abs if it has parameters."""
@@ -195,19 +266,30 @@ class LaneLearner(Learner):
 
 
 def _next_state(
-    state: LaneState, memories: _Memories, encoding: Encoding, lengths: Tensor, *, recurrent: bool
+    state: LaneState, memories: _Memories, encoding: Encoding, inputs: StepInputs, *, recurrent: bool
 ) -> LaneState:
     """H_n becomes the context, and H_{n-1} is to be absorbed; without recurrence H_n, as no query reads it later."""
+    lengths = inputs.lengths
     context = _right_aligned(encoding.hidden.detach(), lengths)
     newest, newest_lengths = (state.context, state.context_lengths) if recurrent else (context, lengths)
     return LaneState(
         context=context,
         context_lengths=lengths,
+        context_times=_times_right_aligned(inputs.times, lengths),
+        timeless=state.timeless,
+        **_fields_of(state.sketch),
         memory=memories.window_start,
         initial=state.initial & (state.absorbed_lengths[0] == 0),
         absorbed=torch.cat([state.absorbed[1:], newest[None]]) if len(state.absorbed) > 1 else newest[None],
         absorbed_lengths=torch.cat([state.absorbed_lengths[1:], newest_lengths[None]]),
     )
+
+
+def _times_right_aligned(times: Tensor, lengths: Tensor) -> Tensor:
+    """(B, T) with `lengths` real values on the left -> the same values on the right."""
+    segment = times.shape[1]
+    source = torch.arange(segment, device=times.device) - (segment - lengths[:, None])
+    return times.gather(1, source.clamp(min=0))
 
 
 def _right_aligned(hidden: Tensor, lengths: Tensor) -> Tensor:

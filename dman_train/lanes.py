@@ -14,6 +14,7 @@ import numpy as np
 import torch
 
 from dman_runtime.errors import InputError
+from dman_runtime.model.times import NO_GAP
 from dman_train.checkpoint import int64_array, whole_number
 
 
@@ -27,6 +28,9 @@ class Batch:
     starts: np.ndarray  # (B) bool, true where a lane begins a new user
     users: np.ndarray  # (B) int64 the users of the pieces, as in the offsets
     first_events: np.ndarray  # (B) int64 index of each piece's first input in the log
+    times: np.ndarray  # (B, T) int64 seconds of the inputs
+    next_times: np.ndarray  # (B, T) int64 seconds of the targets
+    since_last: np.ndarray  # (B, T) int64 seconds from the event before each input; NO_GAP for a user's first
 
     @property
     def positions(self) -> int:
@@ -47,13 +51,21 @@ class Lanes:
     """An endless iterator of `Batch`; `state_dict` holds its whole state."""
 
     def __init__(
-        self, items: np.ndarray, offsets: np.ndarray, *, segment_length: int, lanes: int, vary_first: bool, seed: int
+        self,
+        items: np.ndarray,
+        offsets: np.ndarray,
+        times: np.ndarray,
+        *,
+        segment_length: int,
+        lanes: int,
+        vary_first: bool,
+        seed: int,
     ) -> None:
         """`items[offsets[u]:offsets[u+1]]` are user u's training events; users with fewer than two are skipped.
 
         Raises InputError if that leaves no user.
         """
-        self._items, self._offsets = items, offsets
+        self._items, self._offsets, self._times = items, offsets, times
         self._users = trainable_users(offsets)
         self.events = int((np.diff(offsets)[self._users] - 1).sum())  # inputs in one pass over all users
         self._segment, self._vary_first = segment_length, vary_first
@@ -68,6 +80,7 @@ class Lanes:
     def __next__(self) -> Batch:
         count, segment = len(self._user), self._segment
         items, targets = np.zeros((count, segment), np.int64), np.zeros((count, segment), np.int64)
+        times, next_times, since_last = (np.zeros((count, segment), np.int64) for _ in range(3))
         lengths, users, first_events = (np.zeros(count, np.int64) for _ in range(3))
         starts = np.zeros(count, bool)
         for lane in range(count):
@@ -79,11 +92,16 @@ class Lanes:
             length = int(min(limit, last - first))
             items[lane, :length] = self._items[first : first + length]
             targets[lane, :length] = self._items[first + 1 : first + length + 1]
+            moments = self._times[max(first - 1, 0) : first + length + 1]
+            times[lane, :length], next_times[lane, :length] = moments[-length - 1 : -1], moments[-length:]
+            since_last[lane, :length] = np.maximum(np.diff(moments[:-1], prepend=moments[0]), 0)[-length:]
+            if starts[lane]:
+                since_last[lane, 0] = NO_GAP
             lengths[lane], users[lane], first_events[lane] = length, self._user[lane], first
             self._position[lane] += length
             if first + length == last:
                 self._user[lane] = -1
-        return Batch(items, targets, lengths, starts, users, first_events)
+        return Batch(items, targets, lengths, starts, users, first_events, times, next_times, since_last)
 
     def _first_length(self, inputs: int) -> int:
         """A random length of the first segment that does not add a segment to the user: padding costs time."""

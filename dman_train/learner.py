@@ -6,15 +6,17 @@ There are two: `dman_train.lane_learner` for DMAN, which walks users along lanes
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, cast
 
 import torch
 from torch import Tensor, nn
 
-from dman_train.config import TrainConfig
+from dman_train.config import BaselineConfig, ModelConfig, TrainConfig
 from dman_train.data import TrainingData
 from dman_train.lanes import Batch
-from dman_train.losses import Losses, NextItemLoss
+from dman_train.losses import Added, Losses, NextItemLoss
+
+UNKNOWN_TIME = -(1 << 62)  # of a request: before any event
 
 
 class Schedule(Protocol):
@@ -39,6 +41,9 @@ class StepInputs(NamedTuple):
     users: Tensor  # (B) int64
     negatives: Tensor | None  # as `NextItemLoss.draw_negatives` returns them
     seen_before: list[Tensor] | None  # B x (H) items that must not be negatives, from before the piece
+    times: Tensor  # (B, T) int64 seconds of the inputs
+    next_times: Tensor  # (B, T) int64 seconds of the targets
+    since_last: Tensor  # (B, T) int64 seconds from the event before; NO_GAP for a user's first
 
     @property
     def real(self) -> Tensor:
@@ -64,8 +69,13 @@ class Learner(nn.Module):
         """The losses of one step. Updates the carried state."""
         raise NotImplementedError
 
-    def likelihood(self, user_embeddings: Tensor, item_table: Tensor, inputs: StepInputs) -> Tensor:
-        """Eq. 9, summed over the real positions, for (B, T, D) user embeddings and (V, D) items."""
+    def likelihood(
+        self, user_embeddings: Tensor, item_table: Tensor, inputs: StepInputs, added: Added | None = None
+    ) -> Tensor:
+        """Eq. 9, summed over the real positions, for (B, T, D) user embeddings and (V, D) items.
+
+        `added`: (B, T, K) scores and (B, T, K) items.
+        """
         real = inputs.real
         return self.loss(
             user_embeddings[real],
@@ -75,6 +85,7 @@ class Learner(nn.Module):
             items=inputs.items,
             real=real,
             seen_before=inputs.seen_before,
+            added=None if added is None else Added(added.scores[real], added.items[real]),
         )
 
     def inputs(self, batch: Batch) -> StepInputs:
@@ -88,7 +99,20 @@ class Learner(nn.Module):
             seen_before = [torch.from_numpy(seen).to(self.device) for seen in pieces]
         arrays = (mine.items, mine.targets, mine.lengths, mine.starts, mine.users)
         items, targets, lengths, starts, users = (torch.from_numpy(array).to(self.device) for array in arrays)
-        return StepInputs(items, targets, lengths, starts, users, negatives, seen_before)
+        moments = (torch.from_numpy(array).to(self.device) for array in (mine.times, mine.next_times, mine.since_last))
+        return StepInputs(items, targets, lengths, starts, users, negatives, seen_before, *moments)
+
+    def _requests(self, inputs: StepInputs) -> Tensor | None:
+        """(B, T) seconds at which the positions are asked; None for a model that does not see requests.
+
+        In training those of a share of the pieces are unknown, so that a model learns to do without.
+        """
+        if cast("ModelConfig | BaselineConfig", self.model.config).time != "request":
+            return None
+        if not self.training:
+            return inputs.next_times
+        unknown = torch.rand(len(inputs.times), 1, device=inputs.times.device) < self.config.request_dropout
+        return torch.where(unknown, UNKNOWN_TIME, inputs.next_times)
 
     def parameter_groups(self) -> list[tuple[list[nn.Parameter], float]]:
         """The parameters of each optimiser and its full learning rate."""

@@ -70,6 +70,7 @@ class NextItemLoss(nn.Module):
         items: Tensor,
         real: Tensor,
         seen_before: list[Tensor] | None,
+        added: Added | None = None,
     ) -> Tensor:
         """The sum over P real positions.
 
@@ -78,34 +79,69 @@ class NextItemLoss(nn.Module):
             negatives: As `draw_negatives` returns them.
             items, real: (B, T) the inputs, and which of them are real: P in all.
             seen_before: B x (H) items that the users saw before these inputs; None: seen items are negatives too.
+            added: What is added to the scores of some items.
         """
         if self.kind == "full":
             seen = None if seen_before is None else SeenItems.of(seen_before, items, real)
-            return _FullSoftmax.apply(users, table, targets, seen)  # type: ignore[no-untyped-call]
+            extra = (None, None) if added is None else added
+            return _FullSoftmax.apply(users, table, targets, seen, *extra)  # type: ignore[no-untyped-call]
         assert negatives is not None
         positive = (users * F.embedding(targets, table)).sum(-1)  # (P)
         drawn = negatives[real] if negatives.dim() == 3 else negatives[None]  # (P, n) or (1, n)
         left_out = drawn == targets[:, None]  # (P, n)
         if seen_before is not None:
             left_out |= _seen_at(negatives, seen_before, items)[real]
+        if added is not None:
+            positive = positive + _added_at(added, targets[:, None])[:, 0]
         if self.kind == "sampled":
-            return self._sampled_softmax(users, table, positive, negatives, left_out)
+            return self._sampled_softmax(users, table, positive, negatives, left_out, added)
         scores = torch.einsum("pd,pnd->pn", users, F.embedding(drawn, table)).float()
+        if added is not None:
+            scores = scores + _added_at(added, drawn)
         scores = scores.masked_fill(left_out, float("-inf"))
         if self.kind == "negatives-softmax":
             return (torch.logsumexp(torch.cat([positive[:, None], scores], 1), 1) - positive).sum()
         return (F.softplus(-positive) + F.softplus(scores).sum(-1)).sum()
 
     def _sampled_softmax(
-        self, users: Tensor, table: Tensor, positive: Tensor, negatives: Tensor, left_out: Tensor
+        self,
+        users: Tensor,
+        table: Tensor,
+        positive: Tensor,
+        negatives: Tensor,
+        left_out: Tensor,
+        added: Added | None,
     ) -> Tensor:
         logits = (users @ F.embedding(negatives, table).T).float() - torch.log(
             self.proposal[negatives] * len(negatives)
         )
+        if added is not None:
+            logits = logits + _added_to_shared(added, negatives)
         logits = logits.masked_fill(left_out, float("-inf"))
         # The target gets no correction, because it is not drawn but always there. With one, the loss would not tend to
         # the full softmax for items that are expected more than once among the negatives.
         return (torch.logsumexp(torch.cat([positive[:, None], logits], 1), 1) - positive).sum()
+
+
+class Added(NamedTuple):
+    """What is added to the scores of some items of P positions."""
+
+    scores: Tensor  # (P, K)
+    items: Tensor  # (P, K) int64; one may come up several times
+
+
+def _added_at(added: Added, items: Tensor) -> Tensor:
+    """(P, n) items -> (P, n) what is added to their scores."""
+    same = items[:, :, None] == added.items[:, None]  # (P, n, K)
+    return torch.einsum("pnk,pk->pn", same.float(), added.scores.float())
+
+
+def _added_to_shared(added: Added, items: Tensor) -> Tensor:
+    """(n) items that all positions share -> (P, n) what is added to their scores."""
+    distinct, place = torch.unique(items, return_inverse=True)  # ascending
+    at = torch.searchsorted(distinct, added.items.contiguous()).clamp(max=len(distinct) - 1)  # (P, K)
+    scores = torch.where(distinct[at] == added.items, added.scores.float(), 0.0)
+    return scores.new_zeros(len(scores), len(distinct)).scatter_add(1, at, scores)[:, place]
 
 
 class SeenItems(NamedTuple):
@@ -158,30 +194,43 @@ class _FullSoftmax(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, users: Tensor, table: Tensor, targets: Tensor, seen: SeenItems | None) -> Tensor:
-        """(P, D) users, (V, D) table, (P) targets -> the sum over P."""
+    def forward(
+        ctx: Any,
+        users: Tensor,
+        table: Tensor,
+        targets: Tensor,
+        seen: SeenItems | None,
+        added: Tensor | None,
+        added_items: Tensor | None,
+    ) -> Tensor:
+        """(P, D) users, (V, D) table, (P) targets, (P, K) `Added` -> the sum over P."""
         device = users.device.type
         dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else table.dtype
         with torch.autocast(device, enabled=False):
-            total, gradients = _full_softmax(users.to(dtype), table.to(dtype), targets, seen)
+            extra = None if added is None or added_items is None else Added(added.float(), added_items)
+            total, gradients = _full_softmax(users.to(dtype), table.to(dtype), targets, seen, extra)
         ctx.save_for_backward(*gradients)
         return total
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor, None, None]:
-        by_users, by_table = ctx.saved_tensors
-        return by_users * gradient, by_table * gradient, None, None
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        by_users, by_table, *by_added = ctx.saved_tensors
+        extra = by_added[0] * gradient if by_added else None
+        return by_users * gradient, by_table * gradient, None, None, extra, None
 
 
 def _full_softmax(
-    users: Tensor, table: Tensor, targets: Tensor, seen: SeenItems | None
-) -> tuple[Tensor, tuple[Tensor, Tensor]]:
-    """The loss and its gradients by users and table, in float32."""
+    users: Tensor, table: Tensor, targets: Tensor, seen: SeenItems | None, added: Added | None
+) -> tuple[Tensor, tuple[Tensor, ...]]:
+    """The loss and its gradients by users, table and what was added, in float32."""
     total, rows = users.new_zeros((), dtype=torch.float32), max(1, SOFTMAX_BLOCK // table.shape[0])
-    by_users, by_table = [], torch.zeros_like(table, dtype=torch.float32)
+    by_users, by_added, by_table = [], [], torch.zeros_like(table, dtype=torch.float32)
     for first in range(0, len(users), rows):
         block, chosen = users[first : first + rows], targets[first : first + rows, None]
         scores = (block @ table.T).float()
+        extra = None if added is None else Added(*(x[first : first + rows] for x in added))
+        if extra is not None:
+            scores.scatter_add_(1, extra.items, extra.scores)
         positive = scores.gather(1, chosen)
         if seen is not None:
             seen.leave_out(scores, first)
@@ -192,7 +241,9 @@ def _full_softmax(
         total += (normaliser.log() + highest - positive).sum()
         weights /= normaliser
         weights.scatter_add_(1, chosen, torch.full_like(positive, -1))
+        if extra is not None:
+            by_added.append(weights.gather(1, extra.items))
         by_scores = weights.to(table.dtype)  # d loss / d scores
         by_users.append((by_scores @ table).float())
         by_table += by_scores.T @ block
-    return total, (torch.cat(by_users), by_table)
+    return total, (torch.cat(by_users), by_table, *([torch.cat(by_added)] if by_added else []))

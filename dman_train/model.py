@@ -21,16 +21,20 @@ O(S H D^2 + S H K D), however many context positions there are. The result is th
 from __future__ import annotations
 
 import math
-from typing import NamedTuple, cast
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.func import functional_call
 
+from dman_runtime.model.times import ANY_GAP, BUCKETS
 from dman_train.abstraction import MASKED, FifoAbstraction, RoutingAbstraction, valid_primaries
+from dman_train.blocks import PaperBlock, PlusBlock, blocks_of
 from dman_train.config import ModelConfig
 from dman_train.dropout import Dropout
+from dman_train.returns import ReturnTerm
+from dman_train.timing import Timing, at_position, of_gaps
 
 # Length of a LayerNormed user embedding. Untrained scores then have a standard deviation of about one; with length 1
 # the first epochs do little but make the scores larger.
@@ -43,106 +47,6 @@ class Encoding(NamedTuple):
     user_embedding: Tensor  # (B, Q, D)
     hidden: Tensor  # (B, L, S, D) the layer inputs h^l: what a state keeps as context
     memory_queries: list[Tensor]  # L x (B, Q*H, D) the queries that read the memory, in the space of the sources
-
-
-class Attention(nn.Module):
-    """softmax(q W_q (s W_k)^T / sqrt(d) + bias) (s W_v) W_o over sources s, per head (eq. 1 and 2).
-
-    W_o exists in the `plus` architecture only. Sources stay as they are: W_q W_k^T and W_v W_o are multiplied first.
-    """
-
-    def __init__(self, config: ModelConfig) -> None:
-        super().__init__()
-        heads, width = config.heads, config.width
-        self.heads, self.head_width = heads, width // heads
-        self.query = nn.Linear(width, width, bias=False)
-        self.key = nn.Parameter(torch.empty(heads, self.head_width, width))
-        self.value = nn.Parameter(torch.empty(heads, width, self.head_width))
-        self.output = nn.Identity() if config.architecture == "paper" else nn.Linear(width, width, bias=False)
-        self.dropout = Dropout(config.dropout)
-        bound = math.sqrt(3 / width)
-        for weight in (self.query.weight, self.key, self.value):
-            nn.init.uniform_(weight, -bound, bound)
-
-    def forward(self, source_queries: Tensor, sources: Tensor, bias: Tensor | None = None) -> Tensor:
-        """(B, Q*H, D) queries in source space, (B, K, D) sources -> (B, Q, D); bias broadcasts to (B, Q, H, K)."""
-        return self.project(self.mix(source_queries, sources, bias))
-
-    def queries_in_source_space(self, queries: Tensor) -> Tensor:
-        """(B, Q, D) queries -> (B, Q*H, D): q W_q W_k^T / sqrt(d) of every head."""
-        by_head = self.query.weight.view(self.heads, self.head_width, -1)
-        weight = (by_head.transpose(1, 2) @ self.key).transpose(0, 1) / math.sqrt(self.head_width)  # (D, H, D)
-        batch, count, width = queries.shape
-        return (queries @ weight.reshape(width, -1)).view(batch, count * self.heads, width)
-
-    def mix(self, source_queries: Tensor, sources: Tensor, bias: Tensor | None = None) -> Tensor:
-        """(B, Q*H, D) queries in source space, (B, K, D) sources -> (B, Q, H*D) weighted means of the sources."""
-        (batch, rows, width), heads = source_queries.shape, self.heads
-        sources = sources.to(source_queries.dtype)  # under autocast: once for both products
-        logits = source_queries @ sources.transpose(1, 2)
-        logits = logits.view(batch, rows // heads, heads, sources.shape[1])  # (B, Q, H, K)
-        weights = self.dropout(torch.softmax(logits if bias is None else logits + bias, dim=-1))
-        mixed = weights.view(batch, rows, sources.shape[1]) @ sources  # (B, Q*H, D)
-        return mixed.view(batch, rows // heads, heads * width)
-
-    def project(self, mixed: Tensor) -> Tensor:
-        """(B, Q, H*D) -> (B, Q, D): W_v W_o. Linear."""
-        if isinstance(self.output, nn.Identity):  # one head
-            return mixed @ self.value[0]
-        weight = self.value @ self.output.weight.T.view(self.heads, self.head_width, -1)  # (H, D, D)
-        return mixed @ weight.view(-1, weight.shape[-1])
-
-
-class GatedResidual(nn.Module):
-    """x + sigmoid(W x) * y (LiGR)."""
-
-    def __init__(self, config: ModelConfig) -> None:
-        super().__init__()
-        self.gate = nn.Linear(config.width, config.width)
-        self.dropout = Dropout(config.dropout)
-
-    def forward(self, x: Tensor, y: Tensor) -> Tensor:
-        y = self.dropout(y)
-        return x + torch.sigmoid(self.gate(x)) * y
-
-
-class PaperBlock(nn.Module):
-    """One layer of one branch as in the equations: attention and nothing else."""
-
-    def __init__(self, config: ModelConfig) -> None:
-        super().__init__()
-        self.attention = Attention(config)
-        self.norm = self.norm_memory = nn.Identity()
-
-    def add(self, x: Tensor, read: Tensor) -> Tensor:
-        return read
-
-
-class PlusBlock(nn.Module):
-    """One layer: pre-LayerNorm attention, then a feed-forward block, each with a gated residual."""
-
-    def __init__(self, config: ModelConfig, *, reads_memory: bool) -> None:
-        super().__init__()
-        self.attention = Attention(config)
-        self.norm = nn.LayerNorm(config.width)  # of queries and events
-        if reads_memory:
-            self.norm_memory = nn.LayerNorm(config.width)  # slots have a different scale
-        self.residual_attention, self.residual_ffn = GatedResidual(config), GatedResidual(config)
-        self.norm_ffn = nn.LayerNorm(config.width)
-        self.ffn = nn.Sequential(
-            nn.Linear(config.width, config.ffn_multiplier * config.width),
-            nn.ReLU(),
-            nn.Linear(config.ffn_multiplier * config.width, config.width),
-        )
-
-    def add(self, x: Tensor, read: Tensor) -> Tensor:
-        """(B, Q, D) layer inputs and what the attention read for them -> (B, Q, D) layer outputs."""
-        x = self.residual_attention(x, read)
-        return self.residual_ffn(x, self.ffn(self.norm_ffn(x)))
-
-
-def _blocks(branch: nn.ModuleList) -> list[PaperBlock | PlusBlock]:
-    return cast("list[PaperBlock | PlusBlock]", list(branch))
 
 
 class _ReadDifference(nn.Module):
@@ -173,6 +77,8 @@ def _frozen_read_difference(
 class DMAN(nn.Module):
     """The network; `vocabulary` is V."""
 
+    known_gap: Tensor  # () int64, see `longest_gap`
+
     def __init__(self, config: ModelConfig, vocabulary: int) -> None:
         super().__init__()
         self.config, self.vocabulary = config, vocabulary
@@ -182,6 +88,14 @@ class DMAN(nn.Module):
         self.output_scale = (SCORE_SCALE if config.architecture == "plus" else 1.0) / math.sqrt(width)
         self.input_dropout = Dropout(config.dropout)
         self.distance_bias = nn.Parameter(torch.zeros(depth, config.heads, 2 * config.segment_length))
+        if config.sees_times:
+            self.gaps = nn.Parameter(torch.zeros(BUCKETS, width))  # by the time since the event before
+            self.age_bias = nn.Parameter(torch.zeros(depth, BUCKETS, config.heads))
+        if config.time == "request":
+            self.request_gaps = nn.Parameter(torch.zeros(BUCKETS, width))  # by the time since the last event
+            self.register_buffer("known_gap", torch.tensor(ANY_GAP))
+        if config.returns == "on":
+            self.returns = ReturnTerm(width, sees_times=config.sees_times)
         self.short_term, self.norm_short = self._branch(reads_memory=config.merged)
         if config.has_memory:
             # Of the length that f_abs gives to slots: squash keeps it below 1, LayerNorm at sqrt(D).
@@ -208,17 +122,26 @@ class DMAN(nn.Module):
         return blocks, nn.LayerNorm(config.width)
 
     @property
+    def longest_gap(self) -> int:
+        """Seconds: a request later than that after the last event counts as that late. Training sets it."""
+        return int(self.known_gap) if self.config.time == "request" else ANY_GAP
+
+    @property
     def memory_blocks(self) -> list[PaperBlock | PlusBlock]:
         """The L blocks whose attention reads the memory; the slots come first among its sources."""
-        return _blocks(self.short_term if self.config.merged else self.long_term)
+        return blocks_of(self.short_term if self.config.merged else self.long_term)
 
     def item_table(self) -> Tensor:
         """(V, D) item embeddings as the layers read them and as scores are computed with them."""
         return self.items * self.input_scale
 
-    def embed(self, item_indices: Tensor) -> Tensor:
-        """(...) item indices -> (..., D) layer-0 inputs."""
-        return self.input_dropout(F.embedding(item_indices, self.items) * self.input_scale)
+    def embed(self, item_indices: Tensor, gaps: Tensor | None = None) -> Tensor:
+        """(...) item indices, (...) buckets of the time since the event before -> (..., D) layer-0 inputs."""
+        x = F.embedding(item_indices, self.items)
+        if self.config.sees_times:
+            assert gaps is not None
+            x = x + of_gaps(self.gaps, gaps)
+        return self.input_dropout(x * self.input_scale)
 
     def encode(
         self,
@@ -227,8 +150,11 @@ class DMAN(nn.Module):
         context_lengths: Tensor,
         memory: Tensor,
         last: Tensor | None = None,
+        timing: Timing | None = None,
     ) -> Encoding:
         """Encodes S new positions (eq. 1-3).
+
+        The keys never depend on the request: the query of the last layer alone stands at its time.
 
         Args:
             item_embeddings: (B, S, D), rows of `item_table`, left-aligned.
@@ -236,16 +162,24 @@ class DMAN(nn.Module):
             context_lengths: (B) int64, how many of the C rows are real.
             memory: (B, L, m, D).
             last: (B) int64, the one position to return a user embedding for (Q = 1); None: all of them (Q = S).
+            timing: Of the S positions, for a model that sees times.
         """
         bias, visible = self._positions(item_embeddings.shape[1], context.shape[2], context_lengths)
         h, hidden, memory_queries = item_embeddings, [], []
-        for layer, block in enumerate(_blocks(self.short_term)):
+        for layer, block in enumerate(blocks_of(self.short_term)):
             hidden.append(h)
             queries, layer_bias = block.norm(h), bias[layer] + visible  # (B, S, D), (B, S, H, K)
             slots = [block.norm_memory(memory[:, layer])] if self.config.merged else []
             sources = torch.cat([*slots, block.norm(context[:, layer]), queries], dim=1)  # (B, K, D)
-            if last is not None and layer == self.config.layers - 1:  # nothing later reads the other positions
+            final = layer == self.config.layers - 1
+            if last is not None and final:  # nothing later reads the other positions
                 h, queries, layer_bias = at_position(h, last), at_position(queries, last), at_position(layer_bias, last)
+                timing = None if timing is None else timing.at(last)
+            if timing is not None:
+                layer_bias = layer_bias + self._age_bias(layer, timing.request_ages if final else timing.ages)
+                if final and timing.request_gaps is not None:
+                    h = h + of_gaps(self.request_gaps, timing.request_gaps) * self.input_scale
+                    queries = block.norm(h)
             memory_queries.append(block.attention.queries_in_source_space(queries))
             h = block.add(h, block.attention(memory_queries[-1], sources, layer_bias))
         user = self.norm_short(h)
@@ -256,10 +190,40 @@ class DMAN(nn.Module):
             user = g + share * (user - g)
         return Encoding(user * self.output_scale, torch.stack(hidden, dim=1), memory_queries)
 
+    def read_at_request(self, sources: Tensor, lengths: Tensor, memory: Tensor, ages: Tensor, gaps: Tensor) -> Tensor:
+        """The last layer for requests at known times: what `encode` gives for the last of some positions.
+
+        Args:
+            sources: (B, C, D) inputs of the last layer, right-aligned, `lengths` (B) real; the last is the query.
+            memory: (B, m, D) of the last layer.
+            ages, gaps: (B, C), (B) buckets of the time from each event, and from the last one, to the request.
+        """
+        layer, count = self.config.layers - 1, sources.shape[1]
+        block = blocks_of(self.short_term)[layer]
+        key = torch.arange(count, device=sources.device)
+        distance = (count - 1 - key).clamp(max=2 * self.config.segment_length - 1)
+        visible = torch.where(key >= count - lengths[:, None], 0.0, MASKED)[:, None, None]  # (B, 1, 1, C)
+        bias = self.distance_bias[layer][:, distance] + visible  # (B, 1, H, C)
+        if self.config.merged:
+            slots = self.slot_bias[layer].expand(sources.shape[0], 1, -1, -1)
+            bias = torch.cat([slots, bias], dim=-1)
+        bias = bias + self._age_bias(layer, ages[:, None])
+        h = sources[:, -1:] + of_gaps(self.request_gaps, gaps[:, None]) * self.input_scale
+        keys = [block.norm_memory(memory)] if self.config.merged else []
+        queries = block.attention.queries_in_source_space(block.norm(h))
+        h = block.add(h, block.attention(queries, torch.cat([*keys, block.norm(sources)], dim=1), bias))
+        return (self.norm_short(h) * self.output_scale)[:, 0]
+
+    def _age_bias(self, layer: int, ages: Tensor | None) -> Tensor:
+        """(B, Q, K) buckets -> (B, Q, H, m + K): a bias by age for each head; slots have no age."""
+        assert ages is not None
+        bias = F.embedding(ages, self.age_bias[layer]).transpose(2, 3)  # (B, Q, H, K)
+        return F.pad(bias, (self.config.memory_slots if self.config.merged else 0, 0))
+
     def _read_memory(self, g: Tensor, memory: Tensor) -> tuple[Tensor, list[Tensor]]:
         """Eq. 2: (B, Q, D) item embeddings, (B, L, m, D) -> (B, Q, D), and `Encoding.memory_queries`."""
         memory_queries = []
-        for layer, block in enumerate(_blocks(self.long_term)):
+        for layer, block in enumerate(blocks_of(self.long_term)):
             memory_queries.append(block.attention.queries_in_source_space(block.norm(g)))
             g = block.add(g, block.attention(memory_queries[-1], block.norm_memory(memory[:, layer])))
         return self.norm_long(g), memory_queries
@@ -303,7 +267,7 @@ class DMAN(nn.Module):
         """
         if self.config.architecture == "plus":
             return [queries.detach() for queries in encoding.memory_queries]
-        layers = zip(_blocks(self.short_term), encoding.hidden.unbind(1), strict=True)
+        layers = zip(blocks_of(self.short_term), encoding.hidden.unbind(1), strict=True)
         return [block.attention.queries_in_source_space(hidden).detach() for block, hidden in layers]
 
     def abstraction_loss(
@@ -330,14 +294,8 @@ class DMAN(nn.Module):
         literal, slots, segment = self.config.architecture == "paper", old_memory.shape[2], hidden.shape[2]
         bias = torch.where(valid_primaries(slots, segment, lengths), 0.0, MASKED)[:, None, None]  # (B, 1, 1, m+T)
         total = new_memory.new_zeros(())
-        for layer, block in enumerate(_blocks(self.short_term) if literal else self.memory_blocks):
+        for layer, block in enumerate(blocks_of(self.short_term) if literal else self.memory_blocks):
             sources = torch.cat([old_memory[:, layer], hidden[:, layer]], dim=1)
             difference = _frozen_read_difference(block, queries[layer], new_memory[:, layer], sources.detach(), bias)
             total = total + (difference.float().square().sum(-1) * query_mask).sum()
         return total if literal else total / (self.config.layers * self.config.width)
-
-
-def at_position(x: Tensor, position: Tensor) -> Tensor:
-    """(B, S, ...), (B) -> (B, 1, ...): the row at each position."""
-    index = position.view(-1, *[1] * (x.dim() - 1)).expand(-1, 1, *x.shape[2:])
-    return x.gather(1, index)

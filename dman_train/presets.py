@@ -18,7 +18,14 @@ class Preset:
 
 SHORT_HISTORY = 20  # events that a system of the paper's `*` form sees: one segment
 PAPER_MODEL = ModelConfig(
-    architecture="paper", heads=1, long_term="gated", dropout=0.1, memory_slots=20, routing_iterations=3
+    architecture="paper",
+    heads=1,
+    long_term="gated",
+    time="none",
+    returns="off",
+    dropout=0.1,
+    memory_slots=20,
+    routing_iterations=3,
 )
 # What all systems share that are trained as in the paper. All epochs are trained: validation stands still at first, and
 # a patience of four would end a run there.
@@ -70,7 +77,10 @@ _BASELINE_DEFAULTS = {  # by system
 }
 BASELINE_PRESETS = {  # by name, then by system
     "default": _BASELINE_DEFAULTS,
-    "paper": {system: Preset(preset.model, PAPER_TRAINING) for system, preset in _BASELINE_DEFAULTS.items()},
+    "paper": {
+        system: Preset(replace(preset.model, time="none", returns="off"), PAPER_TRAINING)
+        for system, preset in _BASELINE_DEFAULTS.items()
+    },
 }
 Presets = Mapping[str, Preset | Mapping[str, Preset]]
 
@@ -79,3 +89,13 @@ def preset_of(presets: Presets, name: str, *, system: str = BaselineConfig.syste
     """The preset of this name; among BASELINE_PRESETS, that of this system."""
     found = presets[name]
     return found if isinstance(found, Preset) else found[system]
+
+
+def decided(model: ModelConfig | BaselineConfig, *, seen_items: str, has_times: bool) -> ModelConfig | BaselineConfig:
+    """The model with `time` and `returns` decided, where they are "auto": by the log and by what is ranked."""
+    if model.time == "auto":
+        model = replace(model, time="request" if has_times and model.times_by_default else "none")
+    if model.returns == "auto":
+        counted = model.returns_by_default and seen_items == "keep"
+        model = replace(model, returns="on" if counted else "off")
+    return model

@@ -41,8 +41,7 @@ def _scores(model: Model, table: Tensor, data: HeldOut, popularity: np.ndarray |
         scores[~known] = popularity
     if known.any():
         some = data if known.all() else data.rows(np.flatnonzero(known))
-        users = family_of(model.config).user_embeddings(model, some.histories, some.users)
-        scores[known] = (users @ table).cpu().numpy()
+        scores[known] = family_of(model.config).scores(model, table, some).cpu().numpy()
     return scores
 
 

@@ -3,18 +3,30 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 import numpy as np
 import torch
-from torch import Tensor
+import torch.nn.functional as F
+from torch import Tensor, nn
 
+from dman_runtime.model.times import NO_GAP
 from dman_train.model import DMAN, Encoding
+from dman_train.returns import Returns, Sketch, follow
+from dman_train.timing import Timing, gap_buckets, timing_of
 
 OnSegment = Callable[[Tensor, Tensor, Encoding], None]
 
 
 @torch.no_grad()
-def replay(model: DMAN, histories: Sequence[np.ndarray], on_segment: OnSegment | None = None) -> tuple[Tensor, Tensor]:
+def replay(
+    model: DMAN,
+    histories: Sequence[np.ndarray],
+    on_segment: OnSegment | None = None,
+    *,
+    times: Sequence[np.ndarray] | None = None,
+    request_times: np.ndarray | None = None,
+) -> tuple[Tensor, Tensor]:
     """User embeddings (N, D) and memories (N, L, m, D) after N histories of item indices, none of them empty.
 
     It is fastest if neighbours have similar lengths: each segment is run for the histories that reach it. After each
@@ -29,17 +41,19 @@ def replay(model: DMAN, histories: Sequence[np.ndarray], on_segment: OnSegment |
     memory = model.initial_memory[None].repeat(len(histories), 1, 1, 1)
     context = torch.zeros(len(histories), config.layers, 0, config.width, device=device)
     users = torch.empty(len(histories), config.width, device=device)
+    clock = _Clock.of(times, _asked_at(model, times, request_times), order) if config.sees_times else None
     for start in range(0, padded.shape[1], T):
         active = int((sorted_lengths > start).sum())
         context, memory_now = context[:active], memory[:active]
         new = padded[:active, start : start + T]
         last = (sorted_lengths[:active] - start).clamp(max=T) - 1
         visible = torch.full((active,), context.shape[2], device=device)
-        encoding = model.encode(model.embed(new), context, visible, memory_now, last)
+        gaps, timing = clock.at(start, new.shape[1], context.shape[2], active) if clock else (None, None)
+        encoding = model.encode(model.embed(new, gaps), context, visible, memory_now, last, timing)
         users[:active] = encoding.user_embedding[:, 0]
         if on_segment is not None:
             on_segment(order[:active], memory_now, encoding)
-        closed = int((sorted_lengths >= start + T).sum())
+        closed = int((sorted_lengths >= start + T + config.closes_late).sum())
         absorbed = context if config.recurrent else encoding.hidden
         if closed and absorbed.shape[2]:
             memory[:closed] = model.abstract(memory_now[:closed], absorbed[:closed])
@@ -49,11 +63,90 @@ def replay(model: DMAN, histories: Sequence[np.ndarray], on_segment: OnSegment |
     return users[unsort], memory[unsort]
 
 
+@torch.no_grad()
+def returned(
+    model: DMAN,
+    users: Tensor,
+    histories: Sequence[np.ndarray],
+    *,
+    times: Sequence[np.ndarray] | None = None,
+    request_times: np.ndarray | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Items (N, K) and what is added to their scores (N, K), for (N, D) user embeddings; an item may come up again."""
+    returns, device = _returns_of(model, histories, times), users.device
+    last = np.zeros(len(histories), np.int64) if times is None else _last(times)
+    asked = _asked_at(model, times, request_times)
+    moments = torch.from_numpy(last if asked is None else np.maximum(last, asked))[:, None].to(device)
+    return returns.items.clamp(min=0), model.returns(users[:, None], model.item_table(), returns, moments)[:, 0]
+
+
+def _returns_of(model: DMAN, histories: Sequence[np.ndarray], times: Sequence[np.ndarray] | None) -> Returns:
+    """What users may come back to after N histories, none of them empty: `Returns` of N segments, one position each."""
+    T, device = model.config.segment_length, model.items.device
+    padded, lengths, order = _by_length(histories, device)
+    sketch = Sketch.empty(len(histories), model.config.sketch_items, device)
+    moments = _padded([np.zeros_like(history) for history in histories] if times is None else times, order)
+    result: list[Tensor] = []
+    for start in range(0, padded.shape[1], T):
+        active = int((lengths > start).sum())
+        new = padded[:active, start : start + T]
+        here = (lengths[:active] - start).clamp(max=T)
+        then = F.pad(moments[:active, start : start + T], (0, T - new.shape[1]))
+        found, sketch = follow(Sketch(*(x[:active] for x in sketch)), F.pad(new, (0, T - new.shape[1])), here, then)
+        at = torch.arange(active, device=device), here - 1
+        last = found.items, *(x[at][:, None] for x in (found.counts, found.ages, found.times))
+        for whole, part in zip(result, last, strict=True) if result else ():
+            whole[:active] = part
+        result = result or list(last)
+    unsort = torch.argsort(order)
+    return Returns(*(x[unsort] for x in result))
+
+
+class _Clock(NamedTuple):
+    """The times of the histories of a replay, longest first."""
+
+    times: Tensor  # (N, longest) int64 seconds
+    since_last: Tensor  # (N, longest) int64 seconds, NO_GAP for the first event
+    requests: Tensor | None  # (N) int64 seconds
+
+    @classmethod
+    def of(cls, times: Sequence[np.ndarray] | None, requests: np.ndarray | None, order: Tensor) -> _Clock:
+        if times is None:
+            raise ValueError("this model sees the times of events")
+        padded, device = _padded(times, order), order.device
+        since_last = F.pad(padded[:, 1:] - padded[:, :-1], (1, 0)).clamp(min=0)
+        since_last[:, 0] = NO_GAP
+        asked = None if requests is None else torch.from_numpy(requests).to(device)
+        return cls(padded, since_last, None if asked is None else asked[order])
+
+    def at(self, start: int, new: int, context: int, active: int) -> tuple[Tensor, Timing]:
+        """Buckets of the gaps (A, S), and the timing, of the positions from `start` on, for the A longest histories."""
+        end = start + new
+        times, keys = self.times[:active, start:end], self.times[:active, start - context : end]
+        requests = None if self.requests is None else self.requests[:active, None].expand(-1, new)
+        return gap_buckets(self.since_last[:active, start:end]), timing_of(times, keys, requests)
+
+
+def _asked_at(model: DMAN, times: Sequence[np.ndarray] | None, request_times: np.ndarray | None) -> np.ndarray | None:
+    """(N) seconds of the requests as the model sees them; None if it does not."""
+    if times is None or request_times is None or model.config.time != "request":
+        return None
+    return np.minimum(request_times, _last(times) + model.longest_gap)
+
+
+def _last(times: Sequence[np.ndarray]) -> np.ndarray:
+    """(N) the last of each."""
+    return np.array([int(seconds[-1]) for seconds in times], np.int64)
+
+
+def _padded(arrays: Sequence[np.ndarray], order: Tensor) -> Tensor:
+    """(N, longest) int64 arrays in an order, padded with zeros."""
+    rows = [torch.from_numpy(arrays[row].astype(np.int64)) for row in order.tolist()]
+    return nn.utils.rnn.pad_sequence(rows, batch_first=True).to(order.device)
+
+
 def _by_length(histories: Sequence[np.ndarray], device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
     """Longest first: the padded histories (N, longest), their lengths (N), and which history (N) each row is."""
     lengths = torch.tensor([len(history) for history in histories], device=device)
     order = torch.argsort(lengths, descending=True)
-    padded = torch.zeros(len(histories), int(lengths.max()), dtype=torch.int64, device=device)
-    for row, history in enumerate(order.tolist()):
-        padded[row, : len(histories[history])] = torch.from_numpy(histories[history].astype(np.int64))
-    return padded, lengths[order], order
+    return _padded(histories, order), lengths[order], order

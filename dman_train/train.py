@@ -31,7 +31,7 @@ from dman_train.config import BaselineConfig, DataConfig, ModelConfig, TrainConf
 from dman_train.data import as_found, load_log, training_data
 from dman_train.families import family_of
 from dman_train.log_warnings import warn_of_items, warn_of_log
-from dman_train.presets import PRESETS, Preset, Presets, preset_of
+from dman_train.presets import PRESETS, Preset, Presets, decided, preset_of
 from dman_train.ranking import all_ranks
 from dman_train.run import Run, RunError, create_run, describe, open_run
 from dman_train.signals import stop_requests
@@ -99,6 +99,7 @@ def _train(arguments: argparse.Namespace, command: list[str], presets: Presets) 
         _print_report(input_report, as_json=arguments.json)
         return 0
     # First the trainer, then the directory: a failure here must not leave a run behind.
+    model = _decided(model, train, interactions)
     trainer = Trainer(model, train, training_data(interactions), _device(arguments.device))
     describe_run = functools.partial(
         describe, model, train, data, path=arguments.data, interactions=interactions, input_report=input_report,
@@ -146,6 +147,16 @@ def _configs(
                 f"{run.path} is resumed with its own configuration", "leave the options out", parameter="resume"
             )
     return saved
+
+
+def _decided(
+    model: ModelConfig | BaselineConfig, train: TrainConfig, interactions: Interactions
+) -> ModelConfig | BaselineConfig:
+    """The model with what the log decides, which is reported."""
+    found = decided(model, seen_items=train.seen_items, has_times=bool(interactions.timestamps.any()))
+    if found != model and distributed.is_first():
+        logger.info("decided by the log and by seen_items: time=%s, returns=%s", found.time, found.returns)
+    return found
 
 
 def _open(

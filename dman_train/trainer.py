@@ -11,13 +11,14 @@ import time
 from collections.abc import Callable
 from typing import Any, cast
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim.swa_utils import AveragedModel
 from tqdm import tqdm
 
-from dman_runtime.data.evaluation import HeldOut, Ranks, metrics, ranking_for
+from dman_runtime.data.evaluation import Ranks, metrics, ranking_for
 from dman_runtime.errors import DmanError
 from dman_train import checkpoint, distributed
 from dman_train.config import BaselineConfig, ConfigError, ModelConfig, TrainConfig
@@ -164,7 +165,7 @@ class Trainer:
         data = self.data.validation
         chosen = slice(None, self.config.evaluation_users or None)
         mine = slice(self.rank, None, self.world)
-        share = HeldOut(data.users[chosen][mine], data.histories[chosen][mine], data.targets[chosen][mine])
+        share = data.rows(np.arange(len(data.users))[chosen][mine])
         ranks = all_ranks(self.result, share)
         return ranks if self.world == 1 else Ranks.concatenate(distributed.gather(ranks))
 

@@ -11,7 +11,7 @@ from typing import Any, Generic, SupportsIndex, TypeVar
 from protos.dman.v1 import dman_pb2 as pb
 from sdk import _replies, _wire
 from sdk._exceptions import InvalidArgumentError
-from sdk._times import Time, Unit, checked_unit
+from sdk._times import Time, Unit, checked_unit, whole_seconds
 from sdk._types import DeletedUser, Id, Ids, Items, Recommendations, Status, UpdateResult, User
 
 RequestT = TypeVar("RequestT")
@@ -118,6 +118,7 @@ def recommend(
     include_seen: bool = False,
     candidates: Ids | None = None,
     what_if: Items = (),
+    at: Time | None = None,
     timeout: float | None = None,
 ) -> Call[pb.RecommendRequest, pb.RecommendReply, Recommendations]:
     """The best items for a user, best first; for a user without events, the most popular ones.
@@ -130,13 +131,14 @@ def recommend(
             `seen_items="keep"` ranks them well.
         candidates: Rank these items only; None ranks all.
         what_if: Events on top of the user's history, as for `update`, for this answer only: nothing is stored.
+        at: The moment that the answer is for; None: now. Only a model that sees times uses it.
         timeout: Seconds for the whole call, retries included; the client's by default.
 
     Raises:
         InvalidArgumentError: An argument is not valid, or `candidates` is empty.
         CallError: The call failed, after retries if the server was unavailable.
     """
-    request = _recommend_request(k, exclude, include_seen, candidates, what_if)
+    request = _recommend_request(k, exclude, include_seen, candidates, what_if, at)
     if user_id is not None:
         request.user_id = _wire.id_text(user_id, "user_id")
     return Call("Recommend", request, _replies.recommendations, True, timeout)
@@ -150,6 +152,7 @@ def recommend_many(
     include_seen: bool = False,
     candidates: Ids | None = None,
     what_if: Items = (),
+    at: Time | None = None,
     timeout: float | None = None,
 ) -> Call[pb.BatchRecommendRequest, pb.BatchRecommendReply, list[Recommendations]]:
     """The best items for each of several users, in one round trip.
@@ -161,6 +164,7 @@ def recommend_many(
         include_seen: Whether items of a user's history may be recommended; see `recommend`.
         candidates: Rank these items only; None ranks all.
         what_if: Events on top of each user's history, for this answer only: nothing is stored.
+        at: The moment that the answers are for; None: now.
         timeout: Seconds for the whole call, retries included; the client's by default.
 
     Returns:
@@ -170,7 +174,7 @@ def recommend_many(
         InvalidArgumentError: An argument is not valid, or `candidates` is empty.
         CallError: The call failed, after retries if the server was unavailable.
     """
-    template = _recommend_request(k, exclude, include_seen, candidates, what_if)
+    template = _recommend_request(k, exclude, include_seen, candidates, what_if, at)
     batch = pb.BatchRecommendRequest()
     for user_id in _wire.id_texts(user_ids, "user_ids"):
         request = batch.requests.add()
@@ -263,7 +267,7 @@ def _pairs(updates: Mapping[Any, Items] | Iterable[tuple[Id, Items]]) -> list[tu
 
 
 def _recommend_request(
-    k: SupportsIndex, exclude: Ids, include_seen: bool, candidates: Ids | None, what_if: Items
+    k: SupportsIndex, exclude: Ids, include_seen: bool, candidates: Ids | None, what_if: Items, at: Time | None
 ) -> pb.RecommendRequest:
     request = pb.RecommendRequest(
         k=_wire.integer(k, "k"),
@@ -271,6 +275,7 @@ def _recommend_request(
         exclude_item_ids=_wire.id_texts(exclude, "exclude"),
         candidate_item_ids=() if candidates is None else _wire.id_texts(candidates, "candidates"),
         what_if_events=_wire.events(what_if, name="what_if"),
+        at=None if at is None else whole_seconds(at, "at", None),
     )
     if candidates is not None and not request.candidate_item_ids:
         raise InvalidArgumentError("candidates must not be empty; None ranks all items.")

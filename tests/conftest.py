@@ -11,7 +11,7 @@ import sys
 import tempfile
 import threading
 import warnings
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractAsyncContextManager, contextmanager
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -26,9 +26,11 @@ import pytest
 import torch
 from filelock import FileLock
 
-from dman_runtime.data.evaluation import Ranking
+from dman_runtime.data.evaluation import HeldOut, Ranking
 from dman_runtime.data.interactions import ItemInfo
-from dman_runtime.model.bundle import GOLDEN, ITEMS, MANIFEST, items_jsonl, read_manifest, sha256
+from dman_runtime.model.bundle import GOLDEN, ITEMS, MANIFEST, items_jsonl, read_manifest
+from dman_runtime.model.bundle_writer import sha256
+from dman_runtime.model.events import KnownEvents
 from dman_runtime.model.generation import Generation
 from dman_runtime.serving.config import ServeConfig
 from dman_runtime.store.base import StateStore
@@ -45,6 +47,7 @@ torch.set_num_threads(1)
 ROOT = Path(__file__).resolve().parent.parent
 MOVIELENS = ROOT.parent / "shared" / "data" / "ml-1m"
 TINY = ModelConfig(width=32, heads=2, segment_length=5, memory_slots=4, layers=2, dropout=0.1)
+TIMED = replace(TINY, time="request", returns="on", sketch_items=6)
 PAPER = replace(TINY, architecture="paper", heads=1, long_term="gated")
 TINY_ITEMS = 60
 LATER = replace(TINY, width=24, segment_length=4, memory_slots=3)
@@ -201,6 +204,19 @@ def new_store(kind: str) -> Iterator[StateStore]:
 def ids(items: Iterable[int]) -> list[str]:
     """External ids of item indices of the tiny bundles."""
     return [str(int(item) + 1) for item in items]
+
+
+def events_of(items: Sequence[int] | np.ndarray, times: Sequence[int] | np.ndarray | None = None) -> KnownEvents:
+    """Events of item indices, oldest first; without `times`, at unknown ones."""
+    moments = np.zeros(len(items), np.int64) if times is None else np.asarray(times, np.int64)
+    return KnownEvents(np.asarray(items, np.int64), moments)
+
+
+def held_out_of(histories: Sequence[np.ndarray], targets: np.ndarray, users: np.ndarray | None = None) -> HeldOut:
+    """Of a log without times."""
+    users = np.arange(len(histories)) if users is None else users
+    times = [np.zeros(len(history), np.int64) for history in histories]
+    return HeldOut(users, list(histories), targets, times, np.zeros(len(targets), np.int64))
 
 
 def assert_close(found: Any, expected: Any, tolerance: float) -> None:

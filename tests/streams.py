@@ -34,11 +34,11 @@ def assert_states_are_replays(generation: Generation, state: Path) -> StoredEven
             assert stored is not None and stored.record is not None
             numbers, times = store.history(user_id)
             assert stored.head.history_count == len(numbers)
-            found, history = generation.unpack(stored.record), engine.known_indices(numbers)
-            assert (found.history_count, found.event_count) == (len(numbers), len(history))
-            (expected,) = generation.replay([history])
+            found, known = generation.unpack(stored.record), engine.known_events((numbers, times))
+            assert (found.history_count, found.event_count) == (len(numbers), len(known))
+            (expected,) = generation.replay([known])
             used = expected.context_length
-            assert found.recent[:used].tolist() == history[len(history) - used :].tolist()
+            assert found.recent[:used].tolist() == known.items[len(known) - used :].tolist()
             assert error_of(found.hidden[:, :used], expected.hidden[:, :used]) < TOLERANCE
             assert error_of(found.memory, expected.memory) < TOLERANCE
             assert error_of(found.user_embedding, expected.user_embedding) < TOLERANCE

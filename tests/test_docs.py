@@ -236,6 +236,12 @@ def test_formats_page_names_every_part_of_a_bundle(tiny_bundle: Path) -> None:
 def test_bundle_id_is_what_the_formats_page_says(tiny_bundle: Path) -> None:
     manifest = json.loads((tiny_bundle / MANIFEST).read_text(encoding="utf-8"))
     content = {name: manifest[name] for name in ("format_version", "integer_item_ids", "state")}
+    later = {
+        "times": "none",
+        "sketch_items": 0,
+        "longest_gap": 2**40,
+    }  # came later: not in the text while they say nothing
+    content["state"] = {name: value for name, value in content["state"].items() if (name, value) not in later.items()}
     content["files"] = {name: hashlib.sha256((tiny_bundle / name).read_bytes()).hexdigest() for name in FILES}
     text = json.dumps(content, sort_keys=True, separators=(", ", ": "), ensure_ascii=True)
     assert manifest["bundle_id"] == hashlib.sha256(text.encode("ascii")).hexdigest()[:16]

@@ -24,6 +24,7 @@ from dman_runtime.data.evaluation import HeldOut, held_out
 from dman_runtime.errors import UsageError
 from dman_runtime.model.bundle import Bundle, open_bundle
 from dman_runtime.model.encoder import CUDA, Encoder
+from dman_runtime.model.events import without_times
 from dman_runtime.model.generation import GOLDEN_TOLERANCE, Generation
 from dman_runtime.options import Parser, require_positive, run_command
 from dman_runtime.retrieval.base import Hits
@@ -123,7 +124,7 @@ def recommendations(served: Served) -> Section:
 
 
 def _best(generation: Generation, histories: Sequence[np.ndarray]) -> list[Hits]:
-    users = np.stack([state.user_embedding for state in generation.replay(histories)])
+    users = np.stack([state.user_embedding for state in generation.replay(without_times(histories))])
     return generation.retriever.search(users, K, exclude=histories)
 
 

@@ -61,7 +61,8 @@ def record_of(run: Run, name: str) -> Record:
 def record_of_counts(system: str, path: Path, name: str) -> Record:
     """The record of a system of `dman_train.baselines.counts`, which has no run. Raises InputError."""
     began, data = time.perf_counter(), load(path, DataConfig())
-    scorer = COUNTS[system](*training_events(data), len(data.item_ids))
+    items, offsets, _ = training_events(data)
+    scorer = COUNTS[system](items, offsets, len(data.item_ids))
     held = {split: held_out(data, split) for split in SPLITS}
     ranks = {split: count_ranks(scorer, held[split]) for split in SPLITS}
     result: dict[str, Any] = {split: report(ranks[split], split) for split in SPLITS}

@@ -12,8 +12,8 @@ from typing import Any, Literal
 
 import numpy as np
 
-from dman_train.config import TrainConfig, is_earlier_form, to_dict
-from dman_train.presets import BASELINE_PRESETS, PRESETS, SHORT_HISTORY, Preset
+from dman_train.config import ADDED_FIELDS, BaselineConfig, ModelConfig, TrainConfig, is_earlier_form, to_dict
+from dman_train.presets import BASELINE_PRESETS, PRESETS, SHORT_HISTORY, Preset, decided
 from tools.record_file import Record
 
 METRICS = ("hr@10", "ndcg@10", "hr@50", "ndcg@100")
@@ -27,6 +27,9 @@ WORDS = {
     ("seen_items", "keep-target"): "seen items as negatives, seen targets ranked",
     ("ema_decay", 0.0): "weights not averaged",
     ("form", "earlier"): "earlier form",
+    ("time", "none"): "no times",
+    ("time", "events"): "times of events only",
+    ("returns", "off"): "no returns",
 }
 ROUTING = {"routing", "routing_iterations", "routing_softmax"}
 # Options that ModelConfig may no longer have, but stored runs do, with the value that needs no mention.
@@ -91,12 +94,16 @@ def compared_preset(content: dict[str, Any]) -> Preset:
 
 def standard_options(content: dict[str, Any]) -> dict[str, Any]:
     """The options of the preset that a run is compared with."""
-    return options_of(compared_preset(content))
+    return options_of(compared_preset(content), seen_items=content["train"].get("seen_items"))
 
 
-def options_of(preset: Preset) -> dict[str, Any]:
-    """The options of a preset, with what `decisive` adds to those of a run."""
-    return FORMER_OPTIONS | to_dict(preset.model) | to_dict(preset.train) | {"form": "now"}
+def options_of(preset: Preset, *, seen_items: str | None = None) -> dict[str, Any]:
+    """The options of a preset, with what `decisive` adds to those of a run: on a log with times.
+
+    `seen_items`: of the run, which decides with the log whether returns are seen.
+    """
+    model = decided(preset.model, seen_items=seen_items or preset.train.seen_items, has_times=True)
+    return FORMER_OPTIONS | to_dict(model) | to_dict(preset.train) | {"form": "now"}
 
 
 def changed_options(content: dict[str, Any], standard: Mapping[str, Any]) -> dict[str, Any]:
@@ -139,8 +146,13 @@ def decisive(content: dict[str, Any]) -> dict[str, Any]:
         idle |= {"memory_slots", "long_term"}
     if model.get("architecture") == "paper":  # has one form of the memory, whatever older records call it
         idle |= {"long_term"}
-    former = {} if "system" in model else {key: value for key, value in FORMER_OPTIONS.items() if key not in model}
-    options = model | former | (to_dict(TrainConfig()) | train if train else {})
+    if model.get("returns", "off") == "off":
+        idle |= {"sketch_items"}
+    if model.get("time", "none") != "request":
+        idle |= {"request_dropout"}
+    kind: type = BaselineConfig if "system" in model else ModelConfig
+    former = (ADDED_FIELDS[kind] if train else {}) | ({} if "system" in model else FORMER_OPTIONS)
+    options = former | model | (to_dict(TrainConfig()) | train if train else {})
     options["form"] = "earlier" if is_earlier_form(model, train) else "now"
     return {key: value for key, value in options.items() if key not in idle}
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 from dman_train.config import (
     BaselineConfig,
@@ -18,6 +18,7 @@ from dman_train.config import (
     to_dict,
 )
 from dman_train.data import load
+from dman_train.presets import decided
 from dman_train.run import Run, RunError, open_run
 from dman_train.trainer import SELECTION_METRIC
 from tools.record_file import Record
@@ -42,10 +43,16 @@ class Progress:
         return f"{self.kind}: {text}" if text else self.kind
 
 
+class LogFacts(NamedTuple):
+    fingerprint: str
+    has_times: bool
+
+
 @cache
-def fingerprint(log: Path, config: DataConfig) -> str:
-    """The fingerprint of a log as this config reads it. Raises InputError."""
-    return load(log, config).fingerprint()
+def facts_of(log: Path, config: DataConfig) -> LogFacts:
+    """What decides runs on a log, as this config reads it. Raises InputError."""
+    interactions = load(log, config)
+    return LogFacts(interactions.fingerprint(), bool(interactions.timestamps.any()))
 
 
 def progress_of(planned: PlannedRun, records: dict[str, Record], directory: Path) -> Progress:
@@ -104,9 +111,11 @@ def _difference(planned: PlannedRun, found: dict[str, Any]) -> str:
         stored = (from_dict(kind, found["model"], where="model"), from_dict(TrainConfig, found["train"], where="train"))
     except ConfigError:
         return "settings of another version"
+    log = facts_of(planned.log, data)
+    model = decided(model, seen_items=train.seen_items, has_times=log.has_times)
     if _deciding(*stored) != _deciding(model, train):
         return "other settings"
-    if found["dataset"]["fingerprint"] != fingerprint(planned.log, data):
+    if found["dataset"]["fingerprint"] != log.fingerprint:
         return "other data"
     return ""
 

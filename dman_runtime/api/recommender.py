@@ -295,6 +295,8 @@ def _query(request: pb.RecommendRequest) -> Query:
         exclude=request.exclude_item_ids,
         candidates=request.candidate_item_ids or None,
         what_if=[event.item_id for event in request.what_if_events] if request.what_if_events else (),
+        what_if_times=[event.timestamp for event in request.what_if_events] if request.what_if_events else (),
+        at=request.at if request.HasField("at") else int(time.time()),
     )
 
 

@@ -38,6 +38,8 @@ class HeldOut:
     users: np.ndarray  # (N) int64 user indices of the Interactions
     histories: list[np.ndarray]  # N item index arrays, oldest first
     targets: np.ndarray  # (N) int64 item indices, UNKNOWN for an item that the model does not know
+    times: list[np.ndarray]  # N int64 arrays, seconds, of the events of the histories; 0 if the log has no times
+    target_times: np.ndarray  # (N) int64 seconds
 
     @property
     def unknown_targets(self) -> int:
@@ -45,7 +47,13 @@ class HeldOut:
 
     def rows(self, rows: np.ndarray) -> HeldOut:
         """Only these users."""
-        return HeldOut(self.users[rows], [self.histories[row] for row in rows], self.targets[rows])
+        return HeldOut(
+            self.users[rows],
+            [self.histories[row] for row in rows],
+            self.targets[rows],
+            [self.times[row] for row in rows],
+            self.target_times[rows],
+        )
 
     def in_terms_of(self, index: np.ndarray) -> HeldOut:
         """The same with items renumbered by `index` (V), which has UNKNOWN for those that the model does not know.
@@ -53,7 +61,14 @@ class HeldOut:
         Their events are left out of the inputs, as serving skips them; their targets stay, as UNKNOWN.
         """
         renumbered = [index[history] for history in self.histories]
-        return HeldOut(self.users, [history[history != UNKNOWN] for history in renumbered], index[self.targets])
+        known = [history != UNKNOWN for history in renumbered]
+        return HeldOut(
+            self.users,
+            [history[of] for history, of in zip(renumbered, known, strict=True)],
+            index[self.targets],
+            [times[of] for times, of in zip(self.times, known, strict=True)],
+            self.target_times,
+        )
 
 
 def held_out(interactions: Interactions, split: Split) -> HeldOut:
@@ -61,12 +76,18 @@ def held_out(interactions: Interactions, split: Split) -> HeldOut:
     from_end = {"valid": 2, "test": 1}[split]
     users = np.flatnonzero(np.diff(interactions.offsets) >= 3)
     ends = interactions.offsets[users + 1] - from_end
-    histories = [interactions.items[start:end] for start, end in zip(interactions.offsets[users], ends, strict=True)]
-    return HeldOut(users, histories, interactions.items[ends].astype(np.int64))
+    borders = list(zip(interactions.offsets[users], ends, strict=True))
+    return HeldOut(
+        users,
+        [interactions.items[start:end] for start, end in borders],
+        interactions.items[ends].astype(np.int64),
+        [interactions.timestamps[start:end] for start, end in borders],
+        interactions.timestamps[ends],
+    )
 
 
-def training_events(interactions: Interactions) -> tuple[np.ndarray, np.ndarray]:
-    """Items (M) int32 and offsets (U+1) int64 of the events for training: all but the last two of each user.
+def training_events(interactions: Interactions) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Items (M) int32, offsets (U+1) int64 and times (M) int64 for training: all but the last two of each user.
 
     Users with fewer than three events are not evaluated, so all their events are for training.
     """
@@ -74,7 +95,8 @@ def training_events(interactions: Interactions) -> tuple[np.ndarray, np.ndarray]
     training_lengths = np.where(lengths >= 3, lengths - 2, lengths)
     offsets = np.concatenate([[0], np.cumsum(training_lengths)]).astype(np.int64)
     positions = np.arange(len(interactions)) - np.repeat(interactions.offsets[:-1], lengths)  # in the user's history
-    return interactions.items[positions < np.repeat(training_lengths, lengths)], offsets
+    kept = positions < np.repeat(training_lengths, lengths)
+    return interactions.items[kept], offsets, interactions.timestamps[kept]
 
 
 @dataclass(frozen=True)

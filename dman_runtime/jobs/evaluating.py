@@ -8,6 +8,7 @@ from tqdm import tqdm
 from dman_runtime.data.evaluation import HeldOut, Ranks, Split, ranks_of_targets, report
 from dman_runtime.data.vocabulary import KnownLog
 from dman_runtime.jobs.partitions import by_length
+from dman_runtime.model.events import KnownEvents
 from dman_runtime.model.generation import Generation
 from dman_runtime.retrieval.exact import ExactRetriever
 
@@ -29,8 +30,12 @@ def held_out_ranks(data: HeldOut, generation: Generation) -> Ranks:
     with tqdm(total=len(data.users), unit="user", desc="evaluate", disable=None) as bar:
         for rows in by_length(np.array([len(history) for history in data.histories])):
             histories = [data.histories[row].astype(np.int64) for row in rows]
-            users = np.stack([state.user_embedding for state in generation.replay(histories)])
+            events = [KnownEvents(items, data.times[row]) for items, row in zip(histories, rows, strict=True)]
+            users, added = generation.asked(generation.replay(events), data.target_times[rows].tolist())
             scores = retriever.scores(users)
+            for row, more in enumerate(added):
+                if more is not None:
+                    scores[row, more.items] += more.scores
             scores[[not len(history) for history in histories]] = generation.bundle.items.popularity
             parts.append(ranks_of_targets(scores, data.targets[rows], histories))
             order.append(rows)

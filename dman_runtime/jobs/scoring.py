@@ -16,6 +16,7 @@ from dman_runtime.errors import InputError
 from dman_runtime.jobs.parquet_output import ParquetOutput
 from dman_runtime.jobs.partitions import by_length
 from dman_runtime.model.bundle import Bundle
+from dman_runtime.model.events import KnownEvents
 from dman_runtime.model.generation import Generation
 from dman_runtime.retrieval.base import NO_ITEMS, Hits
 from dman_runtime.retrieval.exact import search_scores
@@ -53,12 +54,14 @@ def score(
     *,
     k: int,
     include_seen: bool = False,
+    at: int | None = None,
 ) -> ScoreResult:
     """Writes the k best items of every user in a log to a Parquet file.
 
     Columns: user_id, rank (from 1), item_id, score, source (model or popular). The answers are those of a server that
-    was given the same histories. Users have the type that the log was read with (`options_of_training` gives that of
-    the bundle), items that of the bundle. Memory stays bounded by the partition size. Raises InputError.
+    was given the same histories and is asked at the moment `at` (seconds; None: unknown). Users have the type that the
+    log was read with (`options_of_training` gives that of the bundle), items that of the bundle. Memory stays bounded
+    by the partition size. Raises InputError.
     """
     rows_of = _Rows(log, generation.bundle)
     result = ScoreResult()
@@ -66,8 +69,10 @@ def score(
         for partition in log.parts():
             known = known_events(partition, generation.bundle.items.index)
             for rows in by_length(np.diff(known.offsets)):
-                histories = [known.history(row).astype(np.int64) for row in rows]
-                hits = _best(histories, generation, k, include_seen=include_seen)
+                histories = [
+                    KnownEvents(known.history(row).astype(np.int64), known.user_timestamps(row)) for row in rows
+                ]
+                hits = _best(histories, generation, k, at=at, include_seen=include_seen)
                 popular = np.array([not len(history) for history in histories])
                 out.write(rows_of.table([known.user_ids[row] for row in rows], hits, popular))
                 _count(result, hits, popular, k)
@@ -75,11 +80,13 @@ def score(
     return result
 
 
-def _best(histories: list[np.ndarray], generation: Generation, k: int, *, include_seen: bool) -> list[Hits]:
-    """What a server would recommend after these histories."""
-    users = np.stack([state.user_embedding for state in generation.replay(histories)])
-    seen = [NO_ITEMS if include_seen else history for history in histories]
-    hits = generation.retriever.search(users, k, exclude=seen)
+def _best(
+    histories: list[KnownEvents], generation: Generation, k: int, *, at: int | None, include_seen: bool
+) -> list[Hits]:
+    """What a server would recommend after these histories, at a moment in seconds."""
+    users, added = generation.asked(generation.replay(histories), [at] * len(histories))
+    seen = [NO_ITEMS if include_seen else history.items for history in histories]
+    hits = generation.retriever.search(users, k, exclude=seen, added=added)
     for i, history in enumerate(histories):
         if not len(history):
             hits[i] = search_scores(generation.bundle.items.popularity, k)

@@ -1,21 +1,16 @@
 """The bundle: one self-describing directory that holds all the runtime needs. Format: docs/formats.md.
 
-Written by `dman_train.export`, read by everything else. A bundle is written under a temporary name and renamed, so a
-directory with a manifest is complete. Opening trusts nothing: each file is read once into private memory, and what was
-checked is what is used. Changes on disk cannot reach an opened bundle; `Bundle.changed` tells of them.
+Written by `bundle_writer`, read by everything else. Opening trusts nothing: each file is read once into private memory,
+and what was checked is what is used. Changes on disk cannot reach an opened bundle; `Bundle.changed` tells of them.
 """
 
 from __future__ import annotations
 
-import hashlib
-import json
 import math
 import os
-import shutil
-import uuid
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -25,9 +20,7 @@ from dman_runtime.data.arrays import MAX_HEADER_BYTES, parse_npy, parse_npz
 from dman_runtime.data.untrusted import (
     FileIdentity,
     opened_file,
-    parse_json,
     read_aligned,
-    read_file,
     read_stream,
     sha256_of,
     system_reason,
@@ -40,17 +33,24 @@ from dman_runtime.model.manifest import (
     ENCODER,
     FILES,
     FORMAT_VERSION,
+    GAPS,
     GOLDEN,
     GRAPHS,
     INITIAL_MEMORY,
     ITEMS,
     MANIFEST,
     MAX_MANIFEST_BYTES,
+    REQUEST,
+    RETURNS,
     STATE_DTYPES,
     Manifest,
     StateShape,
+    files_of,
+    graphs_of,
     parse_manifest,
 )
+from dman_runtime.model.sketch import HALF_LIVES
+from dman_runtime.model.times import BUCKETS
 
 __all__ = [
     "ABSTRACTION",
@@ -58,21 +58,24 @@ __all__ = [
     "ENCODER",
     "FILES",
     "FORMAT_VERSION",
+    "GAPS",
     "GOLDEN",
     "GRAPHS",
     "INITIAL_MEMORY",
     "ITEMS",
     "MANIFEST",
+    "REQUEST",
+    "RETURNS",
     "STATE_DTYPES",
     "Bundle",
     "Items",
     "Manifest",
     "StateShape",
+    "files_of",
+    "graphs_of",
     "items_jsonl",
     "open_bundle",
     "read_manifest",
-    "sha256",
-    "write_bundle",
 ]
 
 MAX_GRAPH_BYTES = (1 << 31) - 1  # a protobuf message has no more
@@ -90,6 +93,8 @@ class Bundle:
     items: Items
     item_embeddings: np.ndarray  # (V, D) float32, read-only
     initial_memory: np.ndarray  # (L, m, D) float32, read-only
+    gap_embeddings: np.ndarray | None = None  # (BUCKETS, D) float32 added to an item by the time since the event before
+    returns: Mapping[str, np.ndarray] = field(default_factory=dict)  # weights of the term for items that come back
     graphs: Mapping[str, bytes] = field(default_factory=dict)  # the ONNX files by name
     recorded: Mapping[str, np.ndarray] = field(default_factory=dict)  # what `golden` gives
     identities: Mapping[str, FileIdentity] = field(default_factory=dict)  # of the files when they were read
@@ -140,7 +145,9 @@ def open_bundle(path: Path, *, expected_bundle_id: str | None = None) -> Bundle:
             item_embeddings=files.array(EMBEDDINGS, (items, shape.width)),
             initial_memory=files.array(INITIAL_MEMORY, (shape.layers, shape.memory_slots, shape.width)),
             items=files.items(),
-            graphs={name: files.read(name, limit=MAX_GRAPH_BYTES) for name in GRAPHS},
+            gap_embeddings=files.array(GAPS, (BUCKETS, shape.width)) if shape.sees_times else None,
+            returns=files.returns() if shape.sketch_items else {},
+            graphs={name: files.read(name, limit=MAX_GRAPH_BYTES) for name in graphs_of(shape)},
             recorded=files.golden(),
             identities={MANIFEST: identity, **files.identities},
         )
@@ -223,6 +230,22 @@ class _Files:
         with self._understood(ITEMS):
             return parse_items(content, count, integer_item_ids=self._manifest.integer_item_ids)
 
+    def returns(self) -> dict[str, np.ndarray]:
+        """The arrays that `sketch.return_scores` takes."""
+        shape, items, lives = self._manifest.state, self._manifest.vocabulary, len(HALF_LIVES)
+        arrays: dict[str, tuple[str, tuple[int | None, ...]]] = {
+            "by_user": ("float32", (lives, shape.width)),
+            "bias": ("float32", (lives,)),
+            "by_item": ("float32", (items, lives)),
+            "by_age": ("float32", (BUCKETS,)),
+        }
+        if shape.sees_times:
+            arrays["by_gap"] = ("float32", (BUCKETS,))
+        limit = 4 * lives * (shape.width + 1 + items) + 8 * BUCKETS + _ARCHIVE_BYTES
+        content = self.read(RETURNS, limit=limit + _ARCHIVE_BYTES)
+        with self._understood(RETURNS):
+            return parse_npz(content, arrays, limit=limit)
+
     def golden(self) -> dict[str, np.ndarray]:
         """The arrays that `Bundle.golden` describes."""
         shape, rows = self._manifest.state, MAX_GOLDEN_HISTORIES
@@ -233,6 +256,9 @@ class _Files:
             "user_embeddings": ("float32", (None, shape.width)),
             "memories": ("float32", (None, shape.layers, shape.memory_slots, shape.width)),
         }
+        if shape.sees_times:
+            arrays["times"] = ("int64", (None, None))
+            limit += rows * 8 * longest
         content = self.read(GOLDEN, limit=limit + _ARCHIVE_BYTES)
         with self._understood(GOLDEN):
             golden = parse_npz(content, arrays, limit=limit)
@@ -260,75 +286,8 @@ def _check_golden(golden: Mapping[str, np.ndarray], vocabulary: int, *, longest:
         raise ValueError(
             f"holds {count} histories of up to {length} events, expected 1 to {MAX_GOLDEN_HISTORIES} of up to {longest}"
         )
-    if any(len(values) != count for values in golden.values()):
+    if any(len(values) != count for values in golden.values()) or golden.get("times", histories).shape[1] != length:
         raise ValueError("holds arrays of different lengths")
     real = histories >= 0
     if histories.min() < -1 or histories.max() >= vocabulary or (real[:, 1:] > real[:, :-1]).any():
         raise ValueError("holds a history that is not one of item indices, padded with -1 on the right")
-
-
-def write_bundle(path: Path, fill: Callable[[Path], dict[str, Any]]) -> Manifest:
-    """Writes a bundle atomically: `fill` puts FILES into a temporary directory and returns the Manifest's other fields.
-
-    An older bundle at `path` is replaced; any other directory there is an error. Raises BundleError.
-    """
-    if path.exists() and not _may_be_replaced(path):
-        raise BundleError(f"{path} exists and is not a bundle", "choose another directory", parameter="out")
-    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}")
-    try:
-        temporary.mkdir(parents=True)
-        details = fill(temporary)
-        files = {
-            name: {"sha256": sha256(temporary / name), "bytes": (temporary / name).stat().st_size} for name in FILES
-        }
-        manifest = Manifest(format_version=FORMAT_VERSION, bundle_id="", files=files, **details)
-        manifest = Manifest(**{**vars(manifest), "bundle_id": manifest.content_hash()})
-        (temporary / MANIFEST).write_text(_manifest_text(manifest), encoding="utf-8")
-        _sync(temporary)
-        _replace_directory(temporary, path)
-    except OSError as error:
-        raise BundleError(f"cannot write {path}: {os.strerror(error.errno or 0)}") from None
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
-    return manifest
-
-
-def _manifest_text(manifest: Manifest) -> str:
-    try:
-        return json.dumps(asdict(manifest), indent=2, allow_nan=False) + "\n"
-    except ValueError:
-        raise BundleError("a value of the manifest is not finite", "check the metrics and the tolerance") from None
-
-
-def _may_be_replaced(path: Path) -> bool:
-    """An empty directory or an older bundle, of whatever format; nothing else is ours to delete."""
-    if not path.is_dir():
-        return False
-    try:
-        manifest = parse_json(read_file(path / MANIFEST, limit=MAX_MANIFEST_BYTES))
-        return isinstance(manifest, dict) and {"format_version", "bundle_id"} <= set(manifest)
-    except (OSError, ValueError):  # InputError is a ValueError
-        return not any(path.iterdir())
-
-
-def _sync(directory: Path) -> None:
-    for entry in [*directory.iterdir(), directory]:
-        descriptor = os.open(entry, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
-
-
-def _replace_directory(new: Path, path: Path) -> None:
-    """Puts `new` in place of `path`; a directory cannot be renamed over one that has content."""
-    old = path.with_name(f"{new.name}.old")
-    if path.exists():
-        path.rename(old)
-    new.rename(path)
-    shutil.rmtree(old, ignore_errors=True)
-
-
-def sha256(file: Path) -> str:
-    with file.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()

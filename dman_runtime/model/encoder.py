@@ -23,7 +23,7 @@ os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")  # read when onnxruntime is 
 
 import onnxruntime as ort
 
-from dman_runtime.model.bundle import ABSTRACTION, ENCODER, Bundle, StateShape
+from dman_runtime.model.bundle import ABSTRACTION, ENCODER, REQUEST, Bundle, StateShape
 from dman_runtime.model.graph_file import check_graph
 
 logger = logging.getLogger(__name__)
@@ -63,6 +63,7 @@ class Encoder:
                 raise _not_loaded(where / name, str(error)) from None
         self.provider = _choose(provider, graphs[ABSTRACTION])
         sessions = {name: self._load(graphs[name], name, threads) for name in tensors}
+        self._reader = sessions.get(REQUEST)
         for name, session in sessions.items():
             if problem := _problem(session, *tensors[name]):
                 raise _not_loaded(where / name, problem)
@@ -91,6 +92,7 @@ class Encoder:
         context: np.ndarray,
         context_lengths: np.ndarray,
         memory: np.ndarray,
+        ages: np.ndarray | None = None,
     ) -> tuple[np.ndarray, np.ndarray]:
         """Encodes new positions (eq. 1-3).
 
@@ -98,6 +100,8 @@ class Encoder:
             item_embeddings: (B, S, D) float32, left-aligned; new_lengths: (B) int64, 1..S.
             context: (B, L, C, D) float32, right-aligned; context_lengths: (B) int64, 0..C.
             memory: (B, L, m, D) float32.
+            ages: (B, S, C + S) int64 buckets of the time from each event to each new position; for a model that sees
+                times.
 
         Returns:
             User embeddings (B, D) at the last new position, and the layer inputs (B, L, S, D) to keep as context.
@@ -109,12 +113,28 @@ class Encoder:
             "context_lengths": context_lengths,
             "memory": memory,
         }
+        if ages is not None:
+            feed["ages"] = ages
         user_embedding, hidden = self._encoder.run(("user_embedding", "hidden"), feed)
         return user_embedding, hidden
 
     def abstract(self, memory: np.ndarray, segment_hidden: np.ndarray) -> np.ndarray:
         """Absorbs a closed segment (eq. 4): (B, L, m, D), (B, L, T, D) -> (B, L, m, D), all float32."""
         return self._abstraction.run(("new_memory",), {"memory": memory, "segment_hidden": segment_hidden})[0]
+
+    def read_at_request(
+        self, sources: np.ndarray, source_lengths: np.ndarray, memory: np.ndarray, ages: np.ndarray, gaps: np.ndarray
+    ) -> np.ndarray:
+        """User embeddings (B, D) for requests at known times.
+
+        Args:
+            sources: (B, C, D) float32 inputs of the last layer, right-aligned, C > 0; source_lengths: (B) int64, 1..C.
+            memory: (B, m, D) float32, of the last layer.
+            ages: (B, C) int64 buckets of the time from each event to the request; gaps: (B) int64, from the last one.
+        """
+        assert self._reader is not None
+        feed = {"sources": sources, "source_lengths": source_lengths, "memory": memory, "ages": ages, "gaps": gaps}
+        return self._reader.run(("user_embedding",), feed)[0]
 
 
 def _not_loaded(file: Path, reason: str) -> EncoderError:
@@ -142,9 +162,24 @@ def _expected_tensors(shape: StateShape) -> dict[str, tuple[_Tensors, _Tensors]]
         "context_lengths": (_INTEGER, ("B",)),
         "memory": memory,
     }
+    if shape.sees_times:
+        encoder_inputs["ages"] = (_INTEGER, ("B", "S", "K"))
     encoder_outputs: _Tensors = {"user_embedding": (_FLOAT, ("B", D)), "hidden": (_FLOAT, ("B", L, "S", D))}
     abstraction_inputs: _Tensors = {"memory": memory, "segment_hidden": (_FLOAT, ("B", L, shape.segment_length, D))}
-    return {ENCODER: (encoder_inputs, encoder_outputs), ABSTRACTION: (abstraction_inputs, {"new_memory": memory})}
+    expected: dict[str, tuple[_Tensors, _Tensors]] = {
+        ENCODER: (encoder_inputs, encoder_outputs),
+        ABSTRACTION: (abstraction_inputs, {"new_memory": memory}),
+    }
+    if shape.times == "request":
+        reader_inputs: _Tensors = {
+            "sources": (_FLOAT, ("B", "C", D)),
+            "source_lengths": (_INTEGER, ("B",)),
+            "memory": (_FLOAT, ("B", shape.memory_slots, D)),
+            "ages": (_INTEGER, ("B", "C")),
+            "gaps": (_INTEGER, ("B",)),
+        }
+        expected[REQUEST] = (reader_inputs, {"user_embedding": (_FLOAT, ("B", D))})
+    return expected
 
 
 def _problem(session: ort.InferenceSession, inputs: _Tensors, outputs: _Tensors) -> str:

@@ -12,14 +12,18 @@ import numpy as np
 from dman_runtime.errors import BundleError
 from dman_runtime.model import record, recurrence
 from dman_runtime.model.bundle import Bundle, open_bundle
+from dman_runtime.model.events import KnownEvents
+from dman_runtime.model.record import RecordHead
 from dman_runtime.model.recurrence import Graphs, Piece
+from dman_runtime.model.sketch import return_scores
 from dman_runtime.model.state import State
-from dman_runtime.retrieval.base import Retriever
+from dman_runtime.retrieval.base import Added, Retriever
 from dman_runtime.retrieval.exact import ExactRetriever
 
 if TYPE_CHECKING:
     from dman_runtime.model.encoder import Provider
 
+Answering = State | RecordHead
 GOLDEN_TOLERANCE = 1e-3  # relative to the largest value; float32 on another machine or on CUDA stays far below
 
 
@@ -67,15 +71,46 @@ class Generation:
     def pack(self, state: State) -> bytes:
         return record.pack(state, self.bundle)
 
-    def advance(self, states: Sequence[State], new_items: Sequence[np.ndarray]) -> None:
-        """Appends `new_items[i]` (item indices, oldest first) to `states[i]`, in place."""
-        recurrence.advance(states, new_items, bundle=self.bundle, graphs=self.graphs)
+    @property
+    def answer_bytes(self) -> int:
+        """How much of a record `read_for_answer` takes."""
+        shape = self.bundle.manifest.state
+        return record.max_record_bytes(shape) if shape.answers_read_states else record.head_bytes(shape)
+
+    def read_for_answer(self, stored: bytes) -> Answering:
+        """What an answer is made from: of most models the head of a record is enough. Raises StateError."""
+        read = record.view if self.bundle.manifest.state.answers_read_states else record.read_head
+        return read(stored, self.bundle)
+
+    def asked(self, users: Sequence[Answering], moments: Sequence[int | None]) -> tuple[np.ndarray, list[Added | None]]:
+        """What a search needs of users with events, for requests at these seconds, None for an unknown time.
+
+        Returns:
+            (B, D) user embeddings, and what is added to the scores of items that the users had before.
+        """
+        states = [user for user in users if isinstance(user, State)]
+        if len(states) < len(users):  # heads, which is enough: nothing else is in a state that would count
+            return _rows([user.user_embedding for user in users]), [None] * len(users)
+        embeddings = recurrence.embeddings_at(states, moments, bundle=self.bundle, graphs=self.graphs)
+        return embeddings, [self._added(*one) for one in zip(states, embeddings, moments, strict=True)]
+
+    def _added(self, state: State, embedding: np.ndarray, moment: int | None) -> Added | None:
+        """What is added to the scores of items that the user had before; None for a model without that term."""
+        if not self.bundle.returns:
+            return None
+        sketch = state.counts()
+        at = recurrence.moment_of(state, moment) or state.last_time
+        return Added(sketch.items, return_scores(sketch, embedding, at, self.bundle.returns))
+
+    def advance(self, states: Sequence[State], new_events: Sequence[KnownEvents]) -> None:
+        """Appends `new_events[i]` to `states[i]`, in place."""
+        recurrence.advance(states, new_events, bundle=self.bundle, graphs=self.graphs)
 
     def advance_pieces(self, pieces: Sequence[Piece]) -> None:
         recurrence.advance_pieces(pieces, bundle=self.bundle, graphs=self.graphs)
 
-    def replay(self, histories: Sequence[np.ndarray]) -> list[State]:
-        """The states of users with these histories (item indices, oldest first)."""
+    def replay(self, histories: Sequence[KnownEvents]) -> list[State]:
+        """The states of users with these histories."""
         return recurrence.replay(histories, bundle=self.bundle, graphs=self.graphs)
 
     def check_golden(self) -> float:
@@ -106,11 +141,18 @@ class Generation:
 
     def _golden_error(self) -> float:
         golden = self.bundle.golden()
-        states = self.replay([row[row >= 0] for row in golden["histories"]])
+        times = golden.get("times", np.zeros_like(golden["histories"]))
+        events = [KnownEvents(row[row >= 0], of[row >= 0]) for row, of in zip(golden["histories"], times, strict=True)]
+        states = self.replay(events)
         return max(
             _relative_error(np.stack([state.user_embedding for state in states]), golden["user_embeddings"]),
             _relative_error(np.stack([state.memory for state in states]), golden["memories"]),
         )
+
+
+def _rows(vectors: list[np.ndarray]) -> np.ndarray:
+    """(D) vectors as (B, D); np.stack takes longer than the search where there is one."""
+    return vectors[0][None] if len(vectors) == 1 else np.stack(vectors)
 
 
 def _relative_error(found: np.ndarray, expected: np.ndarray) -> float:

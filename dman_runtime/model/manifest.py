@@ -11,14 +11,17 @@ from typing import Any
 
 from dman_runtime.data.untrusted import is_whole_number, parse_json, shown
 from dman_runtime.errors import BundleError
+from dman_runtime.model.times import ANY_GAP
 
 FORMAT_VERSION = 1
 MANIFEST = "manifest.json"
 ENCODER, ABSTRACTION = "segment_encoder.onnx", "memory_abstraction.onnx"
+REQUEST, GAPS, RETURNS = "request_reader.onnx", "gap_embeddings.npy", "returns.npz"  # of some models only
 EMBEDDINGS, INITIAL_MEMORY, ITEMS, GOLDEN = "item_embeddings.npy", "initial_memory.npy", "items.jsonl", "golden.npz"
 GRAPHS = (ENCODER, ABSTRACTION)
 FILES = (*GRAPHS, EMBEDDINGS, INITIAL_MEMORY, ITEMS, GOLDEN)
 STATE_DTYPES = ("float16", "float32")
+TIMES = ("none", "events", "request")
 MAX_MANIFEST_BYTES = 1 << 20
 MAX_VOCABULARY = 100_000_000
 MAX_STATE_BYTES = 64 << 20  # of one user in float32; the default model has 50 kB
@@ -37,6 +40,19 @@ class StateShape:
     width: int  # D
     recurrent: bool  # the context reaches into the previous segment
     dtype: str  # what hidden states and memory are stored as
+    times: str = "none"  # one of TIMES: what the model sees of times
+    sketch_items: int = 0  # R; 0 for a model that does not count what users come back to
+    longest_gap: int = ANY_GAP  # seconds; a request later than that after the last event counts as that late
+
+    @property
+    def sees_times(self) -> bool:
+        return self.times != "none"
+
+    @property
+    def answers_read_states(self) -> bool:
+        """Whether an answer depends on more than the user embedding. Then a full segment stays open until the next
+        event, as in training: the answer must not see the memory that is made of it."""
+        return self.times == "request" or self.sketch_items > 0
 
     @property
     def closed_segments(self) -> int:
@@ -70,11 +86,28 @@ class Manifest:
         """What `bundle_id` must be."""
         content = {
             "format_version": self.format_version,
-            "state": asdict(self.state),
+            "state": _without_defaults(self.state),
             "integer_item_ids": self.integer_item_ids,
             "files": {name: entry["sha256"] for name, entry in self.files.items()},
         }
         return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def graphs_of(state: StateShape) -> tuple[str, ...]:
+    """The names of the graphs in a bundle."""
+    return (*GRAPHS, REQUEST) if state.times == "request" else GRAPHS
+
+
+def files_of(state: StateShape) -> tuple[str, ...]:
+    """The names of the files that a bundle has beside its manifest."""
+    optional = ((REQUEST, state.times == "request"), (GAPS, state.sees_times), (RETURNS, state.sketch_items > 0))
+    return (*FILES, *(name for name, there in optional if there))
+
+
+def _without_defaults(state: StateShape) -> dict[str, Any]:
+    """The fields, without those that came later and say nothing: the ids of older bundles stay what they are."""
+    values = asdict(state)
+    return {f.name: values[f.name] for f in fields(StateShape) if f.default is MISSING or values[f.name] != f.default}
 
 
 def parse_manifest(content: bytes, file: Path) -> Manifest:
@@ -117,23 +150,28 @@ def _check(values: dict[str, Any]) -> None:
     _require_number("vocabulary", values["vocabulary"], 1, MAX_VOCABULARY)
     _require(isinstance(values["integer_item_ids"], bool), "integer_item_ids is neither true nor false")
     _check_state(values["state"])
-    _check_files(values["files"])
+    _check_files(values["files"], files_of(StateShape(**values["state"])))
 
 
 def _check_state(state: object) -> None:
-    if not isinstance(state, dict) or set(state) != {f.name for f in fields(StateShape)}:
+    known = {f.name: f.default is MISSING for f in fields(StateShape)}
+    required = {name for name, needed in known.items() if needed}
+    if not isinstance(state, dict) or not required <= set(state) <= set(known):
         raise ValueError("state does not have exactly its fields")
     for name, (low, high) in SIZE_LIMITS.items():
         _require_number(f"state.{name}", state[name], low, high)
     _require(isinstance(state["recurrent"], bool), "state.recurrent is neither true nor false")
     _require(state["dtype"] in STATE_DTYPES, f"state.dtype is {shown(state['dtype'])}")
+    _require(state.get("times", "none") in TIMES, f"state.times is {shown(state.get('times'))}")
+    _require_number("state.sketch_items", state.get("sketch_items", 0), 0, 512)
+    _require_number("state.longest_gap", state.get("longest_gap", 0), 0, ANY_GAP)
     shape = StateShape(**state)
     size = 4 * shape.layers * shape.width * (shape.context_limit + shape.memory_slots)
     _require(size <= MAX_STATE_BYTES, f"a state would have {size} bytes, more than {MAX_STATE_BYTES}")
 
 
-def _check_files(files: object) -> None:
-    if not isinstance(files, dict) or set(files) != set(FILES):
+def _check_files(files: object, expected: tuple[str, ...]) -> None:
+    if not isinstance(files, dict) or set(files) != set(expected):
         raise ValueError("files does not list exactly the files of a bundle")
     for name, entry in files.items():
         if not isinstance(entry, dict) or set(entry) != {"sha256", "bytes"}:

@@ -12,6 +12,13 @@ positions, one event before a segment closes):
     recent items     156 B    u32 [c] item indices
     hidden          9984 B    dtype [L-1, c, D]
     memory          5120 B    dtype [L, m, D]; absent until the first absorption
+    times            359 B    only if the model sees times: i64 seconds of the last event and, [c], of the context;
+                              i8 [c] buckets of the times between events
+    sketch          1796 B    only if the model counts returns: u32 r, u32 [r] item indices, float32 [r, H] counts,
+                              u32 [r] events since the last one of the item
+    last times       512 B    if it does both: i64 [r] seconds of the last one of the item
+
+A model that sees requests or counts returns closes a segment one event later: 40 positions, 269 B more.
 """
 
 from __future__ import annotations
@@ -24,12 +31,15 @@ import numpy as np
 
 from dman_runtime.errors import StateError
 from dman_runtime.model.bundle import Bundle, StateShape
+from dman_runtime.model.sketch import EMPTY, HALF_LIVES, Sketch
 from dman_runtime.model.state import State, absorbed_segments, context_length
 
 RECORD_FORMAT = 2
 _HEADER, _CHECKSUM = struct.Struct("<BBHI8sQQ"), struct.Struct("<I")
 _HEADER_BYTES = _HEADER.size + _CHECKSUM.size
 _DTYPE_CODES = {"float16": 1, "float32": 2}
+_COUNTS = 4 * len(HALF_LIVES)  # bytes of an item of the sketch
+_MAX_AGE = (1 << 32) - 1
 _REMEDY = "make it anew from the history"
 
 
@@ -49,10 +59,12 @@ def head_bytes(shape: StateShape) -> int:
 
 
 def max_record_bytes(shape: StateShape) -> int:
-    """Bytes of the largest record: one event before a segment closes, with a memory."""
-    positions, value_bytes = shape.context_limit - 1, np.dtype(shape.dtype).itemsize
+    """Bytes of the largest record: before a segment closes, with a memory."""
+    positions, value_bytes = shape.context_limit - (not shape.answers_read_states), np.dtype(shape.dtype).itemsize
     hidden, memory = (shape.layers - 1) * positions, shape.layers * shape.memory_slots
-    return head_bytes(shape) + 4 * positions + value_bytes * (hidden + memory) * shape.width
+    times = 8 + 9 * positions if shape.sees_times else 0
+    sketch = 4 + shape.sketch_items * _sketch_row(shape) if shape.sketch_items else 0
+    return head_bytes(shape) + 4 * positions + value_bytes * (hidden + memory) * shape.width + times + sketch
 
 
 def read_head(record: bytes, bundle: Bundle) -> RecordHead:
@@ -72,28 +84,76 @@ def read_head(record: bytes, bundle: Bundle) -> RecordHead:
 
 
 def unpack(record: bytes, bundle: Bundle) -> State:
-    """The state in a record. Raises StateError."""
+    """The state in a record, to be advanced. Raises StateError."""
+    found, state = view(record, bundle), State.empty(bundle)
+    for name in ("recent", "times", "gaps"):
+        values = getattr(found, name)
+        getattr(state, name)[: len(values)] = values
+    state.hidden[:, : found.hidden.shape[1]] = found.hidden
+    for name in ("event_count", "history_count", "memory", "user_embedding", "last_time", "sketch"):
+        setattr(state, name, getattr(found, name))
+    return state
+
+
+def view(record: bytes, bundle: Bundle) -> State:
+    """The state in a record, for an answer: its arrays lie in the record and end with the context.
+
+    It cannot be advanced, and takes half the time of `unpack`. Raises StateError.
+    """
     shape, head = bundle.manifest.state, read_head(record, bundle)
     depth, width, size = shape.layers - 1, shape.width, np.dtype(shape.dtype).itemsize
     count, has_memory = head.context_length, absorbed_segments(head.event_count, shape) > 0
     recent_at = head_bytes(shape)
     hidden_at = recent_at + 4 * count
     memory_at = hidden_at + size * depth * count * width
-    end = memory_at + (size * bundle.initial_memory.size if has_memory else 0)
+    times_at = memory_at + (size * bundle.initial_memory.size if has_memory else 0)
+    sketch_at = times_at + (8 + 9 * count if shape.sees_times else 0)
+    rows = _sketch_rows(record, sketch_at, shape)
+    end = sketch_at + (4 + rows * _sketch_row(shape) if shape.sketch_items else 0)
     (checksum,) = _CHECKSUM.unpack_from(record, recent_at - _CHECKSUM.size)
-    intact = end == len(record) and zlib.crc32(record[recent_at:]) == checksum
+    intact = end == len(record) and zlib.crc32(memoryview(record)[recent_at:]) == checksum
     if not intact or head.dtype_code != _DTYPE_CODES[shape.dtype] or count != context_length(head.event_count, shape):
         raise StateError("a state record is damaged", _REMEDY)
-    state = State.empty(bundle)
-    state.event_count, state.history_count = head.event_count, head.history_count
-    state.user_embedding = head.user_embedding
-    state.recent[:count] = np.frombuffer(record, "<u4", count, recent_at)
-    hidden = np.frombuffer(record, shape.dtype, depth * count * width, hidden_at)
-    state.hidden[:, :count] = hidden.reshape(depth, count, width)
+    memory, times, gaps = bundle.initial_memory, np.zeros(1 + count, np.int64), np.zeros(count, np.int64)
     if has_memory:
-        memory = np.frombuffer(record, shape.dtype, bundle.initial_memory.size, memory_at)
-        state.memory = memory.reshape(bundle.initial_memory.shape)
-    return state
+        memory = np.frombuffer(record, shape.dtype, memory.size, memory_at).reshape(memory.shape)
+    if shape.sees_times:
+        times = np.frombuffer(record, "<i8", 1 + count, times_at)
+        gaps = np.frombuffer(record, "i1", count, times_at + 8 * (1 + count)).astype(np.int64)
+    return State(
+        shape=shape,
+        event_count=head.event_count,
+        history_count=head.history_count,
+        recent=np.frombuffer(record, "<u4", count, recent_at).astype(np.int64),
+        hidden=np.frombuffer(record, shape.dtype, depth * count * width, hidden_at).reshape(depth, count, width),
+        memory=memory.astype(shape.dtype, copy=False),
+        user_embedding=head.user_embedding,
+        times=times[1:],
+        gaps=gaps,
+        last_time=int(times[0]),
+        sketch=_unpack_sketch(record, sketch_at + 4, rows, shape) if rows else EMPTY,
+    )
+
+
+def _sketch_row(shape: StateShape) -> int:
+    """Bytes of an item of the sketch."""
+    return 4 + _COUNTS + 4 + (8 if shape.sees_times else 0)
+
+
+def _unpack_sketch(record: bytes, start: int, rows: int, shape: StateShape) -> Sketch:
+    items, ages = (np.frombuffer(record, "<u4", rows, at) for at in (start, start + rows * (4 + _COUNTS)))
+    counts = np.frombuffer(record, "<f4", rows * len(HALF_LIVES), start + 4 * rows).reshape(rows, -1)
+    times = np.zeros(rows, np.int64)
+    if shape.sees_times:
+        times = np.frombuffer(record, "<i8", rows, start + rows * (8 + _COUNTS)).astype(np.int64)
+    return Sketch(items.astype(np.int64), counts, ages.astype(np.int64), times)
+
+
+def _sketch_rows(record: bytes, start: int, shape: StateShape) -> int:
+    """How many items the sketch at `start` has; 0 for none, or for a record that is too short to say."""
+    if not shape.sketch_items or len(record) < start + 4:
+        return 0
+    return min(int.from_bytes(record[start : start + 4], "little"), shape.sketch_items)
 
 
 def pack(state: State, bundle: Bundle) -> bytes:
@@ -111,6 +171,14 @@ def pack(state: State, bundle: Bundle) -> bytes:
     parts = [state.recent[:count].astype("<u4").tobytes(), state.hidden[:, :count].tobytes()]
     if absorbed_segments(state.event_count, state.shape):
         parts.append(state.memory.tobytes())
+    if state.shape.sees_times:
+        parts += [np.array([state.last_time], "<i8").tobytes(), state.times[:count].astype("<i8").tobytes()]
+        parts.append(state.gaps[:count].astype("i1").tobytes())
+    if state.shape.sketch_items:
+        items, counts, ages, times = state.sketch
+        parts += [len(items).to_bytes(4, "little"), items.astype("<u4").tobytes(), counts.astype("<f4").tobytes()]
+        parts.append(ages.clip(max=_MAX_AGE).astype("<u4").tobytes())
+        parts.append(times.astype("<i8").tobytes() if state.shape.sees_times else b"")
     tail = b"".join(parts)
     embedding = state.user_embedding.astype("<f4").tobytes() + _CHECKSUM.pack(zlib.crc32(tail))
     return header + _CHECKSUM.pack(zlib.crc32(embedding, zlib.crc32(header))) + embedding + tail

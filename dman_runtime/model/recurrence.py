@@ -12,7 +12,10 @@ from typing import NamedTuple, Protocol
 import numpy as np
 
 from dman_runtime.model.bundle import Bundle
+from dman_runtime.model.events import KnownEvents
+from dman_runtime.model.sketch import kept as keep_best
 from dman_runtime.model.state import State
+from dman_runtime.model.times import NO_GAP, bucket
 
 ROWS_PER_RUN = 64  # users in one run of a graph: enough for speed, few enough to stay in cache
 
@@ -33,75 +36,109 @@ class Graphs(Protocol):
         context: np.ndarray,
         context_lengths: np.ndarray,
         memory: np.ndarray,
+        ages: np.ndarray | None = None,
     ) -> tuple[np.ndarray, np.ndarray]: ...
 
     def abstract(self, memory: np.ndarray, segment_hidden: np.ndarray) -> np.ndarray: ...
+
+    def read_at_request(
+        self, sources: np.ndarray, source_lengths: np.ndarray, memory: np.ndarray, ages: np.ndarray, gaps: np.ndarray
+    ) -> np.ndarray: ...
 
 
 class Piece(NamedTuple):
     """Some next events of one user, none of them beyond the open segment, and at least one."""
 
     state: State
-    items: np.ndarray  # (n) item indices, oldest first
+    events: KnownEvents
 
 
-def next_piece(state: State, items: np.ndarray) -> Piece:
-    """As many of the `items` (N), N > 0, as fit into the open segment."""
-    return Piece(state, items[: state.shape.segment_length - state.segment_fill])
+def next_piece(state: State, events: KnownEvents) -> Piece:
+    """As many of some events, at least one, as fit into the open segment, or into the next if that is full."""
+    segment = state.shape.segment_length
+    return Piece(state, events[: segment - state.segment_fill % segment])
 
 
-def advance(states: Sequence[State], new_items: Sequence[np.ndarray], *, bundle: Bundle, graphs: Graphs) -> None:
-    """Appends `new_items[i]` (item indices, oldest first, may be empty) to `states[i]`, in place."""
-    left = [(state, items) for state, items in zip(states, new_items, strict=True) if len(items)]
+def advance(states: Sequence[State], new_events: Sequence[KnownEvents], *, bundle: Bundle, graphs: Graphs) -> None:
+    """Appends `new_events[i]` (may be empty) to `states[i]`, in place."""
+    left = [(state, events) for state, events in zip(states, new_events, strict=True) if len(events)]
     while left:
-        pieces = [next_piece(state, items) for state, items in left]
+        pieces = [next_piece(state, events) for state, events in left]
         advance_pieces(pieces, bundle=bundle, graphs=graphs)
         left = [
-            (state, items[len(piece.items) :])
-            for (state, items), piece in zip(left, pieces, strict=True)
-            if len(piece.items) < len(items)
+            (state, events[len(piece.events) :])
+            for (state, events), piece in zip(left, pieces, strict=True)
+            if len(piece.events) < len(events)
         ]
 
 
 def advance_pieces(pieces: Sequence[Piece], *, bundle: Bundle, graphs: Graphs) -> None:
     """Appends one piece to each of some different states, in place."""
-    ordered = sorted(pieces, key=lambda piece: len(piece.items))  # runs of similar length waste no padding
+    ordered = sorted(pieces, key=lambda piece: len(piece.events))  # runs of similar length waste no padding
     for start in range(0, len(ordered), ROWS_PER_RUN):
         part = ordered[start : start + ROWS_PER_RUN]
-        closing = _encode(part, bundle=bundle, graphs=graphs)
-        if closing:
-            _close_segments(closing, bundle=bundle, graphs=graphs)
+        states = [state for state, _ in part]
+        late = states[0].shape.answers_read_states
+        if late:
+            _close_full(states, bundle=bundle, graphs=graphs)
+        _encode(part, bundle=bundle, graphs=graphs)
+        if not late:
+            _close_full(states, bundle=bundle, graphs=graphs)
 
 
-def _encode(pieces: Sequence[Piece], *, bundle: Bundle, graphs: Graphs) -> list[State]:
-    """Encodes the pieces and keeps what they leave behind; returns the states whose context is now full.
+def _encode(pieces: Sequence[Piece], *, bundle: Bundle, graphs: Graphs) -> None:
+    """Encodes the pieces and keeps what they leave behind.
 
     Row by row: for one user, where latency counts, that is faster than any indexing of a whole batch, and for many
     users the graph takes far longer.
     """
     shape = pieces[0].state.shape
-    lengths = [len(items) for _, items in pieces]
-    contexts = [state.context_length for state, _ in pieces]
+    lengths = [len(events) for _, events in pieces]
+    contexts = [_context_before(state) for state, _ in pieces]
     new = np.zeros((len(pieces), max(lengths), shape.width), np.float32)  # (R, S, D) left-aligned
     context = np.zeros((len(pieces), shape.layers, max(contexts), shape.width), np.float32)  # right-aligned
     memory = np.empty((len(pieces), *bundle.initial_memory.shape), np.float32)
-    for row, (state, items) in enumerate(pieces):
+    ages = (
+        np.zeros((len(pieces), new.shape[1], context.shape[2] + new.shape[1]), np.int64) if shape.sees_times else None
+    )
+    for row, (state, events) in enumerate(pieces):
         memory[row] = state.memory
-        new[row, : len(items)] = bundle.item_embeddings[items]
+        new[row, : len(events)] = bundle.item_embeddings[events.items]
         if count := contexts[row]:
             context[row, 0, -count:] = bundle.item_embeddings[state.recent[:count]]
             context[row, 1:, -count:] = state.hidden[:, :count]
-    embeddings, hidden = graphs.encode(new, np.array(lengths, np.int64), context, np.array(contexts, np.int64), memory)
-    closing = []
-    for row, (state, items) in enumerate(pieces):
+        if ages is not None:
+            _add_times(ages[row], new[row], context[row, 0], pieces[row], bundle)
+    embeddings, hidden = graphs.encode(
+        new, np.array(lengths, np.int64), context, np.array(contexts, np.int64), memory, ages
+    )
+    for row, (state, events) in enumerate(pieces):
         begin, end = contexts[row], contexts[row] + lengths[row]
-        state.recent[begin:end] = items
+        state.recent[begin:end] = events.items
+        if ages is not None:
+            moments = known_times(state, events.times)
+            state.gaps[begin:end] = new_gaps(state, moments)
+            state.times[begin:end], state.last_time = moments, int(moments[-1])
         state.hidden[:, begin:end] = hidden[row, 1:, : lengths[row]]
         state.user_embedding = embeddings[row]
         state.event_count += lengths[row]
-        if end == shape.context_limit:
-            closing.append(state)
-    return closing
+
+
+def _context_before(state: State) -> int:
+    """Positions of the context that a new event sees: without a segment that `_close_full` has taken out of it."""
+    count, shape = state.context_length, state.shape
+    return count - shape.segment_length if count == shape.context_limit else count
+
+
+def _close_full(states: Sequence[State], *, bundle: Bundle, graphs: Graphs) -> None:
+    """Closes the open segment of each state where it is full."""
+    shape = states[0].shape
+    full = [state for state in states if state.event_count and state.event_count % shape.segment_length == 0]
+    if shape.sketch_items:
+        for state in full:
+            state.sketch = keep_best(state.counts(), shape.sketch_items)
+    if whole := [state for state in full if state.event_count >= shape.context_limit]:
+        _close_segments(whole, bundle=bundle, graphs=graphs)
 
 
 def _close_segments(states: Sequence[State], *, bundle: Bundle, graphs: Graphs) -> None:
@@ -117,16 +154,104 @@ def _close_segments(states: Sequence[State], *, bundle: Bundle, graphs: Graphs) 
         for row, state in enumerate(states):
             memory[row] = state.memory
             closed[row, 0] = bundle.item_embeddings[state.recent[:segment]]
+            if bundle.gap_embeddings is not None:
+                _add_gaps(closed[row, 0], state.gaps[:segment], bundle.gap_embeddings)
             closed[row, 1:] = state.hidden[:, :segment]
         for state, new_memory in zip(states, graphs.abstract(memory, closed).astype(shape.dtype), strict=True):
             state.memory = new_memory
     for state in states:
         state.recent[:kept] = state.recent[segment:]
+        state.times[:kept] = state.times[segment:]
+        state.gaps[:kept] = state.gaps[segment:]
         state.hidden[:, :kept] = state.hidden[:, segment:]
 
 
-def replay(histories: Sequence[np.ndarray], *, bundle: Bundle, graphs: Graphs) -> list[State]:
-    """The states of users with these histories (item indices, oldest first)."""
+def _add_times(ages: np.ndarray, new: np.ndarray, context: np.ndarray, piece: Piece, bundle: Bundle) -> None:
+    """Fills in the `ages` (S, K) of a row; adds to its (S, D) new and (C, D) context items what gaps are worth."""
+    state, events = piece
+    count, fresh, table = _context_before(state), len(events), bundle.gap_embeddings
+    assert table is not None
+    moments = known_times(state, events.times)
+    _add_gaps(new[:fresh], new_gaps(state, moments), table)
+    _add_gaps(context[len(context) - count :], state.gaps[:count], table)
+    times = np.concatenate([state.times[:count], moments])
+    ages[:fresh, len(context) - count : len(context) + fresh] = bucket(moments[:, None] - times)
+
+
+def embeddings_at(
+    states: Sequence[State], moments: Sequence[int | None], *, bundle: Bundle, graphs: Graphs
+) -> np.ndarray:
+    """(B, D) user embeddings for requests at these seconds; where the model or the request knows no time, the states'.
+
+    What a moment is: `moment_of`.
+    """
+    embeddings = np.stack([state.user_embedding for state in states])
+    asked = [
+        (row, state, at)
+        for row, (state, moment) in enumerate(zip(states, moments, strict=True))
+        if (at := moment_of(state, moment)) is not None
+    ]
+    for start in range(0, len(asked), ROWS_PER_RUN):
+        part = asked[start : start + ROWS_PER_RUN]
+        chosen = [row for row, _, _ in part]
+        embeddings[chosen] = _read([state for _, state, _ in part], [moment for _, _, moment in part], bundle, graphs)
+    return embeddings
+
+
+def moment_of(state: State, moment: int | None) -> int | None:
+    """The moment of a request as the model sees it; None for an unknown one, and for a model that sees no requests.
+
+    A moment before the last event is unknown, and so is every moment if the time of that is. One that is later than
+    training knew counts as the latest of them: no weight was trained for more.
+    """
+    if moment is None or not moment >= state.last_time > 0 or state.shape.times != "request":
+        return None
+    return min(moment, state.last_time + state.shape.longest_gap)
+
+
+def _read(states: Sequence[State], moments: Sequence[int], bundle: Bundle, graphs: Graphs) -> np.ndarray:
+    """(B, D): the last layer, read once more from the time of the request."""
+    shape, lengths = states[0].shape, [state.context_length for state in states]
+    sources = np.zeros((len(states), max(lengths), shape.width), np.float32)  # right-aligned inputs of the last layer
+    memory = np.empty((len(states), *bundle.initial_memory.shape[1:]), np.float32)
+    ages = np.zeros(sources.shape[:2], np.int64)
+    for row, (state, moment, count) in enumerate(zip(states, moments, lengths, strict=True)):
+        if shape.layers > 1:
+            sources[row, -count:] = state.hidden[-1, :count]
+        else:
+            assert bundle.gap_embeddings is not None
+            sources[row, -count:] = bundle.item_embeddings[state.recent[:count]]
+            _add_gaps(sources[row, -count:], state.gaps[:count], bundle.gap_embeddings)
+        memory[row], ages[row, -count:] = state.memory[-1], bucket(moment - state.times[:count])
+    gaps = bucket(np.array(moments, np.int64) - [state.last_time for state in states])
+    return graphs.read_at_request(sources, np.array(lengths, np.int64), memory, ages, gaps)
+
+
+def known_times(state: State, times: np.ndarray) -> np.ndarray:
+    """(n) seconds of new events, where an unknown time (0) is that of the event before."""
+    if times.all():
+        return times
+    known = np.maximum.accumulate(np.where(times != 0, np.arange(len(times)), -1))
+    return np.where(known >= 0, times[known], state.last_time)
+
+
+def new_gaps(state: State, times: np.ndarray) -> np.ndarray:
+    """Buckets (n) of the time between each new event, at (n) seconds, and the one before.
+
+    NO_GAP for a first event, and after one at an unknown time.
+    """
+    before = np.concatenate([[np.int64(state.last_time)], times[:-1]])
+    return np.where(before == 0, NO_GAP, bucket(times - before))
+
+
+def _add_gaps(rows: np.ndarray, gaps: np.ndarray, table: np.ndarray) -> None:
+    """Adds to (n, D) item embeddings, in place, those of the (n) gaps before them."""
+    known = gaps >= 0
+    rows[known] += table[gaps[known]]
+
+
+def replay(histories: Sequence[KnownEvents], *, bundle: Bundle, graphs: Graphs) -> list[State]:
+    """The states of users with these histories."""
     states = [State.empty(bundle) for _ in histories]
     advance(states, histories, bundle=bundle, graphs=graphs)
     for state in states:

@@ -14,17 +14,22 @@ from dataclasses import dataclass
 import numpy as np
 
 from dman_runtime.model.bundle import Bundle, StateShape
+from dman_runtime.model.events import KnownEvents
+from dman_runtime.model.sketch import EMPTY, Sketch, counted
 
 
 def absorbed_segments(event_count: int, shape: StateShape) -> int:
     """Segments in the memory: all closed ones, except those in the context."""
-    return max(0, event_count // shape.segment_length - shape.closed_segments)
+    return max(0, _closed_segments(event_count, shape) - shape.closed_segments)
 
 
 def context_length(event_count: int, shape: StateShape) -> int:
     """Positions with hidden states in the context: the open segment and, with recurrence, the closed one before it."""
-    closed, fill = divmod(event_count, shape.segment_length)
-    return fill + shape.segment_length * min(closed, shape.closed_segments)
+    return event_count - shape.segment_length * absorbed_segments(event_count, shape)
+
+
+def _closed_segments(event_count: int, shape: StateShape) -> int:
+    return max(0, event_count - shape.answers_read_states) // shape.segment_length
 
 
 @dataclass(slots=True, eq=False)
@@ -37,7 +42,11 @@ class State:
     recent: np.ndarray  # (C) int64 item indices of the context, left-aligned; layer 0 is their row of the item table
     hidden: np.ndarray  # (L-1, C, D) shape.dtype, inputs of layers 1..L-1, left-aligned
     memory: np.ndarray  # (L, m, D) shape.dtype; replaced, never written to
-    user_embedding: np.ndarray  # (D) float32; zero for an empty history
+    user_embedding: np.ndarray  # (D) float32; zero for an empty history; of a request at an unknown time
+    times: np.ndarray  # (C) int64 seconds of the events of the context, left-aligned
+    gaps: np.ndarray  # (C) int64 buckets of the times between each event of the context and the one before; or NO_GAP
+    last_time: int  # seconds of the last event; 0 before the first
+    sketch: Sketch  # of the closed segments
 
     @classmethod
     def empty(cls, bundle: Bundle) -> State:
@@ -51,6 +60,10 @@ class State:
             hidden=np.empty((shape.layers - 1, shape.context_limit, shape.width), shape.dtype),
             memory=bundle.initial_memory.astype(shape.dtype),
             user_embedding=np.zeros(shape.width, np.float32),
+            times=np.zeros(shape.context_limit, np.int64),
+            gaps=np.zeros(shape.context_limit, np.int64),
+            last_time=0,
+            sketch=EMPTY,
         )
 
     @property
@@ -58,6 +71,16 @@ class State:
         return context_length(self.event_count, self.shape)
 
     @property
+    def open_events(self) -> KnownEvents:
+        """Those of the open segment; at unknown times for a model that sees none."""
+        part = slice(self.context_length - self.segment_fill, self.context_length)
+        return KnownEvents(self.recent[part], self.times[part])
+
+    def counts(self) -> Sketch:
+        """What the user may come back to, as it is now."""
+        return counted(self.sketch, self.open_events)
+
+    @property
     def segment_fill(self) -> int:
-        """Events in the open segment: 0 to T - 1."""
-        return self.event_count % self.shape.segment_length
+        """Events in the open segment: 0 to T - 1; 1 to T after the first if segments close late."""
+        return self.event_count - self.shape.segment_length * _closed_segments(self.event_count, self.shape)

@@ -17,6 +17,13 @@ class Hits(NamedTuple):
     scores: np.ndarray  # (n) float
 
 
+class Added(NamedTuple):
+    """What is added to the scores of some items for one user."""
+
+    items: np.ndarray  # (n) int64 item indices, distinct
+    scores: np.ndarray  # (n) float
+
+
 class Retriever(Protocol):
     """Always a batch: one user is B = 1. Thread-safe."""
 
@@ -27,8 +34,9 @@ class Retriever(Protocol):
         *,
         exclude: Sequence[np.ndarray],
         candidates: Sequence[np.ndarray | None] | None = None,
+        added: Sequence[Added | None] | None = None,
     ) -> list[Hits]:
-        """The k best items for each of (B, D) user embeddings, by inner product; ties by item index.
+        """The k best items for each of (B, D) user embeddings, by inner product and `added`; ties by item index.
 
         Args:
             users: (B, D) float32.

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from dman_runtime.retrieval.base import NO_ITEMS, Hits
+from dman_runtime.retrieval.base import NO_ITEMS, Added, Hits
 
 GROUP = 16  # scores whose maximum stands for them in the first pass of `top_k`
 SCORES_PER_BLOCK = 4 << 20  # scores held at a time: 16 MB
@@ -78,24 +78,39 @@ class ExactRetriever:
         *,
         exclude: Sequence[np.ndarray],
         candidates: Sequence[np.ndarray | None] | None = None,
+        added: Sequence[Added | None] | None = None,
     ) -> list[Hits]:
         """As in `Retriever`. One matrix product for a block of users without candidates."""
         if len(users) == 1 and not candidates:
-            return [top_k(users[0] @ self._by_dimension, k, exclude=exclude[0])]
+            scores = users[0] @ self._by_dimension
+            _add(scores, added[0] if added else None)
+            return [top_k(scores, k, exclude=exclude[0])]
         hits: dict[int, Hits] = {}
         for row, limit in enumerate(candidates or ()):
             if limit is not None:
-                hits[row] = self._search_candidates(users[row], k, exclude[row], limit)
+                hits[row] = self._search_candidates(users[row], k, exclude[row], limit, added[row] if added else None)
         rows = [row for row in range(len(users)) if row not in hits]
         step = max(1, SCORES_PER_BLOCK // max(1, len(self._table)))
         for start in range(0, len(rows), step):
             block = rows[start : start + step]
             chosen = users if len(block) == len(users) else users[block]
             for row, scores in zip(block, self.scores(chosen), strict=True):
+                _add(scores, added[row] if added else None)
                 hits[row] = top_k(scores, k, exclude=exclude[row])
         return [hits[row] for row in range(len(users))]
 
-    def _search_candidates(self, user: np.ndarray, k: int, exclude: np.ndarray, candidates: np.ndarray) -> Hits:
+    def _search_candidates(
+        self, user: np.ndarray, k: int, exclude: np.ndarray, candidates: np.ndarray, added: Added | None
+    ) -> Hits:
         candidates = np.setdiff1d(candidates, exclude)
-        chosen, scores = top_k(self._table[candidates] @ user, k)
-        return Hits(candidates[chosen], scores)
+        scores = self._table[candidates] @ user
+        if added is not None:
+            _, mine, theirs = np.intersect1d(candidates, added.items, assume_unique=True, return_indices=True)
+            scores[mine] += added.scores[theirs]
+        chosen, best = top_k(scores, k)
+        return Hits(candidates[chosen], best)
+
+
+def _add(scores: np.ndarray, added: Added | None) -> None:
+    if added is not None:
+        scores[added.items] += added.scores

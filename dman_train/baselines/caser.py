@@ -28,6 +28,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dman_train.baselines.base import Baseline
+from dman_train.baselines.latest import Moments
 from dman_train.config import BaselineConfig
 
 HEIGHTS = (1, 2, 3, 4, 5, 8, 12, 16, 20)  # of horizontal filters
@@ -40,7 +41,7 @@ class Caser(Baseline):
         width = config.width
         self.heights = [height for height in HEIGHTS if height <= config.history]
         self.user_table = nn.Parameter(torch.randn(users, width) * 0.02)
-        self.output_table = nn.Parameter(torch.randn(vocabulary, 2 * width + 1) * 0.02)
+        self.output_table = nn.Parameter(torch.randn(vocabulary, self.score_width) * 0.02)
         with torch.no_grad():
             self.output_table[:, -1] = 0.0
         self.horizontal = nn.ModuleList(nn.Conv1d(width, HORIZONTAL, height) for height in self.heights)
@@ -48,11 +49,15 @@ class Caser(Baseline):
         self.vertical_bias = nn.Parameter(torch.zeros(VERTICAL))
         self.mix = nn.Linear(VERTICAL * width + HORIZONTAL * len(self.heights), width)
 
+    @property
+    def score_width(self) -> int:
+        return 2 * self.config.width + 1
+
     def item_table(self) -> Tensor:
         """(V, 2D + 1): weights and a bias."""
         return self.output_table * self.input_scale
 
-    def encode(self, items: Tensor, users: Tensor, lengths: Tensor) -> Tensor:
+    def encode(self, items: Tensor, users: Tensor, lengths: Tensor, moments: Moments | None = None) -> Tensor:
         x = self.embed(items)
         responses = torch.cat([self._vertical_responses(x), *self._horizontal_responses(x)], dim=-1)
         z = F.relu(self.mix(self.dropout(responses)))  # (B, W, D)

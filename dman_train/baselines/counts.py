@@ -1,4 +1,4 @@
-"""Systems that only count: the most popular items, and the items that most often follow the recent ones."""
+"""Systems that only count: what is popular, what most often follows the recent items, and what a user had before."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from dman_runtime.data.evaluation import HeldOut, Ranks, ranks_of_targets
 
 Scorer = Callable[[Sequence[np.ndarray]], np.ndarray]  # N histories, none of them empty -> (N, V) scores
 DISTANCE, RECENT = 8, 10  # chosen on MovieLens-1M's validation split, like the weights below
+HALF_LIFE = 20  # events until one of a user's own counts half
 _BATCH = 256
 
 
@@ -47,7 +48,45 @@ def transitions(items: np.ndarray, offsets: np.ndarray, vocabulary: int) -> Scor
     return scores
 
 
-COUNTS = {"popular": most_popular, "transitions": transitions}
+def own_frequency(items: np.ndarray, offsets: np.ndarray, vocabulary: int) -> Scorer:
+    """A user's own items by how often they came up, the rest by popularity."""
+    return _own_items(items, vocabulary, lambda ages: np.ones(len(ages)))
+
+
+def own_decayed(items: np.ndarray, offsets: np.ndarray, vocabulary: int) -> Scorer:
+    """A user's own items by how often they came up, an event counting half for every `HALF_LIFE` that came later."""
+    return _own_items(items, vocabulary, lambda ages: 2.0 ** (-ages / HALF_LIFE))
+
+
+def own_latest(items: np.ndarray, offsets: np.ndarray, vocabulary: int) -> Scorer:
+    """A user's own items, the latest first, the rest by popularity."""
+    return _own_items(items, vocabulary, lambda ages: 2.0 ** -ages.astype(float))
+
+
+def _own_items(items: np.ndarray, vocabulary: int, weights: Callable[[np.ndarray], np.ndarray]) -> Scorer:
+    """`weights`: of events that are (n) events old."""
+    counts = np.bincount(items, minlength=vocabulary)
+    popularity = counts / (counts.sum() + 1)  # below 1
+
+    def scores(histories: Sequence[np.ndarray]) -> np.ndarray:
+        result = np.tile(popularity, (len(histories), 1))
+        for row, history in enumerate(histories):
+            own, place = np.unique(history, return_inverse=True)
+            found = np.bincount(place, weights(np.arange(len(history))[::-1]))
+            order = np.lexsort((popularity[own], found))  # ties by popularity; the values themselves would underflow
+            result[row, own] = 1 + np.argsort(order)
+        return result
+
+    return scores
+
+
+COUNTS = {
+    "popular": most_popular,
+    "transitions": transitions,
+    "own-frequency": own_frequency,
+    "own-decayed": own_decayed,
+    "own-latest": own_latest,
+}
 
 
 def count_ranks(scorer: Scorer, data: HeldOut) -> Ranks:

@@ -14,7 +14,8 @@ event]; one period for all layers, so that four layers have slots with the perio
 the left end of a window, so that a slot is up to one period old, and zero before its first period ends; layers that
 would never be updated are left out. The energies are those of the reference, a network over query, slot and their
 product (their difference adds nothing). The penalty is that of the reference, which sums it over a batch of 128 with
-weight 1e-5. Here it is a mean over all positions, including padding.
+weight 1e-5. Here it is a mean over all positions, including padding. If it sees times, the gap to the event before is
+embedded into each input, and the one from the last event to the request into that event as query and output.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dman_train.baselines.base import Baseline
+from dman_train.baselines.latest import Moments
 from dman_train.config import BaselineConfig
 
 PERIOD = 4  # states of a layer per state of the next
@@ -44,9 +46,9 @@ class HPMN(Baseline):
         self.output = nn.Linear(2 * width, width)
         self._penalty = torch.zeros(())
 
-    def encode(self, items: Tensor, users: Tensor, lengths: Tensor) -> Tensor:
-        last = self.embed(items)
-        memory = self._memory(last)
+    def encode(self, items: Tensor, users: Tensor, lengths: Tensor, moments: Moments | None = None) -> Tensor:
+        events = self.embed(items, moments)
+        memory, last = self._memory(events), self.at_request(events, moments)
         self._penalty = PENALTY * _covariance_norm(memory)
         read = self._read(memory, self.query(last))
         return self.output(self.dropout(torch.cat([read, last], dim=-1)))  # small: needs no output_scale

@@ -24,6 +24,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dman_train.baselines.base import Baseline
+from dman_train.baselines.latest import Moments
 from dman_train.config import BaselineConfig
 
 
@@ -42,7 +43,7 @@ class SDM(Baseline):
         self.long_output = nn.Linear(width, width) if several else None
         self.gate = nn.Linear(3 * width, width) if several else None
 
-    def encode(self, items: Tensor, users: Tensor, lengths: Tensor) -> Tensor:
+    def encode(self, items: Tensor, users: Tensor, lengths: Tensor, moments: Moments | None = None) -> Tensor:
         user = F.embedding(users, self.user_table) * self.input_scale  # (B, D)
         place, event = _cut_from_the_end(lengths, items.shape[1], self.config.segment_length)
         x = self.embed(items.gather(1, event.clamp(min=0)))  # (B, S * T, D), anything in places without an event

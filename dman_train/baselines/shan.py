@@ -22,6 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dman_train.baselines.base import Baseline
+from dman_train.baselines.latest import Moments
 from dman_train.config import BaselineConfig
 
 
@@ -33,7 +34,7 @@ class SHAN(Baseline):
         self.long_term = nn.Linear(width, width) if several else None
         self.short_term = nn.Linear(width, width)
 
-    def encode(self, items: Tensor, users: Tensor, lengths: Tensor) -> Tensor:
+    def encode(self, items: Tensor, users: Tensor, lengths: Tensor, moments: Moments | None = None) -> Tensor:
         x = self.embed(items)
         query = F.embedding(users, self.user_table) * self.input_scale  # (B, D)
         position = torch.arange(x.shape[1], device=x.device)

@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 
+from dman_runtime.model.times import NO_GAP
 from dman_train.checkpoint import whole_number
 from dman_train.lanes import Batch, trainable_users
 
@@ -17,8 +18,11 @@ class Windows:
     so that every event is an input once. Pieces of similar length share a batch of at most `positions` padded events.
     """
 
-    def __init__(self, items: np.ndarray, offsets: np.ndarray, *, length: int, positions: int, seed: int) -> None:
-        self._items, self._offsets, self._users = items, offsets, trainable_users(offsets)
+    def __init__(
+        self, items: np.ndarray, offsets: np.ndarray, times: np.ndarray, *, length: int, positions: int, seed: int
+    ) -> None:
+        self._items, self._offsets, self._times = items, offsets, times
+        self._users = trainable_users(offsets)
         self.events = int((np.diff(offsets)[self._users] - 1).sum())
         self._length, self._positions = length, max(positions, length)
         self._random = np.random.default_rng(seed)
@@ -59,7 +63,13 @@ class Windows:
         index = np.where(real, rows[:, 1:2] + position, 0)
         items, targets = (np.where(real, self._items[index + shift * real], 0).astype(np.int64) for shift in (0, 1))
         users, first_events = rows[:, 0].astype(np.int64), rows[:, 1].astype(np.int64)
-        return Batch(items, targets, lengths.astype(np.int64), np.ones(len(rows), bool), users, first_events)
+        times, next_times = (np.where(real, self._times[index + shift * real], 0) for shift in (0, 1))
+        since_last = np.maximum(np.diff(times, axis=1, prepend=times[:, :1]), 0)
+        since_last[:, 0] = NO_GAP  # a piece is all that the model sees
+        starts = np.ones(len(rows), bool)
+        return Batch(
+            items, targets, lengths.astype(np.int64), starts, users, first_events, times, next_times, since_last
+        )
 
     def state_dict(self) -> dict[str, Any]:
         return {"random": self._cut_from, "next": self._next}

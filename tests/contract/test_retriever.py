@@ -15,7 +15,7 @@ from contract.retrievers import RETRIEVERS
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from dman_runtime.retrieval.base import NO_ITEMS, Hits, Retriever
+from dman_runtime.retrieval.base import NO_ITEMS, Added, Hits, Retriever
 
 Make = Callable[[np.ndarray], Retriever]
 
@@ -236,3 +236,57 @@ def test_search_over_a_table_that_is_read_only(make: Make) -> None:
     table = ITEMS.copy()
     table.flags.writeable = False  # as a bundle's, which is mapped from its file
     assert search_one(make(table), np.array(EAST, np.float32), 2, exclude=[0]) == ([4, 2], [2, 1])
+
+
+# -- what is added -----------------------------------------------------------------------------------------------------
+
+
+def test_added_scores_count_in_the_ranking_and_in_the_scores(make: Make) -> None:
+    added = Added(np.array([3, 1]), np.array([4.0, 1.0]))  # EAST: 1 1 1 3 2 1
+    for candidates, items, scores in (
+        (None, [3, 4, 0, 1, 2, 5], [3, 2, 1, 1, 1, 1]),
+        ([5, 3, 1, 3], [3, 1, 5], [3, 1, 1]),
+        ([0, 5], [0, 5], [1, 1]),
+    ):
+        (hits,) = make(ITEMS).search(
+            np.array([EAST], np.float32), 6, exclude=[NO_ITEMS], candidates=[indices(candidates)], added=[added]
+        )
+        assert (hits.items.tolist(), hits.scores.tolist()) == (items, scores)
+
+
+def test_added_scores_do_not_bring_excluded_items_back(make: Make) -> None:
+    added = Added(np.array([3, 4]), np.array([9.0, 9.0]))
+    for candidates in (None, [2, 3, 4]):
+        (hits,) = make(ITEMS).search(
+            np.array([EAST], np.float32), 1, exclude=[np.array([3, 4])], candidates=[indices(candidates)], added=[added]
+        )
+        assert hits.items.tolist() == [0 if candidates is None else 2]
+
+
+def test_added_scores_are_those_of_their_user_and_of_one_search(make: Make) -> None:
+    retriever, users = make(ITEMS), np.array([EAST, NORTH, EAST, NORTH], np.float32)
+    plain = retriever.search(users, 2, exclude=[NO_ITEMS] * 4)
+    added = [None, Added(np.array([3]), np.array([5.0])), Added(NO_ITEMS, np.zeros(0)), None]
+    candidates = [None, None, None, np.array([3, 4])]
+    found = retriever.search(users, 2, exclude=[NO_ITEMS] * 4, candidates=candidates, added=added)
+    assert [hits.items.tolist() for hits in found] == [[4, 0], [3, 1], [4, 0], [3, 4]]
+    assert found[1].scores.tolist() == [5, 1]
+    again = retriever.search(users, 2, exclude=[NO_ITEMS] * 4)
+    assert [hits.items.tolist() for hits in again] == [hits.items.tolist() for hits in plain]
+
+
+@pytest.mark.parametrize("count", [1, 5])
+def test_search_with_added_scores_is_a_plain_sort(make: Make, count: int) -> None:
+    random = np.random.default_rng(count)
+    table, users = random.integers(-9, 10, (300, 4)), random.integers(-9, 10, (count, 4))
+    added = [Added(random.choice(300, 40, replace=False), random.integers(-99, 100, 40).astype(float)) for _ in users]
+    excluded = [random.choice(300, 30, replace=False) for _ in users]
+    retriever = make(table.astype(np.float32))
+    found = retriever.search(users.astype(np.float32), 25, exclude=excluded, added=added)
+    for user, more, left_out, hits in zip(users, added, excluded, found, strict=True):
+        scores = (table @ user).astype(float)
+        scores[more.items] += more.scores
+        scores[left_out] = -np.inf
+        expected = np.argsort(-scores, kind="stable")[:25]
+        assert hits.items.tolist() == expected.tolist()
+        assert hits.scores.tolist() == scores[expected].tolist()

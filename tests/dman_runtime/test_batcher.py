@@ -125,7 +125,7 @@ class GatedGraphs:
         self.gate = Gate()
         self.searched: list[int] = []
 
-    def encode(self, *arrays: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    def encode(self, *arrays: Any) -> tuple[np.ndarray, np.ndarray]:
         self._log.append(Run(len(arrays[0]), int(arrays[1].sum()), threading.current_thread().name))
         self.gate.pass_through()
         if (arrays[0] == self._broken).all(axis=-1).any():
@@ -134,6 +134,9 @@ class GatedGraphs:
 
     def abstract(self, *arrays: np.ndarray) -> np.ndarray:
         return self._generation.graphs.abstract(*arrays)
+
+    def read_at_request(self, *arrays: np.ndarray) -> np.ndarray:
+        return self._generation.graphs.read_at_request(*arrays)
 
     def search(self, users: np.ndarray, k: int, **options: Any) -> list[Hits]:
         self.searched.append(len(users))

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import STORES, TINY_ITEMS, assert_close, ids, new_store
+from conftest import STORES, TINY_ITEMS, assert_close, events_of, ids, new_store
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
@@ -24,6 +24,7 @@ from dman_runtime.data.ids import MAX_ID_BYTES
 from dman_runtime.engine import Engine
 from dman_runtime.errors import ConflictError, RequestError, StoreFullError
 from dman_runtime.merging import Merged
+from dman_runtime.model.events import without_times
 from dman_runtime.model.generation import Generation
 from dman_runtime.model.recurrence import Graphs
 from dman_runtime.model.state import State
@@ -145,7 +146,7 @@ def check_any_split_equals_replay(
 
 def check_states(engine: Engine, model: DMAN, histories: dict[str, list[int]], tolerance: float) -> None:
     arrays = [np.array(history, np.int64) for history in histories.values()]
-    replayed = engine.generation.replay(arrays)
+    replayed = engine.generation.replay(without_times(arrays))
     torch_users, torch_memories = torch_replay(model, arrays)
     with torch.no_grad():
         scores = (torch_users @ model.item_table().T).numpy()
@@ -254,7 +255,7 @@ def check_record(engine: Engine, user_id: str, history: Sequence[str]) -> None:
     """The record covers the history, and is the state that a replay of its known items gives."""
     found = state_of(engine, user_id)
     assert stored_ids(engine, user_id) == list(history) and found.history_count == len(history)
-    (expected,) = engine.generation.replay([known_items(engine, history)])
+    (expected,) = engine.generation.replay([events_of(known_items(engine, history))])
     assert_same_state(found, expected, EXACT)
 
 
@@ -368,7 +369,7 @@ def test_update_stores_and_names_events_of_unknown_items_and_does_not_count_them
     assert (engine.store.item_ids(numbers), times.tolist()) == (items, [10, 11, 12, 13])
     (again,) = engine.update([Update("u", ["nope", "5"])])
     assert (again.applied, again.event_count, again.history_count) == (1, 3, 6)
-    assert_same_state(state_of(engine, "u"), engine.generation.replay([np.array([0, 2, 4])])[0], EXACT)
+    assert_same_state(state_of(engine, "u"), engine.generation.replay([events_of([0, 2, 4])])[0], EXACT)
 
 
 def test_update_of_unknown_items_only_creates_the_user_and_uses_up_its_request_id(engine: Engine) -> None:
@@ -577,7 +578,7 @@ def merge(engine: Engine, user_id: str, *parts: tuple[Sequence[int], Sequence[in
 
 def check_is_replay(engine: Engine, user_id: str, items: Sequence[int]) -> None:
     assert stored_items(engine, user_id) == list(items)
-    (expected,) = engine.generation.replay([np.array(items)])
+    (expected,) = engine.generation.replay([events_of(items)])
     assert_same_state(state_of(engine, user_id), expected, EXACT)
 
 
@@ -621,7 +622,7 @@ def test_merge_counts_and_places_items_that_the_model_does_not_know(engine: Engi
     engine.advance([user])
     assert engine.commit([user]) == []
     assert stored_ids(engine, "u") == [*ids([1]), "new", *ids([2])]
-    (expected,) = engine.generation.replay([np.array([1, 2])])
+    (expected,) = engine.generation.replay([events_of([1, 2])])
     assert_same_state(state_of(engine, "u"), expected, EXACT)
 
 
@@ -653,7 +654,7 @@ def test_merge_under_one_bundle_makes_the_records_of_the_others_anew(engine: Eng
     assert merge(engine, "u", ([33], [15])) == [Merged(1, 1, rebuilt=True)]
     assert stored(newer, "u") is not None and stored(newer, "u").record is None  # type: ignore[union-attr]
     assert answer(newer, "u").event_count == 4
-    (expected,) = newer.generation.replay([known_items(newer, stored_ids(newer, "u"))])
+    (expected,) = newer.generation.replay([events_of(known_items(newer, stored_ids(newer, "u")))])
     assert_same_state(state_of(newer, "u"), expected, EXACT)
 
 
@@ -774,7 +775,7 @@ def check_answer(engine: Engine, found: Answer, history: Sequence[str]) -> None:
     """The answer of a user with this history, unknown items included."""
     known = known_items(engine, history)
     assert found.event_count == len(known) > 0 and not found.popular
-    (expected,) = engine.generation.replay([known])
+    (expected,) = engine.generation.replay([events_of(known)])
     scores = engine.bundle.item_embeddings @ expected.user_embedding
     check_ranking(found, scores, without=known.tolist(), k=ITEMS, tolerance=EXACT)
 
@@ -958,12 +959,15 @@ class Counting:
         self.encoded: list[int] = []
         self.searched: list[int] = []
 
-    def encode(self, *arrays: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    def encode(self, *arrays: Any) -> tuple[np.ndarray, np.ndarray]:
         self.encoded.append(len(arrays[0]))
         return self._graphs.encode(*arrays)
 
     def abstract(self, *arrays: np.ndarray) -> np.ndarray:
         return self._graphs.abstract(*arrays)
+
+    def read_at_request(self, *arrays: np.ndarray) -> np.ndarray:
+        return self._graphs.read_at_request(*arrays)
 
     def search(self, users: np.ndarray, k: int, **options: Any) -> list[Hits]:
         self.searched.append(len(users))
@@ -1105,7 +1109,7 @@ def test_lagging_user_is_opened_from_one_moment(engine: Engine, newer: Engine) -
     newer.update([Update("u", ["31", "32", "33"])])
     busy = Engine(engine.generation, BusyStore(engine.store, lambda: engine.delete("u")))  # type: ignore[arg-type]
     (user,) = busy.open_users(["u"])
-    assert user.left.tolist() == [30, 31, 32] and user.record_lags
+    assert user.left.items.tolist() == [30, 31, 32] and user.record_lags
     assert stored(engine, "u") is None
 
 

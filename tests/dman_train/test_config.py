@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import fields
+from dataclasses import fields, replace
+from typing import Any
 
 import pytest
 
-from dman_train.config import ConfigError, DataConfig, ModelConfig, TrainConfig, from_dict, to_dict
+from dman_train.config import BaselineConfig, ConfigError, DataConfig, ModelConfig, TrainConfig, from_dict, to_dict
 from dman_train.presets import PRESETS
 
 INVALID: list[tuple[type, str, object]] = [
@@ -20,6 +21,10 @@ INVALID: list[tuple[type, str, object]] = [
     (ModelConfig, "heads", 0),
     (ModelConfig, "ffn_multiplier", -1),
     (ModelConfig, "long_term", "light"),
+    (ModelConfig, "time", "sometimes"),
+    (ModelConfig, "returns", "maybe"),
+    (ModelConfig, "sketch_items", 0),
+    (ModelConfig, "sketch_items", 513),
     (ModelConfig, "dropout", 1.0),
     (ModelConfig, "dropout", float("nan")),
     (ModelConfig, "routing", "shared"),
@@ -48,6 +53,9 @@ INVALID: list[tuple[type, str, object]] = [
     (TrainConfig, "epochs", True),
     (TrainConfig, "patience", 0),
     (TrainConfig, "evaluation_users", -1),
+    (TrainConfig, "request_dropout", 1.5),
+    (TrainConfig, "times_dropout", -0.1),
+    (TrainConfig, "request_dropout", float("nan")),
     (TrainConfig, "random_first_segment", "maybe"),
     (TrainConfig, "seed", -1),
     (DataConfig, "min_user_events", -1),
@@ -81,6 +89,15 @@ def test_paper_config_refuses_a_merged_memory() -> None:
         ModelConfig(architecture="paper", heads=1, long_term="merged")
 
 
+@pytest.mark.parametrize("time", ["request", "events"])
+@pytest.mark.parametrize("options", [{"architecture": "paper", "heads": 1}, {}], ids=["paper", "plus"])
+def test_config_with_a_branch_for_the_memory_sees_no_times(options: dict[str, Any], time: str) -> None:
+    options = options | {"long_term": "gated"}
+    with pytest.raises(ConfigError, match="'gated' sees no times; set time to 'none'"):
+        ModelConfig(**options, time=time)  # type: ignore[arg-type]
+    assert not ModelConfig(**options, time="none").sees_times
+
+
 @pytest.mark.parametrize("preset", PRESETS)
 def test_config_survives_json(preset: str) -> None:
     model, train = PRESETS[preset].model, PRESETS[preset].train
@@ -99,3 +116,20 @@ def test_config_of_an_earlier_version_is_read_if_it_means_the_same() -> None:
     )
     with pytest.raises(ConfigError, match=r"run/config\.json: residual 'plain' is no longer supported.*; train again"):
         from_dict(ModelConfig, {"residual": "plain"}, where="run/config.json")
+
+
+@pytest.mark.parametrize("config", [ModelConfig(), BaselineConfig()], ids=["dman", "baseline"])
+def test_config_of_a_version_without_times_and_returns_has_neither(config: ModelConfig | BaselineConfig) -> None:
+    old = {name: value for name, value in to_dict(config).items() if name not in ("time", "returns")}
+    assert from_dict(type(config), old, where="here") == replace(config, time="none", returns="off")
+    kept = old | {"time": "request", "returns": "on"}
+    assert from_dict(type(config), kept, where="here") == replace(config, time="request", returns="on")
+
+
+@pytest.mark.parametrize("time", ["request", "events"])
+@pytest.mark.parametrize("system", ["caser", "shan", "sdm"])
+def test_config_of_a_baseline_that_knows_no_times_refuses_them(system: Any, time: Any) -> None:
+    with pytest.raises(ConfigError, match=f"system '{system}' sees no times; set time to 'none'") as found:
+        BaselineConfig(system, time=time)
+    assert found.value.parameter == "time"
+    assert not BaselineConfig(system, time="none").sees_times and not BaselineConfig(system).sees_times

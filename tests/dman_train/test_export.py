@@ -5,11 +5,12 @@ from __future__ import annotations
 import shutil
 from dataclasses import replace
 from pathlib import Path
+from unittest.mock import ANY
 
 import numpy as np
 import pytest
 import torch
-from conftest import PAPER, TINY, TINY_ITEMS, export_tiny, random_model, vocabulary_of
+from conftest import PAPER, TIMED, TINY, TINY_ITEMS, events_of, export_tiny, random_model, vocabulary_of
 
 from dman_runtime.errors import BundleError
 from dman_runtime.model.bundle import (
@@ -17,17 +18,22 @@ from dman_runtime.model.bundle import (
     ENCODER,
     FILES,
     FORMAT_VERSION,
+    GAPS,
     MANIFEST,
+    REQUEST,
+    RETURNS,
+    files_of,
     open_bundle,
     read_manifest,
-    sha256,
 )
+from dman_runtime.model.bundle_writer import sha256
 from dman_runtime.model.encoder import Encoder
 from dman_runtime.model.generation import Generation
+from dman_runtime.model.times import BUCKETS
 from dman_train import export, graphs
 from dman_train.config import to_dict
 from dman_train.export import export_bundle
-from dman_train.graphs import AbstractionGraph, EncoderGraph
+from dman_train.graphs import AbstractionGraph, EncoderGraph, RequestGraph
 from dman_train.model import DMAN
 from dman_train.replay import replay as torch_replay
 
@@ -38,6 +44,8 @@ GRAPHS = {
     "gated": replace(TINY, long_term="gated", layers=1),
     "paper-fifo": replace(PAPER, variant="fifo", layers=1),
     "xl": replace(TINY, variant="xl", layers=3),
+    "requests": TIMED,
+    "event-times": replace(TINY, time="events", variant="xl", layers=1),
     "nran-full": replace(TINY, variant="nran", routing="full", routing_softmax="primaries"),
 }
 
@@ -84,6 +92,8 @@ def test_export_graphs_equal_pytorch_for_any_shape(
         torch.randint(0, context + 1, (batch,)),
         torch.randn(batch, config.layers, config.slots, config.width),
     )
+    if config.sees_times:
+        inputs += (torch.randint(0, BUCKETS, (batch, new, context + new)),)
     found, expected = encoder.encode(*(tensor.numpy() for tensor in inputs)), EncoderGraph(model)(*inputs)
     for a, b in zip(found, expected, strict=True):
         torch.testing.assert_close(torch.from_numpy(a), b, **ONNX_ERROR)
@@ -93,14 +103,43 @@ def test_export_graphs_equal_pytorch_for_any_shape(
         torch.testing.assert_close(new_memory, AbstractionGraph(model)(memory, hidden), **ONNX_ERROR)
 
 
+@torch.no_grad()
+@pytest.mark.parametrize(("batch", "context"), [(1, 1), (1, 10), (7, 4), (64, 9)])
+def test_export_graph_of_requests_equals_pytorch_for_any_shape(
+    exported: tuple[DMAN, Path], batch: int, context: int
+) -> None:
+    model, path = exported
+    config, graph = model.config, path / REQUEST
+    if config.time != "request":
+        assert not graph.exists()
+        return
+    encoder = Encoder.of(open_bundle(path), provider="cpu")
+    torch.manual_seed(batch)
+    inputs = (
+        torch.randn(batch, context, config.width),
+        torch.randint(1, context + 1, (batch,)),
+        torch.randn(batch, config.slots, config.width),
+        torch.randint(0, BUCKETS, (batch, context)),
+        torch.randint(0, BUCKETS, (batch,)),
+    )
+    found = torch.from_numpy(encoder.read_at_request(*(tensor.numpy() for tensor in inputs)))
+    torch.testing.assert_close(found, RequestGraph(model)(*inputs), **ONNX_ERROR)
+
+
 def test_export_replay_equals_pytorch_replay(exported: tuple[DMAN, Path]) -> None:
     """Whole histories through states stored as float32, of every length up to more than four segments."""
     model, path = exported
     bundle = open_bundle(path)
     exact = replace(bundle, manifest=replace(bundle.manifest, state=replace(bundle.manifest.state, dtype="float32")))
     histories = [np.random.default_rng(n).integers(0, TINY_ITEMS, n) for n in range(1, 23)]
-    states = Generation.of(exact, Encoder.of(exact, provider="cpu")).replay(histories)
-    users, memories = torch_replay(model, histories)
+    times = [10**9 + np.cumsum(np.random.default_rng(n).geometric(1e-4, n)) for n in range(1, 23)]
+    moments = np.array([of[-1] + 3600 for of in times])
+    generation = Generation.of(exact, Encoder.of(exact, provider="cpu"))
+    states = generation.replay([events_of(*history) for history in zip(histories, times, strict=True)])
+    users, memories = torch_replay(model, histories, times=times)
+    asked, _ = torch_replay(model, histories, times=times, request_times=moments)
+    found = torch.from_numpy(generation.asked(states, moments.tolist())[0])
+    torch.testing.assert_close(found, asked, **ONNX_ERROR)
     for state, user, memory in zip(states, users, memories, strict=True):
         torch.testing.assert_close(torch.from_numpy(state.user_embedding), user, **ONNX_ERROR)
         torch.testing.assert_close(torch.from_numpy(state.memory), memory, **ONNX_ERROR)
@@ -134,7 +173,16 @@ def test_export_manifest_describes_model_and_tensors(exported: tuple[DMAN, Path]
         graph: {tensor["name"]: (tensor["dtype"], tensor["shape"]) for tensor in sides["inputs"] + sides["outputs"]}
         for graph, sides in manifest.tensors.items()
     }
-    assert shapes == {
+    ages = {"ages": ("int64", ["B", "S", ANY])} if config.sees_times else {}
+    request = {
+        "sources": ("float32", ["B", "C", 32]),
+        "source_lengths": ("int64", ["B"]),
+        "memory": ("float32", ["B", slots, 32]),
+        "ages": ("int64", ["B", "C"]),
+        "gaps": ("int64", ["B"]),
+        "user_embedding": ("float32", ["B", 32]),
+    }
+    assert shapes == ({REQUEST: request} if config.time == "request" else {}) | {
         ENCODER: {
             "item_embeddings": ("float32", ["B", "S", 32]),
             "new_lengths": ("int64", ["B"]),
@@ -143,6 +191,7 @@ def test_export_manifest_describes_model_and_tensors(exported: tuple[DMAN, Path]
             "memory": ("float32", ["B", depth, slots, 32]),
             "user_embedding": ("float32", ["B", 32]),
             "hidden": ("float32", ["B", depth, "S", 32]),
+            **ages,
         },
         ABSTRACTION: {
             "memory": ("float32", ["B", depth, slots, 32]),
@@ -152,6 +201,28 @@ def test_export_manifest_describes_model_and_tensors(exported: tuple[DMAN, Path]
     }
     for name, entry in manifest.files.items():
         assert entry == {"sha256": sha256(path / name), "bytes": (path / name).stat().st_size}
+
+
+def test_export_tables_of_times_and_returns_are_those_of_the_model(exported: tuple[DMAN, Path]) -> None:
+    model, path = exported
+    bundle, config = open_bundle(path), model.config
+    assert set(bundle.manifest.files) == set(files_of(bundle.manifest.state))
+    assert bundle.manifest.state.times == (config.time if config.sees_times else "none")
+    assert bundle.manifest.state.sketch_items == (config.sketch_items if config.returns == "on" else 0)
+    assert bundle.manifest.state.longest_gap == model.longest_gap
+    if config.sees_times:
+        assert np.array_equal(bundle.gap_embeddings, (model.gaps * model.input_scale).detach().numpy())
+    else:
+        assert bundle.gap_embeddings is None and not (path / GAPS).exists()
+    if config.returns == "on":
+        term, (embedding, item) = model.returns, (torch.randn(32), 7)
+        weights = (
+            bundle.returns["by_user"] @ embedding.numpy() + bundle.returns["bias"] + bundle.returns["by_item"][item]
+        )
+        expected = term.by_user(embedding) + term.by_item(model.item_table()[item])
+        torch.testing.assert_close(torch.from_numpy(weights), expected.detach(), **ONNX_ERROR)
+    else:
+        assert not bundle.returns and not (path / RETURNS).exists()
 
 
 def test_export_tables_equal_the_model(tiny_model: DMAN, tiny_bundle: Path) -> None:

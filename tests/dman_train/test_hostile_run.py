@@ -16,10 +16,9 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import TINY, rewrite_manifest
+from conftest import TINY, held_out_of, rewrite_manifest
 from hostile_bundles import VALUES
 
-from dman_runtime.data.evaluation import HeldOut
 from dman_runtime.errors import DmanError, InputError
 from dman_train import evaluate, export, train
 from dman_train.config import BaselineConfig, ConfigError, ModelConfig, TrainConfig
@@ -351,9 +350,9 @@ def trainer_of(model: ModelConfig | BaselineConfig = TINY, **options: Any) -> Tr
     histories = [random.integers(0, 40, length) for length in random.integers(4, 30, 20)]
     offsets = np.concatenate([[0], np.cumsum([len(history) for history in histories])])
     items = np.concatenate(histories).astype(np.int32)
-    held = HeldOut(np.arange(20), histories, np.zeros(20, np.int64))
+    held = held_out_of(histories, np.zeros(20, np.int64))
     config = replace(TrainConfig(lanes=4, warmup_steps=3, epochs=3, abstraction_every=1), **options)
-    data = TrainingData(items, offsets, np.bincount(items, minlength=40), held)
+    data = TrainingData(items, offsets, np.zeros(len(items), np.int64), np.bincount(items, minlength=40), held)
     trainer = Trainer(model, config, data, CPU)
     for _ in range(2):
         trainer.train_step()

@@ -11,14 +11,15 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import PAPER, TINY, TINY_ITEMS, random_model
+from conftest import PAPER, TIMED, TINY, TINY_ITEMS, random_model
 from torch import Tensor
 
 from dman_runtime.data.logs import read_interactions
 from dman_train import evaluate, train
+from dman_train.blocks import Attention
 from dman_train.config import ModelConfig
 from dman_train.interpret import Observations, observe, slot_diversity, summarise, trajectory
-from dman_train.model import DMAN, Attention
+from dman_train.model import DMAN
 from dman_train.replay import replay
 
 EXACT = {"rtol": 1e-4, "atol": 2e-5}  # float32, two orders of summation
@@ -161,6 +162,17 @@ def test_observing_leaves_the_model_as_it_was() -> None:
     assert np.array_equal(first.share, second.share), "dropout must be off"
     assert model.training and model.short_term[0].training
     assert not any(module._forward_hooks for module in model.modules())
+
+
+def test_observations_of_a_model_that_sees_times_are_of_its_own_times() -> None:
+    model, histories = random_model(TIMED, TINY_ITEMS), random_histories(*LENGTHS)
+    times = [10**9 + np.cumsum(np.random.default_rng(n).geometric(1e-4, n)) for n in LENGTHS]
+    together = observe(model, histories, times=times, batch=4)
+    for row, (history, moments) in enumerate(zip(histories, times, strict=True)):
+        alone = observe(model, [history], times=[moments])
+        np.testing.assert_allclose(together.attention[row], alone.attention[0], rtol=1e-4, atol=1e-6)
+    at_once = observe(model, histories, times=[np.full(n, 10**9) for n in LENGTHS], batch=4)
+    assert np.abs(at_once.attention - together.attention).max() > 1e-3
 
 
 def test_model_without_memory_cannot_be_observed() -> None:

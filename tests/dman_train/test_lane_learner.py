@@ -3,26 +3,29 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from conftest import PAPER, TINY, TINY_ITEMS, random_model
+from conftest import PAPER, TIMED, TINY, TINY_ITEMS, held_out_of, random_model
 from torch import Tensor
-from traced_log import EVENTS, OFFSETS
+from torch_graphs import generation_of
+from traced_log import EVENTS, OFFSETS, TIMES
 
-from dman_runtime.data.evaluation import HeldOut
+from dman_runtime.model.events import without_times
+from dman_runtime.model.times import ANY_GAP, NO_GAP
 from dman_train.config import ModelConfig, TrainConfig
 from dman_train.data import TrainingData
 from dman_train.lane_learner import LaneLearner, LaneState
 from dman_train.lanes import Batch, Lanes
 from dman_train.learner import StepInputs
 from dman_train.model import DMAN
-from dman_train.replay import replay
+from dman_train.replay import replay, returned
 
 
 def lanes_of(lanes: int, *, vary_first: bool = True) -> Lanes:
-    return Lanes(EVENTS, OFFSETS, segment_length=5, lanes=lanes, vary_first=vary_first, seed=0)
+    return Lanes(EVENTS, OFFSETS, TIMES, segment_length=5, lanes=lanes, vary_first=vary_first, seed=0)
 
 
 SETTINGS = {"alternating": TrainConfig(loss="full", memory_training="alternating")} | {
@@ -32,21 +35,28 @@ SETTINGS = {"alternating": TrainConfig(loss="full", memory_training="alternating
 
 def learner_of(model: DMAN, config: TrainConfig) -> LaneLearner:
     """Of any data: the tests give batches and states themselves."""
-    nothing_held_out = HeldOut(np.zeros(0, np.int64), [], np.zeros(0, np.int64))
-    data = TrainingData(EVENTS, OFFSETS, np.ones(model.vocabulary, np.int64), nothing_held_out)
+    nothing_held_out = held_out_of([], np.zeros(0, np.int64))
+    data = TrainingData(EVENTS, OFFSETS, TIMES, np.ones(model.vocabulary, np.int64), nothing_held_out)
     return LaneLearner(model, replace(config, lanes=1), data)
 
 
 def inputs_of(batch: Batch) -> StepInputs:
     arrays = (batch.items, batch.targets, batch.lengths, batch.starts, batch.users)
-    return StepInputs(*map(torch.from_numpy, arrays), negatives=None, seen_before=None)
+    moments = (batch.times, batch.next_times, batch.since_last)
+    return StepInputs(*map(torch.from_numpy, arrays), None, None, *map(torch.from_numpy, moments))
+
+
+def step_inputs(items: Tensor, targets: Tensor, lengths: Tensor, starts: Tensor, users: Tensor) -> StepInputs:
+    """Inputs without times."""
+    times = torch.zeros_like(items)
+    return StepInputs(items, targets, lengths, starts, users, None, None, times, times, times)
 
 
 def one_lane(items: Tensor, length: int, *, start: bool) -> StepInputs:
     """Inputs that are their own targets, in one lane or, with one length and start for all, in several."""
     lanes = len(items)
     lengths, starts = torch.full((lanes,), length), torch.full((lanes,), start)
-    return StepInputs(items, items, lengths, starts, torch.zeros(lanes, dtype=torch.int64), None, None)
+    return step_inputs(items, items, lengths, starts, torch.zeros(lanes, dtype=torch.int64))
 
 
 def settled_memory(model: DMAN, state: LaneState) -> Tensor:
@@ -176,7 +186,7 @@ def test_abstraction_loss_is_about_one_absorption_and_real_positions(
     for start in range(0, 28, 5):
         items, length = np.zeros((1, 5), np.int64), min(5, 28 - start)
         items[0, :length] = history[start : start + length]
-        batch = Batch(items, items, *map(np.array, ([length], [start == 0], [0], [start])))
+        batch = Batch(items, items, *map(np.array, ([length], [start == 0], [0], [start])), *[np.zeros_like(items)] * 3)
         losses, after = learner.step(inputs_of(batch), state)
         before, state = state, after
     old, new = (replay(model, [history[:end]])[1] for end in (old_end, new_end))
@@ -260,15 +270,182 @@ def test_losses_count_real_positions_only() -> None:
     items = torch.randint(TINY_ITEMS, (2, 5), generator=torch.Generator().manual_seed(0))
     state, starts = LaneState.empty(model, 2, 1), torch.tensor([True, True])
     users = torch.zeros(2, dtype=torch.int64)
-    losses, after = learner.step(StepInputs(items, items, lengths, starts, users, None, None), state)
+    losses, after = learner.step(step_inputs(items, items, lengths, starts, users), state)
     padded = items.clone()
     padded[0, 3:] = 9
-    other, _ = learner.step(StepInputs(padded, padded, lengths, starts, users, None, None), state)
+    other, _ = learner.step(step_inputs(padded, padded, lengths, starts, users), state)
     assert losses.likelihood_count == 8
     torch.testing.assert_close(losses.likelihood, other.likelihood)
     for row, length in enumerate((3, 5)):
         assert torch.equal(after.context[row, 0, 5 - length :], model.embed(items[row, :length]))
         assert not after.context[row, :, : 5 - length].any()
+
+
+# Times and returns
+
+UNCHANGED = replace(TIMED, dropout=0.0)  # by training mode
+TIMED_MODELS = {
+    "request": TIMED,
+    "events": replace(TIMED, time="events"),
+    "returns only": replace(TIMED, time="none"),
+    "times only, xl": replace(TIMED, returns="off", variant="xl", layers=3),
+    "nran": replace(TIMED, variant="nran", layers=1),
+}
+
+
+def repeating_log() -> TrainingData:
+    """Users who come back to few items, seconds to weeks apart; some events are at once."""
+    random = np.random.default_rng(2)
+    lengths = random.integers(2, 33, 12)
+    offsets = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
+    items = random.integers(0, 14, offsets[-1]).astype(np.int32)
+    gaps = [random.geometric(2.0 ** -random.integers(0, 20, length)) - 1 for length in lengths]
+    times = np.concatenate([10**9 + np.cumsum(of) for of in gaps])
+    return TrainingData(items, offsets, times, np.ones(TINY_ITEMS, np.int64), held_out_of([], np.zeros(0, np.int64)))
+
+
+def ends_of(batch: Batch, data: TrainingData) -> list[tuple[int, int]]:
+    """Where the user of each position of a batch begins in the log, and the position itself."""
+    return [
+        (int(data.offsets[user]), first + place)
+        for user, first, length in zip(batch.users, batch.first_events.tolist(), batch.lengths, strict=True)
+        for place in range(length)
+    ]
+
+
+def histories_of(batch: Batch, data: TrainingData) -> tuple[list[np.ndarray], list[np.ndarray], Tensor]:
+    """Of each position of a batch: the items and times up to it, and its target."""
+    ends = ends_of(batch, data)
+    histories, times = ([values[start : end + 1] for start, end in ends] for values in (data.items, data.times))
+    return histories, times, torch.tensor([int(data.items[end + 1]) for _, end in ends])
+
+
+def loss_of_replays(model: DMAN, batch: Batch, data: TrainingData, *, asked: bool = True) -> Tensor:
+    """The cross-entropy of all targets of a batch, each by a replay of all that came before it."""
+    histories, times, targets = histories_of(batch, data)
+    ends = [end for _, end in ends_of(batch, data)]
+    moments = np.array([data.times[end + 1] for end in ends]) if asked else None
+    users, _ = replay(model, histories, times=times, request_times=moments)
+    scores = users @ model.item_table().T
+    if model.config.returns == "on":
+        items, added = returned(model, users, histories, times=times, request_times=moments)
+        scores.scatter_add_(1, items, added)
+    return torch.nn.functional.cross_entropy(scores, targets, reduction="sum")
+
+
+def timed_learner(model: DMAN, data: TrainingData, **options: Any) -> LaneLearner:
+    config = TrainConfig(loss="full", seen_items="keep", lanes=3, random_first_segment=False, **options)
+    return LaneLearner(model, config, data)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("config", TIMED_MODELS.values(), ids=TIMED_MODELS.keys())
+@torch.no_grad()
+def test_lane_loss_with_times_and_returns_is_that_of_replays(config: ModelConfig) -> None:
+    """Every position of every segment: its user embedding at the time of the target, and what is added to scores."""
+    data = repeating_log()
+    learner = timed_learner(random_model(config, TINY_ITEMS), data).eval()
+    state, later = learner.state, 0
+    for _ in range(24):
+        batch = next(learner.schedule)
+        losses, state = learner.step(learner.inputs(batch), state)
+        torch.testing.assert_close(losses.likelihood, loss_of_replays(learner.model, batch, data), rtol=1e-4, atol=1e-3)
+        later += int((batch.first_events - data.offsets[batch.users] >= 15).sum())
+    assert later > 5, "users with an absorbed segment and items that left the sketch are compared"
+
+
+@torch.no_grad()
+def test_request_dropout_hides_the_time_of_the_request_in_training_only() -> None:
+    data = repeating_log()
+    model = random_model(UNCHANGED, TINY_ITEMS)
+    learners = [timed_learner(model, data, request_dropout=share, times_dropout=0.0) for share in (0.0, 1.0, 1.0)]
+    batch = next(learners[0].schedule)
+    known, unknown = (loss_of_replays(model, batch, data, asked=asked) for asked in (True, False))
+    assert abs(known - unknown) > 0.1
+    for learner, training, expected in zip(learners, (True, True, False), (known, unknown, known), strict=True):
+        losses, _ = learner.train(training).step(learner.inputs(batch), learner.state)
+        torch.testing.assert_close(losses.likelihood, expected, rtol=1e-4, atol=1e-3)
+
+
+@torch.no_grad()
+def test_users_without_times_in_training_are_served_alike() -> None:
+    data, model = repeating_log(), random_model(UNCHANGED, TINY_ITEMS)
+    learner, generation = timed_learner(model, data, times_dropout=1.0).train(), generation_of(model)
+    state, table = learner.state, model.item_table()
+    for _ in range(6):
+        batch = next(learner.schedule)
+        losses, state = learner.step(learner.inputs(batch), state)
+        histories, _, targets = histories_of(batch, data)
+        users, added = generation.asked(generation.replay(without_times(histories)), [None] * len(histories))
+        scores = torch.from_numpy(users) @ table.T
+        for row, more in enumerate(added):
+            assert more is not None
+            scores[row, torch.from_numpy(more.items)] += torch.from_numpy(more.scores)
+        expected = torch.nn.functional.cross_entropy(scores, targets, reduction="sum")
+        torch.testing.assert_close(losses.likelihood, expected, rtol=1e-4, atol=1e-3)
+
+
+def test_share_of_users_without_times_is_drawn_at_their_start_and_kept() -> None:
+    data = repeating_log()
+    config = TrainConfig(loss="full", lanes=300, times_dropout=0.5, random_first_segment=False)
+    learner = LaneLearner(random_model(UNCHANGED, TINY_ITEMS).train(), config, data)
+    before = learner.state.timeless
+    for _ in range(6):
+        inputs = learner.inputs(next(learner.schedule))
+        learner(inputs)
+        now = learner.state.timeless
+        assert torch.equal(now[~inputs.starts], before[~inputs.starts])
+        assert 0.3 < float(now.float().mean()) < 0.7
+        before = now
+
+
+@pytest.mark.parametrize("many", [1, 150])
+def test_longest_gap_of_a_model_is_one_that_training_knows_well(many: int) -> None:
+    """Two users of 102 events; the gaps are 1 s but for `many` of a day, and the time between users is none."""
+    gaps = np.ones(204, np.int64)
+    gaps[5 : 5 + many] = 86_400
+    times = 10**9 + np.cumsum(gaps)
+    times[102:] += 10**8
+    data = TrainingData(
+        np.zeros(204, np.int32),
+        np.array([0, 102, 204]),
+        times,
+        np.ones(TINY_ITEMS, np.int64),
+        held_out_of([], np.zeros(0, np.int64)),
+    )
+    model = random_model(UNCHANGED, TINY_ITEMS)
+    assert model.longest_gap == ANY_GAP
+    timed_learner(model, data)
+    assert model.longest_gap == (1 if many == 1 else 86_400)
+
+
+@pytest.mark.parametrize("share", [0.0, 0.5])
+def test_request_dropout_hides_whole_segments_of_a_share_of_lanes(share: float) -> None:
+    data, lanes = repeating_log(), 400
+    config = TrainConfig(loss="full", lanes=lanes, request_dropout=share)
+    learner = LaneLearner(random_model(UNCHANGED, TINY_ITEMS).train(), config, data)
+    inputs = learner.inputs(next(learner.schedule))
+    torch.manual_seed(0)
+    _, timing = learner._timing(inputs, learner.state, learner._requests(inputs))
+    assert timing is not None and timing.request_gaps is not None
+    hidden = (timing.request_gaps == NO_GAP) & inputs.real
+    assert ((hidden.sum(1) == 0) | (hidden.sum(1) == inputs.lengths)).all()
+    assert float(hidden.any(1).float().mean()) == pytest.approx(share, abs=0.08)
+
+
+def test_times_and_returns_are_trained() -> None:
+    """Every table of times, and the weights of the term for items that come back, get a gradient from eq. 9."""
+    data = repeating_log()
+    learner = timed_learner(random_model(UNCHANGED, TINY_ITEMS).train(), data)
+    state = learner.state
+    for _ in range(3):
+        losses, state = learner.step(learner.inputs(next(learner.schedule)), state)
+    losses.likelihood.backward()
+    gradients = {name: p.grad for name, p in learner.model.named_parameters()}
+    new = {"gaps", "age_bias", "request_gaps", *(name for name in gradients if name.startswith("returns."))}
+    assert len(new) == 8
+    for name in new:
+        assert gradients[name] is not None and bool(gradients[name].abs().any()), name
 
 
 # Gradients
@@ -284,7 +461,7 @@ def gradients(model: DMAN, config: TrainConfig, *, abstraction: bool) -> set[str
     for step in range(5):
         items = torch.from_numpy(random.integers(0, TINY_ITEMS, (2, 5)))
         lengths, starts = torch.tensor([5, 5 if step else 2]), torch.tensor([step == 0] * 2)
-        inputs = StepInputs(items, items.roll(1, 1), lengths, starts, lengths, None, None)
+        inputs = step_inputs(items, items.roll(1, 1), lengths, starts, lengths)
         losses, state = learner.step(inputs, state)
         loss = losses.abstraction if abstraction else losses.likelihood
         if loss.requires_grad:

@@ -6,17 +6,18 @@ import math
 
 import numpy as np
 import pytest
-from traced_log import EVENTS, OFFSETS, TRAINABLE, USER_EVENTS, user_of
+from traced_log import EVENTS, OFFSETS, TIMES, TRAINABLE, USER_EVENTS, user_of
 
 from dman_runtime.data.evaluation import held_out, training_events
 from dman_runtime.data.interactions import Interactions
 from dman_runtime.errors import InputError
+from dman_runtime.model.times import NO_GAP
 from dman_train.baselines.windows import Windows
 from dman_train.lanes import Lanes
 
 
 def lanes_of(*, lanes: int, vary_first: bool = True, seed: int = 0) -> Lanes:
-    return Lanes(EVENTS, OFFSETS, segment_length=5, lanes=lanes, vary_first=vary_first, seed=seed)
+    return Lanes(EVENTS, OFFSETS, TIMES, segment_length=5, lanes=lanes, vary_first=vary_first, seed=seed)
 
 
 @pytest.mark.parametrize("lanes", [1, 3, 16])
@@ -53,6 +54,8 @@ def test_lanes_targets_are_the_following_events() -> None:
         real = np.arange(5) < batch.lengths[:, None]
         assert np.array_equal(batch.targets[real], batch.items[real] + 1)
         assert not batch.items[~real].any() and not batch.targets[~real].any()
+        assert np.array_equal(batch.times[real], TIMES[batch.items[real]])
+        assert np.array_equal(batch.next_times[real], TIMES[batch.targets[real]])
         assert (batch.lengths >= 1).all() and batch.positions == real.sum()
 
 
@@ -103,17 +106,17 @@ def test_lanes_of_ranks_are_parts_of_one_batch() -> None:
 
 def test_lanes_refuse_a_log_without_targets() -> None:
     with pytest.raises(InputError, match="nothing to learn from"):
-        Lanes(EVENTS[:2], np.array([0, 1, 2]), segment_length=5, lanes=2, vary_first=True, seed=0)
+        Lanes(EVENTS[:2], np.array([0, 1, 2]), TIMES[:2], segment_length=5, lanes=2, vary_first=True, seed=0)
 
 
 def test_lanes_never_touch_held_out_items() -> None:
     ids = [str(i) for i in range(len(EVENTS))]
     users = [f"u{i}" for i in range(len(USER_EVENTS))]
     log = Interactions(users, ids, OFFSETS, EVENTS, np.zeros(len(EVENTS), np.int64), False, True)
-    items, offsets = training_events(log)
+    items, offsets, times = training_events(log)
     secret = {int(target) for split in ("valid", "test") for target in held_out(log, split).targets}
     assert len(secret) == 2 * sum(events >= 3 for events in USER_EVENTS)
-    schedule, used = Lanes(items, offsets, segment_length=5, lanes=3, vary_first=True, seed=0), set()
+    schedule, used = Lanes(items, offsets, times, segment_length=5, lanes=3, vary_first=True, seed=0), set()
     for _ in range(200):
         batch = next(schedule)
         real = np.arange(5) < batch.lengths[:, None]
@@ -123,11 +126,42 @@ def test_lanes_never_touch_held_out_items() -> None:
 
 
 @pytest.mark.parametrize("schedule", ["lanes", "windows"])
+def test_schedule_knows_the_time_since_the_event_before(schedule: str) -> None:
+    """Over the borders of segments, but not over those of windows: a window is all that a baseline sees."""
+    batches = (
+        lanes_of(lanes=3) if schedule == "lanes" else Windows(EVENTS, OFFSETS, TIMES, length=6, positions=20, seed=0)
+    )
+    for _ in range(60):
+        batch = next(batches)
+        for inputs, length, start, since_last in zip(
+            batch.items, batch.lengths, batch.starts, batch.since_last, strict=True
+        ):
+            first = NO_GAP if start else TIMES[inputs[0]] - TIMES[inputs[0] - 1]
+            assert since_last[0] == first
+            assert since_last[1:length].tolist() == np.diff(TIMES[inputs[:length]]).tolist()
+
+
+def test_lanes_count_no_time_back_when_a_log_is_not_in_order_of_time() -> None:
+    batch = next(
+        Lanes(
+            EVENTS[:4],
+            np.array([0, 4]),
+            np.array([50, 40, 45, 45]),
+            segment_length=5,
+            lanes=1,
+            vary_first=False,
+            seed=0,
+        )
+    )
+    assert batch.since_last[0, :3].tolist() == [NO_GAP, 0, 5]
+
+
+@pytest.mark.parametrize("schedule", ["lanes", "windows"])
 def test_schedule_knows_what_a_user_has_seen_before(schedule: str) -> None:
     if schedule == "lanes":
-        batches: Lanes | Windows = Lanes(EVENTS, OFFSETS, segment_length=5, lanes=3, vary_first=True, seed=0)
+        batches: Lanes | Windows = Lanes(EVENTS, OFFSETS, TIMES, segment_length=5, lanes=3, vary_first=True, seed=0)
     else:
-        batches = Windows(EVENTS, OFFSETS, length=6, positions=20, seed=0)
+        batches = Windows(EVENTS, OFFSETS, TIMES, length=6, positions=20, seed=0)
     later = 0
     for _ in range(60):
         batch = next(batches)

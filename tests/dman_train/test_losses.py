@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from dman_train.config import TrainConfig
-from dman_train.losses import FULL_SOFTMAX_LIMIT, NextItemLoss, SeenItems, _FullSoftmax, _seen_at
+from dman_train.losses import FULL_SOFTMAX_LIMIT, Added, NextItemLoss, SeenItems, _FullSoftmax, _seen_at
 
 
 def loss_of(kind: str, *, counts: Tensor | None = None, negatives: int = 1) -> NextItemLoss:
@@ -41,8 +41,32 @@ def test_full_softmax_and_its_gradients_equal_cross_entropy(block: int, monkeypa
     monkeypatch.setattr("dman_train.losses.SOFTMAX_BLOCK", block)
     users, table, targets = torch.randn(23, 8), torch.randn(40, 8), torch.randint(40, (23,))
     found, expected = ([x.clone().requires_grad_() for x in (users, table)] for _ in range(2))
-    loss = _FullSoftmax.apply(*found, targets, None)
+    loss = _FullSoftmax.apply(*found, targets, None, None, None)
     reference = torch.nn.functional.cross_entropy(expected[0] @ expected[1].T, targets, reduction="sum")
+    (0.3 * loss).backward()
+    (0.3 * reference).backward()
+    torch.testing.assert_close(loss, reference)
+    for a, b in zip(found, expected, strict=True):
+        torch.testing.assert_close(a.grad, b.grad)
+
+
+@pytest.mark.parametrize("block", [1, 40, 250, 1 << 19])
+def test_full_softmax_with_added_scores_and_its_gradients_equal_cross_entropy(
+    block: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An item may come up several times in one position: all that is added counts."""
+    monkeypatch.setattr("dman_train.losses.SOFTMAX_BLOCK", block)
+    torch.manual_seed(0)
+    users, table, added = torch.randn(23, 8), torch.randn(40, 8), torch.randn(23, 9)
+    targets, items = torch.randint(40, (23,)), torch.randint(40, (23, 9))
+    assert (items == targets[:, None]).any(), "something is added to targets as well"
+    found, expected = ([x.clone().requires_grad_() for x in (users, table, added)] for _ in range(2))
+    loss = loss_of("full", counts=torch.ones(40))(
+        *found[:2], targets, negatives=None, items=targets[None], real=torch.ones(1, 23, dtype=torch.bool),
+        seen_before=None, added=Added(found[2], items),
+    )  # fmt: skip
+    scores = (expected[0] @ expected[1].T).scatter_add(1, items, expected[2])
+    reference = torch.nn.functional.cross_entropy(scores, targets, reduction="sum")
     (0.3 * loss).backward()
     (0.3 * reference).backward()
     torch.testing.assert_close(loss, reference)
@@ -52,15 +76,15 @@ def test_full_softmax_and_its_gradients_equal_cross_entropy(block: int, monkeypa
 
 def test_full_softmax_survives_large_scores() -> None:
     users, table = torch.full((1, 4), 50.0), torch.stack([torch.full((4,), 50.0), torch.full((4,), -50.0)])
-    assert _FullSoftmax.apply(users, table, torch.tensor([1]), None).item() == pytest.approx(20_000)
+    assert _FullSoftmax.apply(users, table, torch.tensor([1]), None, None, None).item() == pytest.approx(20_000)
 
 
 def test_full_softmax_in_bfloat16_stays_near_float32() -> None:
     users, table, targets = torch.randn(50, 16), torch.randn(60, 16), torch.randint(60, (50,))
     exact, rounded = ([x.clone().requires_grad_() for x in (users, table)] for _ in range(2))
-    reference = _FullSoftmax.apply(*exact, targets, None)
+    reference = _FullSoftmax.apply(*exact, targets, None, None, None)
     with torch.autocast("cpu", torch.bfloat16):
-        loss = _FullSoftmax.apply(*rounded, targets, None)
+        loss = _FullSoftmax.apply(*rounded, targets, None, None, None)
     reference.backward()
     loss.backward()
     assert loss.dtype == torch.float32 and loss != reference
@@ -110,6 +134,49 @@ def test_sampled_softmax_over_all_items_equals_full_softmax() -> None:
         USERS, TABLE, TARGETS, negatives=torch.arange(5), items=ITEMS, real=REAL, seen_before=None
     )  # the proposal is uniform
     assert found.item() == pytest.approx(sum(full_losses()), rel=1e-5)
+
+
+def added_to(items: Tensor) -> tuple[Added, Tensor]:
+    """Scores for some items of two positions, one of them twice; and the same as (P, V)."""
+    scores = torch.tensor([[0.5, -1.0, 2.0, 0.25], [1.0, 3.0, -0.5, 0.0]]).requires_grad_()
+    return Added(scores, items), torch.zeros(2, len(TABLE)).scatter_add(1, items, scores)
+
+
+ADDED_ITEMS = torch.tensor([[1, 4, 0, 1], [3, 3, 0, 2]])  # targets among them
+
+
+@pytest.mark.parametrize("drawn", [[0, 1, 2, 3, 4], [4, 4, 0, 3], [2]])
+def test_sampled_softmax_with_added_scores_and_their_gradients_equal_plain_torch(drawn: list[int]) -> None:
+    negatives = torch.tensor(drawn)
+    (added, dense), (again, expected_dense) = added_to(ADDED_ITEMS), added_to(ADDED_ITEMS)
+    loss = loss_of("sampled", negatives=len(drawn))
+    found = loss(USERS, TABLE, TARGETS, negatives=negatives, items=ITEMS, real=REAL, seen_before=None, added=added)
+    scores, rows = USERS @ TABLE.T + expected_dense, torch.arange(2)
+    positive = scores[rows, TARGETS]
+    logits = scores[:, negatives] - math.log(len(drawn) / len(TABLE))
+    logits = logits.masked_fill(negatives == TARGETS[:, None], float("-inf"))
+    expected = (torch.logsumexp(torch.cat([positive[:, None], logits], 1), 1) - positive).sum()
+    torch.testing.assert_close(found, expected)
+    found.backward(), expected.backward()
+    torch.testing.assert_close(added.scores.grad, again.scores.grad)
+    assert not torch.equal(dense, torch.zeros_like(dense))
+
+
+@pytest.mark.parametrize("kind", ["negatives", "negatives-softmax"])
+def test_negatives_with_added_scores_equal_hand_computation(kind: str) -> None:
+    negatives = torch.tensor([[[0, 3, 1], [4, 4, 0]]])
+    added, dense = added_to(ADDED_ITEMS)
+    found = loss_of(kind, negatives=3)(
+        USERS, TABLE, TARGETS, negatives=negatives, items=ITEMS, real=REAL, seen_before=None, added=added
+    )
+    scores, expected = (USERS @ TABLE.T + dense).tolist(), 0.0
+    for row, target in enumerate(TARGETS.tolist()):
+        drawn = [scores[row][item] for item in negatives[0, row].tolist() if item != target]
+        if kind == "negatives":
+            expected += math.log1p(math.exp(-scores[row][target])) + sum(math.log1p(math.exp(s)) for s in drawn)
+        else:
+            expected += math.log(sum(math.exp(s) for s in [scores[row][target], *drawn])) - scores[row][target]
+    assert found.item() == pytest.approx(expected, rel=1e-6)
 
 
 def test_sampled_softmax_is_unbiased_under_a_skewed_proposal() -> None:
@@ -175,9 +242,30 @@ def test_full_softmax_and_its_gradients_leave_seen_items_out(block: int, monkeyp
     assert by_hand[torch.arange(20), targets].any(), "some targets have been seen: they stay in"
     found, expected = ([x.clone().requires_grad_() for x in (users, table)] for _ in range(2))
     seen = SeenItems.of([torch.tensor(x, dtype=torch.int32) for x in before], items, real)
-    loss = _FullSoftmax.apply(*found, targets, seen)
+    loss = _FullSoftmax.apply(*found, targets, seen, None, None)
     left_out = by_hand.scatter(1, targets[:, None], False)
     scores = (expected[0] @ expected[1].T).masked_fill(left_out, float("-inf"))
+    reference = torch.nn.functional.cross_entropy(scores, targets, reduction="sum")
+    loss.backward()
+    reference.backward()
+    torch.testing.assert_close(loss, reference)
+    for a, b in zip(found, expected, strict=True):
+        torch.testing.assert_close(a.grad, b.grad)
+
+
+def test_full_softmax_leaves_seen_items_out_whatever_is_added_to_them() -> None:
+    torch.manual_seed(0)
+    before, items, real = random_pieces(40)
+    left_out = seen_by_hand(before, items, real, 40)
+    users, table, added = torch.randn(20, 8), torch.randn(40, 8), torch.randn(20, 9)
+    targets, places = torch.randint(40, (20,)), torch.randint(40, (20, 9))
+    found, expected = ([x.clone().requires_grad_() for x in (users, table, added)] for _ in range(2))
+    loss = loss_of("full", counts=torch.ones(40))(
+        *found[:2], targets, negatives=None, items=items, real=real,
+        seen_before=[torch.tensor(x) for x in before], added=Added(found[2], places),
+    )  # fmt: skip
+    scores = (expected[0] @ expected[1].T).scatter_add(1, places, expected[2])
+    scores = scores.masked_fill(left_out.scatter(1, targets[:, None], False), float("-inf"))
     reference = torch.nn.functional.cross_entropy(scores, targets, reduction="sum")
     loss.backward()
     reference.backward()

@@ -11,9 +11,10 @@ import torch
 from conftest import PAPER, TINY, TINY_ITEMS, random_model
 from torch import Tensor
 
+from dman_train.blocks import Attention
 from dman_train.config import ModelConfig
-from dman_train.model import DMAN, Attention, Encoding
-from dman_train.replay import replay
+from dman_train.model import DMAN, Encoding
+from dman_train.replay import replay, returned
 
 EXACT = {"rtol": 1e-4, "atol": 2e-5}  # float32, two orders of summation
 VARIANTS = {
@@ -332,6 +333,9 @@ OTHER_MODEL = {
     "heads": 1,
     "ffn_multiplier": 3,
     "long_term": "gated",
+    "time": "request",
+    "returns": "on",
+    "sketch_items": 3,
     "dropout": 0.5,
     "routing": "full",
     "routing_iterations": 2,
@@ -347,7 +351,13 @@ def outcome(config: ModelConfig) -> list[np.ndarray]:
         for parameter in model.parameters():
             parameter.add_(torch.arange(parameter.numel()).view_as(parameter).sin() * 0.1)
     torch.manual_seed(1)
-    return [tensor.numpy() for tensor in replay(model.train(), random_histories(17))]
+    (history,) = histories = random_histories(17)
+    times = [10**9 + 60 * np.arange(len(history))]
+    users, memories = replay(model.train(), histories, times=times, request_times=times[0][-1:] + 99)
+    results = [users, memories]
+    if config.returns == "on":
+        results.append(returned(model, users, histories, times=times)[1])
+    return [tensor.numpy() for tensor in results]
 
 
 def differ(a: Sequence[np.ndarray], b: Sequence[np.ndarray]) -> bool:
@@ -357,6 +367,10 @@ def differ(a: Sequence[np.ndarray], b: Sequence[np.ndarray]) -> bool:
 @pytest.mark.slow
 @pytest.mark.parametrize("name", [f.name for f in fields(ModelConfig)])
 def test_model_config_field_changes_the_model(name: str) -> None:
-    base = replace(TINY, heads=1, long_term="gated") if name == "architecture" else TINY
+    bases = {
+        "architecture": replace(TINY, heads=1, long_term="gated"),
+        "sketch_items": replace(TINY, returns="on", sketch_items=4),
+    }
+    base = bases.get(name, TINY)
     assert not differ(outcome(base), outcome(base)), "the comparison itself is not reproducible"
     assert differ(outcome(base), outcome(replace(base, **{name: OTHER_MODEL[name]})))

@@ -9,10 +9,9 @@ from typing import NamedTuple
 import numpy as np
 import pytest
 import torch
-from conftest import PAPER, random_model
+from conftest import PAPER, held_out_of, random_model
 from torch import Tensor
 
-from dman_runtime.data.evaluation import HeldOut
 from dman_train.config import ModelConfig, TrainConfig
 from dman_train.data import TrainingData
 from dman_train.lane_learner import LaneLearner, LaneState
@@ -130,9 +129,10 @@ def test_scores_equal_the_equations() -> None:
 def data_of(*lengths: int) -> TrainingData:
     """Users with so many training events each."""
     items = random_history(sum(lengths)).astype(np.int32)
-    held_out = HeldOut(np.zeros(0, np.int64), [], np.zeros(0, np.int64))
+    nothing_held_out = held_out_of([], np.zeros(0, np.int64))
     offsets = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
-    return TrainingData(items, offsets, np.bincount(items, minlength=ITEMS), held_out)
+    times = np.zeros(len(items), np.int64)
+    return TrainingData(items, offsets, times, np.bincount(items, minlength=ITEMS), nothing_held_out)
 
 
 def segments_of(inputs: StepInputs) -> list[Segment]:

@@ -16,12 +16,13 @@ from typing import Any
 
 import pytest
 import torch
+from conftest import PAPER, TINY
 
 from dman_runtime.model.bundle import read_manifest
 from dman_train import evaluate, export, train
 from dman_train.config import BaselineConfig, ConfigError, DataConfig, ModelConfig, TrainConfig, to_dict
 from dman_train.families import family_of
-from dman_train.presets import BASELINE_PRESETS, PRESETS
+from dman_train.presets import BASELINE_PRESETS, PRESETS, decided
 from dman_train.run import Run, RunError, open_run
 from dman_train.signals import stop_requests
 
@@ -64,7 +65,7 @@ def test_train_writes_a_run_that_describes_itself(trained_run: Path) -> None:
         "tensorboard",
     }
     assert {p.name for p in trained_run.iterdir()} == expected
-    assert run.model_config() == PRESETS["tiny"].model
+    assert run.model_config() == replace(PRESETS["tiny"].model, time="request", returns="off"), "auto is decided"
     assert run.train_config() == replace(PRESETS["tiny"].train, epochs=1, lanes=16)
     found = {"user_column": "user_id", "item_column": "item_id", "time_column": "timestamp", "order_by": "time"}
     assert {name: run.config["data"][name] for name in found} == found
@@ -214,7 +215,8 @@ def run_of_before(run: Path, model: ModelConfig | BaselineConfig, *, form: str) 
     config = json.loads((run / "config.json").read_text())
     config["model"] = to_dict(model)
     if form == "earlier":
-        config["model"].pop("hops", None)
+        for option in ("hops", "time", "returns"):
+            config["model"].pop(option, None)
         del config["train"]["adam_beta2"]
     (run / "config.json").write_text(json.dumps(config))
     sizes = (config["dataset"]["items"], config["dataset"]["users"])
@@ -257,6 +259,7 @@ def test_run_of_before_is_evaluated_if_its_form_is_that_of_today(
     run_copy: Path, capsys: pytest.CaptureFixture[str], name: str
 ) -> None:
     run_of_before(run_copy, UNCHANGED[name], form="earlier")
+    assert open_run(run_copy).model_config() == replace(UNCHANGED[name], time="none", returns="off")
     assert last_json(capsys, evaluate.main, "--run", run_copy)["users"] > 50
 
 
@@ -320,6 +323,21 @@ def test_baseline_resumes_to_the_weights_of_one_run(
     assert train.main(["--resume", "--run", str(tmp_path / "run")], presets=BASELINE_PRESETS) == 0
     resumed, whole = (open_run(path).best_model().state_dict() for path in (tmp_path / "run", baseline_run))
     assert all(torch.equal(resumed[name], weight) for name, weight in whole.items())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("system", ["sasrec", "gru4rec", "hpmn"])
+def test_baseline_run_with_times_and_returns_is_evaluated_as_it_was_ranked(
+    small_log: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], system: str
+) -> None:
+    options = ["--system", system, "--history", "12", "--width", "8", "--lanes", "16", "--seen-items", "keep"]
+    command = ["--data", str(small_log), "--run", str(tmp_path / "run"), "--epochs", "1", "--threads", "1", *options]
+    assert train.main(command, presets=BASELINE_PRESETS) == 0
+    run = open_run(tmp_path / "run")
+    assert (run.config["model"]["time"], run.config["model"]["returns"]) == ("request", "on"), "auto is decided"
+    assert run.metrics is not None and {"request_gaps", "returns.by_gap"} <= run.best_model().state_dict().keys()
+    found = last_json(capsys, evaluate.main, "--run", run.path)
+    assert found["seen_kept"]["hr@10"] == pytest.approx(run.metrics["test"]["seen_kept"]["hr@10"])
 
 
 def test_baseline_with_vectors_of_users_ranks_for_no_other_log(
@@ -622,7 +640,8 @@ OTHER: dict[str, Any] = {
     "gradient_clip": 0.5, "user_column": "u", "item_column": "i", "time_column": "t", "position_column": "p",
     "heads": 1, "ema_decay": 0.5, "adam_beta2": 0.5, "order_by": "file", "time_unit": "ms", "user_ids": "text",
     "item_ids": "text", "exact_repeats": "keep", "format": "jsonl", "separator": ";", "quote": "none", "header": False,
-    "encoding": "latin-1", "bad_rows": "skip",
+    "encoding": "latin-1", "bad_rows": "skip", "time": "events", "returns": "on", "request_dropout": 0.5,
+    "times_dropout": 0.5,
 }  # fmt: skip
 NEEDS = {"architecture": {"heads": 1, "long_term": "gated"}}
 
@@ -641,6 +660,37 @@ def test_option_and_variable_reach_the_field(name: str, monkeypatch: pytest.Monk
     for n, v in given.items():
         monkeypatch.setenv(f"DMAN_{n.upper()}", str(v).lower() if isinstance(v, bool) else str(v))
     assert configs() == expected
+
+
+@pytest.mark.parametrize(
+    ("model", "seen_items", "timed", "expected"),
+    [
+        (TINY, "keep", True, ("request", "on")),
+        (TINY, "keep", False, ("none", "on")),
+        (TINY, "exclude", True, ("request", "off")),
+        (TINY, "keep-target", True, ("request", "off")),
+        (replace(TINY, long_term="gated"), "keep", True, ("none", "on")),
+        (PAPER, "keep", True, ("none", "off")),
+        (replace(TINY, time="events", returns="off"), "keep", True, ("events", "off")),
+        (replace(TINY, time="none", returns="on"), "exclude", True, ("none", "on")),
+        (BaselineConfig("sasrec"), "keep", True, ("request", "on")),
+        (BaselineConfig("gru4rec"), "exclude", True, ("request", "off")),
+        (BaselineConfig("hpmn"), "keep", False, ("none", "on")),
+        (BaselineConfig("caser"), "keep", True, ("none", "off")),
+        (BaselineConfig("shan"), "keep", True, ("none", "off")),
+        (BaselineConfig("sdm"), "keep", True, ("none", "off")),
+        (BaselineConfig("sdm", returns="on"), "exclude", True, ("none", "on")),
+        (BaselineConfig("hpmn", time="events", returns="off"), "keep", True, ("events", "off")),
+        (BASELINE_PRESETS["paper"]["sasrec"].model, "keep", True, ("none", "off")),
+        (PRESETS["paper"].model, "keep", True, ("none", "off")),
+    ],
+)
+def test_log_and_ranking_decide_whether_times_and_returns_are_seen(
+    model: ModelConfig | BaselineConfig, seen_items: Any, timed: bool, expected: tuple[str, str]
+) -> None:
+    found = decided(model, seen_items=seen_items, has_times=timed)
+    assert (found.time, found.returns) == expected
+    assert replace(found, time=model.time, returns=model.returns) == model, "nothing else changes"
 
 
 def test_option_wins_over_variable_and_variable_over_preset(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -19,11 +19,11 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
-from conftest import PAPER, RANKING_OF_SEEN_ITEMS, ROOT, TINY
+from conftest import PAPER, RANKING_OF_SEEN_ITEMS, ROOT, TIMED, TINY
 
 from dman_runtime.data.evaluation import RANKINGS, HeldOut, Ranking, metrics
 from dman_train import distributed, train
-from dman_train.config import ConfigError, ModelConfig, TrainConfig
+from dman_train.config import BaselineConfig, ConfigError, ModelConfig, TrainConfig
 from dman_train.data import TrainingData
 from dman_train.model import DMAN
 from dman_train.replay import replay
@@ -44,8 +44,17 @@ def data_of(histories: list[np.ndarray], vocabulary: int) -> TrainingData:
     items = np.concatenate(training).astype(np.int32)
     offsets = np.concatenate([[0], np.cumsum([len(t) for t in training])]).astype(np.int64)
     targets = np.array([history[-1] for history in histories], np.int64)
-    validation = HeldOut(np.arange(len(histories)), training, targets)
-    return TrainingData(items, offsets, np.bincount(items, minlength=vocabulary), validation)
+    random = np.random.default_rng(1)
+    times = [10**9 + np.cumsum(random.geometric(1e-4, len(history))) for history in histories]
+    validation = HeldOut(
+        np.arange(len(histories)),
+        training,
+        targets,
+        [moments[:-1] for moments in times],
+        np.array([moments[-1] for moments in times]),
+    )
+    counts = np.bincount(items, minlength=vocabulary)
+    return TrainingData(items, offsets, np.concatenate(validation.times), counts, validation)
 
 
 def random_data() -> TrainingData:
@@ -94,22 +103,37 @@ SETTINGS = {
     "sampled-joint": replace(CONFIG, loss="sampled", negatives=16, memory_training="joint", backprop_segments=2),
     "negatives": replace(CONFIG, loss="negatives", negatives=3, weight_decay=0.01),
 }
+RESUMED: dict[str, tuple[ModelConfig | BaselineConfig, TrainConfig]] = {
+    name: (TINY, config) for name, config in SETTINGS.items()
+} | {
+    "times-and-returns": (TIMED, replace(CONFIG, seen_items="keep", request_dropout=0.3)),
+}
+BASELINE = BaselineConfig(history=12, width=16, time="request", returns="on")
+RESUMED |= {
+    f"times-and-returns-{system}": (
+        replace(BASELINE, system=system),  # type: ignore[arg-type]
+        replace(CONFIG, lanes=2, seen_items="keep", request_dropout=0.3),
+    )
+    for system in ("sasrec", "gru4rec", "hpmn")
+}
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("config", SETTINGS.values(), ids=SETTINGS.keys())
-def test_trainer_resumed_from_a_checkpoint_gives_bit_identical_weights(config: TrainConfig, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("model", "config"), RESUMED.values(), ids=RESUMED.keys())
+def test_trainer_resumed_from_a_checkpoint_gives_bit_identical_weights(
+    model: ModelConfig | BaselineConfig, config: TrainConfig, tmp_path: Path
+) -> None:
     data, file = random_data(), tmp_path / "checkpoint.pt"
-    through = Trainer(TINY, config, data, CPU)
+    through = Trainer(model, config, data, CPU)
     expected = [through.train_epoch(on_step=lambda: None, progress=False) for _ in range(2)]
 
-    first = Trainer(TINY, config, data, CPU)
+    first = Trainer(model, config, data, CPU)
     one_epoch = first.train_epoch(on_step=lambda: None, progress=False)
     with pytest.raises(_Interrupt):
         first.train_epoch(on_step=_saving_at(first, first.step + 5, file), progress=False)
     assert first.events < 2 * first.schedule.events, "interrupted within the second epoch"
 
-    second = Trainer(TINY, replace(config, seed=99), data, CPU)  # nothing of its own start may survive
+    second = Trainer(model, replace(config, seed=99), data, CPU)  # nothing of its own start may survive
     second.config = config
     second.load_state_dict(read_tensors(file))
     found = [one_epoch, second.train_epoch(on_step=lambda: None, progress=False)]
@@ -381,6 +405,8 @@ OTHER: dict[str, tuple[TrainConfig, object]] = {
     "precision": (CONFIG, "bfloat16"),
     "epochs": (CONFIG, 9),
     "random_first_segment": (CONFIG, False),
+    "request_dropout": (CONFIG, 0.9),
+    "times_dropout": (CONFIG, 0.9),
     "seen_items": (CONFIG, "exclude-from-ranking"),
     "seed": (CONFIG, 1),
 }
@@ -390,7 +416,8 @@ OTHER: dict[str, tuple[TrainConfig, object]] = {
 @pytest.mark.parametrize("name", OTHER)
 def test_train_config_field_changes_the_weights(name: str) -> None:
     base, value = OTHER[name]
-    assert not same_bits(weights(trained(TINY, base, 6)), weights(trained(TINY, replace(base, **{name: value}), 6)))
+    model = replace(TINY, time="request") if name in ("request_dropout", "times_dropout") else TINY
+    assert not same_bits(weights(trained(model, base, 6)), weights(trained(model, replace(base, **{name: value}), 6)))
 
 
 @pytest.mark.slow

@@ -1,5 +1,6 @@
 """What each method sends and what it returns."""
 
+from datetime import UTC, datetime
 from typing import Any
 
 import numpy as np
@@ -10,6 +11,7 @@ from sdk import (
     DeletedUser,
     Event,
     InternalError,
+    InvalidArgumentError,
     Problem,
     Recommendation,
     Recommendations,
@@ -120,7 +122,7 @@ async def test_user_keeps_ids_of_unknown_items_as_they_are_written(client: Await
 
 async def test_recommend_sends_every_option(client: Awaited, recorder: Recorder) -> None:
     await client.recommend(
-        7, np.int64(3), exclude={1}, include_seen=True, candidates=("a", 2), what_if=[3, Event(4, 5)]
+        7, np.int64(3), exclude={1}, include_seen=True, candidates=("a", 2), what_if=[3, Event(4, 5)], at=1_700_000_000
     )
     assert recorder.request == pb.RecommendRequest(
         user_id="7",
@@ -129,7 +131,24 @@ async def test_recommend_sends_every_option(client: Awaited, recorder: Recorder)
         include_seen=True,
         candidate_item_ids=["a", "2"],
         what_if_events=[pb.Event(item_id="3"), pb.Event(item_id="4", timestamp=5)],
+        at=1_700_000_000,
     )
+
+
+async def test_moment_of_a_recommendation_is_in_whole_seconds_and_absent_unless_given(
+    client: Awaited, recorder: Recorder
+) -> None:
+    await client.recommend("anna")
+    moments = (1_700_049_600, 1_700_049_600.9, datetime(2023, 11, 15, 12, tzinfo=UTC), 0)
+    for at in moments:
+        await client.recommend("anna", at=at)
+    await client.recommend_many(["anna", "bob"], at=7)
+    absent, *given, many = (seen.request for seen in recorder.seen)
+    assert not absent.HasField("at")
+    assert [request.at for request in given] == [1_700_049_600] * 3 + [0] and given[-1].HasField("at")
+    assert [request.at for request in many.requests] == [7, 7]
+    with pytest.raises(InvalidArgumentError, match="at"):
+        await client.recommend("anna", at="soon")
 
 
 async def test_recommend_without_a_user_is_anonymous(client: Awaited, recorder: Recorder) -> None:

@@ -4,13 +4,25 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
+from conftest import held_out_of
 
-from dman_runtime.data.evaluation import HeldOut, held_out, metrics, ranking_for
-from dman_train.baselines.counts import RECENT, count_ranks, most_popular, transitions
+from dman_runtime.data.evaluation import held_out, metrics, ranking_for
+from dman_train.baselines.counts import (
+    HALF_LIFE,
+    RECENT,
+    Scorer,
+    count_ranks,
+    most_popular,
+    own_decayed,
+    own_frequency,
+    own_latest,
+    transitions,
+)
 from dman_train.config import DataConfig
 from dman_train.data import load
 from dman_train.interpret import LENGTH_GROUPS
@@ -56,10 +68,32 @@ def test_transitions_of_a_log_without_pairs_are_popularity() -> None:
     assert scores[0] == scores[2] > scores[1]
 
 
+OWN = {
+    "frequency": (own_frequency, [1, 1, 2, 2, 2, 4], [2, 1, 4]),
+    "frequency, tie by popularity": (own_frequency, [4, 3, 2, 1, 0], [3, 1, 0, 2, 4]),
+    "decayed": (own_decayed, [1, 1, *[2] * HALF_LIFE, 4, 4], [2, 4, 1]),
+    "decayed, two older outweigh one": (own_decayed, [1, 1, *range(5, 3 + HALF_LIFE), 2], [1, 2]),
+    "decayed, two much older do not": (own_decayed, [1, 1, *range(5, 4 + HALF_LIFE), 2], [2, 1]),
+    "latest": (own_latest, [4, 1, 1, 1, 2], [2, 1, 4]),
+}
+
+
+@pytest.mark.parametrize(("system", "history", "first"), OWN.values(), ids=OWN)
+def test_own_items_come_first_and_then_the_popular(
+    system: Callable[..., Scorer], history: list[int], first: list[int]
+) -> None:
+    (scores,) = system(ITEMS, OFFSETS, 5 + 2 * HALF_LIFE)([np.array(history)])
+    order = np.argsort(-scores, kind="stable").tolist()
+    assert [item for item in order if item < 5][: len(first)] == first
+    others = [item for item in order if item not in history]
+    assert set(order[: len(set(history))]) == set(history)
+    assert others == sorted(others, key=lambda item: (-np.bincount(ITEMS, minlength=item + 1)[item], item))
+
+
 def test_count_ranks_are_in_the_order_of_the_data() -> None:
     histories = [np.array([user % 4]) for user in range(600)]  # more than one batch
     targets = np.array([(user + 1) % 4 for user in range(600)])
-    data = HeldOut(np.arange(600), histories, targets)
+    data = held_out_of(histories, targets)
     ranks = count_ranks(lambda given: np.array([[4.0, 3, 2, 1] for _ in given]), data)
     assert ranks.seen_kept.tolist() == (targets + 1).tolist()
     assert ranks.seen_excluded.tolist() == ranks.target_kept.tolist()

@@ -11,7 +11,8 @@ from typing import Any
 
 import pytest
 
-from dman_train.config import TrainConfig, to_dict
+from dman_train.config import BaselineConfig, ModelConfig, TrainConfig, to_dict
+from dman_train.presets import decided
 from dman_train.run import Run
 from tools import paper_rows, report, report_rows
 from tools.bootstrap import paired_bootstrap
@@ -104,10 +105,15 @@ def test_report_goes_into_a_directory(trained_run: Path, tmp_path: Path, capsys:
     assert "paper.md is no directory; name one (--out)" in capsys.readouterr().err and taken.read_text() == "mine"
 
 
+def timed(model: ModelConfig | BaselineConfig) -> ModelConfig | BaselineConfig:
+    """As a run on a log with times has it."""
+    return decided(model, seen_items="exclude", has_times=True)
+
+
 @pytest.mark.slow
 def test_report_charts_sizes_that_were_varied(trained_run: Path, tmp_path: Path) -> None:
     first, preset = record_of(Run(trained_run), "first"), report.PRESETS["default"]
-    model, train = report.to_dict(preset.model), report.to_dict(preset.train)
+    model, train = report.to_dict(timed(preset.model)), report.to_dict(preset.train)
     made = [changed(first, f"m{slots}", model=model | {"memory_slots": slots}, train=train) for slots in (20, 5)]
     _, text = reported(tmp_path, made)
     (chart,) = tmp_path.glob("accuracy-*.png")
@@ -125,7 +131,7 @@ def test_report_still_labels_options_that_no_longer_exist(
     for module in (report, report_rows):
         monkeypatch.setattr(module, "to_dict", without_residual)
     first, preset = record_of(Run(trained_run), "first"), report.PRESETS["default"]
-    today = {"model": without_residual(preset.model), "train": without_residual(preset.train)}
+    today = {"model": without_residual(timed(preset.model)), "train": without_residual(preset.train)}
     stored = replace(first, content=first.content | today)
     made = [
         changed(stored, "today"),

@@ -6,7 +6,7 @@ import shutil
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 
@@ -37,11 +37,14 @@ class Recorder:
         self._graphs, self.provider, self.on_cuda = graphs, graphs.provider, graphs.on_cuda
         self.calls: list[tuple[Callable[..., object], tuple[np.ndarray, ...]]] = []
 
-    def encode(self, *arrays: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        return self._remember(self._graphs.encode, arrays)
+    def encode(self, *arrays: Any) -> tuple[np.ndarray, np.ndarray]:
+        return self._remember(self._graphs.encode, tuple(array for array in arrays if array is not None))
 
     def abstract(self, *arrays: np.ndarray) -> np.ndarray:
         return self._remember(self._graphs.abstract, arrays)
+
+    def read_at_request(self, *arrays: np.ndarray) -> np.ndarray:
+        return self._remember(self._graphs.read_at_request, arrays)
 
     def _remember(self, graph: Callable[..., T], arrays: tuple[np.ndarray, ...]) -> T:
         self.calls.append((graph, tuple(array.copy(order="K") for array in arrays)))

@@ -24,15 +24,15 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x19protos/dman/v1/dman.proto\x12\x07\x64man.v1\"+\n\x05\x45vent\x12\x0f\n\x07item_id\x18\x01 \x01(\t\x12\x11\n\ttimestamp\x18\x02 \x01(\x03\"T\n\rUpdateRequest\x12\x0f\n\x07user_id\x18\x01 \x01(\t\x12\x1e\n\x06\x65vents\x18\x02 \x03(\x0b\x32\x0e.dman.v1.Event\x12\x12\n\nrequest_id\x18\x03 \x01(\t\"\xa1\x01\n\x0bUpdateReply\x12\x11\n\tbundle_id\x18\x01 \x01(\t\x12\x13\n\x0b\x65vent_count\x18\x02 \x01(\x04\x12\x0f\n\x07\x61pplied\x18\x03 \x01(\r\x12\x18\n\x10unknown_item_ids\x18\x04 \x03(\t\x12\x11\n\tduplicate\x18\x05 \x01(\x08\x12\x15\n\rhistory_count\x18\x06 \x01(\x04\x12\x15\n\runknown_count\x18\x07 \x01(\r\"Q\n\x12\x42\x61tchUpdateRequest\x12\'\n\x07updates\x18\x01 \x03(\x0b\x32\x16.dman.v1.UpdateRequest\x12\x12\n\nrequest_id\x18\x02 \x01(\t\"9\n\x10\x42\x61tchUpdateReply\x12%\n\x07replies\x18\x01 \x03(\x0b\x32\x14.dman.v1.UpdateReply\"\xad\x01\n\x10RecommendRequest\x12\x0f\n\x07user_id\x18\x01 \x01(\t\x12\x0e\n\x01k\x18\x02 \x01(\x05H\x00\x88\x01\x01\x12\x14\n\x0cinclude_seen\x18\x03 \x01(\x08\x12\x18\n\x10\x65xclude_item_ids\x18\x04 \x03(\t\x12\x1a\n\x12\x63\x61ndidate_item_ids\x18\x05 \x03(\t\x12&\n\x0ewhat_if_events\x18\x06 \x03(\x0b\x32\x0e.dman.v1.EventB\x04\n\x02_k\"@\n\x0fRecommendedItem\x12\x0f\n\x07item_id\x18\x01 \x01(\t\x12\r\n\x05score\x18\x02 \x01(\x02\x12\r\n\x05title\x18\x03 \x01(\t\"\xcd\x01\n\x0eRecommendReply\x12\'\n\x05items\x18\x01 \x03(\x0b\x32\x18.dman.v1.RecommendedItem\x12\x1f\n\x06source\x18\x02 \x01(\x0e\x32\x0f.dman.v1.Source\x12\x11\n\tbundle_id\x18\x03 \x01(\t\x12\x13\n\x0b\x65vent_count\x18\x04 \x01(\x04\x12\x18\n\x10unknown_item_ids\x18\x05 \x03(\t\x12\x18\n\x10integer_item_ids\x18\x06 \x01(\x08\x12\x15\n\runknown_count\x18\x07 \x01(\r\"D\n\x15\x42\x61tchRecommendRequest\x12+\n\x08requests\x18\x01 \x03(\x0b\x32\x19.dman.v1.RecommendRequest\"?\n\x13\x42\x61tchRecommendReply\x12(\n\x07replies\x18\x01 \x03(\x0b\x32\x17.dman.v1.RecommendReply\"/\n\nBatchParts\x12\r\n\x05parts\x18\x01 \x03(\x0c\x12\x12\n\nrequest_id\x18\x02 \x01(\t\"8\n\x0eGetUserRequest\x12\x0f\n\x07user_id\x18\x01 \x01(\t\x12\x15\n\rrecent_events\x18\x02 \x01(\x05\"\xe5\x01\n\x0cGetUserReply\x12\x0f\n\x07user_id\x18\x01 \x01(\t\x12\x11\n\tbundle_id\x18\x02 \x01(\t\x12\x13\n\x0b\x65vent_count\x18\x03 \x01(\x04\x12\x14\n\x0csegment_fill\x18\x04 \x01(\r\x12\x19\n\x11\x61\x62sorbed_segments\x18\x05 \x01(\x04\x12\x13\n\x0bstate_bytes\x18\x06 \x01(\r\x12%\n\rrecent_events\x18\x07 \x03(\x0b\x32\x0e.dman.v1.Event\x12\x18\n\x10integer_item_ids\x18\x08 \x01(\x08\x12\x15\n\rhistory_count\x18\t \x01(\x04\"Q\n\x11GetHistoryRequest\x12\x0f\n\x07user_id\x18\x01 \x01(\t\x12\r\n\x05start\x18\x02 \x01(\x04\x12\x12\n\x05limit\x18\x03 \x01(\x05H\x00\x88\x01\x01\x42\x08\n\x06_limit\"{\n\x0fGetHistoryReply\x12\x11\n\tbundle_id\x18\x01 \x01(\t\x12\x15\n\rhistory_count\x18\x02 \x01(\x04\x12\x10\n\x08item_ids\x18\x03 \x03(\t\x12\x12\n\ntimestamps\x18\x04 \x03(\x03\x12\x18\n\x10integer_item_ids\x18\x05 \x01(\x08\"$\n\x11\x44\x65leteUserRequest\x12\x0f\n\x07user_id\x18\x01 \x01(\t\"J\n\x0f\x44\x65leteUserReply\x12\x11\n\tbundle_id\x18\x01 \x01(\t\x12\x0f\n\x07\x65xisted\x18\x02 \x01(\x08\x12\x13\n\x0b\x65vent_count\x18\x03 \x01(\x04\"\x12\n\x10GetStatusRequest\"J\n\x07Problem\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0e\n\x06\x64\x65tail\x18\x02 \x01(\t\x12\x0f\n\x07seconds\x18\x03 \x01(\x01\x12\x10\n\x08\x62locking\x18\x04 \x01(\x08\"\xe4\x01\n\x0eGetStatusReply\x12\r\n\x05ready\x18\x01 \x01(\x08\x12\"\n\x08problems\x18\x02 \x03(\x0b\x32\x10.dman.v1.Problem\x12\x11\n\tbundle_id\x18\x03 \x01(\t\x12\x0f\n\x07workers\x18\x04 \x01(\r\x12\x15\n\rworkers_ready\x18\x05 \x01(\r\x12\x10\n\x08restarts\x18\x06 \x01(\x04\x12\x16\n\x0euptime_seconds\x18\x07 \x01(\x01\x12\x10\n\x08requests\x18\x08 \x01(\r\x12\x17\n\x0f\x62ytes_in_flight\x18\t \x01(\x04\x12\x0f\n\x07version\x18\n \x01(\t*M\n\x06Source\x12\x16\n\x12SOURCE_UNSPECIFIED\x10\x00\x12\x17\n\x13SOURCE_PERSONALIZED\x10\x01\x12\x12\n\x0eSOURCE_POPULAR\x10\x02\x32\xe0\x03\n\x0bRecommender\x12\x36\n\x06Update\x12\x16.dman.v1.UpdateRequest\x1a\x14.dman.v1.UpdateReply\x12\x45\n\x0b\x42\x61tchUpdate\x12\x1b.dman.v1.BatchUpdateRequest\x1a\x19.dman.v1.BatchUpdateReply\x12?\n\tRecommend\x12\x19.dman.v1.RecommendRequest\x1a\x17.dman.v1.RecommendReply\x12N\n\x0e\x42\x61tchRecommend\x12\x1e.dman.v1.BatchRecommendRequest\x1a\x1c.dman.v1.BatchRecommendReply\x12\x39\n\x07GetUser\x12\x17.dman.v1.GetUserRequest\x1a\x15.dman.v1.GetUserReply\x12\x42\n\nGetHistory\x12\x1a.dman.v1.GetHistoryRequest\x1a\x18.dman.v1.GetHistoryReply\x12\x42\n\nDeleteUser\x12\x1a.dman.v1.DeleteUserRequest\x1a\x18.dman.v1.DeleteUserReply2M\n\nOperations\x12?\n\tGetStatus\x12\x19.dman.v1.GetStatusRequest\x1a\x17.dman.v1.GetStatusReplyb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x19protos/dman/v1/dman.proto\x12\x07\x64man.v1\"+\n\x05\x45vent\x12\x0f\n\x07item_id\x18\x01 \x01(\t\x12\x11\n\ttimestamp\x18\x02 \x01(\x03\"T\n\rUpdateRequest\x12\x0f\n\x07user_id\x18\x01 \x01(\t\x12\x1e\n\x06\x65vents\x18\x02 \x03(\x0b\x32\x0e.dman.v1.Event\x12\x12\n\nrequest_id\x18\x03 \x01(\t\"\xa1\x01\n\x0bUpdateReply\x12\x11\n\tbundle_id\x18\x01 \x01(\t\x12\x13\n\x0b\x65vent_count\x18\x02 \x01(\x04\x12\x0f\n\x07\x61pplied\x18\x03 \x01(\r\x12\x18\n\x10unknown_item_ids\x18\x04 \x03(\t\x12\x11\n\tduplicate\x18\x05 \x01(\x08\x12\x15\n\rhistory_count\x18\x06 \x01(\x04\x12\x15\n\runknown_count\x18\x07 \x01(\r\"Q\n\x12\x42\x61tchUpdateRequest\x12\'\n\x07updates\x18\x01 \x03(\x0b\x32\x16.dman.v1.UpdateRequest\x12\x12\n\nrequest_id\x18\x02 \x01(\t\"9\n\x10\x42\x61tchUpdateReply\x12%\n\x07replies\x18\x01 \x03(\x0b\x32\x14.dman.v1.UpdateReply\"\xc5\x01\n\x10RecommendRequest\x12\x0f\n\x07user_id\x18\x01 \x01(\t\x12\x0e\n\x01k\x18\x02 \x01(\x05H\x00\x88\x01\x01\x12\x14\n\x0cinclude_seen\x18\x03 \x01(\x08\x12\x18\n\x10\x65xclude_item_ids\x18\x04 \x03(\t\x12\x1a\n\x12\x63\x61ndidate_item_ids\x18\x05 \x03(\t\x12&\n\x0ewhat_if_events\x18\x06 \x03(\x0b\x32\x0e.dman.v1.Event\x12\x0f\n\x02\x61t\x18\x07 \x01(\x03H\x01\x88\x01\x01\x42\x04\n\x02_kB\x05\n\x03_at\"@\n\x0fRecommendedItem\x12\x0f\n\x07item_id\x18\x01 \x01(\t\x12\r\n\x05score\x18\x02 \x01(\x02\x12\r\n\x05title\x18\x03 \x01(\t\"\xcd\x01\n\x0eRecommendReply\x12\'\n\x05items\x18\x01 \x03(\x0b\x32\x18.dman.v1.RecommendedItem\x12\x1f\n\x06source\x18\x02 \x01(\x0e\x32\x0f.dman.v1.Source\x12\x11\n\tbundle_id\x18\x03 \x01(\t\x12\x13\n\x0b\x65vent_count\x18\x04 \x01(\x04\x12\x18\n\x10unknown_item_ids\x18\x05 \x03(\t\x12\x18\n\x10integer_item_ids\x18\x06 \x01(\x08\x12\x15\n\runknown_count\x18\x07 \x01(\r\"D\n\x15\x42\x61tchRecommendRequest\x12+\n\x08requests\x18\x01 \x03(\x0b\x32\x19.dman.v1.RecommendRequest\"?\n\x13\x42\x61tchRecommendReply\x12(\n\x07replies\x18\x01 \x03(\x0b\x32\x17.dman.v1.RecommendReply\"/\n\nBatchParts\x12\r\n\x05parts\x18\x01 \x03(\x0c\x12\x12\n\nrequest_id\x18\x02 \x01(\t\"8\n\x0eGetUserRequest\x12\x0f\n\x07user_id\x18\x01 \x01(\t\x12\x15\n\rrecent_events\x18\x02 \x01(\x05\"\xe5\x01\n\x0cGetUserReply\x12\x0f\n\x07user_id\x18\x01 \x01(\t\x12\x11\n\tbundle_id\x18\x02 \x01(\t\x12\x13\n\x0b\x65vent_count\x18\x03 \x01(\x04\x12\x14\n\x0csegment_fill\x18\x04 \x01(\r\x12\x19\n\x11\x61\x62sorbed_segments\x18\x05 \x01(\x04\x12\x13\n\x0bstate_bytes\x18\x06 \x01(\r\x12%\n\rrecent_events\x18\x07 \x03(\x0b\x32\x0e.dman.v1.Event\x12\x18\n\x10integer_item_ids\x18\x08 \x01(\x08\x12\x15\n\rhistory_count\x18\t \x01(\x04\"Q\n\x11GetHistoryRequest\x12\x0f\n\x07user_id\x18\x01 \x01(\t\x12\r\n\x05start\x18\x02 \x01(\x04\x12\x12\n\x05limit\x18\x03 \x01(\x05H\x00\x88\x01\x01\x42\x08\n\x06_limit\"{\n\x0fGetHistoryReply\x12\x11\n\tbundle_id\x18\x01 \x01(\t\x12\x15\n\rhistory_count\x18\x02 \x01(\x04\x12\x10\n\x08item_ids\x18\x03 \x03(\t\x12\x12\n\ntimestamps\x18\x04 \x03(\x03\x12\x18\n\x10integer_item_ids\x18\x05 \x01(\x08\"$\n\x11\x44\x65leteUserRequest\x12\x0f\n\x07user_id\x18\x01 \x01(\t\"J\n\x0f\x44\x65leteUserReply\x12\x11\n\tbundle_id\x18\x01 \x01(\t\x12\x0f\n\x07\x65xisted\x18\x02 \x01(\x08\x12\x13\n\x0b\x65vent_count\x18\x03 \x01(\x04\"\x12\n\x10GetStatusRequest\"J\n\x07Problem\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0e\n\x06\x64\x65tail\x18\x02 \x01(\t\x12\x0f\n\x07seconds\x18\x03 \x01(\x01\x12\x10\n\x08\x62locking\x18\x04 \x01(\x08\"\xe4\x01\n\x0eGetStatusReply\x12\r\n\x05ready\x18\x01 \x01(\x08\x12\"\n\x08problems\x18\x02 \x03(\x0b\x32\x10.dman.v1.Problem\x12\x11\n\tbundle_id\x18\x03 \x01(\t\x12\x0f\n\x07workers\x18\x04 \x01(\r\x12\x15\n\rworkers_ready\x18\x05 \x01(\r\x12\x10\n\x08restarts\x18\x06 \x01(\x04\x12\x16\n\x0euptime_seconds\x18\x07 \x01(\x01\x12\x10\n\x08requests\x18\x08 \x01(\r\x12\x17\n\x0f\x62ytes_in_flight\x18\t \x01(\x04\x12\x0f\n\x07version\x18\n \x01(\t*M\n\x06Source\x12\x16\n\x12SOURCE_UNSPECIFIED\x10\x00\x12\x17\n\x13SOURCE_PERSONALIZED\x10\x01\x12\x12\n\x0eSOURCE_POPULAR\x10\x02\x32\xe0\x03\n\x0bRecommender\x12\x36\n\x06Update\x12\x16.dman.v1.UpdateRequest\x1a\x14.dman.v1.UpdateReply\x12\x45\n\x0b\x42\x61tchUpdate\x12\x1b.dman.v1.BatchUpdateRequest\x1a\x19.dman.v1.BatchUpdateReply\x12?\n\tRecommend\x12\x19.dman.v1.RecommendRequest\x1a\x17.dman.v1.RecommendReply\x12N\n\x0e\x42\x61tchRecommend\x12\x1e.dman.v1.BatchRecommendRequest\x1a\x1c.dman.v1.BatchRecommendReply\x12\x39\n\x07GetUser\x12\x17.dman.v1.GetUserRequest\x1a\x15.dman.v1.GetUserReply\x12\x42\n\nGetHistory\x12\x1a.dman.v1.GetHistoryRequest\x1a\x18.dman.v1.GetHistoryReply\x12\x42\n\nDeleteUser\x12\x1a.dman.v1.DeleteUserRequest\x1a\x18.dman.v1.DeleteUserReply2M\n\nOperations\x12?\n\tGetStatus\x12\x19.dman.v1.GetStatusRequest\x1a\x17.dman.v1.GetStatusReplyb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'protos.dman.v1.dman_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_SOURCE']._serialized_start=2048
-  _globals['_SOURCE']._serialized_end=2125
+  _globals['_SOURCE']._serialized_start=2072
+  _globals['_SOURCE']._serialized_end=2149
   _globals['_EVENT']._serialized_start=38
   _globals['_EVENT']._serialized_end=81
   _globals['_UPDATEREQUEST']._serialized_start=83
@@ -44,37 +44,37 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_BATCHUPDATEREPLY']._serialized_start=416
   _globals['_BATCHUPDATEREPLY']._serialized_end=473
   _globals['_RECOMMENDREQUEST']._serialized_start=476
-  _globals['_RECOMMENDREQUEST']._serialized_end=649
-  _globals['_RECOMMENDEDITEM']._serialized_start=651
-  _globals['_RECOMMENDEDITEM']._serialized_end=715
-  _globals['_RECOMMENDREPLY']._serialized_start=718
-  _globals['_RECOMMENDREPLY']._serialized_end=923
-  _globals['_BATCHRECOMMENDREQUEST']._serialized_start=925
-  _globals['_BATCHRECOMMENDREQUEST']._serialized_end=993
-  _globals['_BATCHRECOMMENDREPLY']._serialized_start=995
-  _globals['_BATCHRECOMMENDREPLY']._serialized_end=1058
-  _globals['_BATCHPARTS']._serialized_start=1060
-  _globals['_BATCHPARTS']._serialized_end=1107
-  _globals['_GETUSERREQUEST']._serialized_start=1109
-  _globals['_GETUSERREQUEST']._serialized_end=1165
-  _globals['_GETUSERREPLY']._serialized_start=1168
-  _globals['_GETUSERREPLY']._serialized_end=1397
-  _globals['_GETHISTORYREQUEST']._serialized_start=1399
-  _globals['_GETHISTORYREQUEST']._serialized_end=1480
-  _globals['_GETHISTORYREPLY']._serialized_start=1482
-  _globals['_GETHISTORYREPLY']._serialized_end=1605
-  _globals['_DELETEUSERREQUEST']._serialized_start=1607
-  _globals['_DELETEUSERREQUEST']._serialized_end=1643
-  _globals['_DELETEUSERREPLY']._serialized_start=1645
-  _globals['_DELETEUSERREPLY']._serialized_end=1719
-  _globals['_GETSTATUSREQUEST']._serialized_start=1721
-  _globals['_GETSTATUSREQUEST']._serialized_end=1739
-  _globals['_PROBLEM']._serialized_start=1741
-  _globals['_PROBLEM']._serialized_end=1815
-  _globals['_GETSTATUSREPLY']._serialized_start=1818
-  _globals['_GETSTATUSREPLY']._serialized_end=2046
-  _globals['_RECOMMENDER']._serialized_start=2128
-  _globals['_RECOMMENDER']._serialized_end=2608
-  _globals['_OPERATIONS']._serialized_start=2610
-  _globals['_OPERATIONS']._serialized_end=2687
+  _globals['_RECOMMENDREQUEST']._serialized_end=673
+  _globals['_RECOMMENDEDITEM']._serialized_start=675
+  _globals['_RECOMMENDEDITEM']._serialized_end=739
+  _globals['_RECOMMENDREPLY']._serialized_start=742
+  _globals['_RECOMMENDREPLY']._serialized_end=947
+  _globals['_BATCHRECOMMENDREQUEST']._serialized_start=949
+  _globals['_BATCHRECOMMENDREQUEST']._serialized_end=1017
+  _globals['_BATCHRECOMMENDREPLY']._serialized_start=1019
+  _globals['_BATCHRECOMMENDREPLY']._serialized_end=1082
+  _globals['_BATCHPARTS']._serialized_start=1084
+  _globals['_BATCHPARTS']._serialized_end=1131
+  _globals['_GETUSERREQUEST']._serialized_start=1133
+  _globals['_GETUSERREQUEST']._serialized_end=1189
+  _globals['_GETUSERREPLY']._serialized_start=1192
+  _globals['_GETUSERREPLY']._serialized_end=1421
+  _globals['_GETHISTORYREQUEST']._serialized_start=1423
+  _globals['_GETHISTORYREQUEST']._serialized_end=1504
+  _globals['_GETHISTORYREPLY']._serialized_start=1506
+  _globals['_GETHISTORYREPLY']._serialized_end=1629
+  _globals['_DELETEUSERREQUEST']._serialized_start=1631
+  _globals['_DELETEUSERREQUEST']._serialized_end=1667
+  _globals['_DELETEUSERREPLY']._serialized_start=1669
+  _globals['_DELETEUSERREPLY']._serialized_end=1743
+  _globals['_GETSTATUSREQUEST']._serialized_start=1745
+  _globals['_GETSTATUSREQUEST']._serialized_end=1763
+  _globals['_PROBLEM']._serialized_start=1765
+  _globals['_PROBLEM']._serialized_end=1839
+  _globals['_GETSTATUSREPLY']._serialized_start=1842
+  _globals['_GETSTATUSREPLY']._serialized_end=2070
+  _globals['_RECOMMENDER']._serialized_start=2152
+  _globals['_RECOMMENDER']._serialized_end=2632
+  _globals['_OPERATIONS']._serialized_start=2634
+  _globals['_OPERATIONS']._serialized_end=2711
 # @@protoc_insertion_point(module_scope)

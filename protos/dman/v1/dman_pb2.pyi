@@ -200,12 +200,15 @@ class RecommendRequest(_message.Message):
     EXCLUDE_ITEM_IDS_FIELD_NUMBER: _builtins.int
     CANDIDATE_ITEM_IDS_FIELD_NUMBER: _builtins.int
     WHAT_IF_EVENTS_FIELD_NUMBER: _builtins.int
+    AT_FIELD_NUMBER: _builtins.int
     user_id: _builtins.str
     """Empty for an anonymous user, who is described by what_if_events alone."""
     k: _builtins.int
     """1 to 1000; 10 when absent."""
     include_seen: _builtins.bool
     """Items the user has interacted with (what_if_events included) are left out unless this is set."""
+    at: _builtins.int
+    """Seconds since the epoch: the moment that the answer is for; now when absent. Only a model that sees times uses it."""
     @_builtins.property
     def exclude_item_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]: ...
     @_builtins.property
@@ -225,13 +228,19 @@ class RecommendRequest(_message.Message):
         exclude_item_ids: _abc.Iterable[_builtins.str] | None = ...,
         candidate_item_ids: _abc.Iterable[_builtins.str] | None = ...,
         what_if_events: _abc.Iterable[Global___Event] | None = ...,
+        at: _builtins.int | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_k", b"_k", "k", b"k"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_at", b"_at", "_k", b"_k", "at", b"at", "k", b"k"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_k", b"_k", "candidate_item_ids", b"candidate_item_ids", "exclude_item_ids", b"exclude_item_ids", "include_seen", b"include_seen", "k", b"k", "user_id", b"user_id", "what_if_events", b"what_if_events"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_at", b"_at", "_k", b"_k", "at", b"at", "candidate_item_ids", b"candidate_item_ids", "exclude_item_ids", b"exclude_item_ids", "include_seen", b"include_seen", "k", b"k", "user_id", b"user_id", "what_if_events", b"what_if_events"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__at: _TypeAlias = _typing.Literal["at"]  # noqa: Y015
+    _WhichOneofArgType__at: _TypeAlias = _typing.Literal["_at", b"_at"]  # noqa: Y015
     _WhichOneofReturnType__k: _TypeAlias = _typing.Literal["k"]  # noqa: Y015
     _WhichOneofArgType__k: _TypeAlias = _typing.Literal["_k", b"_k"]  # noqa: Y015
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__at) -> _WhichOneofReturnType__at | None: ...
+    @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__k) -> _WhichOneofReturnType__k | None: ...
 
 Global___RecommendRequest: _TypeAlias = RecommendRequest  # noqa: Y015

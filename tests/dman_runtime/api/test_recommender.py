@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import re
 import threading
+import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -62,6 +63,15 @@ def refused(call: Callable[..., Any], request: Any, code: grpc.StatusCode) -> st
     assert details and "\n" not in details and len(details) < 300
     assert not re.search(r"Traceback|File |\.py\b|/tmp|/work|0x[0-9a-f]{6}|Error\b", details)
     return details
+
+
+def test_recommendation_is_for_the_moment_that_was_asked_for_and_for_now_without_one() -> None:
+    events = [pb.Event(item_id="1", timestamp=50), pb.Event(item_id="2")]
+    query = recommender._query(pb.RecommendRequest(user_id="u", k=3, at=0, what_if_events=events))
+    assert (query.at, list(query.what_if_times)) == (0, [50, 0])
+    before = int(time.time())
+    now = recommender._query(pb.RecommendRequest(user_id="u", k=3)).at
+    assert now is not None and before <= now <= time.time()
 
 
 # -- requests that cannot be served ----------------------------------------------------------------------------------

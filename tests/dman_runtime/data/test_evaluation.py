@@ -86,11 +86,16 @@ def test_choice_of_seen_items_decides_the_ranking(seen_items: str, ranking: Rank
 
 
 def test_held_out_events_in_terms_of_a_model_skip_unknown_inputs_and_keep_unknown_targets() -> None:
-    data = HeldOut(np.array([0, 4, 9]), [np.array([0, 1, 2]), np.array([1]), np.array([3, 3])], np.array([3, 0, 1]))
+    histories, times = (
+        [np.array([0, 1, 2]), np.array([1]), np.array([3, 3])],
+        [np.array([7, 8, 9]), np.array([3]), np.array([1, 2])],
+    )
+    data = HeldOut(np.array([0, 4, 9]), histories, np.array([3, 0, 1]), times, np.array([20, 30, 40]))
     known = data.in_terms_of(np.array([7, UNKNOWN, 5, 6], np.int32))
     assert known.users.tolist() == [0, 4, 9]
     assert [history.tolist() for history in known.histories] == [[7, 5], [], [6, 6]]
-    assert known.targets.tolist() == [6, 7, UNKNOWN]
+    assert [moments.tolist() for moments in known.times] == [[7, 9], [], [1, 2]]
+    assert (known.targets.tolist(), known.target_times.tolist()) == ([6, 7, UNKNOWN], [20, 30, 40])
     assert (data.unknown_targets, known.unknown_targets) == (0, 1)
     last = known.rows(np.array([2]))
     assert (last.users.tolist(), last.histories[0].tolist(), last.targets.tolist()) == ([9], [6, 6], [UNKNOWN])
@@ -161,7 +166,7 @@ def log_of(*lengths: int) -> Interactions:
         item_ids=[str(i) for i in range(count)],
         offsets=offsets,
         items=np.arange(count, dtype=np.int32),
-        timestamps=np.zeros(count, np.int64),
+        timestamps=100 + 7 * np.arange(count),
         integer_user_ids=False,
         integer_item_ids=True,
     )
@@ -174,16 +179,19 @@ def test_held_out_events_are_the_last_two() -> None:
     assert (valid.targets.tolist(), test.targets.tolist()) == ([2, 7], [3, 8])
     assert [h.tolist() for h in valid.histories] == [[0, 1], [6]]
     assert [h.tolist() for h in test.histories] == [[0, 1, 2], [6, 7]]  # the validation item is an input when testing
-    items, offsets = training_events(log)
+    items, offsets, times = training_events(log)
     assert items.tolist() == [0, 1, 4, 5, 6]
     assert offsets.tolist() == [0, 2, 4, 5]
+    assert times.tolist() == log.timestamps[[0, 1, 4, 5, 6]].tolist()
+    assert [h.tolist() for h in test.times] == [log.timestamps[:3].tolist(), log.timestamps[6:8].tolist()]
+    assert test.target_times.tolist() == log.timestamps[[3, 8]].tolist()
 
 
 @pytest.mark.slow
 @given(st.lists(st.integers(0, 9), min_size=1, max_size=8))
 def test_training_and_held_out_events_are_disjoint_and_complete(lengths: list[int]) -> None:
     log = log_of(*lengths)
-    items, offsets = training_events(log)
+    items, offsets, _ = training_events(log)
     parts = [set(items.tolist()), *(set(held_out(log, split).targets.tolist()) for split in ("valid", "test"))]
     assert sum(map(len, parts)) == len(set.union(*parts)) == len(log)
     assert offsets[0] == 0

@@ -6,15 +6,18 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from conftest import TIMED, TINY_ITEMS, events_of, random_model
 from histories import Histories, make_histories, write_csv
+from torch_graphs import generation_of
 
-from dman_runtime.data.evaluation import MISS, RANKINGS, Ranks, metrics
+from dman_runtime.data.evaluation import MISS, RANKINGS, Ranks, Split, metrics
 from dman_runtime.data.log_options import ANY_LOG
 from dman_runtime.data.vocabulary import KnownLog, read_known
 from dman_runtime.errors import InputError
 from dman_runtime.jobs import partitions
 from dman_runtime.jobs.evaluating import evaluate, held_out_ranks
 from dman_runtime.model.generation import Generation
+from dman_train.ranking import all_ranks
 
 
 def known(path: Path, generation: Generation) -> KnownLog:
@@ -25,6 +28,18 @@ def known(path: Path, generation: Generation) -> KnownLog:
 def known_log(histories: Histories, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A log of known items only."""
     return write_csv(tmp_path_factory.mktemp("evaluating") / "log.csv", histories)
+
+
+@pytest.mark.parametrize("split", ["test", "valid"])
+def test_ranks_of_a_model_that_sees_times_are_those_of_training(known_log: Path, split: Split) -> None:
+    """At the times of the targets, with what is added for items that users come back to."""
+    model = random_model(TIMED, TINY_ITEMS)
+    generation = generation_of(model)
+    data = known(known_log, generation).held_out(split)
+    assert data.target_times.min() > 0 and len(np.unique(data.target_times)) > 1
+    found, expected = held_out_ranks(data, generation), all_ranks(model, data)
+    for ranking in RANKINGS:
+        assert found.of(ranking).tolist() == expected.of(ranking).tolist()
 
 
 @pytest.mark.parametrize(("split", "last"), [("test", 1), ("valid", 2)])
@@ -38,7 +53,7 @@ def test_ranks_are_those_of_a_replay_user_by_user(
     for row, user in enumerate(data.users):
         items = [item - 1 for item, _ in histories[int(log.interactions.user_ids[user])]]
         history, target = np.array(items[:-last]), items[-last]
-        (state,) = exact.replay([history])
+        (state,) = exact.replay([events_of(history)])
         scores = exact.bundle.item_embeddings @ state.user_embedding
         rank = 1 + int((scores > scores[target]).sum())
         assert found.seen_kept[row] == rank

@@ -58,7 +58,7 @@ def check_records(engine: Engine) -> None:
         assert stored is not None and stored.record is not None
         state = engine.generation.unpack(stored.record)
         assert state.history_count == stored.head.history_count
-        history = engine.known_indices(engine.store.history(user_id)[0])
+        history = engine.known_events(engine.store.history(user_id))
         (expected,) = engine.generation.replay([history])
         assert state.event_count == len(history)
         assert_close(state.memory, expected.memory, EXACT)

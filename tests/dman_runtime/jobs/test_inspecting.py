@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import TINY, TINY_ITEMS
+from conftest import TINY, TINY_ITEMS, events_of
 from histories import UNKNOWN_ITEM, Histories
 from log_files import import_log
 
@@ -46,7 +46,7 @@ def test_user_shows_the_state_and_the_last_events(
     user = max(histories, key=lambda user: len(histories[user]))
     shown = inspect_user(exact_bundle, state, str(user))
     events = mixed_histories[user]
-    (expected,) = exact.replay([np.array([item - 1 for item, _ in histories[user]])])
+    (expected,) = exact.replay([events_of([item - 1 for item, _ in histories[user]])])
     assert (shown["user_id"], shown["bundle_id"]) == (str(user), exact.bundle_id)
     assert (shown["event_count"], shown["history_count"]) == (len(events) - 1, len(events))
     assert shown["record_is_current"] is True

@@ -8,9 +8,10 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from conftest import TINY_ITEMS, new_store
+from conftest import TIMED, TINY_ITEMS, new_store, random_model
 from histories import ONLY_UNKNOWN, Histories, write_csv
 from log_files import import_log, score_log, text_log
+from torch_graphs import generation_of
 
 from dman_runtime.engine import Engine
 from dman_runtime.errors import InputError
@@ -49,6 +50,28 @@ def assert_close_rankings(found: dict[int, Ranking], expected: dict[int, Ranking
         for (item, value), (other, other_value) in zip(ranking, reference, strict=True):
             assert abs(value - other_value) <= margin
             assert item == other or abs(dict(reference).get(item, reference[-1][1]) - value) <= margin
+
+
+@pytest.fixture(scope="module")
+def timed() -> Generation:
+    """Of a model that sees times, and counts what users come back to."""
+    return generation_of(random_model(TIMED, TINY_ITEMS))
+
+
+@pytest.mark.parametrize("at", [None, 12_000, 10**9])  # unknown; between the histories; after all of them
+def test_score_at_a_moment_gives_the_answers_of_an_engine_at_that_moment(
+    timed: Generation, log: Path, mixed_histories: Histories, tmp_path: Path, at: int | None
+) -> None:
+    score_log(log, tmp_path / "s.parquet", timed, k=TINY_ITEMS, include_seen=True, at=at)
+    expected = {}
+    with new_store("memory") as store:
+        engine = Engine(timed, store)
+        import_log(log, engine)
+        for user in mixed_histories:
+            (answer,) = engine.recommend([Query(str(user), k=TINY_ITEMS, include_seen=True, at=at)])
+            item_ids = [int(timed.bundle.items.item_ids[item]) for item in answer.item_indices]
+            expected[user] = list(zip(item_ids, answer.scores.tolist(), strict=True))
+    assert_close_rankings(scored(tmp_path / "s.parquet"), expected)
 
 
 @pytest.mark.parametrize("include_seen", [False, True])

@@ -24,8 +24,8 @@ from dman_runtime.model.bundle import (
     MANIFEST,
     open_bundle,
     read_manifest,
-    sha256,
 )
+from dman_runtime.model.bundle_writer import sha256
 from dman_runtime.model.encoder import Encoder
 from dman_runtime.model.generation import Generation
 from dman_train.export import golden_replay

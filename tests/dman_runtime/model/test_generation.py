@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import change_file_entry, change_golden
+from conftest import change_file_entry, change_golden, events_of
 
 from dman_runtime.errors import BundleError, EncoderError
 from dman_runtime.model.bundle import read_manifest
@@ -41,7 +41,7 @@ def test_generation_with_a_golden_replay_that_is_not_a_number_is_refused(exact_b
 
 def test_generation_searches_exactly_by_default(exact: Generation) -> None:
     assert isinstance(exact.retriever, ExactRetriever)
-    user = exact.replay([np.arange(8)])[0].user_embedding
+    user = exact.replay([events_of(range(8))])[0].user_embedding
     (hits,) = exact.retriever.search(user[None], 5, exclude=[np.zeros(0, np.int64)])
     scores = exact.bundle.item_embeddings @ user
     assert hits.items.tolist() == np.argsort(-scores, kind="stable")[:5].tolist()

@@ -17,7 +17,16 @@ from typing import Any
 import numpy as np
 import onnx
 import pytest
-from conftest import ROOT, TINY_ITEMS, change_file_entry, rewrite_manifest
+from conftest import (
+    ROOT,
+    TIMED,
+    TINY_ITEMS,
+    change_file_entry,
+    events_of,
+    export_tiny,
+    random_model,
+    rewrite_manifest,
+)
 from hostile_bundles import write_fitting_manifest
 
 from dman_runtime.errors import BundleError, DmanError, EncoderError
@@ -26,9 +35,12 @@ from dman_runtime.model.bundle import (
     EMBEDDINGS,
     ENCODER,
     FILES,
+    GAPS,
     GOLDEN,
     ITEMS,
     MANIFEST,
+    REQUEST,
+    RETURNS,
     open_bundle,
     read_manifest,
 )
@@ -427,7 +439,7 @@ def test_open_refuses_what_is_no_graph(copy: Path, content: bytes) -> None:
 
 
 def ranking(generation: Generation) -> tuple[bytes, bytes]:
-    user = generation.replay([np.arange(30) % TINY_ITEMS])[0].user_embedding
+    user = generation.replay([events_of(np.arange(30) % TINY_ITEMS)])[0].user_embedding
     (hits,) = generation.retriever.search(user[None], 10, exclude=[np.zeros(0, np.int64)])
     return user.tobytes(), hits.items.tobytes() + hits.scores.tobytes()
 
@@ -492,13 +504,113 @@ def test_open_of_another_bundle_than_expected_says_what_to_do(tiny_bundle: Path,
     assert caught.value.remedy == "restart the server to serve it, or put the old one back"
 
 
+# --- Times and returns.
+
+
+@pytest.fixture(scope="session")
+def timed_bundle(shared: Callable[[str, Callable[[Path], object]], Path]) -> Path:
+    """With every optional file."""
+    return shared("timed-bundle", lambda path: export_tiny(random_model(TIMED, TINY_ITEMS), path))
+
+
+@pytest.fixture
+def timed(timed_bundle: Path, tmp_path: Path) -> Path:
+    """A bundle of a model that sees times and returns, to damage."""
+    return Path(shutil.copytree(timed_bundle, tmp_path / "timed"))
+
+
+@pytest.mark.parametrize("name", [REQUEST, GAPS, RETURNS])
+@pytest.mark.parametrize("make", [make_pipe, make_link_to_device, Path.mkdir])
+def test_open_refuses_an_optional_file_that_is_none(timed: Path, name: str, make: Callable[[Path], None]) -> None:
+    (timed / name).unlink()
+    assert name in refusal(timed)
+    make(timed / name)
+    assert name in refusal(timed)
+
+
+Arrays = dict[str, np.ndarray]
+RETURNS_EDITS: dict[str, Callable[[Arrays], Arrays]] = {
+    "one less": lambda r: {name: array for name, array in r.items() if name != "by_gap"},
+    "one more": lambda r: r | {"more": r["bias"]},
+    "other half-lives": lambda r: r | {"bias": r["bias"][:-1]},
+    "other width": lambda r: r | {"by_user": r["by_user"][:, :-1].copy()},
+    "other items": lambda r: r | {"by_item": r["by_item"][:-1]},
+    "other buckets": lambda r: r | {"by_age": r["by_age"][:-1]},
+    "float64": lambda r: r | {"by_gap": r["by_gap"].astype(np.float64)},
+    "objects": lambda r: r | {"by_gap": r["by_gap"].astype(object)},
+}
+
+
+@pytest.mark.parametrize("edit", RETURNS_EDITS)
+def test_open_refuses_weights_of_returns_that_cannot_be(timed: Path, edit: str) -> None:
+    with np.load(timed / RETURNS) as arrays:
+        changed = RETURNS_EDITS[edit]({name: arrays[name] for name in arrays.files})
+    stream = io.BytesIO()
+    np.savez(stream, **changed)  # type: ignore[arg-type]
+    put(timed, RETURNS, stream.getvalue())
+    assert RETURNS in refusal(timed)
+
+
+@pytest.mark.parametrize("array", [np.zeros((63, 32), np.float32), np.zeros((64, 31), np.float32), np.zeros((64, 32))])
+def test_open_refuses_other_embeddings_of_gaps(timed: Path, array: np.ndarray) -> None:
+    put(timed, GAPS, npy(array))
+    assert GAPS in refusal(timed)
+
+
+def test_open_refuses_a_golden_replay_without_its_times(timed: Path) -> None:
+    with np.load(timed / GOLDEN) as arrays:
+        golden = {name: arrays[name] for name in arrays.files}
+    for times in (None, golden["times"][:-1], golden["times"][:, :-1], golden["times"].astype(np.float64)):
+        stream = io.BytesIO()
+        np.savez(
+            stream,
+            **(
+                {name: array for name, array in golden.items() if name != "times"}
+                | ({} if times is None else {"times": times})
+            ),
+        )
+        put(timed, GOLDEN, stream.getvalue())
+        assert GOLDEN in refusal(timed)
+
+
+@pytest.mark.parametrize("wrong", [{"times": "none"}, {"times": "events"}, {"sketch_items": 0}])
+def test_open_refuses_files_that_do_not_belong_to_the_state(timed: Path, wrong: dict[str, Any]) -> None:
+    rewrite_manifest(timed, state=replace(read_manifest(timed).state, **wrong))
+    assert "files does not list exactly the files of a bundle" in refusal(timed)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("times", "always"),
+        ("times", 1),
+        ("sketch_items", 513),
+        ("sketch_items", "9"),
+        ("longest_gap", -1),
+        ("longest_gap", 2**41),
+    ],
+)
+def test_open_refuses_times_and_sketches_that_cannot_be(timed: Path, name: str, value: object) -> None:
+    manifest = json.loads((timed / MANIFEST).read_text())
+    manifest["state"][name] = value
+    write_fitting_manifest(timed, manifest)
+    assert f"state.{name}" in refusal(timed)
+
+
+def test_open_refuses_the_request_reader_of_another_model(timed: Path) -> None:
+    put(timed, REQUEST, (timed / ABSTRACTION).read_bytes())
+    assert REQUEST in refusal(timed, EncoderError)
+
+
 # --- Random damage.
 
 
 @pytest.mark.slow
-def test_random_damage_is_refused_or_harmless(tiny_bundle: Path) -> None:
+@pytest.mark.parametrize("name", ["tiny_bundle", "timed_bundle"])
+def test_random_damage_is_refused_or_harmless(name: str, request: pytest.FixtureRequest) -> None:
     """In a process of its own, with bounded memory: a crash of ONNX Runtime would end it."""
-    command = [sys.executable, str(ROOT / "tests" / "hostile_bundles.py"), str(tiny_bundle), "0", "1000", "15"]
+    bundle = request.getfixturevalue(name)
+    command = [sys.executable, str(ROOT / "tests" / "hostile_bundles.py"), str(bundle), "0", "1000", "15"]
     environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False, env=environment)
     assert done.returncode == 0, done.stderr[-3000:]

@@ -3,27 +3,40 @@
 from __future__ import annotations
 
 import struct
+import zlib
+from collections.abc import Sequence
 from dataclasses import replace
-from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
+from conftest import TIMED, TINY, TINY_ITEMS, events_of, random_model
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from torch_graphs import ZeroGraphs, bundle_of, generation_of
 
 from dman_runtime.errors import StateError
-from dman_runtime.model.bundle import FORMAT_VERSION, Bundle, Items, Manifest, StateShape
+from dman_runtime.model.bundle import Bundle, StateShape
 from dman_runtime.model.generation import Generation
 from dman_runtime.model.record import RECORD_FORMAT, head_bytes, max_record_bytes, pack, read_head, unpack
 from dman_runtime.model.recurrence import advance
-from dman_runtime.model.state import State
+from dman_runtime.model.state import State, absorbed_segments
 
 LENGTHS = (0, 1, 4, 5, 6, 9, 10, 11, 14, 15, 23, 40)  # T = 5: around every border
 
 
-@pytest.fixture(scope="module", params=["float16", "float32", "without recurrence"])
+WITH_MORE = {
+    "times and returns": TIMED,
+    "event times": replace(TINY, time="events"),
+    "returns without recurrence": replace(TINY, variant="nran", returns="on", sketch_items=6),
+}
+
+
+@pytest.fixture(scope="module", params=["float16", "float32", "without recurrence", *WITH_MORE])
 def generation(request: pytest.FixtureRequest, tiny: Generation, exact: Generation) -> Generation:
     """Two layers each, so that records have hidden states."""
+    if request.param in WITH_MORE:
+        return generation_of(random_model(WITH_MORE[request.param], TINY_ITEMS), "float16")
     return {"float16": tiny, "float32": exact, "without recurrence": without_recurrence(tiny)}[request.param]
 
 
@@ -44,7 +57,9 @@ def states(generation: Generation) -> list[State]:
     """Real states of every length, each with another number of events of unknown items."""
     random = np.random.default_rng(7)
     vocabulary = generation.bundle.manifest.vocabulary
-    states = generation.replay([random.integers(0, vocabulary, length) for length in LENGTHS])
+    items = [random.integers(0, vocabulary, length) for length in LENGTHS]
+    times = [10**9 + np.cumsum(random.geometric(1e-5, length)) for length in LENGTHS]
+    states = generation.replay([events_of(*history) for history in zip(items, times, strict=True)])
     for row, state in enumerate(states):
         state.history_count += 3 * row
     return states
@@ -91,6 +106,11 @@ def test_record_round_trip_is_exact(bundle: Bundle, states: list[State]) -> None
         np.testing.assert_array_equal(found.user_embedding, state.user_embedding)
         np.testing.assert_array_equal(found.recent[:count], state.recent[:count])
         np.testing.assert_array_equal(found.hidden[:, :count], state.hidden[:, :count])
+        np.testing.assert_array_equal(found.times[:count], state.times[:count])
+        np.testing.assert_array_equal(found.gaps[:count], state.gaps[:count])
+        assert found.last_time == state.last_time
+        for one, other in zip(found.sketch, state.sketch, strict=True):
+            np.testing.assert_array_equal(one, other)
         assert pack(found, bundle) == record
 
 
@@ -99,6 +119,49 @@ def test_record_head_agrees_with_the_whole_state(bundle: Bundle, states: list[St
         head = read_head(pack(state, bundle)[: head_bytes(bundle.manifest.state)], bundle)
         assert (head.event_count, head.history_count) == (state.event_count, state.history_count)
         np.testing.assert_array_equal(head.user_embedding, state.user_embedding)
+
+
+def test_records_hold_no_more_than_their_model_needs(bundle: Bundle, states: list[State]) -> None:
+    shape = bundle.manifest.state
+    sizes = [len(pack(state, bundle)) for state in states]
+    assert max(sizes) <= max_record_bytes(shape)
+    for state, size in zip(states, sizes, strict=True):
+        values = state.context_length * shape.width * (shape.layers - 1)
+        values += state.memory.size if absorbed_segments(state.event_count, shape) else 0
+        times = 8 + 9 * state.context_length if shape.sees_times else 0
+        sketch = 4 + (36 if shape.sees_times else 28) * len(state.sketch.items) if shape.sketch_items else 0
+        expected = head_bytes(shape) + 4 * state.context_length + np.dtype(shape.dtype).itemsize * values
+        assert size == expected + times + sketch
+
+
+@pytest.mark.parametrize("rows", [0, 1, 5])
+def test_record_with_fewer_sketch_items_than_it_holds_is_refused(rows: int) -> None:
+    """Even under a checksum that fits."""
+    generation = generation_of(random_model(TIMED, TINY_ITEMS), "float16")
+    (state,) = generation.replay([events_of(range(23))])
+    record = bytearray(pack(state, generation.bundle))
+    at = len(record) - 36 * 6 - 4
+    assert record[at : at + 4] == (6).to_bytes(4, "little")
+    record[at : at + 4] = rows.to_bytes(4, "little")
+    whole_refused(with_checksums(record, generation.bundle), generation.bundle)
+
+
+def with_checksums(record: bytearray, bundle: Bundle) -> bytes:
+    """The record with checksums that fit what it holds."""
+    head = head_bytes(bundle.manifest.state)
+    record[head - 4 : head] = zlib.crc32(record[head:]).to_bytes(4, "little")
+    record[32:36] = zlib.crc32(record[36:head], zlib.crc32(record[:32])).to_bytes(4, "little")
+    return bytes(record)
+
+
+def test_record_whose_checksums_are_made_again_is_read() -> None:
+    """So the refusals above are not those of a checksum."""
+    generation = generation_of(random_model(TIMED, TINY_ITEMS), "float16")
+    record = pack(generation.replay([events_of(range(23))])[0], generation.bundle)
+    assert with_checksums(bytearray(record), generation.bundle) == record
+    changed = bytearray(record)
+    changed[-1] ^= 1
+    assert pack(unpack(with_checksums(changed, generation.bundle), generation.bundle), generation.bundle) != record
 
 
 def test_no_record_is_the_state_of_an_empty_history(generation: Generation) -> None:
@@ -153,26 +216,6 @@ def test_record_of_another_format_is_refused_and_named(bundle: Bundle, states: l
         read_head(record, bundle)
 
 
-class ZeroGraphs:
-    """Graphs of any size whose outputs are zero: what a record's size does not depend on."""
-
-    provider, on_cuda = "none", False
-
-    def encode(
-        self,
-        item_embeddings: np.ndarray,
-        new_lengths: np.ndarray,
-        context: np.ndarray,
-        context_lengths: np.ndarray,
-        memory: np.ndarray,
-    ) -> tuple[np.ndarray, np.ndarray]:
-        rows, new, width = item_embeddings.shape
-        return np.zeros((rows, width), np.float32), np.zeros((rows, context.shape[1], new, width), np.float32)
-
-    def abstract(self, memory: np.ndarray, segment_hidden: np.ndarray) -> np.ndarray:
-        return np.zeros_like(memory)
-
-
 @pytest.mark.parametrize(
     ("dtype", "recurrent", "largest"),
     [("float16", True, 15_812), ("float32", True, 30_916), ("float16", False, 10_612), ("float32", False, 20_596)],
@@ -181,12 +224,36 @@ def test_record_at_the_default_sizes_takes_what_the_module_says(dtype: str, recu
     """T=20, m=10, L=2, D=128: the sum of the sizes at the head of `record.py`; twice the hidden states and memory
     in float32; 19 instead of 39 positions without recurrence."""
     shape = StateShape(segment_length=20, memory_slots=10, layers=2, width=128, recurrent=recurrent, dtype=dtype)
-    manifest = Manifest(FORMAT_VERSION, "00" * 8, {}, shape, 10, True, {}, {})
-    items = Items([str(i) for i in range(10)], np.full(10, 0.1), [""] * 10, [{}] * 10, {})
-    bundle = Bundle(Path(), manifest, items, np.zeros((10, 128), np.float32), np.zeros((2, 10, 128), np.float32))
-    state, sizes = State.empty(bundle), []
-    for _ in range(100):
-        advance([state], [np.array([3])], bundle=bundle, graphs=ZeroGraphs())
-        sizes.append(len(pack(state, bundle)))
+    sizes = sizes_of_records(shape, range(100))
     assert max(sizes) == max_record_bytes(shape) == largest
     assert max(sizes) == max(sizes[40:60]) == max(sizes[60:80])  # it does not grow with the history
+
+
+@pytest.mark.parametrize(
+    ("options", "more"),
+    [
+        ({"times": "events"}, 359),
+        ({"times": "request"}, 359 + 269),
+        ({"sketch_items": 64}, 1796 + 260),
+        ({"times": "request", "sketch_items": 64}, 359 + 269 + 1796 + 512),
+    ],
+    ids=["events", "request", "returns", "both"],
+)
+def test_times_and_sketch_take_what_the_module_says(options: dict[str, Any], more: int) -> None:
+    """Beside the 15,812 B above; a segment that closes late has one position more: 4 + 256 B, and 9 B for its time."""
+    shape = StateShape(
+        segment_length=20, memory_slots=10, layers=2, width=128, recurrent=True, dtype="float16", **options
+    )
+    sizes = sizes_of_records(shape, range(100))
+    assert max(sizes) == max_record_bytes(shape) == 15_812 + more
+    assert max(sizes[:200]) == max(sizes[-20:])
+
+
+def sizes_of_records(shape: StateShape, items: Sequence[int]) -> list[int]:
+    """Of one user, after each of 100 events at once of different items, and each of 100 more of the same."""
+    bundle = bundle_of(shape, len(items))
+    state, sizes = State.empty(bundle), []
+    for item in (*items, *items):
+        advance([state], [events_of([item], [10**9])], bundle=bundle, graphs=ZeroGraphs())
+        sizes.append(len(pack(state, bundle)))
+    return sizes

@@ -12,6 +12,7 @@ from dman_runtime.model.state import State, absorbed_segments, context_length
 
 RECURRENT = StateShape(segment_length=5, memory_slots=4, layers=2, width=32, recurrent=True, dtype="float16")
 ONE_SEGMENT = replace(RECURRENT, recurrent=False)
+LATE = replace(RECURRENT, times="request")  # answers read the state once more
 
 
 @pytest.mark.parametrize(
@@ -30,6 +31,29 @@ def test_state_without_recurrence_holds_its_open_segment_and_the_rest_in_memory(
     events: int, positions: int, absorbed: int
 ) -> None:
     assert (context_length(events, ONE_SEGMENT), absorbed_segments(events, ONE_SEGMENT)) == (positions, absorbed)
+
+
+@pytest.mark.parametrize(
+    ("events", "positions", "absorbed"),
+    [(0, 0, 0), (1, 1, 0), (5, 5, 0), (9, 9, 0), (10, 10, 0), (11, 6, 1), (15, 10, 1), (16, 6, 2), (103, 8, 19)],
+)
+@pytest.mark.parametrize("shape", [LATE, replace(RECURRENT, sketch_items=8)], ids=["requests", "returns"])
+def test_state_that_answers_read_again_holds_a_full_segment_until_the_next_event(
+    shape: StateShape, events: int, positions: int, absorbed: int
+) -> None:
+    assert (context_length(events, shape), absorbed_segments(events, shape)) == (positions, absorbed)
+
+
+@pytest.mark.parametrize(("events", "positions", "absorbed"), [(0, 0, 0), (5, 5, 0), (6, 1, 1), (10, 5, 1), (11, 1, 2)])
+def test_state_without_recurrence_holds_a_full_segment_until_the_next_event_too(
+    events: int, positions: int, absorbed: int
+) -> None:
+    shape = replace(LATE, recurrent=False)
+    assert (context_length(events, shape), absorbed_segments(events, shape)) == (positions, absorbed)
+
+
+def test_state_that_sees_event_times_only_closes_segments_at_once() -> None:
+    assert not replace(RECURRENT, times="events").answers_read_states
 
 
 @pytest.mark.parametrize(

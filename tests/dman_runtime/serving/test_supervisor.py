@@ -19,7 +19,7 @@ from pathlib import Path
 import numpy as np
 import psutil
 import pytest
-from conftest import ROOT, TINY_ITEMS, running_server
+from conftest import ROOT, TINY_ITEMS, events_of, running_server
 from streams import TOLERANCE, Stream, assert_states_are_replays, item_of, run_streams
 
 from dman_runtime.model.generation import Generation
@@ -68,7 +68,7 @@ def test_two_workers_and_many_clients_give_what_one_replay_gives(
 
     stored = assert_states_are_replays(exact, tmp_path / "state")
     assert {user: [int(item) - 1 for item, _ in events] for user, events in stored.items()} == histories
-    whole = exact.replay([np.array(history) for history in histories.values()])
+    whole = exact.replay([events_of(history) for history in histories.values()])
     for (user, history), state in zip(histories.items(), whole, strict=True):
         scores = exact.bundle.item_embeddings @ state.user_embedding
         best = np.sort(np.delete(scores, np.unique(history)))[::-1][:10]

@@ -134,7 +134,8 @@ def test_baseline_trains_every_parameter(config: BaselineConfig) -> None:
     model = random_baseline(config).train()
     items, users = (x.numpy() for x in random_window(config))
     lengths, starts, first_events = np.full(USERS, config.history), np.ones(USERS, bool), np.zeros(USERS, np.int64)
-    rolled = Batch(items, np.roll(items, 1), lengths, starts, users, first_events)
+    times = [np.zeros(items.shape, np.int64)] * 3
+    rolled = Batch(items, np.roll(items, 1), lengths, starts, users, first_events, *times)
     mean_loss(model, rolled).backward()
     for name, parameter in model.named_parameters():
         assert parameter.grad is not None and torch.isfinite(parameter.grad).all(), name
@@ -193,7 +194,9 @@ def test_baseline_trains_in_bfloat16(config: BaselineConfig) -> None:
 
 def windows_of(histories: list[np.ndarray], *, length: int, positions: int = 300, seed: int = 0) -> Windows:
     offsets = np.concatenate([[0], np.cumsum([len(history) for history in histories])]).astype(np.int64)
-    return Windows(np.concatenate(histories).astype(np.int32), offsets, length=length, positions=positions, seed=seed)
+    items = np.concatenate(histories).astype(np.int32)
+    times = np.zeros(len(items), np.int64)
+    return Windows(items, offsets, times, length=length, positions=positions, seed=seed)
 
 
 RING = np.random.default_rng(0).permutation(ITEMS)

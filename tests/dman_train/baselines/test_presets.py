@@ -8,8 +8,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from conftest import held_out_of
 
-from dman_runtime.data.evaluation import HeldOut
 from dman_train import train
 from dman_train.baselines import BASELINES
 from dman_train.config import BaselineConfig, TrainConfig, from_dict, to_dict
@@ -27,9 +27,9 @@ def random_data() -> TrainingData:
     random = np.random.default_rng(0)
     histories = [random.integers(0, ITEMS, length).astype(np.int32) for length in (5, 30, 100)]
     offsets = np.concatenate([[0], np.cumsum([len(history) for history in histories])]).astype(np.int64)
-    held = HeldOut(np.arange(3), histories, np.zeros(3, np.int64))
+    held = held_out_of(histories, np.zeros(3, np.int64))
     items = np.concatenate(histories)
-    return TrainingData(items, offsets, np.bincount(items, minlength=ITEMS), held)
+    return TrainingData(items, offsets, np.zeros(len(items), np.int64), np.bincount(items, minlength=ITEMS), held)
 
 
 @every_preset

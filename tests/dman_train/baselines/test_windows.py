@@ -6,7 +6,7 @@ from itertools import pairwise
 
 import numpy as np
 import pytest
-from traced_log import EVENTS, OFFSETS, TRAINABLE
+from traced_log import EVENTS, OFFSETS, TIMES, TRAINABLE
 
 from dman_runtime.errors import InputError
 from dman_train.baselines.windows import Windows
@@ -16,7 +16,7 @@ INPUTS = sorted(event for user in TRAINABLE for event in range(OFFSETS[user], OF
 
 
 def traceable(*, length: int = 5, positions: int = 20, seed: int = 0) -> Windows:
-    return Windows(EVENTS, OFFSETS, length=length, positions=positions, seed=seed)
+    return Windows(EVENTS, OFFSETS, TIMES, length=length, positions=positions, seed=seed)
 
 
 def epoch_of(windows: Windows) -> list[Batch]:
@@ -96,4 +96,4 @@ def test_windows_of_another_seed_differ() -> None:
 
 def test_windows_refuse_a_log_without_targets() -> None:
     with pytest.raises(InputError, match="two training events"):
-        Windows(np.array([1, 2], np.int32), np.array([0, 1, 2]), length=5, positions=300, seed=0)
+        Windows(np.array([1, 2], np.int32), np.array([0, 1, 2]), np.array([5, 6]), length=5, positions=300, seed=0)

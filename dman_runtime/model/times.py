@@ -1,0 +1,19 @@
+"""Times as the model sees them: seconds between two moments, in buckets of half an octave. numpy only.
+
+Training and serving use this one table, so that a border means the same to both.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+BUCKETS = 64
+ANY_GAP = 1 << 40  # seconds: longer than any
+NO_GAP = -1  # nothing came before, or the moment is unknown
+# Bucket b >= 1 begins at 2^((b-1)/2) seconds, the last one has no end: 2^31 s are 68 years. Bucket 0 is "at once".
+BORDERS = 2.0 ** (np.arange(BUCKETS - 1) / 2)
+
+
+def bucket(seconds: np.ndarray) -> np.ndarray:
+    """Buckets, int64, of int64 seconds of any shape. What lies in the future counts as now."""
+    return np.searchsorted(BORDERS, seconds, side="right")

@@ -1,0 +1,224 @@
+"""What a state answers at the time of a request, against PyTorch over the whole history."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from itertools import pairwise
+
+import numpy as np
+import pytest
+from conftest import PAPER, TIMED, TINY_ITEMS, assert_close, events_of, random_model
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from torch_graphs import generation_of
+
+from dman_runtime.model.events import KnownEvents
+from dman_runtime.model.generation import Generation
+from dman_runtime.model.state import State
+from dman_runtime.model.times import NO_GAP
+from dman_train.config import ModelConfig
+from dman_train.model import DMAN
+from dman_train.replay import replay, returned
+
+T, BEGIN = 5, 10**9
+EXACT = 1e-4  # relative, in root mean square: float32 arithmetic in another order
+LENGTHS = range(1, 4 * T + 4)  # every place in a segment
+MODELS: dict[str, ModelConfig] = {
+    f"{layers}-{variant}-{time}": replace(TIMED, layers=layers, variant=variant, time=time)
+    for layers in (1, 2, 3)
+    for variant in ("dman", "xl", "nran", "fifo")
+    for time in ("request", "events")
+} | {
+    "no returns": replace(TIMED, returns="off"),
+    "returns only": replace(TIMED, time="none"),
+    "returns only, nran": replace(TIMED, time="none", variant="nran"),
+    "returns only, gated": replace(TIMED, time="none", long_term="gated"),
+    "returns only, paper": replace(PAPER, time="none", returns="on", sketch_items=6),
+}
+
+
+def random_events(length: int, random: np.random.Generator) -> KnownEvents:
+    """Seconds to years apart, some of them at once; items that come back."""
+    gaps = random.geometric(2.0 ** -random.integers(0, 25, length)) - 1
+    return events_of(random.integers(0, 20, length), BEGIN + np.cumsum(gaps))
+
+
+def histories_and_moments() -> tuple[list[KnownEvents], np.ndarray]:
+    random = np.random.default_rng(1)
+    histories = [random_events(length, random) for length in LENGTHS]
+    later = 2 ** random.integers(0, 25, len(histories)) - 1  # 0 for some: at the moment of the last event
+    return histories, np.array([history.times[-1] for history in histories]) + later
+
+
+def check_answers(model: DMAN, states: list[State], histories: list[KnownEvents], moments: np.ndarray | None) -> None:
+    """The user embeddings, and what is added to scores, are those of PyTorch; `moments` None: unknown."""
+    generation = generation_of(model)
+    asked = [None] * len(states) if moments is None else moments.tolist()
+    found, added = generation.asked(states, asked)
+    items, times = [history.items for history in histories], [history.times for history in histories]
+    expected, memories = replay(model, items, times=times, request_times=moments)
+    for state, user, reference, memory in zip(states, found, expected.numpy(), memories.numpy(), strict=True):
+        assert_close(user, reference, EXACT)
+        assert_close(state.memory, memory, EXACT)
+    if model.config.returns != "on":
+        assert added == [None] * len(states)
+        return
+    candidates, scores = (x.numpy() for x in returned(model, expected, items, times=times, request_times=moments))
+    for one, history, wanted, row in zip(added, items, candidates, scores, strict=True):
+        reference = np.zeros(model.vocabulary)
+        np.add.at(reference, wanted, row)  # places without an item add nothing to item 0
+        assert one is not None and set(one.items.tolist()) <= set(history.tolist())
+        found_scores = np.zeros(model.vocabulary)
+        found_scores[one.items] = one.scores
+        assert_close(found_scores, reference, EXACT)
+
+
+@pytest.mark.parametrize("config", MODELS.values(), ids=MODELS.keys())
+def test_answers_at_known_and_unknown_moments_equal_pytorch(config: ModelConfig) -> None:
+    model, (histories, moments) = random_model(config, TINY_ITEMS), histories_and_moments()
+    states = generation_of(model).replay(histories)
+    check_answers(model, states, histories, moments)
+    check_answers(model, states, histories, None)
+    check_answers(model, states, histories, np.array([history.times[-1] - 1 for history in histories]))
+
+
+@pytest.mark.parametrize("config", [TIMED, MODELS["returns only"]], ids=["request", "returns only"])
+def test_request_after_more_time_than_training_knew_counts_as_the_longest_gap(config: ModelConfig) -> None:
+    model, (histories, moments) = random_model(config, TINY_ITEMS), histories_and_moments()
+    last = np.array([history.times[-1] for history in histories])
+    if config.time == "request":
+        model.known_gap.fill_(5000)
+    generation = generation_of(model)
+    states = generation.replay(histories)
+    assert (moments > last + 5000).any() and (moments < last + 5000).any()
+    check_answers(model, states, histories, moments)
+    (users, added), (clipped, again) = (
+        generation.asked(states, at.tolist()) for at in (moments, np.minimum(moments, last + 5000))
+    )
+    np.testing.assert_array_equal(users, clipped)
+    for one, other in zip(added, again, strict=True):
+        assert one is not None and other is not None
+        np.testing.assert_array_equal(one.scores, other.scores)
+
+
+@pytest.fixture(scope="module", params=["2-dman-request", "3-nran-request", "1-xl-events", "returns only"])
+def model(request: pytest.FixtureRequest) -> DMAN:
+    return random_model(MODELS[request.param], TINY_ITEMS)
+
+
+@settings(deadline=None, max_examples=25, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(length=st.integers(1, 30), seed=st.integers(0, 99), cuts=st.lists(st.integers(0, 30), max_size=8))
+def test_any_split_gives_the_answers_of_the_whole(model: DMAN, length: int, seed: int, cuts: list[int]) -> None:
+    generation, history = generation_of(model), random_events(length, np.random.default_rng(seed))
+    state = generation.unpack(None)
+    for start, end in pairwise(sorted({0, length, *(min(cut, length) for cut in cuts)})):
+        generation.advance([state], [history[start:end]])
+        state.history_count = end
+        state = generation.unpack(generation.pack(state))
+    (whole,) = generation.replay([history])
+    assert_same_times(state, whole)
+    check_answers(model, [state], [history], history.times[-1:] + 77)
+
+
+def assert_same_times(found: State, expected: State) -> None:
+    count = expected.context_length
+    assert (found.event_count, found.last_time) == (expected.event_count, expected.last_time)
+    for name in ("recent", "times", "gaps"):
+        assert getattr(found, name)[:count].tolist() == getattr(expected, name)[:count].tolist(), name
+    for one, other in zip(found.sketch, expected.sketch, strict=True):
+        np.testing.assert_array_equal(one, other)
+
+
+@pytest.fixture(scope="module")
+def timed() -> Generation:
+    return generation_of(random_model(TIMED, TINY_ITEMS))
+
+
+def test_asking_changes_no_state(timed: Generation) -> None:
+    histories, moments = histories_and_moments()
+    states = timed.replay(histories)
+    before = [timed.pack(state) for state in states]
+    timed.asked(states, moments.tolist())
+    assert [timed.pack(state) for state in states] == before
+
+
+def test_moment_of_a_request_matters_and_that_of_the_last_event_is_not_an_unknown_one(timed: Generation) -> None:
+    (state,) = timed.replay([random_events(13, np.random.default_rng(0))])
+    moments = [None, *(state.last_time + later for later in (0, 60, 3600, 10**7))]
+    users = timed.asked([state] * len(moments), moments)[0]
+    np.testing.assert_array_equal(users[0], state.user_embedding)
+    assert all(np.abs(one - other).max() > 1e-3 for one, other in pairwise(users))
+
+
+def test_moments_of_one_bucket_give_one_answer(timed: Generation) -> None:
+    (state,) = timed.replay([events_of([3, 4], [BEGIN, BEGIN + 10**6])])
+    users = timed.asked([state] * 2, [state.last_time + 1500, state.last_time + 1501])[0]
+    np.testing.assert_array_equal(users[0], users[1])
+
+
+@pytest.mark.parametrize("moment", [None, BEGIN + 10**6])
+def test_empty_history_answers_nothing_personal(timed: Generation, moment: int) -> None:
+    users, (added,) = timed.asked([timed.unpack(None)], [moment])
+    assert not users.any()
+    assert added is not None and not len(added.items)
+
+
+# Unknown times
+
+
+def filled(history: KnownEvents) -> KnownEvents:
+    """With the time of the event before in place of an unknown one."""
+    times = history.times.copy()
+    for place in range(1, len(times)):
+        times[place] = times[place] or times[place - 1]
+    return KnownEvents(history.items, times)
+
+
+def with_unknown_times(length: int, seed: int) -> KnownEvents:
+    random = np.random.default_rng(seed)
+    history = random_events(length, random)
+    return KnownEvents(history.items, np.where(random.random(length) < 0.4, 0, history.times))
+
+
+@settings(deadline=None, max_examples=25, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(length=st.integers(1, 25), seed=st.integers(0, 99), cut=st.integers(0, 25))
+def test_event_at_an_unknown_time_stands_at_that_of_the_event_before(
+    timed: Generation, length: int, seed: int, cut: int
+) -> None:
+    history, state = with_unknown_times(length, seed), timed.unpack(None)
+    for part in (history[:cut], history[cut:]):
+        timed.advance([state], [part])
+    (expected,) = timed.replay([filled(history)])
+    assert_same_times(state, expected)
+    assert_close(state.user_embedding, expected.user_embedding, EXACT)
+
+
+def test_unknown_time_within_a_history_gives_what_pytorch_gives_for_the_event_before() -> None:
+    model, random = random_model(TIMED, TINY_ITEMS), np.random.default_rng(3)
+    histories = [random_events(length, random) for length in LENGTHS]
+    for history in histories:
+        history.times[1::3] = 0
+    states = generation_of(model).replay(histories)
+    known = [filled(history) for history in histories]
+    check_answers(model, states, known, np.array([history.times[-1] + 500 for history in known]))
+
+
+def test_history_without_times_has_no_gaps_and_no_moment(timed: Generation) -> None:
+    (state,) = timed.replay([events_of(range(8))])
+    assert state.last_time == 0 and state.gaps[:8].tolist() == [NO_GAP] * 8
+    users = timed.asked([state] * 2, [None, BEGIN])[0]
+    np.testing.assert_array_equal(users[0], users[1])
+
+
+def test_first_known_time_follows_no_gap(timed: Generation) -> None:
+    (state,) = timed.replay([events_of(range(4), [0, 0, BEGIN, BEGIN + 1])])
+    assert state.gaps[:4].tolist() == [NO_GAP, NO_GAP, NO_GAP, 1]
+
+
+def test_time_that_goes_back_counts_as_at_once(timed: Generation) -> None:
+    """Updates may come late: their events stand where they arrived."""
+    found, expected = timed.replay(
+        [events_of([1, 2, 3], [BEGIN, BEGIN - 50, BEGIN]), events_of([1, 2, 3], [BEGIN] * 3)]
+    )
+    assert found.gaps[1] == expected.gaps[1] == 0
+    assert_close(found.hidden[:, :2], expected.hidden[:, :2], EXACT)
