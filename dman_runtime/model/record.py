@@ -12,8 +12,8 @@ positions, one event before a segment closes):
     recent items     156 B    u32 [c] item indices
     hidden          9984 B    dtype [L-1, c, D]
     memory          5120 B    dtype [L, m, D]; absent until the first absorption
-    times            359 B    only if the model sees times: i64 seconds of the last event and, [c], of the context;
-                              i8 [c] buckets of the times between events
+    times            360 B    only if the model sees times: i64 seconds where the last event stands and, [c], those of
+                              the context; i8 [c] buckets of the times between; u8 whether the last time is known
     sketch          1796 B    only if the model counts returns: u32 r, u32 [r] item indices, float32 [r, H] counts,
                               u32 [r] events since the last one of the item
     last times       512 B    if it does both: i64 [r] seconds of the last one of the item
@@ -62,7 +62,7 @@ def max_record_bytes(shape: StateShape) -> int:
     """Bytes of the largest record: before a segment closes, with a memory."""
     positions, value_bytes = shape.context_limit - (not shape.answers_read_states), np.dtype(shape.dtype).itemsize
     hidden, memory = (shape.layers - 1) * positions, shape.layers * shape.memory_slots
-    times = 8 + 9 * positions if shape.sees_times else 0
+    times = 9 + 9 * positions if shape.sees_times else 0
     sketch = 4 + shape.sketch_items * _sketch_row(shape) if shape.sketch_items else 0
     return head_bytes(shape) + 4 * positions + value_bytes * (hidden + memory) * shape.width + times + sketch
 
@@ -90,7 +90,7 @@ def unpack(record: bytes, bundle: Bundle) -> State:
         values = getattr(found, name)
         getattr(state, name)[: len(values)] = values
     state.hidden[:, : found.hidden.shape[1]] = found.hidden
-    for name in ("event_count", "history_count", "memory", "user_embedding", "last_time", "sketch"):
+    for name in ("event_count", "history_count", "memory", "user_embedding", "last_time", "last_is_known", "sketch"):
         setattr(state, name, getattr(found, name))
     return state
 
@@ -107,7 +107,7 @@ def view(record: bytes, bundle: Bundle) -> State:
     hidden_at = recent_at + 4 * count
     memory_at = hidden_at + size * depth * count * width
     times_at = memory_at + (size * bundle.initial_memory.size if has_memory else 0)
-    sketch_at = times_at + (8 + 9 * count if shape.sees_times else 0)
+    sketch_at = times_at + (9 + 9 * count if shape.sees_times else 0)
     rows = _sketch_rows(record, sketch_at, shape)
     end = sketch_at + (4 + rows * _sketch_row(shape) if shape.sketch_items else 0)
     (checksum,) = _CHECKSUM.unpack_from(record, recent_at - _CHECKSUM.size)
@@ -131,6 +131,7 @@ def view(record: bytes, bundle: Bundle) -> State:
         times=times[1:],
         gaps=gaps,
         last_time=int(times[0]),
+        last_is_known=shape.sees_times and record[sketch_at - 1] == 1,
         sketch=_unpack_sketch(record, sketch_at + 4, rows, shape) if rows else EMPTY,
     )
 
@@ -173,7 +174,7 @@ def pack(state: State, bundle: Bundle) -> bytes:
         parts.append(state.memory.tobytes())
     if state.shape.sees_times:
         parts += [np.array([state.last_time], "<i8").tobytes(), state.times[:count].astype("<i8").tobytes()]
-        parts.append(state.gaps[:count].astype("i1").tobytes())
+        parts += [state.gaps[:count].astype("i1").tobytes(), bytes([state.last_is_known])]
     if state.shape.sketch_items:
         items, counts, ages, times = state.sketch
         parts += [len(items).to_bytes(4, "little"), items.astype("<u4").tobytes(), counts.astype("<f4").tobytes()]

@@ -119,6 +119,7 @@ def _encode(pieces: Sequence[Piece], *, bundle: Bundle, graphs: Graphs) -> None:
             moments = known_times(state, events.times)
             state.gaps[begin:end] = new_gaps(state, moments)
             state.times[begin:end], state.last_time = moments, int(moments[-1])
+            state.last_is_known = bool(events.times[-1])
         state.hidden[:, begin:end] = hidden[row, 1:, : lengths[row]]
         state.user_embedding = embeddings[row]
         state.event_count += lengths[row]
@@ -201,10 +202,11 @@ def embeddings_at(
 def moment_of(state: State, moment: int | None) -> int | None:
     """The moment of a request as the model sees it; None for an unknown one, and for a model that sees no requests.
 
-    A moment before the last event is unknown, and so is every moment if the time of that is. One that is later than
-    training knew counts as the latest of them: no weight was trained for more.
+    A moment before the last event is unknown, and so is every moment if the time of that is: an application that gives
+    no times must not seem to ask years after its users were last here. One that is later than training knew counts as
+    the latest of them: no weight was trained for more.
     """
-    if moment is None or not moment >= state.last_time > 0 or state.shape.times != "request":
+    if moment is None or not state.last_is_known or moment < state.last_time or state.shape.times != "request":
         return None
     return min(moment, state.last_time + state.shape.longest_gap)
 

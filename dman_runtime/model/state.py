@@ -45,7 +45,8 @@ class State:
     user_embedding: np.ndarray  # (D) float32; zero for an empty history; of a request at an unknown time
     times: np.ndarray  # (C) int64 seconds of the events of the context, left-aligned
     gaps: np.ndarray  # (C) int64 buckets of the times between each event of the context and the one before; or NO_GAP
-    last_time: int  # seconds of the last event; 0 before the first
+    last_time: int  # seconds where the last event stands; 0 before the first that is known
+    last_is_known: bool  # whether that is its own time, and not that of an event before
     sketch: Sketch  # of the closed segments
 
     @classmethod
@@ -63,6 +64,7 @@ class State:
             times=np.zeros(shape.context_limit, np.int64),
             gaps=np.zeros(shape.context_limit, np.int64),
             last_time=0,
+            last_is_known=False,
             sketch=EMPTY,
         )
 

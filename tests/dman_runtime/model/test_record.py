@@ -108,7 +108,7 @@ def test_record_round_trip_is_exact(bundle: Bundle, states: list[State]) -> None
         np.testing.assert_array_equal(found.hidden[:, :count], state.hidden[:, :count])
         np.testing.assert_array_equal(found.times[:count], state.times[:count])
         np.testing.assert_array_equal(found.gaps[:count], state.gaps[:count])
-        assert found.last_time == state.last_time
+        assert (found.last_time, found.last_is_known) == (state.last_time, state.last_is_known)
         for one, other in zip(found.sketch, state.sketch, strict=True):
             np.testing.assert_array_equal(one, other)
         assert pack(found, bundle) == record
@@ -128,7 +128,7 @@ def test_records_hold_no_more_than_their_model_needs(bundle: Bundle, states: lis
     for state, size in zip(states, sizes, strict=True):
         values = state.context_length * shape.width * (shape.layers - 1)
         values += state.memory.size if absorbed_segments(state.event_count, shape) else 0
-        times = 8 + 9 * state.context_length if shape.sees_times else 0
+        times = 9 + 9 * state.context_length if shape.sees_times else 0
         sketch = 4 + (36 if shape.sees_times else 28) * len(state.sketch.items) if shape.sketch_items else 0
         expected = head_bytes(shape) + 4 * state.context_length + np.dtype(shape.dtype).itemsize * values
         assert size == expected + times + sketch
@@ -232,10 +232,10 @@ def test_record_at_the_default_sizes_takes_what_the_module_says(dtype: str, recu
 @pytest.mark.parametrize(
     ("options", "more"),
     [
-        ({"times": "events"}, 359),
-        ({"times": "request"}, 359 + 269),
+        ({"times": "events"}, 360),
+        ({"times": "request"}, 360 + 269),
         ({"sketch_items": 64}, 1796 + 260),
-        ({"times": "request", "sketch_items": 64}, 359 + 269 + 1796 + 512),
+        ({"times": "request", "sketch_items": 64}, 360 + 269 + 1796 + 512),
     ],
     ids=["events", "request", "returns", "both"],
 )

@@ -123,6 +123,7 @@ def test_any_split_gives_the_answers_of_the_whole(model: DMAN, length: int, seed
 def assert_same_times(found: State, expected: State) -> None:
     count = expected.context_length
     assert (found.event_count, found.last_time) == (expected.event_count, expected.last_time)
+    assert found.last_is_known == expected.last_is_known
     for name in ("recent", "times", "gaps"):
         assert getattr(found, name)[:count].tolist() == getattr(expected, name)[:count].tolist(), name
     for one, other in zip(found.sketch, expected.sketch, strict=True):
@@ -189,6 +190,7 @@ def test_event_at_an_unknown_time_stands_at_that_of_the_event_before(
     for part in (history[:cut], history[cut:]):
         timed.advance([state], [part])
     (expected,) = timed.replay([filled(history)])
+    expected.last_is_known = bool(history.times[-1])
     assert_same_times(state, expected)
     assert_close(state.user_embedding, expected.user_embedding, EXACT)
 
@@ -200,7 +202,21 @@ def test_unknown_time_within_a_history_gives_what_pytorch_gives_for_the_event_be
         history.times[1::3] = 0
     states = generation_of(model).replay(histories)
     known = [filled(history) for history in histories]
-    check_answers(model, states, known, np.array([history.times[-1] + 500 for history in known]))
+    later = np.array([500 if history.times[-1] else -1 for history in histories])  # the others are asked at no moment
+    assert (later > 0).any() and (later < 0).any()
+    check_answers(model, states, known, np.array([history.times[-1] for history in known]) + later)
+
+
+def test_moment_after_an_event_without_a_time_is_unknown(timed: Generation) -> None:
+    """Whatever the moment: nobody knows how long ago that event was."""
+    state = timed.unpack(None)
+    timed.advance([state], [events_of([1, 2, 3], [BEGIN, BEGIN + 60, 0])])
+    state = timed.unpack(timed.pack(state))
+    users = timed.asked([state] * 4, [None, BEGIN + 60, BEGIN + 90, BEGIN + 10**8])[0]
+    assert (users == state.user_embedding).all()
+    timed.advance([state], [events_of([4], [BEGIN + 70])])
+    known = timed.asked([state] * 2, [None, BEGIN + 10**6])[0]
+    assert np.abs(known[0] - known[1]).max() > 1e-3
 
 
 def test_history_without_times_has_no_gaps_and_no_moment(timed: Generation) -> None:
