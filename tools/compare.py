@@ -76,11 +76,13 @@ def served_ranks(address: str, data: HeldOut, item_ids: list[str]) -> np.ndarray
     with Client(address, timeout=60) as client:
         for row, history in enumerate(tqdm(data.histories, desc="serve", unit="user", disable=None)):
             user_id = f"user {row}"
-            client.update(user_id, [item_ids[item] for item in history])
+            times = data.times[row].tolist()
+            client.update(user_id, [item_ids[item] for item in history], timestamps=times if any(times) else None)
             if data.targets[row] == UNKNOWN:
                 continue
             target = item_ids[data.targets[row]]
-            for rank, item in enumerate(client.recommend(user_id, k=K), start=1):
+            at = int(data.target_times[row]) or None
+            for rank, item in enumerate(client.recommend(user_id, k=K, at=at), start=1):
                 if str(item.item_id) == target:
                     ranks[row] = rank
     return ranks

@@ -9,6 +9,8 @@ from typing import Any
 
 import numpy as np
 
+# Fields of the state that came later: not in the bundle id while they have these values.
+LATER_FIELDS = {"times": "none", "sketch_items": 0, "longest_gap": 1 << 40}
 MANIFEST, ITEMS, EMBEDDINGS, GOLDEN = "manifest.json", "items.jsonl", "item_embeddings.npy", "golden.npz"
 
 
@@ -20,7 +22,7 @@ def write_manifest(bundle: Path, manifest: dict[str, Any]) -> None:
     """Writes a manifest with the bundle id that fits the rest of it."""
     content = {
         "format_version": manifest["format_version"],
-        "state": manifest["state"],
+        "state": {name: value for name, value in manifest["state"].items() if LATER_FIELDS.get(name) != value},
         "integer_item_ids": manifest["integer_item_ids"],
         "files": {name: entry["sha256"] for name, entry in manifest["files"].items()},
     }

@@ -148,11 +148,11 @@ def test_sasrec_with_times_equals_attention_computed_event_by_event(layers: int)
 
 
 @torch.no_grad()
-def test_gru4rec_with_times_reads_gaps_and_adds_the_request_to_its_state() -> None:
+def test_gru4rec_with_times_reads_gaps_and_scales_its_state_by_the_request() -> None:
     model, (items, users, lengths, moments) = random_baseline(TIMED["gru4rec"]), full_window()
     assert isinstance(model, GRU4Rec)
     states, _ = model.gru(literal_inputs(model, items, moments, 5)[None])
-    expected = [states[0, t] + literal_request(model, moments, 5, t) for t in range(WINDOW)]
+    expected = [states[0, t] * (1 + literal_request(model, moments, 5, t)) for t in range(WINDOW)]
     found = model.encode(items, users, lengths, moments)[5]
     torch.testing.assert_close(found, torch.stack(expected), rtol=1e-9, atol=1e-12)
 
