@@ -60,7 +60,6 @@ class Engine:
         self._indices[self._numbers] = np.arange(len(self._numbers))
         known = store.generations()
         self.number = known.get(self.bundle.bundle_id) or store.add_generation(self.bundle.bundle_id)
-        self._answer_bytes = generation.answer_bytes
         self.committed: Callable[[], None] = lambda: None  # called after every commit that stored something
 
     def known_indices(self, numbers: np.ndarray) -> np.ndarray:
@@ -249,14 +248,15 @@ class Engine:
         return self.answer(opened)
 
     def plain_answer(self, query: Query) -> Answer | None:
-        """The answer to the most frequent query: a user and k, the record current, no other wishes. None for others.
+        """The answer to the most frequent query, by the shortest way: this decides the latency. None for others.
 
-        What `recommend` would answer, by the shortest way: this decides the latency of a server.
+        It is one for a user and k, the record current, no other wishes.
         """
-        if query.user_id is None or query.what_if or query.exclude or query.candidates is not None:
+        special = query.what_if or query.exclude or query.candidates is not None
+        if query.user_id is None or special or not self.generation.answers_anywhere:
             return None
         check_query(query)
-        view = self.store.ranking_view(query.user_id, self.number, self._answer_bytes)
+        view = self.store.ranking_view(query.user_id, self.number, self.generation.answer_bytes)
         if view is None or view.record is None:
             return None
         try:
@@ -265,9 +265,9 @@ class Engine:
             return None
         if user.history_count != view.history_count or not user.event_count:
             return None
-        exclude = NO_ITEMS if query.include_seen else self.known_indices(view.seen)
+        seen = NO_ITEMS if query.include_seen else self.known_indices(view.seen)
         embedding, added = self.generation.asked((user,), (query.at,))
-        (best,) = self.generation.retriever.search(embedding, query.k, exclude=(exclude,), added=added)
+        (best,) = self.generation.retriever.search(embedding, query.k, exclude=(seen,), added=added)
         return Answer(best.items, best.scores, False, user.event_count, [])
 
     def open_queries(self, queries: Sequence[Query], *, catch_up: bool = True) -> list[OpenQuery]:
@@ -288,7 +288,7 @@ class Engine:
         what_if, unknown = what_if_events(query, self.bundle.items)
         opened = OpenQuery(query, NO_ITEMS, 0, None, None, what_if, unknown)
         user_id, found = query.user_id, None
-        view = None if user_id is None else snapshot.ranking_view(user_id, self.number, self._answer_bytes)
+        view = None if user_id is None else snapshot.ranking_view(user_id, self.number, self.generation.answer_bytes)
         if view is not None:
             opened.seen = self.known_indices(view.seen)
             with suppress(StateError):  # a damaged record is made anew

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -71,7 +72,12 @@ class Generation:
     def pack(self, state: State) -> bytes:
         return record.pack(state, self.bundle)
 
-    @property
+    @cached_property
+    def answers_anywhere(self) -> bool:
+        """Whether any thread may answer: not where an answer runs a graph on CUDA, which has one thread for all."""
+        return not (self.graphs.on_cuda and self.bundle.manifest.state.times == "request")
+
+    @cached_property
     def answer_bytes(self) -> int:
         """How much of a record `read_for_answer` takes."""
         shape = self.bundle.manifest.state

@@ -8,7 +8,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 from conftest import STORES, TIMED, TINY_ITEMS, assert_close, events_of, ids, new_store, random_model
-from torch_graphs import generation_of
+from torch_graphs import TorchGraphs, generation_of
 
 from dman_runtime.engine import Engine
 from dman_runtime.errors import RequestError
@@ -129,3 +129,19 @@ def test_answer_with_candidates_has_the_added_scores(engine: Engine, model: DMAN
     scores = scores_of(model, history, at)
     assert answer.item_indices.tolist() == sorted(candidates, key=lambda item: -scores[item])
     assert_close(answer.scores, scores[answer.item_indices], EXACT)
+
+
+@pytest.mark.parametrize("on_cuda", [False, True])
+def test_plain_answer_runs_no_graph_beside_others_on_cuda(engine: Engine, on_cuda: bool) -> None:
+    """There, the one thread that runs graphs answers."""
+    history = history_of(12)
+    update(engine, "u", history)
+    query = Query("u", at=int(history.times[-1]) + 60)
+    graphs = TorchGraphs(random_model(TIMED, TINY_ITEMS))
+    graphs.on_cuda = on_cuda
+    there = Engine(replace(engine.generation, graphs=graphs), engine.store)
+    answer = there.plain_answer(query)
+    assert (answer is None) == on_cuda
+    if answer is not None:
+        (expected,) = there.recommend([query])
+        assert answer.item_indices.tolist() == expected.item_indices.tolist()
