@@ -295,7 +295,10 @@ class Malformed(Exception):
 
 
 def strict_rows(text: str, separator: str, quote: str) -> list[TextRow]:
-    """The rows of a text as Python's csv reads them when it is strict; blank lines are left out. Raises Malformed."""
+    """The rows of a text as Python's csv reads them when it is strict. Raises Malformed.
+
+    Blank lines are left out, and so are lines of separators alone where these are blanks.
+    """
     written = SEPARATORS[separator]
     if separator in ("::", "blank"):
         if _STAND_IN in text:
@@ -312,7 +315,7 @@ def strict_rows(text: str, separator: str, quote: str) -> list[TextRow]:
     rows, line = [], 1
     try:
         for values in reader:
-            if values:
+            if any(value.strip() for value in values) or (values and not written.isspace()):
                 rows.append(
                     TextRow([v.replace(_STAND_IN, SEPARATORS[separator]) for v in values], line, reader.line_num)
                 )
