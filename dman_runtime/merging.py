@@ -11,6 +11,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from dman_runtime.model.times import filled_times
 from dman_runtime.store.base import Events
 
 _FIRST = np.iinfo(np.int64).min  # before every time
@@ -22,15 +23,6 @@ class Merged(NamedTuple):
     added: int  # events that the history did not hold
     known: int  # of those: of items that the model knows
     rebuilt: bool  # the history was put in order anew, as they do not all belong behind it
-
-
-def filled_times(times: NDArray[np.int64], first: int | np.int64) -> NDArray[np.int64]:
-    """Effective times (N): the unknown ones become that of the event before, those at the beginning `first`."""
-    known = times != 0
-    if known.all():
-        return times
-    last_known = np.maximum.accumulate(np.where(known, np.arange(len(times)), -1))  # (N) positions, -1: none yet
-    return np.where(last_known >= 0, times[last_known], first)
 
 
 def first_known(times: NDArray[np.int64], default: int | np.int64) -> int | np.int64:

@@ -114,7 +114,7 @@ LAYERS = {
     "store": {"data", "errors"},
     "history": {"errors", "requests", "store"},
     "opened": {"model", "requests", "store"},
-    "merging": {"store"},
+    "merging": {"model", "store"},
     "id_types": {"data", "errors", "model", "store"},
     "ranking": {"model", "opened", "requests", "retrieval"},
     "engine": {"errors", "merging", "model", "opened", "ranking", "requests", "retrieval", "store"},

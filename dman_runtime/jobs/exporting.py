@@ -19,7 +19,8 @@ from tqdm import tqdm
 from dman_runtime.data.ids import INTEGER, TEXT, is_integer_id
 from dman_runtime.errors import InputError
 from dman_runtime.jobs.parquet_output import ParquetOutput
-from dman_runtime.merging import filled_times, first_known
+from dman_runtime.merging import first_known
+from dman_runtime.model.times import filled_times
 from dman_runtime.store.base import UNKNOWN, Events, StateStore
 
 if TYPE_CHECKING:

@@ -15,7 +15,7 @@ from dman_runtime.model.bundle import Bundle
 from dman_runtime.model.events import KnownEvents
 from dman_runtime.model.sketch import kept as keep_best
 from dman_runtime.model.state import State
-from dman_runtime.model.times import NO_GAP, bucket
+from dman_runtime.model.times import NO_GAP, bucket, filled_times
 
 ROWS_PER_RUN = 64  # users in one run of a graph: enough for speed, few enough to stay in cache
 
@@ -116,10 +116,7 @@ def _encode(pieces: Sequence[Piece], *, bundle: Bundle, graphs: Graphs) -> None:
         begin, end = contexts[row], contexts[row] + lengths[row]
         state.recent[begin:end] = events.items
         if ages is not None:
-            moments = known_times(state, events.times)
-            state.gaps[begin:end] = new_gaps(state, moments)
-            state.times[begin:end], state.last_time = moments, int(moments[-1])
-            state.last_is_known = bool(events.times[-1])
+            state.last_time, state.last_is_known = int(state.times[end - 1]), bool(events.times[-1])
         state.hidden[:, begin:end] = hidden[row, 1:, : lengths[row]]
         state.user_embedding = embeddings[row]
         state.event_count += lengths[row]
@@ -168,15 +165,18 @@ def _close_segments(states: Sequence[State], *, bundle: Bundle, graphs: Graphs) 
 
 
 def _add_times(ages: np.ndarray, new: np.ndarray, context: np.ndarray, piece: Piece, bundle: Bundle) -> None:
-    """Fills in the `ages` (S, K) of a row; adds to its (S, D) new and (C, D) context items what gaps are worth."""
+    """Fills in the `ages` (S, K) of a row; adds to its (S, D) new and (C, D) context items what gaps are worth.
+
+    Times and gaps of the new events go into the state, behind its context, where nothing reads them yet.
+    """
     state, events = piece
     count, fresh, table = _context_before(state), len(events), bundle.gap_embeddings
     assert table is not None
-    moments = known_times(state, events.times)
-    _add_gaps(new[:fresh], new_gaps(state, moments), table)
+    moments, added = filled_times(events.times, state.last_time), slice(count, count + fresh)
+    state.times[added], state.gaps[added] = moments, new_gaps(state, moments)
+    _add_gaps(new[:fresh], state.gaps[added], table)
     _add_gaps(context[len(context) - count :], state.gaps[:count], table)
-    times = np.concatenate([state.times[:count], moments])
-    ages[:fresh, len(context) - count : len(context) + fresh] = bucket(moments[:, None] - times)
+    ages[:fresh, len(context) - count : len(context) + fresh] = bucket(moments[:, None] - state.times[: added.stop])
 
 
 def embeddings_at(
@@ -227,14 +227,6 @@ def _read(states: Sequence[State], moments: Sequence[int], bundle: Bundle, graph
         memory[row], ages[row, -count:] = state.memory[-1], bucket(moment - state.times[:count])
     gaps = bucket(np.array(moments, np.int64) - [state.last_time for state in states])
     return graphs.read_at_request(sources, np.array(lengths, np.int64), memory, ages, gaps)
-
-
-def known_times(state: State, times: np.ndarray) -> np.ndarray:
-    """(n) seconds of new events, where an unknown time (0) is that of the event before."""
-    if times.all():
-        return times
-    known = np.maximum.accumulate(np.where(times != 0, np.arange(len(times)), -1))
-    return np.where(known >= 0, times[known], state.last_time)
 
 
 def new_gaps(state: State, times: np.ndarray) -> np.ndarray:

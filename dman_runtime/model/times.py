@@ -17,3 +17,12 @@ BORDERS = 2.0 ** (np.arange(BUCKETS - 1) / 2)
 def bucket(seconds: np.ndarray) -> np.ndarray:
     """Buckets, int64, of int64 seconds of any shape. What lies in the future counts as now."""
     return np.searchsorted(BORDERS, seconds, side="right")
+
+
+def filled_times(times: np.ndarray, first: int | np.int64) -> np.ndarray:
+    """Seconds (N) where the unknown ones (0) become that of the event before, those at the beginning `first`."""
+    known = times != 0
+    if known.all():
+        return times
+    last_known = np.maximum.accumulate(np.where(known, np.arange(len(times)), -1))  # (N) positions, -1: none yet
+    return np.where(last_known >= 0, times[last_known], first)

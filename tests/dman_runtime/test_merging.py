@@ -10,7 +10,8 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from dman_runtime.merging import filled_times, first_known, joined_events, merge_events, unrecognised
+from dman_runtime.merging import first_known, joined_events, merge_events, unrecognised
+from dman_runtime.model.times import filled_times
 from dman_runtime.store.base import Events
 
 Pairs = list[tuple[int, int]]  # item number and time
