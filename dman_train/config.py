@@ -109,8 +109,8 @@ class ModelConfig:
         return self.architecture == "plus"
 
     @property
-    def closes_late(self) -> bool:
-        """As `StateShape.closes_late`."""
+    def answers_read_states(self) -> bool:
+        """As in `StateShape`."""
         return self.time == "request" or self.returns == "on"
 
     @property

@@ -53,7 +53,7 @@ def replay(
         users[:active] = encoding.user_embedding[:, 0]
         if on_segment is not None:
             on_segment(order[:active], memory_now, encoding)
-        closed = int((sorted_lengths >= start + T + config.closes_late).sum())
+        closed = int((sorted_lengths >= start + T + config.answers_read_states).sum())
         absorbed = context if config.recurrent else encoding.hidden
         if closed and absorbed.shape[2]:
             memory[:closed] = model.abstract(memory_now[:closed], absorbed[:closed])

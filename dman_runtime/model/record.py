@@ -25,6 +25,7 @@ from __future__ import annotations
 
 import struct
 import zlib
+from dataclasses import replace
 from typing import NamedTuple
 
 import numpy as np
@@ -85,14 +86,11 @@ def read_head(record: bytes, bundle: Bundle) -> RecordHead:
 
 def unpack(record: bytes, bundle: Bundle) -> State:
     """The state in a record, to be advanced. Raises StateError."""
-    found, state = view(record, bundle), State.empty(bundle)
-    for name in ("recent", "times", "gaps"):
-        values = getattr(found, name)
-        getattr(state, name)[: len(values)] = values
-    state.hidden[:, : found.hidden.shape[1]] = found.hidden
-    for name in ("event_count", "history_count", "memory", "user_embedding", "last_time", "last_is_known", "sketch"):
-        setattr(state, name, getattr(found, name))
-    return state
+    found, room = view(record, bundle), State.empty(bundle)
+    count = len(found.recent)
+    room.recent[:count], room.times[:count], room.gaps[:count] = found.recent, found.times, found.gaps
+    room.hidden[:, :count] = found.hidden
+    return replace(found, recent=room.recent, times=room.times, gaps=room.gaps, hidden=room.hidden)
 
 
 def view(record: bytes, bundle: Bundle) -> State:
