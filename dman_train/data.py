@@ -47,7 +47,8 @@ KNOWN_GAPS = 100  # a gap is known to training if so many events came after one 
 
 def longest_gap(data: TrainingData) -> int:
     """Seconds: the longest time between two events of a user that training knows well."""
-    since_last = np.diff(data.times)[np.diff(np.repeat(np.arange(len(data.offsets) - 1), np.diff(data.offsets))) == 0]
+    users = np.repeat(np.arange(len(data.offsets) - 1), np.diff(data.offsets))
+    since_last = np.diff(data.times)[users[1:] == users[:-1]]
     if not len(since_last):
         return 0
     place = max(0, len(since_last) - KNOWN_GAPS)

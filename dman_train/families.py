@@ -42,19 +42,26 @@ def _build_dman(config: ModelConfig, vocabulary: int, _users: int) -> DMAN:
 
 
 def _dman_scores(model: DMAN, table: Tensor, data: HeldOut) -> Tensor:
-    users, _ = replay(model, data.histories, times=data.times, request_times=data.target_times)
-    if model.config.returns != "on":
-        return users @ table
-    returns = returned(model, users, data.histories, times=data.times, request_times=data.target_times)
-    return (users @ table).scatter_add_(1, *returns)
+    moments = _moments(data)
+    users, _ = replay(model, data.histories, **moments)
+    scores = users @ table
+    if model.config.returns == "on":
+        scores.scatter_add_(1, *returned(model, users, data.histories, **moments))
+    return scores
 
 
 def _baseline_scores(model: Baseline, table: Tensor, data: HeldOut) -> Tensor:
-    users = model.user_embeddings(data.histories, data.users, times=data.times, request_times=data.target_times)
-    if model.config.returns != "on":
-        return users @ table
-    returns = model.returned(users, data.histories, times=data.times, request_times=data.target_times)
-    return (users @ table).scatter_add_(1, *returns)
+    moments = _moments(data)
+    users = model.user_embeddings(data.histories, data.users, **moments)
+    scores = users @ table
+    if model.config.returns == "on":
+        scores.scatter_add_(1, *model.returned(users, data.histories, **moments))
+    return scores
+
+
+def _moments(data: HeldOut) -> dict[str, Any]:
+    """When the events of the histories came, and for when the targets are asked."""
+    return {"times": data.times, "request_times": data.target_times}
 
 
 _DMAN = Family(

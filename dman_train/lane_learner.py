@@ -24,7 +24,7 @@ from dman_train.learner import UNKNOWN_TIME, Learner, StepInputs
 from dman_train.losses import Added, Losses
 from dman_train.model import DMAN, Encoding
 from dman_train.returns import Sketch, follow
-from dman_train.timing import Timing, gap_buckets, moments_of, timing_of
+from dman_train.timing import Timing, gap_buckets, timing_of
 
 
 @dataclass
@@ -139,8 +139,9 @@ class LaneLearner(Learner):
         item_embeddings = self.model.embed(inputs.items, gaps)
         context_lengths = state.context_lengths if self.model.config.recurrent else torch.zeros_like(lengths)
         encoding = self.model.encode(item_embeddings, state.context, context_lengths, memories.read, timing=timing)
-        added, sketch = self._returns(inputs, state, requests, encoding)
-        likelihood = self.likelihood(encoding.user_embedding, self.model.item_table(), inputs, added)
+        table = self.model.item_table()
+        added, sketch = self._returns(inputs, state, requests, encoding, table)
+        likelihood = self.likelihood(encoding.user_embedding, table, inputs, added)
         reconstructed = real[self._abstraction_lanes] & (memories.judged.lengths > 0)[:, None]
         abstraction = self._abstraction_loss(memories.judged, encoding, reconstructed)
         losses = Losses(likelihood, real.sum(), abstraction, reconstructed.sum())
@@ -148,18 +149,14 @@ class LaneLearner(Learner):
         return losses, replace(following, **_fields_of(sketch))
 
     def _returns(
-        self, inputs: StepInputs, state: LaneState, requests: Tensor | None, encoding: Encoding
+        self, inputs: StepInputs, state: LaneState, requests: Tensor | None, encoding: Encoding, table: Tensor
     ) -> tuple[Added | None, Sketch]:
         """What is added to the scores for items that users come back to, and the sketches after the segment."""
         if self.model.config.returns != "on":
             return None, state.sketch
         with torch.no_grad():
             returns, sketch = follow(state.sketch, inputs.items, inputs.lengths, inputs.times)
-        scores = self.model.returns(
-            encoding.user_embedding, self.model.item_table(), returns, moments_of(inputs.times, requests)
-        )
-        items = returns.items.clamp(min=0)[:, None].expand_as(scores)  # counts are 0 where there is none
-        return Added(scores, items), sketch
+        return self._added(returns, encoding.user_embedding, table, inputs, requests), sketch
 
     def _without_times(self, inputs: StepInputs, state: LaneState) -> tuple[StepInputs, LaneState]:
         """In training, a share of the users have no times at all, so that a model learns to do without."""

@@ -15,6 +15,8 @@ from dman_train.config import BaselineConfig, ModelConfig, TrainConfig
 from dman_train.data import TrainingData
 from dman_train.lanes import Batch
 from dman_train.losses import Added, Losses, NextItemLoss
+from dman_train.returns import Returns, ReturnTerm
+from dman_train.timing import moments_of
 
 UNKNOWN_TIME = -(1 << 62)  # of a request: before any event
 
@@ -113,6 +115,14 @@ class Learner(nn.Module):
             return inputs.next_times
         unknown = torch.rand(len(inputs.times), 1, device=inputs.times.device) < self.config.request_dropout
         return torch.where(unknown, UNKNOWN_TIME, inputs.next_times)
+
+    def _added(
+        self, returns: Returns, users: Tensor, table: Tensor, inputs: StepInputs, requests: Tensor | None
+    ) -> Added:
+        """What the model's term for returns adds to scores; (B, T, D) users, (V, D) table, (B, T) requests."""
+        scores = cast(ReturnTerm, self.model.returns)(users, table, returns, moments_of(inputs.times, requests))
+        items = returns.items.clamp(min=0)[:, None].expand_as(scores)  # where there is none, 0 is added to item 0
+        return Added(scores, items)
 
     def parameter_groups(self) -> list[tuple[list[nn.Parameter], float]]:
         """The parameters of each optimiser and its full learning rate."""

@@ -8,12 +8,11 @@ from typing import NamedTuple
 import numpy as np
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
-from dman_runtime.model.times import NO_GAP
 from dman_train.model import DMAN, Encoding
 from dman_train.returns import Returns, Sketch, follow
-from dman_train.timing import Timing, gap_buckets, timing_of
+from dman_train.timing import Timing, gap_buckets, left_aligned, since_last_of, timing_of
 
 OnSegment = Callable[[Tensor, Tensor, Encoding], None]
 
@@ -85,7 +84,7 @@ def _returns_of(model: DMAN, histories: Sequence[np.ndarray], times: Sequence[np
     T, device = model.config.segment_length, model.items.device
     padded, lengths, order = _by_length(histories, device)
     sketch = Sketch.empty(len(histories), model.config.sketch_items, device)
-    moments = _padded([np.zeros_like(history) for history in histories] if times is None else times, order)
+    moments = _in_order([np.zeros_like(history) for history in histories] if times is None else times, order)
     result: list[Tensor] = []
     for start in range(0, padded.shape[1], T):
         active = int((lengths > start).sum())
@@ -113,11 +112,9 @@ class _Clock(NamedTuple):
     def of(cls, times: Sequence[np.ndarray] | None, requests: np.ndarray | None, order: Tensor) -> _Clock:
         if times is None:
             raise ValueError("this model sees the times of events")
-        padded, device = _padded(times, order), order.device
-        since_last = F.pad(padded[:, 1:] - padded[:, :-1], (1, 0)).clamp(min=0)
-        since_last[:, 0] = NO_GAP
-        asked = None if requests is None else torch.from_numpy(requests).to(device)
-        return cls(padded, since_last, None if asked is None else asked[order])
+        moments = _in_order(times, order)
+        asked = None if requests is None else torch.from_numpy(requests).to(order.device)
+        return cls(moments, since_last_of(moments), None if asked is None else asked[order])
 
     def at(self, start: int, new: int, context: int, active: int) -> tuple[Tensor, Timing]:
         """Buckets of the gaps (A, S), and the timing, of the positions from `start` on, for the A longest histories."""
@@ -139,14 +136,13 @@ def _last(times: Sequence[np.ndarray]) -> np.ndarray:
     return np.array([int(seconds[-1]) for seconds in times], np.int64)
 
 
-def _padded(arrays: Sequence[np.ndarray], order: Tensor) -> Tensor:
-    """(N, longest) int64 arrays in an order, padded with zeros."""
-    rows = [torch.from_numpy(arrays[row].astype(np.int64)) for row in order.tolist()]
-    return nn.utils.rnn.pad_sequence(rows, batch_first=True).to(order.device)
+def _in_order(arrays: Sequence[np.ndarray], order: Tensor) -> Tensor:
+    """(N, longest) the arrays in an order, padded with zeros."""
+    return left_aligned([arrays[row] for row in order.tolist()], order.device)
 
 
 def _by_length(histories: Sequence[np.ndarray], device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
     """Longest first: the padded histories (N, longest), their lengths (N), and which history (N) each row is."""
     lengths = torch.tensor([len(history) for history in histories], device=device)
     order = torch.argsort(lengths, descending=True)
-    return _padded(histories, order), lengths[order], order
+    return _in_order(histories, order), lengths[order], order

@@ -5,11 +5,13 @@ The buckets are those of `dman_runtime.model.times`. Symbols as in `dman_train.m
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
+import numpy as np
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from dman_runtime.model.times import BORDERS, NO_GAP
 
@@ -25,6 +27,19 @@ class Timing(NamedTuple):
         """Of the position `last` (B) of each row only."""
         asked = (None if x is None else at_position(x, last) for x in (self.request_ages, self.request_gaps))
         return Timing(at_position(self.ages, last), *asked)
+
+
+def left_aligned(arrays: Sequence[np.ndarray], device: torch.device) -> Tensor:
+    """(N, longest) int64 the arrays, left-aligned, padded with zeros."""
+    rows = [torch.from_numpy(array.astype(np.int64)) for array in arrays]
+    return nn.utils.rnn.pad_sequence(rows, batch_first=True).to(device)
+
+
+def since_last_of(times: Tensor) -> Tensor:
+    """(N, W) seconds from the event before, for events at `times` (N, W); NO_GAP for the first."""
+    seconds = F.pad(times[:, 1:] - times[:, :-1], (1, 0)).clamp(min=0)
+    seconds[:, 0] = NO_GAP
+    return seconds
 
 
 def buckets(seconds: Tensor) -> Tensor:

@@ -7,11 +7,10 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
-from dman_runtime.model.times import NO_GAP
 from dman_train.returns import Returns, Sketch, follow
+from dman_train.timing import left_aligned, since_last_of
 
 PAIRS = 1 << 20  # pairs of events of one user that are held at a time; each takes up to a hundred bytes
 
@@ -43,12 +42,10 @@ class LatestEvents(NamedTuple):
     ) -> LatestEvents:
         """`times` as the histories; None: unknown. `requests` (N) seconds."""
         lengths = torch.tensor([min(len(history), window) for history in histories], device=device)
-        items = _padded(histories, window).to(device)
-        seconds = torch.zeros_like(items) if times is None else _padded(times, window).to(device)
-        since_last = F.pad(seconds[:, 1:] - seconds[:, :-1], (1, 0)).clamp(min=0)
-        since_last[:, 0] = NO_GAP
+        items = left_aligned([history[-window:] for history in histories], device)
+        seconds = torch.zeros_like(items) if times is None else left_aligned([of[-window:] for of in times], device)
         asked = None if requests is None else torch.from_numpy(requests).to(device)[:, None].expand_as(seconds)
-        return cls(items, lengths, Moments(seconds, since_last, asked))
+        return cls(items, lengths, Moments(seconds, since_last_of(seconds), asked))
 
     @property
     def last(self) -> tuple[Tensor, Tensor]:
@@ -71,9 +68,3 @@ def returns_within(items: Tensor, lengths: Tensor, times: Tensor) -> Returns:
     `items`, `times` (B, W) left-aligned, `lengths` (B) real. The largest tensor has 5 B W W numbers.
     """
     return follow(Sketch.empty(len(items), 0, items.device), items, lengths, times)[0]
-
-
-def _padded(arrays: Sequence[np.ndarray], window: int) -> Tensor:
-    """(N, W) int64 the last values of each array, left-aligned."""
-    latest = [torch.from_numpy(array[-window:].astype(np.int64)) for array in arrays]
-    return nn.utils.rnn.pad_sequence(latest, batch_first=True)

@@ -13,7 +13,6 @@ from dman_train.config import ConfigError, TrainConfig
 from dman_train.data import TrainingData
 from dman_train.learner import Learner, StepInputs
 from dman_train.losses import Added, Losses
-from dman_train.timing import moments_of
 
 LANE_EVENTS = 20  # of one lane in a batch: as many as with DMAN's default segments, whatever a system calls a session
 
@@ -54,6 +53,4 @@ class WindowLearner(Learner):
             return None
         with torch.no_grad():
             returns = returns_within(inputs.items, inputs.lengths, inputs.times)
-        scores = self.model.returns(embeddings, table, returns, moments_of(inputs.times, requests))
-        items = returns.items.clamp(min=0)[:, None].expand_as(scores)  # counts are 0 where there is none
-        return Added(scores, items)
+        return self._added(returns, embeddings, table, inputs, requests)
