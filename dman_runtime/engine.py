@@ -69,8 +69,8 @@ class Engine:
 
     def known_events(self, events: Events) -> KnownEvents:
         """Those of items that the bundle knows, in order."""
-        indices = self._indices.take(events[0], mode="clip")
-        return KnownEvents(indices[indices >= 0], events[1][indices >= 0])
+        known = (indices := self._indices.take(events[0], mode="clip")) >= 0
+        return KnownEvents(indices[known], events[1][known])
 
     # -- the path --------------------------------------------------------------------------------------------------
 
@@ -248,9 +248,9 @@ class Engine:
         return self.answer(opened)
 
     def plain_answer(self, query: Query) -> Answer | None:
-        """The answer to the most frequent query, by the shortest way: this decides the latency. None for others.
+        """The answer to the most frequent query, a user and k with a current record, by the shortest way; or None.
 
-        It is one for a user and k, the record current, no other wishes.
+        This decides the latency of a server.
         """
         special = query.what_if or query.exclude or query.candidates is not None
         if query.user_id is None or special or not self.generation.answers_anywhere:

@@ -28,8 +28,19 @@ _TIME = (
 _RETURNS = "whether the scores have a term for items that the user had before: auto: if seen_items is keep"
 
 
+class _SeesTimes:
+    """What the configs of both families say of times."""
+
+    time: str
+
+    @property
+    def sees_times(self) -> bool:
+        """Whether the model sees the times of events. `auto` is decided before a model is built."""
+        return self.time in ("request", "events")
+
+
 @dataclass(frozen=True)
-class ModelConfig:
+class ModelConfig(_SeesTimes):
     """The network of `dman_train.model`; symbols in its docstring. Raises ConfigError."""
 
     architecture: Literal["plus", "paper"] = option(
@@ -94,11 +105,6 @@ class ModelConfig:
         return self.has_memory and self.long_term == "merged"
 
     @property
-    def sees_times(self) -> bool:
-        """Whether the model sees the times of events. `auto` is decided before a model is built."""
-        return self.time in ("request", "events")
-
-    @property
     def times_by_default(self) -> bool:
         """Whether time "auto" means "request" for a log with times."""
         return self.architecture == "plus" and self.long_term == "merged"
@@ -125,7 +131,7 @@ class ModelConfig:
 
 
 @dataclass(frozen=True)
-class BaselineConfig:
+class BaselineConfig(_SeesTimes):
     """A comparison model of `dman_train.baselines`. Raises ConfigError."""
 
     system: Literal["gru4rec", "caser", "sasrec", "shan", "hpmn", "sdm"] = option("sasrec", "which model")
@@ -148,11 +154,6 @@ class BaselineConfig:
         _check_heads(self)
         if self.sees_times and not self.times_by_default:
             raise ConfigError(f"system {self.system!r} sees no times", "set time to 'none'", parameter="time")
-
-    @property
-    def sees_times(self) -> bool:
-        """Whether the model sees the times of events. `auto` is decided before a model is built."""
-        return self.time in ("request", "events")
 
     @property
     def times_by_default(self) -> bool:
