@@ -21,7 +21,7 @@ from dman_runtime.errors import ConflictError, RequestError, StateError, StoreFu
 from dman_runtime.merging import Merged, joined_events, merge_events
 from dman_runtime.model.events import NO_EVENTS, KnownEvents
 from dman_runtime.model.generation import Generation
-from dman_runtime.model.state import absorbed_segments
+from dman_runtime.model.state import absorbed_segments, segment_fill
 from dman_runtime.opened import NEW_USER, OpenQuery, OpenUpdates, OpenUser, catch_up_updates, what_if_events
 from dman_runtime.ranking import rank
 from dman_runtime.requests import (
@@ -332,7 +332,7 @@ class Engine:
         return UserInfo(
             event_count=user.event_count,
             history_count=count,
-            segment_fill=user.event_count % shape.segment_length,
+            segment_fill=segment_fill(user.event_count, shape),
             absorbed_segments=absorbed_segments(user.event_count, shape),
             state_bytes=len(stored.record or b""),
             recent_item_ids=recent_item_ids,

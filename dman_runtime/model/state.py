@@ -28,6 +28,11 @@ def context_length(event_count: int, shape: StateShape) -> int:
     return event_count - shape.segment_length * absorbed_segments(event_count, shape)
 
 
+def segment_fill(event_count: int, shape: StateShape) -> int:
+    """Events in the open segment: 0 to T - 1; 1 to T after the first if segments close late."""
+    return event_count - shape.segment_length * _closed_segments(event_count, shape)
+
+
 def _closed_segments(event_count: int, shape: StateShape) -> int:
     return max(0, event_count - shape.answers_read_states) // shape.segment_length
 
@@ -84,5 +89,4 @@ class State:
 
     @property
     def segment_fill(self) -> int:
-        """Events in the open segment: 0 to T - 1; 1 to T after the first if segments close late."""
-        return self.event_count - self.shape.segment_length * _closed_segments(self.event_count, self.shape)
+        return segment_fill(self.event_count, self.shape)

@@ -145,3 +145,14 @@ def test_plain_answer_runs_no_graph_beside_others_on_cuda(engine: Engine, on_cud
     if answer is not None:
         (expected,) = there.recommend([query])
         assert answer.item_indices.tolist() == expected.item_indices.tolist()
+
+
+@pytest.mark.parametrize("length", [0, 1, T - 1, T, T + 1, 3 * T])
+def test_a_full_segment_is_reported_as_open_until_the_next_event(engine: Engine, length: int) -> None:
+    update(engine, "u", history_of(length) if length else events_of([]))
+    info = engine.user("u")
+    if info is None:
+        assert length == 0
+        return
+    assert info.segment_fill == ((length - 1) % T + 1 if length else 0)
+    assert info.segment_fill + T * (info.absorbed_segments + (length > T)) == length
