@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from dman_runtime.model import bundle as bundle_format
 from dman_runtime.model.bundle import StateShape
 from dman_runtime.model.encoder import Encoder
-from dman_runtime.model.times import ANY_GAP, BUCKETS
+from dman_runtime.model.times import ANY_GAP, BUCKETS, NO_EVENT
 from dman_train.config import ModelConfig
 from dman_train.model import DMAN
 from dman_train.timing import Timing
@@ -55,8 +55,8 @@ class RequestGraph(nn.Module):
         super().__init__()
         self.model = model
 
-    def forward(self, sources: Tensor, source_lengths: Tensor, memory: Tensor, ages: Tensor, gaps: Tensor) -> Tensor:
-        return self.model.read_at_request(sources, source_lengths, memory, ages, gaps)
+    def forward(self, sources: Tensor, memory: Tensor, ages: Tensor, gaps: Tensor) -> Tensor:
+        return self.model.read_at_request(sources, memory, ages, gaps)
 
 
 class AbstractionGraph(nn.Module):
@@ -104,14 +104,16 @@ def _example(model: DMAN, *, batch: int, new: int, context: int, seed: int = 0) 
     return tensors
 
 
-def _request_example(model: DMAN, *, batch: int, context: int, seed: int = 0) -> tuple[Tensor, ...]:
-    """Random inputs of the graph that reads at the time of a request."""
+def _request_example(model: DMAN, *, batch: int, seed: int = 0) -> tuple[Tensor, ...]:
+    """Random inputs of the graph that reads at the time of a request: contexts of all lengths."""
     config, generator = model.config, torch.Generator().manual_seed(seed)
+    context = state_shape(config, "float32").context_limit
+    ages = torch.randint(0, BUCKETS, (batch, context), generator=generator)
+    padding = torch.randint(0, context, (batch, 1), generator=generator)
     return (
         torch.randn(batch, context, config.width, generator=generator),
-        torch.randint(1, context + 1, (batch,), generator=generator),
         torch.randn(batch, config.slots, config.width, generator=generator),
-        torch.randint(0, BUCKETS, (batch, context), generator=generator),
+        torch.where(torch.arange(context) < padding, NO_EVENT, ages),
         torch.randint(0, BUCKETS, (batch,), generator=generator),
     )
 
@@ -146,12 +148,11 @@ def export_graphs(model: DMAN, directory: Path) -> dict[str, Any]:
         outputs=["new_memory"],
     )
     if config.time == "request":
-        dynamic = {"sources": {0: batch, 1: context}, "source_lengths": {0: batch}, "memory": {0: batch}}
         _export_graph(
             RequestGraph(model),
-            _request_example(model, batch=3, context=7),
+            _request_example(model, batch=3),
             directory / bundle_format.REQUEST,
-            inputs=dynamic | {"ages": {0: batch, 1: context}, "gaps": {0: batch}},
+            inputs={name: {0: batch} for name in ("sources", "memory", "ages", "gaps")},
             outputs=["user_embedding"],
         )
     names = bundle_format.graphs_of(state_shape(config, "float32"))
@@ -212,8 +213,8 @@ def graph_errors(model: DMAN, directory: Path) -> dict[str, float]:
             new_memory = encoder.abstract(memory.numpy(), hidden.numpy())
             error = _relative(new_memory, model.abstract(memory, hidden))
             errors[bundle_format.ABSTRACTION] = max(errors[bundle_format.ABSTRACTION], error)
-        if bundle_format.REQUEST in graphs and context:
-            asked = _request_example(model, batch=batch, context=context, seed=seed)
+        if bundle_format.REQUEST in graphs:
+            asked = _request_example(model, batch=batch, seed=seed)
             found_users = encoder.read_at_request(*(tensor.numpy() for tensor in asked))
             error = _relative(found_users, RequestGraph(model)(*asked))
             errors[bundle_format.REQUEST] = max(errors[bundle_format.REQUEST], error)

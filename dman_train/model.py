@@ -190,35 +190,36 @@ class DMAN(nn.Module):
             user = g + share * (user - g)
         return Encoding(user * self.output_scale, torch.stack(hidden, dim=1), memory_queries)
 
-    def read_at_request(self, sources: Tensor, lengths: Tensor, memory: Tensor, ages: Tensor, gaps: Tensor) -> Tensor:
+    def read_at_request(self, sources: Tensor, memory: Tensor, ages: Tensor, gaps: Tensor) -> Tensor:
         """The last layer for requests at known times: what `encode` gives for the last of some positions.
 
         Args:
-            sources: (B, C, D) inputs of the last layer, right-aligned, `lengths` (B) real; the last is the query.
+            sources: (B, C, D) inputs of the last layer, right-aligned, C the most context; the last is the query.
             memory: (B, m, D) of the last layer.
-            ages, gaps: (B, C), (B) buckets of the time from each event, and from the last one, to the request.
+            ages: (B, C) buckets of the time from each event to the request; NO_EVENT before the first.
+            gaps: (B) buckets of the time from the last event to the request.
         """
-        layer, count = self.config.layers - 1, sources.shape[1]
+        layer, newest = self.config.layers - 1, sources.shape[1] - 1
         block = blocks_of(self.short_term)[layer]
-        key = torch.arange(count, device=sources.device)
-        distance = (count - 1 - key).clamp(max=2 * self.config.segment_length - 1)
-        visible = torch.where(key >= count - lengths[:, None], 0.0, MASKED)[:, None, None]  # (B, 1, 1, C)
-        bias = self.distance_bias[layer][:, distance] + visible  # (B, 1, H, C)
-        if self.config.merged:
-            slots = self.slot_bias[layer].expand(sources.shape[0], 1, -1, -1)
-            bias = torch.cat([slots, bias], dim=-1)
-        bias = bias + self._age_bias(layer, ages[:, None])
-        h = sources[:, -1:] + of_gaps(self.request_gaps, gaps[:, None]) * self.input_scale
+        distance = newest - torch.arange(newest + 1, device=sources.device)
+        by_place = self.distance_bias[layer][:, distance.clamp(max=2 * self.config.segment_length - 1)]  # (H, C)
         keys = [block.norm_memory(memory)] if self.config.merged else []
+        slots = [self.slot_bias[layer]] if self.config.merged else []
+        by_age = torch.cat([self.age_bias[layer], torch.full_like(self.age_bias[layer][:1], MASKED)])
+        bias = torch.cat([*slots, by_place], dim=-1) + self._with_slots(F.embedding(ages[:, None], by_age))
+        h = sources[:, -1:] + F.embedding(gaps[:, None], self.request_gaps) * self.input_scale
         queries = block.attention.queries_in_source_space(block.norm(h))
         h = block.add(h, block.attention(queries, torch.cat([*keys, block.norm(sources)], dim=1), bias))
         return (self.norm_short(h) * self.output_scale)[:, 0]
 
     def _age_bias(self, layer: int, ages: Tensor | None) -> Tensor:
-        """(B, Q, K) buckets -> (B, Q, H, m + K): a bias by age for each head; slots have no age."""
+        """(B, Q, K) buckets -> (B, Q, H, m + K): a bias by age for each head."""
         assert ages is not None
-        bias = F.embedding(ages, self.age_bias[layer]).transpose(2, 3)  # (B, Q, H, K)
-        return F.pad(bias, (self.config.memory_slots if self.config.merged else 0, 0))
+        return self._with_slots(F.embedding(ages, self.age_bias[layer]))
+
+    def _with_slots(self, by_age: Tensor) -> Tensor:
+        """(B, Q, K, H) -> (B, Q, H, m + K), zeros for the slots, which have no age."""
+        return F.pad(by_age.transpose(2, 3), (self.config.memory_slots if self.config.merged else 0, 0))
 
     def _read_memory(self, g: Tensor, memory: Tensor) -> tuple[Tensor, list[Tensor]]:
         """Eq. 2: (B, Q, D) item embeddings, (B, L, m, D) -> (B, Q, D), and `Encoding.memory_queries`."""

@@ -123,17 +123,18 @@ class Encoder:
         return self._abstraction.run(("new_memory",), {"memory": memory, "segment_hidden": segment_hidden})[0]
 
     def read_at_request(
-        self, sources: np.ndarray, source_lengths: np.ndarray, memory: np.ndarray, ages: np.ndarray, gaps: np.ndarray
+        self, sources: np.ndarray, memory: np.ndarray, ages: np.ndarray, gaps: np.ndarray
     ) -> np.ndarray:
         """User embeddings (B, D) for requests at known times.
 
         Args:
-            sources: (B, C, D) float32 inputs of the last layer, right-aligned, C > 0; source_lengths: (B) int64, 1..C.
+            sources: (B, C, D) float32 inputs of the last layer, right-aligned, C the most context.
             memory: (B, m, D) float32, of the last layer.
-            ages: (B, C) int64 buckets of the time from each event to the request; gaps: (B) int64, from the last one.
+            ages: (B, C) int64 buckets of the time from each event to the request, NO_EVENT before the first.
+            gaps: (B) int64 buckets of the time from the last event to the request.
         """
         assert self._reader is not None
-        feed = {"sources": sources, "source_lengths": source_lengths, "memory": memory, "ages": ages, "gaps": gaps}
+        feed = {"sources": sources, "memory": memory, "ages": ages, "gaps": gaps}
         return self._reader.run(("user_embedding",), feed)[0]
 
 
@@ -172,10 +173,9 @@ def _expected_tensors(shape: StateShape) -> dict[str, tuple[_Tensors, _Tensors]]
     }
     if shape.times == "request":
         reader_inputs: _Tensors = {
-            "sources": (_FLOAT, ("B", "C", D)),
-            "source_lengths": (_INTEGER, ("B",)),
+            "sources": (_FLOAT, ("B", shape.context_limit, D)),
             "memory": (_FLOAT, ("B", shape.memory_slots, D)),
-            "ages": (_INTEGER, ("B", "C")),
+            "ages": (_INTEGER, ("B", shape.context_limit)),
             "gaps": (_INTEGER, ("B",)),
         }
         expected[REQUEST] = (reader_inputs, {"user_embedding": (_FLOAT, ("B", D))})

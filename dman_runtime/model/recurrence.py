@@ -15,7 +15,7 @@ from dman_runtime.model.bundle import Bundle
 from dman_runtime.model.events import KnownEvents
 from dman_runtime.model.sketch import kept as keep_best
 from dman_runtime.model.state import State
-from dman_runtime.model.times import NO_GAP, bucket, filled_times
+from dman_runtime.model.times import NO_EVENT, NO_GAP, bucket, filled_times
 
 ROWS_PER_RUN = 64  # users in one run of a graph: enough for speed, few enough to stay in cache
 
@@ -42,7 +42,7 @@ class Graphs(Protocol):
     def abstract(self, memory: np.ndarray, segment_hidden: np.ndarray) -> np.ndarray: ...
 
     def read_at_request(
-        self, sources: np.ndarray, source_lengths: np.ndarray, memory: np.ndarray, ages: np.ndarray, gaps: np.ndarray
+        self, sources: np.ndarray, memory: np.ndarray, ages: np.ndarray, gaps: np.ndarray
     ) -> np.ndarray: ...
 
 
@@ -213,20 +213,21 @@ def moment_of(state: State, moment: int | None) -> int | None:
 
 def _read(states: Sequence[State], moments: Sequence[int], bundle: Bundle, graphs: Graphs) -> np.ndarray:
     """(B, D): the last layer, read once more from the time of the request."""
-    shape, lengths = states[0].shape, [state.context_length for state in states]
-    sources = np.zeros((len(states), max(lengths), shape.width), np.float32)  # right-aligned inputs of the last layer
+    shape, limit = states[0].shape, states[0].shape.context_limit
+    sources = np.zeros((len(states), limit, shape.width), np.float32)  # right-aligned inputs of the last layer
     memory = np.empty((len(states), *bundle.initial_memory.shape[1:]), np.float32)
-    ages = np.zeros(sources.shape[:2], np.int64)
-    for row, (state, moment, count) in enumerate(zip(states, moments, lengths, strict=True)):
+    ages = np.full(sources.shape[:2], NO_EVENT, np.int64)
+    for row, (state, moment) in enumerate(zip(states, moments, strict=True)):
+        count = state.context_length
         if shape.layers > 1:
-            sources[row, -count:] = state.hidden[-1, :count]
+            sources[row, limit - count :] = state.hidden[-1, :count]
         else:
             assert bundle.gap_embeddings is not None
-            sources[row, -count:] = bundle.item_embeddings[state.recent[:count]]
-            _add_gaps(sources[row, -count:], state.gaps[:count], bundle.gap_embeddings)
-        memory[row], ages[row, -count:] = state.memory[-1], bucket(moment - state.times[:count])
-    gaps = bucket(np.array(moments, np.int64) - [state.last_time for state in states])
-    return graphs.read_at_request(sources, np.array(lengths, np.int64), memory, ages, gaps)
+            sources[row, limit - count :] = bundle.item_embeddings[state.recent[:count]]
+            _add_gaps(sources[row, limit - count :], state.gaps[:count], bundle.gap_embeddings)
+        memory[row], ages[row, limit - count :] = state.memory[-1], bucket(moment - state.times[:count])
+    gaps = np.array([moment - state.last_time for state, moment in zip(states, moments, strict=True)], np.int64)
+    return graphs.read_at_request(sources, memory, ages, bucket(gaps))
 
 
 def new_gaps(state: State, times: np.ndarray) -> np.ndarray:

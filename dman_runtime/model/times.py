@@ -9,6 +9,7 @@ import numpy as np
 
 BUCKETS = 64
 ANY_GAP = 1 << 40  # seconds: longer than any
+NO_EVENT = BUCKETS  # instead of a bucket where nothing happened: the padding before a first event
 NO_GAP = -1  # nothing came before, or the moment is unknown
 # Bucket b >= 1 begins at 2^((b-1)/2) seconds, the last one has no end: 2^31 s are 68 years. Bucket 0 is "at once".
 BORDERS = 2.0 ** (np.arange(BUCKETS - 1) / 2)

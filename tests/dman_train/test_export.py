@@ -29,11 +29,11 @@ from dman_runtime.model.bundle import (
 from dman_runtime.model.bundle_writer import sha256
 from dman_runtime.model.encoder import Encoder
 from dman_runtime.model.generation import Generation
-from dman_runtime.model.times import BUCKETS
+from dman_runtime.model.times import BUCKETS, NO_EVENT
 from dman_train import export, graphs
 from dman_train.config import to_dict
 from dman_train.export import export_bundle
-from dman_train.graphs import AbstractionGraph, EncoderGraph, RequestGraph
+from dman_train.graphs import AbstractionGraph, EncoderGraph, RequestGraph, state_shape
 from dman_train.model import DMAN
 from dman_train.replay import replay as torch_replay
 
@@ -104,9 +104,9 @@ def test_export_graphs_equal_pytorch_for_any_shape(
 
 
 @torch.no_grad()
-@pytest.mark.parametrize(("batch", "context"), [(1, 1), (1, 10), (7, 4), (64, 9)])
+@pytest.mark.parametrize(("batch", "events"), [(1, 1), (1, 10), (7, 4), (64, 9)])
 def test_export_graph_of_requests_equals_pytorch_for_any_shape(
-    exported: tuple[DMAN, Path], batch: int, context: int
+    exported: tuple[DMAN, Path], batch: int, events: int
 ) -> None:
     model, path = exported
     config, graph = model.config, path / REQUEST
@@ -115,11 +115,13 @@ def test_export_graph_of_requests_equals_pytorch_for_any_shape(
         return
     encoder = Encoder.of(open_bundle(path), provider="cpu")
     torch.manual_seed(batch)
+    context = state_shape(config, "float32").context_limit
+    ages = torch.randint(0, BUCKETS, (batch, context))
+    ages[:, : max(0, context - events)] = NO_EVENT
     inputs = (
         torch.randn(batch, context, config.width),
-        torch.randint(1, context + 1, (batch,)),
         torch.randn(batch, config.slots, config.width),
-        torch.randint(0, BUCKETS, (batch, context)),
+        ages,
         torch.randint(0, BUCKETS, (batch,)),
     )
     found = torch.from_numpy(encoder.read_at_request(*(tensor.numpy() for tensor in inputs)))
@@ -168,17 +170,16 @@ def test_export_manifest_describes_model_and_tensors(exported: tuple[DMAN, Path]
         config.width,
     )
     assert state.recurrent == (config.variant != "nran")
-    depth, slots = config.layers, config.slots
+    depth, slots, context = config.layers, config.slots, state.context_limit
     shapes = {
         graph: {tensor["name"]: (tensor["dtype"], tensor["shape"]) for tensor in sides["inputs"] + sides["outputs"]}
         for graph, sides in manifest.tensors.items()
     }
     ages = {"ages": ("int64", ["B", "S", ANY])} if config.sees_times else {}
     request = {
-        "sources": ("float32", ["B", "C", 32]),
-        "source_lengths": ("int64", ["B"]),
+        "sources": ("float32", ["B", context, 32]),
         "memory": ("float32", ["B", slots, 32]),
-        "ages": ("int64", ["B", "C"]),
+        "ages": ("int64", ["B", context]),
         "gaps": ("int64", ["B"]),
         "user_embedding": ("float32", ["B", 32]),
     }
