@@ -12,7 +12,7 @@ from torch import Tensor
 
 from dman_train.model import DMAN, Encoding
 from dman_train.returns import Returns, Sketch, follow
-from dman_train.timing import Timing, gap_buckets, left_aligned, since_last_of, timing_of
+from dman_train.timing import Timing, gap_buckets, left_aligned, moments_of, since_last_of, timing_of
 
 OnSegment = Callable[[Tensor, Tensor, Encoding], None]
 
@@ -75,7 +75,8 @@ def returned(
     returns, device = _returns_of(model, histories, times), users.device
     last = np.zeros(len(histories), np.int64) if times is None else _last(times)
     asked = _asked_at(model, times, request_times)
-    moments = torch.from_numpy(last if asked is None else np.maximum(last, asked))[:, None].to(device)
+    requests = None if asked is None else torch.from_numpy(asked)
+    moments = moments_of(torch.from_numpy(last), requests)[:, None].to(device)
     return returns.items.clamp(min=0), model.returns(users[:, None], model.item_table(), returns, moments)[:, 0]
 
 

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dman_runtime.model.times import BORDERS, NO_GAP
+from dman_runtime.model.times import BORDERS, FIRST_SECONDS, NO_GAP
 
 
 class Timing(NamedTuple):
@@ -68,8 +68,13 @@ def request_gaps(times: Tensor, request_times: Tensor) -> Tensor:
 
 
 def moments_of(times: Tensor, request_times: Tensor | None) -> Tensor:
-    """(B, S) seconds that positions at `times` (B, S) are asked for: an unknown request stands at its event."""
-    return times if request_times is None else torch.maximum(times, request_times)
+    """(B, S) seconds that positions at `times` (B, S) are asked for: an unknown request stands at its event.
+
+    As `dman_runtime.model.times.quantised` has them.
+    """
+    if request_times is None:
+        return times
+    return times + torch.from_numpy(FIRST_SECONDS).to(times.device)[buckets(request_times - times)]
 
 
 def of_gaps(table: Tensor, gaps: Tensor) -> Tensor:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -12,6 +12,7 @@ import numpy as np
 
 from dman_runtime.errors import BundleError
 from dman_runtime.model import record, recurrence
+from dman_runtime.model.answers import KeptAnswers, PersonalAnswer
 from dman_runtime.model.bundle import Bundle, open_bundle
 from dman_runtime.model.events import KnownEvents
 from dman_runtime.model.record import RecordHead
@@ -35,6 +36,7 @@ class Generation:
     bundle: Bundle
     graphs: Graphs
     retriever: Retriever
+    _kept: KeptAnswers = field(default_factory=KeptAnswers, compare=False, repr=False)
 
     @classmethod
     def open(
@@ -97,16 +99,31 @@ class Generation:
         states = [user for user in users if isinstance(user, State)]
         if len(states) < len(users):  # heads, which is enough: nothing else is in a state that would count
             return _rows([user.user_embedding for user in users]), [None] * len(users)
-        embeddings = recurrence.embeddings_at(states, moments, bundle=self.bundle, graphs=self.graphs)
-        return embeddings, [self._added(*one) for one in zip(states, embeddings, moments, strict=True)]
+        asked = [recurrence.moment_of(*one) for one in zip(states, moments, strict=True)]
+        answers = [self._kept.get(state.stored, at) for state, at in zip(states, asked, strict=True)]
+        if None in answers:
+            self._answer(answers, states, asked)
+        found = [answer for answer in answers if answer is not None]
+        return _rows([answer.embedding for answer in found]), [answer.added for answer in found]
 
-    def _added(self, state: State, embedding: np.ndarray, moment: int | None) -> Added | None:
+    def _answer(
+        self, answers: list[PersonalAnswer | None], states: Sequence[State], moments: Sequence[int | None]
+    ) -> None:
+        """Fills in, and keeps, the answers that are None."""
+        rows = [row for row, answer in enumerate(answers) if answer is None]
+        chosen, asked = [states[row] for row in rows], [moments[row] for row in rows]
+        embeddings = recurrence.embeddings_at(chosen, asked, bundle=self.bundle, graphs=self.graphs)
+        for row, state, embedding, at in zip(rows, chosen, embeddings, asked, strict=True):
+            answer = answers[row] = PersonalAnswer(embedding.copy(), self._added(state, embedding, at))
+            self._kept.put(state.stored, at, answer)
+
+    def _added(self, state: State, embedding: np.ndarray, at: int | None) -> Added | None:
         """What is added to the scores of items that the user had before; None for a model without that term."""
         if not self.bundle.returns:
             return None
         sketch = state.counts()
-        at = recurrence.moment_of(state, moment) or state.last_time
-        return Added(sketch.items, return_scores(sketch, embedding, at, self.bundle.returns))
+        moment = state.last_time if at is None else at
+        return Added(sketch.items, return_scores(sketch, embedding, moment, self.bundle.returns))
 
     def advance(self, states: Sequence[State], new_events: Sequence[KnownEvents]) -> None:
         """Appends `new_events[i]` to `states[i]`, in place."""
@@ -127,7 +144,7 @@ class Generation:
         exact = replace(self.bundle.manifest.state, dtype="float32")
         bundle = replace(self.bundle, manifest=replace(self.bundle.manifest, state=exact))
         try:
-            error = replace(self, bundle=bundle)._golden_error()
+            error = Generation(bundle, self.graphs, self.retriever)._golden_error()
         except Exception as failure:  # of ONNX Runtime, or of numpy over results of a wrong shape
             raise BundleError(
                 f"{bundle.path}: the golden replay fails on this machine ({type(failure).__name__})",

@@ -90,7 +90,7 @@ def unpack(record: bytes, bundle: Bundle) -> State:
     count = len(found.recent)
     room.recent[:count], room.times[:count], room.gaps[:count] = found.recent, found.times, found.gaps
     room.hidden[:, :count] = found.hidden
-    return replace(found, recent=room.recent, times=room.times, gaps=room.gaps, hidden=room.hidden)
+    return replace(found, recent=room.recent, times=room.times, gaps=room.gaps, hidden=room.hidden, stored=b"")
 
 
 def view(record: bytes, bundle: Bundle) -> State:
@@ -131,6 +131,7 @@ def view(record: bytes, bundle: Bundle) -> State:
         last_time=int(times[0]),
         last_is_known=shape.sees_times and record[sketch_at - 1] == 1,
         sketch=_unpack_sketch(record, sketch_at + 4, rows, shape) if rows else EMPTY,
+        stored=record[:recent_at],
     )
 
 

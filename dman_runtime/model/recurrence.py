@@ -15,7 +15,7 @@ from dman_runtime.model.bundle import Bundle
 from dman_runtime.model.events import KnownEvents
 from dman_runtime.model.sketch import kept as keep_best
 from dman_runtime.model.state import State
-from dman_runtime.model.times import NO_EVENT, NO_GAP, bucket, filled_times
+from dman_runtime.model.times import NO_EVENT, NO_GAP, bucket, filled_times, quantised
 
 ROWS_PER_RUN = 64  # users in one run of a graph: enough for speed, few enough to stay in cache
 
@@ -182,16 +182,9 @@ def _add_times(ages: np.ndarray, new: np.ndarray, context: np.ndarray, piece: Pi
 def embeddings_at(
     states: Sequence[State], moments: Sequence[int | None], *, bundle: Bundle, graphs: Graphs
 ) -> np.ndarray:
-    """(B, D) user embeddings for requests at these seconds; where the model or the request knows no time, the states'.
-
-    What a moment is: `moment_of`.
-    """
+    """(B, D) user embeddings for requests at these moments, as `moment_of` has them; for None those of the states."""
     embeddings = np.stack([state.user_embedding for state in states])
-    asked = [
-        (row, state, at)
-        for row, (state, moment) in enumerate(zip(states, moments, strict=True))
-        if (at := moment_of(state, moment)) is not None
-    ]
+    asked = [(row, states[row], at) for row, at in enumerate(moments) if at is not None]
     for start in range(0, len(asked), ROWS_PER_RUN):
         part = asked[start : start + ROWS_PER_RUN]
         chosen = [row for row, _, _ in part]
@@ -204,11 +197,11 @@ def moment_of(state: State, moment: int | None) -> int | None:
 
     A moment before the last event is unknown, and so is every moment if the time of that is: an application that gives
     no times must not seem to ask years after its users were last here. One that is later than training knew counts as
-    the latest of them: no weight was trained for more.
+    the latest of them: no weight was trained for more. Then it is `quantised`, as in training.
     """
     if moment is None or not state.last_is_known or moment < state.last_time or state.shape.times != "request":
         return None
-    return min(moment, state.last_time + state.shape.longest_gap)
+    return state.last_time + int(quantised(np.array(min(moment - state.last_time, state.shape.longest_gap))))
 
 
 def _read(states: Sequence[State], moments: Sequence[int], bundle: Bundle, graphs: Graphs) -> np.ndarray:

@@ -13,11 +13,20 @@ NO_EVENT = BUCKETS  # instead of a bucket where nothing happened: the padding be
 NO_GAP = -1  # nothing came before, or the moment is unknown
 # Bucket b >= 1 begins at 2^((b-1)/2) seconds, the last one has no end: 2^31 s are 68 years. Bucket 0 is "at once".
 BORDERS = 2.0 ** (np.arange(BUCKETS - 1) / 2)
+FIRST_SECONDS = np.concatenate([[0], np.ceil(BORDERS)]).astype(np.int64)  # (BUCKETS) the first whole second of each
 
 
 def bucket(seconds: np.ndarray) -> np.ndarray:
     """Buckets, int64, of int64 seconds of any shape. What lies in the future counts as now."""
     return np.searchsorted(BORDERS, seconds, side="right")
+
+
+def quantised(seconds: np.ndarray) -> np.ndarray:
+    """What int64 seconds from a last event to a request count as: the first second of their bucket, or 0 if negative.
+
+    So an answer changes with the bucket only, and one that was computed stays right until the next.
+    """
+    return FIRST_SECONDS[bucket(seconds)]
 
 
 def filled_times(times: np.ndarray, first: int | np.int64) -> np.ndarray:

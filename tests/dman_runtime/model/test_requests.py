@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from itertools import pairwise
+from typing import Any
 
 import numpy as np
 import pytest
@@ -12,8 +13,10 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch_graphs import generation_of
 
+from dman_runtime.model.answers import KeptAnswers, PersonalAnswer
 from dman_runtime.model.events import KnownEvents
 from dman_runtime.model.generation import Generation
+from dman_runtime.model.recurrence import Graphs
 from dman_runtime.model.state import State
 from dman_runtime.model.times import NO_GAP
 from dman_train.config import ModelConfig
@@ -238,3 +241,75 @@ def test_time_that_goes_back_counts_as_at_once(timed: Generation) -> None:
     )
     assert found.gaps[1] == expected.gaps[1] == 0
     assert_close(found.hidden[:, :2], expected.hidden[:, :2], EXACT)
+
+
+# Answers are kept
+
+
+class CountingGraphs:
+    def __init__(self, graphs: Graphs) -> None:
+        self._graphs, self.runs = graphs, 0
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._graphs, name)
+
+    def read_at_request(self, *arrays: np.ndarray) -> np.ndarray:
+        self.runs += 1
+        return self._graphs.read_at_request(*arrays)
+
+
+@pytest.fixture
+def counting(timed: Generation) -> Generation:
+    return Generation.of(timed.bundle, CountingGraphs(timed.graphs))
+
+
+def runs(generation: Generation) -> int:
+    assert isinstance(generation.graphs, CountingGraphs)
+    return generation.graphs.runs
+
+
+def test_stored_state_runs_no_graph_again_before_the_next_bucket_or_event(counting: Generation) -> None:
+    (state,) = counting.replay([random_events(13, np.random.default_rng(0))])
+    record, last = counting.pack(state), state.last_time
+    first = counting.asked([counting.read_for_answer(record)], [last + 1500])
+    again = counting.asked([counting.read_for_answer(record)], [last + 1600])
+    assert runs(counting) == 1
+    np.testing.assert_array_equal(first[0], again[0])
+    counting.asked([counting.read_for_answer(record)], [last + 3000])
+    assert runs(counting) == 2
+    counting.advance([state], [events_of([3], [last + 1])])
+    (later,) = counting.asked([counting.read_for_answer(counting.pack(state))], [last + 1501])[0]
+    assert runs(counting) == 3
+    np.testing.assert_array_equal(later, counting.asked([state], [last + 1501])[0][0])
+
+
+def test_kept_answers_and_new_ones_of_one_batch_stay_with_their_users(counting: Generation) -> None:
+    histories, moments = histories_and_moments()
+    states = counting.replay(histories)
+    records = [counting.pack(state) for state in states]
+    expected, added = counting.asked(states, moments.tolist())
+    counting.asked([counting.read_for_answer(record) for record in records[::2]], moments[::2].tolist())
+    users = [counting.read_for_answer(record) for record in records]
+    found, again = counting.asked([*users, states[3]], [*moments.tolist(), int(moments[3])])
+    np.testing.assert_allclose(found, [*expected, expected[3]], rtol=1e-5, atol=1e-6)
+    for one, other in zip(again, [*added, added[3]], strict=True):
+        assert one is not None and other is not None
+        np.testing.assert_array_equal(one.items, other.items)
+        np.testing.assert_allclose(one.scores, other.scores, rtol=1e-5, atol=1e-6)
+
+
+def test_state_that_is_not_stored_is_read_anew(counting: Generation) -> None:
+    (state,) = counting.replay([random_events(13, np.random.default_rng(0))])
+    for expected in (1, 2):
+        counting.asked([counting.unpack(counting.pack(state))], [state.last_time + 9])
+        assert runs(counting) == expected
+
+
+def test_oldest_answers_make_room() -> None:
+    kept, answer = KeptAnswers(2), PersonalAnswer(np.zeros(1, np.float32), None)
+    kept.put(b"a", None, answer)
+    kept.put(b"b", None, answer)
+    assert kept.get(b"a", None) is answer
+    kept.put(b"c", 3, answer)
+    assert (kept.get(b"b", None), kept.get(b"c", None), kept.get(b"c", 3)) == (None, None, answer)
+    assert kept.get(b"a", None) is answer
