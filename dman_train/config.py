@@ -183,7 +183,10 @@ class TrainConfig:
     backprop_segments: int = option(1, "joint only: how many segment borders the gradient of eq. 9 crosses, 1 to 4")
     abstraction_weight: float = option(1.0, "weight of the abstraction loss (eq. 5)")
     abstraction_every: int = option(8, "compute eq. 5 on every n-th lane of a process only")
-    lanes: int = option(128, "users trained side by side; a batch has lanes x T events (baselines: lanes x 20)")
+    lanes: int = option(
+        0,
+        "users side by side, each with T events of a batch (baselines: 20); 0: 8 to 128, for 100 steps an epoch",
+    )
     learning_rate: float = option(4e-3, "Adam step size, except for f_abs; try 1e-3 if only the far past matters")
     abstraction_learning_rate: float = option(4e-3, "Adam step size of f_abs")
     adam_beta2: float = option(0.98, "decay per step of Adam's mean of squared gradients; 0.999 is Adam's own default")
@@ -214,7 +217,8 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         _check_choices(self)
-        _check_range(self, 1, 1_000_000, "negatives", "abstraction_every", "lanes", "epochs", "patience")
+        _check_range(self, 1, 1_000_000, "negatives", "abstraction_every", "epochs", "patience")
+        _check_range(self, 0, 1_000_000, "lanes")
         _check_range(self, 0, 1_000_000_000, "warmup_steps", "evaluation_users", "seed")
         _check_range(self, 1, 4, "backprop_segments")
         _check_range(

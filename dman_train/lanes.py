@@ -17,6 +17,8 @@ from dman_runtime.errors import InputError
 from dman_runtime.model.times import NO_GAP
 from dman_train.checkpoint import int64_array, whole_number
 
+WINDOW_EVENTS = 20  # of one lane of a baseline in a batch: as many as with DMAN's default segments
+
 
 @dataclass(frozen=True)
 class Batch:

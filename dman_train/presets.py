@@ -5,7 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
+from dman_runtime.data.interactions import Interactions
 from dman_train.config import BaselineConfig, ModelConfig, TrainConfig
+from dman_train.lanes import WINDOW_EVENTS
 
 
 @dataclass(frozen=True)
@@ -16,6 +18,8 @@ class Preset:
     train: TrainConfig
 
 
+EPOCH_STEPS = 100  # as many as a small log should have
+FEWEST_LANES, MOST_LANES = 8, 128
 SHORT_HISTORY = 20  # events that a system of the paper's `*` form sees: one segment
 PAPER_MODEL = ModelConfig(
     architecture="paper",
@@ -32,6 +36,7 @@ PAPER_MODEL = ModelConfig(
 PAPER_TRAINING = TrainConfig(
     loss="negatives-softmax",
     negatives=5,
+    lanes=128,
     learning_rate=1e-3,
     ema_decay=0.0,
     epochs=30,
@@ -50,7 +55,6 @@ PRESETS = {
         replace(PAPER_MODEL, dropout=0.0),
         replace(
             PAPER_MEMORY_TRAINING,
-            lanes=128,
             adam_beta2=0.999,
             warmup_steps=0,
             final_learning_rate=1.0,
@@ -91,11 +95,25 @@ def preset_of(presets: Presets, name: str, *, system: str = BaselineConfig.syste
     return found if isinstance(found, Preset) else found[system]
 
 
-def decided(model: ModelConfig | BaselineConfig, *, seen_items: str, has_times: bool) -> ModelConfig | BaselineConfig:
-    """The model with `time` and `returns` decided, where they are "auto": by the log and by what is ranked."""
+def decided(preset: Preset, *, has_times: bool, events: int) -> Preset:
+    """The preset with what the log decides, if it has times and so many events.
+
+    That is `time` and `returns` where they are "auto", and `lanes` where they are 0: with as many as a large log
+    takes, an epoch of a small one would have too few steps to learn from.
+    """
+    model, train = preset.model, preset.train
     if model.time == "auto":
         model = replace(model, time="request" if has_times and model.times_by_default else "none")
     if model.returns == "auto":
-        counted = model.returns_by_default and seen_items == "keep"
+        counted = model.returns_by_default and train.seen_items == "keep"
         model = replace(model, returns="on" if counted else "off")
-    return model
+    if not train.lanes:
+        positions = model.segment_length if isinstance(model, ModelConfig) else WINDOW_EVENTS
+        lanes = events // (EPOCH_STEPS * positions * FEWEST_LANES) * FEWEST_LANES  # a multiple, which processes share
+        train = replace(train, lanes=min(max(lanes, FEWEST_LANES), MOST_LANES))
+    return Preset(model, train)
+
+
+def decided_by(interactions: Interactions, preset: Preset) -> Preset:
+    """The preset with what this log decides."""
+    return decided(preset, has_times=bool(interactions.timestamps.any()), events=len(interactions))

@@ -31,7 +31,7 @@ from dman_train.config import BaselineConfig, DataConfig, ModelConfig, TrainConf
 from dman_train.data import as_found, load_log, training_data
 from dman_train.families import family_of
 from dman_train.log_warnings import warn_of_items, warn_of_log
-from dman_train.presets import PRESETS, Preset, Presets, decided, preset_of
+from dman_train.presets import PRESETS, Preset, Presets, decided_by, preset_of
 from dman_train.ranking import all_ranks
 from dman_train.run import Run, RunError, create_run, describe, open_run
 from dman_train.signals import stop_requests
@@ -99,11 +99,11 @@ def _train(arguments: argparse.Namespace, command: list[str], presets: Presets) 
         _print_report(input_report, as_json=arguments.json)
         return 0
     # First the trainer, then the directory: a failure here must not leave a run behind.
-    model = _decided(model, train, interactions)
-    trainer = Trainer(model, train, training_data(interactions), _device(arguments.device))
+    chosen = _decided(Preset(model, train), interactions)
+    trainer = Trainer(chosen.model, chosen.train, training_data(interactions), _device(arguments.device))
     describe_run = functools.partial(
-        describe, model, train, data, path=arguments.data, interactions=interactions, input_report=input_report,
-        command=command,
+        describe, chosen.model, chosen.train, data, path=arguments.data, interactions=interactions,
+        input_report=input_report, command=command,
     )  # fmt: skip
     run = _open(arguments, interactions, infos, describe_run)
     if arguments.resume:
@@ -149,13 +149,12 @@ def _configs(
     return saved
 
 
-def _decided(
-    model: ModelConfig | BaselineConfig, train: TrainConfig, interactions: Interactions
-) -> ModelConfig | BaselineConfig:
-    """The model with what the log decides, which is reported."""
-    found = decided(model, seen_items=train.seen_items, has_times=bool(interactions.timestamps.any()))
-    if found != model and distributed.is_first():
-        logger.info("decided by the log and by seen_items: time=%s, returns=%s", found.time, found.returns)
+def _decided(preset: Preset, interactions: Interactions) -> Preset:
+    """With what the log decides, which is reported."""
+    found = decided_by(interactions, preset)
+    if found != preset and distributed.is_first():
+        time, returns, lanes = found.model.time, found.model.returns, found.train.lanes
+        logger.info("decided by the log and by seen_items: time=%s, returns=%s, lanes=%d", time, returns, lanes)
     return found
 
 

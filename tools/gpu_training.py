@@ -14,7 +14,7 @@ import torch
 from dman_runtime.errors import DmanError, UsageError
 from dman_train.config import BaselineConfig, DataConfig, ModelConfig, TrainConfig
 from dman_train.data import TrainingData, load, training_data
-from dman_train.presets import PRESETS
+from dman_train.presets import PRESETS, decided_by
 from dman_train.tensor_files import read_tensors
 from dman_train.trainer import Trainer
 from tools.bench.blocks import Spread
@@ -56,6 +56,7 @@ def forms() -> dict[str, tuple[ModelConfig | BaselineConfig, TrainConfig]]:
     paper_train = replace(PRESETS["paper"].train, lanes=64)
     found: dict[str, tuple[ModelConfig | BaselineConfig, TrainConfig]] = {
         "default": (model, train),
+        "times and returns": (replace(model, time="request", returns="on"), replace(train, seen_items="keep")),
         "paper": (paper, paper_train),
         "gated": (replace(model, long_term="gated"), train),
         "memory as a queue": (replace(model, variant="fifo"), train),
@@ -110,7 +111,8 @@ def resuming(training: Training, gpu: torch.device) -> Section:
 
 def speed(training: Training, gpu: torch.device) -> Section:
     """The same training on CUDA and on the CPU, in turns."""
-    preset, data, kinds = PRESETS[training.preset], training.data, {"CUDA": gpu, "CPU": CPU}
+    preset = decided_by(load(training.log, DataConfig()), PRESETS[training.preset])
+    data, kinds = training.data, {"CUDA": gpu, "CPU": CPU}
     trainers = {
         (kind, precision): Trainer(preset.model, replace(preset.train, precision=precision), data, device)  # type: ignore[arg-type]
         for precision in TOLERANCE

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import numpy as np
@@ -94,16 +94,19 @@ def compared_preset(content: dict[str, Any]) -> Preset:
 
 def standard_options(content: dict[str, Any]) -> dict[str, Any]:
     """The options of the preset that a run is compared with."""
-    return options_of(compared_preset(content), seen_items=content["train"].get("seen_items"))
+    seen_items, events = content["train"].get("seen_items"), content["dataset"]["events"]
+    return options_of(compared_preset(content), seen_items=seen_items, events=events)
 
 
-def options_of(preset: Preset, *, seen_items: str | None = None) -> dict[str, Any]:
-    """The options of a preset, with what `decisive` adds to those of a run: on a log with times.
+def options_of(preset: Preset, *, events: int, seen_items: str | None = None) -> dict[str, Any]:
+    """The options of a preset, with what `decisive` adds to those of a run: on a log with times and so many events.
 
     `seen_items`: of the run, which decides with the log whether returns are seen.
     """
-    model = decided(preset.model, seen_items=seen_items or preset.train.seen_items, has_times=True)
-    return FORMER_OPTIONS | to_dict(model) | to_dict(preset.train) | {"form": "now"}
+    train = replace(preset.train, seen_items=seen_items or preset.train.seen_items)  # type: ignore[arg-type]
+    found = decided(Preset(preset.model, train), has_times=True, events=events)
+    options = to_dict(found.model) | to_dict(replace(found.train, seen_items=preset.train.seen_items))
+    return FORMER_OPTIONS | options | {"form": "now"}
 
 
 def changed_options(content: dict[str, Any], standard: Mapping[str, Any]) -> dict[str, Any]:

@@ -18,7 +18,7 @@ from dman_train.config import (
     to_dict,
 )
 from dman_train.data import load
-from dman_train.presets import decided
+from dman_train.presets import Preset, decided
 from dman_train.run import Run, RunError, open_run
 from dman_train.trainer import SELECTION_METRIC
 from tools.record_file import Record
@@ -46,13 +46,14 @@ class Progress:
 class LogFacts(NamedTuple):
     fingerprint: str
     has_times: bool
+    events: int
 
 
 @cache
 def facts_of(log: Path, config: DataConfig) -> LogFacts:
     """What decides runs on a log, as this config reads it. Raises InputError."""
     interactions = load(log, config)
-    return LogFacts(interactions.fingerprint(), bool(interactions.timestamps.any()))
+    return LogFacts(interactions.fingerprint(), bool(interactions.timestamps.any()), len(interactions))
 
 
 def progress_of(planned: PlannedRun, records: dict[str, Record], directory: Path) -> Progress:
@@ -112,8 +113,8 @@ def _difference(planned: PlannedRun, found: dict[str, Any]) -> str:
     except ConfigError:
         return "settings of another version"
     log = facts_of(planned.log, data)
-    model = decided(model, seen_items=train.seen_items, has_times=log.has_times)
-    if _deciding(*stored) != _deciding(model, train):
+    wanted = decided(Preset(model, train), has_times=log.has_times, events=log.events)
+    if _deciding(*stored) != _deciding(wanted.model, wanted.train):
         return "other settings"
     if found["dataset"]["fingerprint"] != log.fingerprint:
         return "other data"

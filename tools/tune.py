@@ -23,11 +23,12 @@ import torch
 from optuna.storages import JournalStorage
 from optuna.storages.journal import JournalFileBackend
 
+from dman_runtime.data.interactions import Interactions
 from dman_runtime.errors import UsageError
 from dman_runtime.options import Parser, configure_logging, field_value, overridden, require_positive, run_command
 from dman_train.config import BaselineConfig, ConfigError, DataConfig, ModelConfig, TrainConfig, to_dict
-from dman_train.data import TrainingData, load, training_data
-from dman_train.presets import BASELINE_PRESETS, PRESETS, Preset, preset_of
+from dman_train.data import load, training_data
+from dman_train.presets import BASELINE_PRESETS, PRESETS, Preset, decided_by, preset_of
 from dman_train.trainer import SELECTION_METRIC, Trainer
 from tools.bench.report import table, write_page
 
@@ -69,13 +70,17 @@ def _converted(text: str, kind: Any) -> Any:
     return field_value(text, kind)
 
 
-def search(study: optuna.Study, trials: int, spaces: dict[str, Suggest], preset: Preset, data: TrainingData) -> None:
+def search(
+    study: optuna.Study, trials: int, spaces: dict[str, Suggest], preset: Preset, interactions: Interactions
+) -> None:
     """Adds trials to the study until it has this many."""
+    data = training_data(interactions)
 
     def objective(trial: optuna.Trial) -> float:
         drawn = argparse.Namespace(**{name: suggest(trial) for name, suggest in spaces.items()})
-        model, train = overridden(preset.model, drawn), overridden(preset.train, drawn)
-        trainer = Trainer(model, train, data, torch.device("cpu"))
+        given = Preset(overridden(preset.model, drawn), overridden(preset.train, drawn))
+        chosen = decided_by(interactions, given)
+        trainer = Trainer(chosen.model, chosen.train, data, torch.device("cpu"))
         began, best = time.perf_counter(), 0.0
         for epoch in range(trainer.config.epochs):
             measured = trainer.train_epoch(on_step=lambda: None, progress=False)
@@ -140,7 +145,7 @@ def _main(argv: Sequence[str] | None) -> int:
     spaces = dict(parse_space(text, preset) for text in arguments.space)
     interactions = load(arguments.data, overridden(DataConfig(), arguments))
     study = _open(arguments.study, preset, interactions.fingerprint())
-    search(study, arguments.trials, spaces, preset, training_data(interactions))
+    search(study, arguments.trials, spaces, preset, interactions)
     command = shlex.join(["python", "-m", "tools.tune", *given])
     write_page(Path(f"{arguments.study}.md"), page(study, command))
     finished = [trial for trial in study.trials if trial.state == optuna.trial.TrialState.COMPLETE]

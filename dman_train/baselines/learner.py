@@ -11,10 +11,9 @@ from dman_train.baselines.latest import Moments, returns_within
 from dman_train.baselines.windows import Windows
 from dman_train.config import ConfigError, TrainConfig
 from dman_train.data import TrainingData
+from dman_train.lanes import WINDOW_EVENTS
 from dman_train.learner import Learner, StepInputs
 from dman_train.losses import Added, Losses
-
-LANE_EVENTS = 20  # of one lane in a batch: as many as with DMAN's default segments, whatever a system calls a session
 
 
 class WindowLearner(Learner):
@@ -30,7 +29,7 @@ class WindowLearner(Learner):
             data.offsets,
             data.times,
             length=model.config.history,
-            positions=config.lanes * LANE_EVENTS,
+            positions=config.lanes * WINDOW_EVENTS,
             seed=config.seed,
         )
         super().__init__(model, config, data, schedule, part=slice(None))

@@ -37,7 +37,7 @@ INVALID: list[tuple[type, str, object]] = [
     (TrainConfig, "abstraction_every", 0),
     (TrainConfig, "seen_items", "forget"),
     (TrainConfig, "abstraction_weight", -1.0),
-    (TrainConfig, "lanes", 0),
+    (TrainConfig, "lanes", -1),
     (TrainConfig, "lanes", 2.5),
     (TrainConfig, "learning_rate", -0.1),
     (TrainConfig, "learning_rate", "fast"),

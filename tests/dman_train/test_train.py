@@ -22,7 +22,7 @@ from dman_runtime.model.bundle import read_manifest
 from dman_train import evaluate, export, train
 from dman_train.config import BaselineConfig, ConfigError, DataConfig, ModelConfig, TrainConfig, to_dict
 from dman_train.families import family_of
-from dman_train.presets import BASELINE_PRESETS, PRESETS, decided
+from dman_train.presets import BASELINE_PRESETS, PRESETS, Preset, decided
 from dman_train.run import Run, RunError, open_run
 from dman_train.signals import stop_requests
 
@@ -688,9 +688,26 @@ def test_option_and_variable_reach_the_field(name: str, monkeypatch: pytest.Monk
 def test_log_and_ranking_decide_whether_times_and_returns_are_seen(
     model: ModelConfig | BaselineConfig, seen_items: Any, timed: bool, expected: tuple[str, str]
 ) -> None:
-    found = decided(model, seen_items=seen_items, has_times=timed)
+    found = decided(Preset(model, TrainConfig(seen_items=seen_items)), has_times=timed, events=1).model
     assert (found.time, found.returns) == expected
     assert replace(found, time=model.time, returns=model.returns) == model, "nothing else changes"
+
+
+@pytest.mark.parametrize(
+    ("events", "model", "lanes"),
+    [
+        (1, ModelConfig(), 8),
+        (50_000, ModelConfig(), 24),
+        (100_000, ModelConfig(segment_length=10), 96),
+        (10**9, ModelConfig(), 128),
+        (50_000, BaselineConfig("shan", segment_length=2), 24),
+    ],
+)
+def test_size_of_the_log_decides_lanes_unless_they_are_given(
+    events: int, model: ModelConfig | BaselineConfig, lanes: int
+) -> None:
+    assert decided(Preset(model, TrainConfig()), has_times=True, events=events).train == TrainConfig(lanes=lanes)
+    assert decided(Preset(model, TrainConfig(lanes=5)), has_times=True, events=events).train == TrainConfig(lanes=5)
 
 
 def test_option_wins_over_variable_and_variable_over_preset(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from dman_train.config import BaselineConfig, ModelConfig, TrainConfig, to_dict
-from dman_train.presets import decided
+from dman_train.presets import Preset, decided
 from dman_train.run import Run
 from tools import paper_rows, report, report_rows
 from tools.bootstrap import paired_bootstrap
@@ -107,13 +107,18 @@ def test_report_goes_into_a_directory(trained_run: Path, tmp_path: Path, capsys:
 
 def timed(model: ModelConfig | BaselineConfig) -> ModelConfig | BaselineConfig:
     """As a run on a log with times has it."""
-    return decided(model, seen_items="exclude", has_times=True)
+    return decided(Preset(model, TrainConfig()), has_times=True, events=1).model
+
+
+def sized(train: TrainConfig, first: Record) -> TrainConfig:
+    """As a run on the log of a record has it."""
+    return decided(Preset(ModelConfig(), train), has_times=True, events=first.content["dataset"]["events"]).train
 
 
 @pytest.mark.slow
 def test_report_charts_sizes_that_were_varied(trained_run: Path, tmp_path: Path) -> None:
     first, preset = record_of(Run(trained_run), "first"), report.PRESETS["default"]
-    model, train = report.to_dict(timed(preset.model)), report.to_dict(preset.train)
+    model, train = report.to_dict(timed(preset.model)), report.to_dict(sized(preset.train, first))
     made = [changed(first, f"m{slots}", model=model | {"memory_slots": slots}, train=train) for slots in (20, 5)]
     _, text = reported(tmp_path, made)
     (chart,) = tmp_path.glob("accuracy-*.png")
@@ -131,7 +136,7 @@ def test_report_still_labels_options_that_no_longer_exist(
     for module in (report, report_rows):
         monkeypatch.setattr(module, "to_dict", without_residual)
     first, preset = record_of(Run(trained_run), "first"), report.PRESETS["default"]
-    today = {"model": without_residual(timed(preset.model)), "train": without_residual(preset.train)}
+    today = {"model": without_residual(timed(preset.model)), "train": without_residual(sized(preset.train, first))}
     stored = replace(first, content=first.content | today)
     made = [
         changed(stored, "today"),

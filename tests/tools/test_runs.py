@@ -17,7 +17,7 @@ import pytest
 
 from dman_runtime.errors import UsageError
 from dman_train.config import BaselineConfig, ModelConfig, to_dict
-from dman_train.presets import decided
+from dman_train.presets import Preset, decided
 from dman_train.run import Run
 from tools import run_process, runs
 from tools.record_file import Record, add, drop, read_records
@@ -168,9 +168,9 @@ def test_record_of_older_settings_is_that_of_the_run_if_nothing_that_decides_dif
 def test_earlier_form_of_a_system_does_not_count_and_is_not_continued(write_plan: WritePlan, directory: Path) -> None:
     (planned,) = read_plan(write_plan('name = "one"\nbaselines = "--system shan"\ndata = "small"'))
     model, train, _ = planned.configs()
-    model = decided(model, seen_items=train.seen_items, has_times=True)
     record = record_of(Run(directory / planned.name), planned.name)
-    record.content.update(model=to_dict(model), train=to_dict(train))
+    found = decided(Preset(model, train), has_times=True, events=record.content["dataset"]["events"])
+    record.content.update(model=to_dict(found.model), train=to_dict(found.train))
     assert progress_of(planned, {planned.name: record}, directory / "none").kind == "done"
     del record.content["model"]["hops"]
     assert progress_of(planned, {planned.name: record}, directory / "none") == Progress(

@@ -20,9 +20,9 @@ from pathlib import Path
 import torch
 
 from dman_runtime.options import Parser, print_json, require_positive, run_command
-from dman_train.config import BaselineConfig, DataConfig, ModelConfig, TrainConfig
+from dman_train.config import BaselineConfig, DataConfig, ModelConfig
 from dman_train.data import load, training_data
-from dman_train.presets import BASELINE_PRESETS, PRESETS, SHORT_HISTORY
+from dman_train.presets import BASELINE_PRESETS, PRESETS, SHORT_HISTORY, Preset, decided_by
 from dman_train.trainer import Trainer
 from tools.bench.blocks import Spread
 from tools.bench.report import Claim, claims_table, cpu_model, table, write_page
@@ -89,9 +89,10 @@ def _main(argv: Sequence[str] | None) -> int:
     require_positive(arguments, "rounds", "steps", "threads")
     load_before = os.getloadavg()[0]
     torch.set_num_threads(arguments.threads)
-    data = training_data(load(arguments.data, DataConfig()))
-    recipe: TrainConfig = replace(PRESETS["default"].train, precision=arguments.precision)
-    trainers = {name: Trainer(config, recipe, data, torch.device("cpu")) for name, config in systems().items()}
+    interactions = load(arguments.data, DataConfig())
+    data, recipe = training_data(interactions), replace(PRESETS["default"].train, precision=arguments.precision)
+    chosen = {name: decided_by(interactions, Preset(config, recipe)) for name, config in systems().items()}
+    trainers = {name: Trainer(one.model, one.train, data, torch.device("cpu")) for name, one in chosen.items()}
     found = measure(trainers, rounds=arguments.rounds, steps=arguments.steps)
     given = sys.argv[1:] if argv is None else argv
     how = (
