@@ -15,18 +15,18 @@ import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args, get_type_hints
 
 import numpy as np
 
 from dman_runtime.data.evaluation import held_out, report, training_events
 from dman_runtime.errors import UsageError
-from dman_runtime.model.bundle import StateShape
 from dman_runtime.model.record import max_record_bytes
-from dman_runtime.options import Parser, run_command
+from dman_runtime.options import Parser, overridden, run_command
 from dman_train.baselines.counts import COUNTS, count_ranks
-from dman_train.config import DataConfig, ModelConfig, to_dict
+from dman_train.config import DataConfig, ModelConfig, TrainConfig, to_dict
 from dman_train.data import load
+from dman_train.graphs import state_shape
 from dman_train.interpret import length_group
 from dman_train.run import Run, RunError, open_run
 from dman_train.train import SPLITS
@@ -58,9 +58,9 @@ def record_of(run: Run, name: str) -> Record:
     return _record(name, content, ranks, lengths)
 
 
-def record_of_counts(system: str, path: Path, name: str) -> Record:
+def record_of_counts(system: str, path: Path, name: str, config: DataConfig, seen_items: str) -> Record:
     """The record of a system of `dman_train.baselines.counts`, which has no run. Raises InputError."""
-    began, data = time.perf_counter(), load(path, DataConfig())
+    began, data = time.perf_counter(), load(path, config)
     items, offsets, _ = training_events(data)
     scorer = COUNTS[system](items, offsets, len(data.item_ids))
     held = {split: held_out(data, split) for split in SPLITS}
@@ -73,11 +73,14 @@ def record_of_counts(system: str, path: Path, name: str) -> Record:
         "events": len(data),
         **_location(path),
     }
+    given = {key: value for key, value in to_dict(config).items() if value != getattr(DataConfig(), key)}
+    given |= {} if seen_items == TrainConfig.seen_items else {"seen_items": seen_items}
+    options = [f"--{key.replace('_', '-')} {value}" for key, value in given.items()]
     content = {
-        "command": f"python -m tools.records --counts {system} --data {dataset['path']}",
+        "command": " ".join([f"python -m tools.records --counts {system} --data {dataset['path']}", *options]),
         "model": {"system": system},
-        "train": {},
-        "data": to_dict(DataConfig()),
+        "train": {key: value for key, value in given.items() if key == "seen_items"},
+        "data": to_dict(config),
         "dataset": dataset,
         "versions": {"numpy": np.__version__},
         "machine": platform.machine(),
@@ -130,8 +133,7 @@ def _state_bytes(run: Run) -> int | None:
     config = run.model_config()
     if not isinstance(config, ModelConfig):
         return None
-    shape = StateShape(config.segment_length, config.slots, config.layers, config.width, config.recurrent, "float16")
-    return max_record_bytes(shape)
+    return max_record_bytes(state_shape(config, "float16"))
 
 
 def summary(record: Record) -> str:
@@ -150,6 +152,9 @@ def parser() -> Parser:
     other.add_argument("--list", action="store_true", help="print one line per record and change nothing")
     other.add_argument("--drop", nargs="+", metavar="NAME", help="remove these records")
     p.flag("--data", type=Path, default=None, help="interaction log, with --counts")
+    choices = get_args(get_type_hints(TrainConfig)["seen_items"])
+    p.flag("--seen-items", choices=choices, default=TrainConfig.seen_items, help="as in training, with --counts")
+    p.config_flags(DataConfig, title="data, with --counts")
     return p
 
 
@@ -166,7 +171,8 @@ def _main(argv: Sequence[str] | None) -> int:
     if arguments.counts and arguments.data is None:
         raise UsageError("a system that only counts needs a log", "name one", parameter="data")
     if arguments.counts:
-        record = record_of_counts(arguments.counts, arguments.data, arguments.name or arguments.counts)
+        name, config = arguments.name or arguments.counts, overridden(DataConfig(), arguments)
+        record = record_of_counts(arguments.counts, arguments.data, name, config, arguments.seen_items)
     else:
         record = record_of(open_run(arguments.run), arguments.name or arguments.run.resolve().name)
     add(arguments.records, record)

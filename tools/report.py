@@ -19,17 +19,9 @@ from tools.bootstrap import paired_bootstrap
 from tools.paper import paper_page
 from tools.record_file import RECORDS, Record, read_records
 from tools.report_rows import RECIPE, Row, decisive, label_of, options_of, rows_of
+from tools.report_summary import summary_section
 
 CHARTED = {"memory_slots": "m, memory slots", "layers": "L, layers", "segment_length": "T, events per segment"}
-# Published figures, same protocol on MovieLens-1M but where noted; None where not published
-PUBLISHED: tuple[tuple[str, tuple[float | None, ...]], ...] = (
-    ("DMAN, the paper's figures", (0.2518, None, 0.5324, 0.2203)),
-    ("SASRec, 1 BCE negative", (0.2500, 0.1341, None, None)),
-    ("BERT4Rec", (0.2843, 0.1537, None, None)),
-    ("SASRec, full softmax", (0.3152, 0.1821, None, None)),
-    ("SASRec, 3000 sampled negatives", (0.3159, 0.1857, None, None)),
-    ("HSTU-large (own split, uses timestamps)", (0.3294, 0.1893, 0.5935, None)),
-)
 HOW_TO_READ = """\
 Written by `make report` from `{records}`. [The log of experiments](../docs/experiments.md) says what the numbers \
 mean, and what was tried without a record.
@@ -89,19 +81,17 @@ def by_recipe(rows: Iterable[Row]) -> list[list[Row]]:
     return [groups[recipe] for recipe in sorted(groups, key=order)]
 
 
-def dataset_section(name: str, records: Sequence[Record], directory: Path) -> str:
-    described = records[0].content["dataset"]
-    rows, *others = by_recipe(rows_of(records))
-    best = ours(rows)
+def dataset_section(name: str, groups: Sequence[Sequence[Row]], directory: Path) -> str:
+    """Of one log, whose rows are grouped by their recipes."""
+    rows, *others = groups
+    described, best = rows[0].content["dataset"], ours(rows)
     parts = [
         f"## {name}",
         "{users:,} users, {items:,} items, {events:,} events (fingerprint `{fingerprint:.12}`).".format(**described),
         "### Systems",
     ]
     systems = [row for row in rows if not row.is_dman or row is best]
-    published = [[f"*{label}*", "", "", *(f"*{v:.4f}*" if v else "" for v in values), "", "", ""]
-                 for label, values in PUBLISHED if name == "ml-1m"]  # fmt: skip
-    parts.append(table(HEADS, [*(row.cells() for row in systems), *published]))
+    parts.append(table(HEADS, [row.cells() for row in systems]))
     variants = [row for row in rows if row.is_dman]
     if len(variants) > 1:
         parts += ["### DMAN: variants and decisions", table(HEADS, [row.cells() for row in variants])]
@@ -202,10 +192,13 @@ def _main(argv: Sequence[str] | None) -> int:
         )
     if arguments.out.exists() and not arguments.out.is_dir():
         raise UsageError(f"{arguments.out} is no directory", "name one", parameter="out")
-    parts = ["# Accuracy", HOW_TO_READ.format(records=arguments.records)]
-    for name in sorted({record.dataset for record in records}):
-        chosen = [record for record in records if record.dataset == name]
-        parts.append(dataset_section(name, chosen, arguments.out))
+    by_log = {
+        name: by_recipe(rows_of(record for record in records if record.dataset == name))
+        for name in sorted({record.dataset for record in records})
+    }
+    summary = summary_section({name: rows for name, (rows, *_) in by_log.items()})
+    parts = ["# Accuracy", summary, "## How to read this page", HOW_TO_READ.format(records=arguments.records)]
+    parts += [dataset_section(name, groups, arguments.out) for name, groups in by_log.items()]
     parts += ["## Commands", commands(records)]
     accuracy, paper = arguments.out / "accuracy.md", arguments.out / "paper.md"
     write_page(accuracy, parts)

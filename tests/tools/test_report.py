@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from dman_train.config import BaselineConfig, ModelConfig, TrainConfig, to_dict
+from dman_train.config import BaselineConfig, DataConfig, ModelConfig, TrainConfig, to_dict
 from dman_train.presets import Preset, decided
 from dman_train.run import Run
 from tools import paper_rows, report, report_rows
@@ -36,7 +36,7 @@ def reported(directory: Path, records: Sequence[Record]) -> tuple[list[Record], 
 
 def test_report_shows_runs_seeds_and_differences(trained_run: Path, small_log: Path, tmp_path: Path) -> None:
     first = record_of(Run(trained_run), "one")
-    popular = record_of_counts("popular", small_log, "popular")
+    popular = record_of_counts("popular", small_log, "popular", DataConfig(), "exclude")
     stored, text = reported(tmp_path, [first, changed(first, "two", train={"seed": 1}), popular])
     row = next(line for line in text.splitlines() if line.startswith("| DMAN"))
     assert "| 0, 1 |" in row and f"{first.metric('hr@10'):.4f} ± 0.0000" in row
@@ -58,7 +58,7 @@ def test_report_compares_what_has_one_recipe(
         for value in (getattr(TrainConfig(), option), before)
         for variant in ("dman", "xl")
     ]
-    _, text = reported(tmp_path, [*made, record_of_counts("popular", small_log, "popular")])
+    _, text = reported(tmp_path, [*made, record_of_counts("popular", small_log, "popular", DataConfig(), "exclude")])
     parts = text.split("\n## Commands")[0].split("\n### ")
     compared = [part.splitlines()[0].endswith("each other row") and part for part in parts]
     ours, theirs = [part for part in compared if part]
@@ -181,3 +181,57 @@ def test_log_of_experiments_names_records_that_exist() -> None:
     text = (root / "docs/experiments.md").read_text(encoding="utf-8")
     named = set(re.findall(r"`([a-z0-9-]+-s\d)`", text))
     assert len(named) > 30 and named - names == set()
+
+
+# The first section
+
+
+@pytest.fixture(scope="module")
+def at_a_glance(trained_run: Path, small_log: Path, tmp_path_factory: pytest.TempPathFactory) -> str:
+    """Of a log with the default, an ablation, baselines and a rule that counts, and of one that others published on."""
+    first, preset = record_of(Run(trained_run), "first"), report.PRESETS["default"]
+    train = to_dict(sized(preset.train, first))
+    made = []
+    for log in ("ml-1m", "shop"):
+        dataset = first.content["dataset"] | {"name": log}
+        options = {
+            "default": to_dict(timed(preset.model)),
+            "none": to_dict(timed(preset.model)) | {"time": "none"},
+            "xl": to_dict(timed(preset.model)) | {"variant": "xl"},
+            "sasrec": to_dict(timed(BaselineConfig("sasrec"))),
+            "deep": to_dict(timed(BaselineConfig("sasrec"))) | {"layers": 5},
+            "shan": to_dict(BaselineConfig("shan", segment_length=2, time="none", returns="off")),
+        }
+        for name, model in options.items():
+            found = replace(first, name=f"{log}-{name}", content=first.content | {"model": model, "train": train})
+            made.append(replace(found, content=found.content | {"dataset": dataset}))
+        counted = record_of_counts("popular", small_log, f"{log}-popular", DataConfig(), "exclude")
+        made.append(replace(counted, content=counted.content | {"dataset": dataset}))
+    directory = tmp_path_factory.mktemp("report")
+    text = reported(directory, made)[1]
+    return text[text.index("## At a glance") : text.index("## How to read")]
+
+
+def test_report_begins_with_the_default_beside_published_figures(at_a_glance: str) -> None:
+    (header, *lines) = [line for line in at_a_glance.splitlines() if line.startswith("|")]
+    assert header.startswith("| MovieLens-1M | times | seen items | ties | seeds |")
+    ours = [line for line in lines if line.startswith("| ours: ")]
+    assert [line.split(" | ")[:2] for line in ours] == [
+        ["| ours: DMAN", "of events and request"],
+        ["| ours: DMAN, no times", "none"],
+        ["| ours: sasrec, last 200", "of events and request"],
+    ]
+    assert any("HSTU-large, 8 blocks" in line and "0.3642" in line for line in lines)
+
+
+def test_report_begins_with_what_the_default_gains_over_counting_and_over_the_same_signals(at_a_glance: str) -> None:
+    lines = [line.split(" | ") for line in at_a_glance.splitlines() if line.startswith("| shop")]
+    assert {line[2] for line in lines} == {
+        "popular",
+        "sasrec, last 200",
+        "sasrec, last 200, layers=5",
+        "xl (no memory)",
+    }
+    for line in lines:
+        if line[2] != "popular":
+            assert line[4] == "+0.0000 (+0.0000 to +0.0000)"
