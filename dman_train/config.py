@@ -82,17 +82,13 @@ class ModelConfig(_SeesTimes):
         _check_range(self, 0.0, 0.95, "dropout")
         _check_heads(self)
         if self.architecture == "paper" and self.heads != 1:
-            raise ConfigError(
-                f"architecture 'paper' has one head, not {self.heads}", "set heads to 1", parameter="heads"
-            )
-        if self.sees_times and self.long_term == "gated":
-            raise ConfigError("long_term 'gated' sees no times", "set time to 'none'", parameter="time")
-        if self.architecture == "paper" and self.sees_times:
-            raise ConfigError("architecture 'paper' sees no times", "set time to 'none'", parameter="time")
+            raise ConfigError(f"heads is {self.heads}, and 'paper' has one", "set heads to 1", parameter="heads")
         if self.architecture == "paper" and self.long_term != "gated":
             raise ConfigError(
                 "architecture 'paper' has a long-term branch", "set long_term to 'gated'", parameter="long_term"
             )
+        if self.sees_times and self.long_term == "gated":
+            raise ConfigError("long_term 'gated' sees no times", "set time to 'none'", parameter="time")
 
     @property
     def has_memory(self) -> bool:
@@ -178,11 +174,14 @@ class TrainConfig:
     )
     negatives: int = option(1024, "number of negatives: per batch for loss=sampled, else per event")
     memory_training: Literal["alternating", "joint"] = option(
-        "joint", "what trains f_abs: alternating: eq. 5 only; joint: eq. 5, and eq. 9 through the memory"
+        "joint", "what trains f_abs: alternating: abstraction_loss; joint: that, and eq. 9 through the memory"
     )
     backprop_segments: int = option(1, "joint only: how many segment borders the gradient of eq. 9 crosses, 1 to 4")
-    abstraction_weight: float = option(1.0, "weight of the abstraction loss (eq. 5)")
-    abstraction_every: int = option(8, "compute eq. 5 on every n-th lane of a process only")
+    abstraction_loss: Literal["reads", "recall"] = option(
+        "reads", "the loss of f_abs: reads: eq. 5; recall: the slots name items that they absorbed, however long ago"
+    )
+    abstraction_weight: float = option(1.0, "weight of the abstraction loss")
+    abstraction_every: int = option(8, "compute the abstraction loss on every n-th lane of a process only")
     lanes: int = option(
         0,
         "users side by side, each with T events of a batch (baselines: 20); 0: 8 to 128, for 100 steps an epoch",

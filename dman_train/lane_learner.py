@@ -1,9 +1,13 @@
 """DMAN in training: one step over all lanes, and what a lane carries from one segment to the next.
 
-The likelihood (eq. 9) trains everything but f_abs; the abstraction loss (eq. 5) trains f_abs. No weight gets a gradient
-from both, so one backward pass serves both optimisers. With `memory_training="joint"` the memory that a segment reads
-stays attached to the last `backprop_segments` abstractions, and eq. 9 reaches f_abs too. Eq. 5 is computed on every
-`abstraction_every`-th lane only.
+The likelihood (eq. 9) trains everything but f_abs; the abstraction loss trains f_abs. No weight gets a gradient from
+both, so one backward pass serves both optimisers. With `memory_training="joint"` the memory that a segment reads stays
+attached to the last `backprop_segments` abstractions, and eq. 9 reaches f_abs too. The abstraction loss is computed on
+every `abstraction_every`-th lane only.
+
+It has two forms. `reads` is eq. 5: the memory should be read as before it absorbed a segment. `recall`: the memory
+should name items that it stands for, however long ago they were absorbed. Eq. 9 and eq. 5 reach no further back than a
+few segments, so that nothing else teaches f_abs to keep what is asked for much later.
 """
 
 from __future__ import annotations
@@ -11,6 +15,7 @@ from __future__ import annotations
 from dataclasses import dataclass, fields, replace
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -19,12 +24,14 @@ from dman_train import distributed
 from dman_train.checkpoint import like, within
 from dman_train.config import TrainConfig
 from dman_train.data import TrainingData, longest_gap
-from dman_train.lanes import Lanes
+from dman_train.lanes import Batch, Lanes
 from dman_train.learner import UNKNOWN_TIME, Learner, StepInputs
 from dman_train.losses import Added, Losses
 from dman_train.model import DMAN, Encoding
 from dman_train.returns import Sketch, follow
 from dman_train.timing import Timing, gap_buckets, timing_of
+
+RECALLED_ITEMS = 20  # of a lane, in each step
 
 
 @dataclass
@@ -125,6 +132,24 @@ class LaneLearner(Learner):
             model.known_gap.fill_(longest_gap(data))
         self.state = LaneState.empty(model, part.stop - part.start, config.backprop_segments)
 
+    def inputs(self, batch: Batch) -> StepInputs:
+        found = super().inputs(batch)
+        if self.config.abstraction_loss == "reads":
+            return found
+        shares = torch.rand(len(batch.users), RECALLED_ITEMS, generator=self.generator, dtype=torch.float64)
+        items = self._absorbed_items(batch.pieces(self._part), shares[self._part].numpy())
+        return found._replace(absorbed_items=torch.from_numpy(items).to(self.device))
+
+    def _absorbed_items(self, batch: Batch, shares: np.ndarray) -> np.ndarray:
+        """(B, K) items at these shares of the events that are more than a segment before the pieces; -1 for none.
+
+        They are absorbed, whatever the context is.
+        """
+        begin = self._offsets[batch.users]
+        count = (batch.first_events - begin - self.model.config.segment_length).clip(min=0)[:, None]
+        items = self._items[begin[:, None] + (shares * count).astype(np.int64)].astype(np.int64)
+        return np.where(count > 0, items, -1)
+
     def forward(self, inputs: StepInputs) -> Losses:
         losses, self.state = self.step(inputs, self.state)
         return losses
@@ -142,9 +167,12 @@ class LaneLearner(Learner):
         table = self.model.item_table()
         added, sketch = self._returns(inputs, state, requests, encoding, table)
         likelihood = self.likelihood(encoding.user_embedding, table, inputs, added)
-        reconstructed = real[self._abstraction_lanes] & (memories.judged.lengths > 0)[:, None]
-        abstraction = self._abstraction_loss(memories.judged, encoding, reconstructed)
-        losses = Losses(likelihood, real.sum(), abstraction, reconstructed.sum())
+        if inputs.absorbed_items is None:
+            reconstructed = real[self._abstraction_lanes] & (memories.judged.lengths > 0)[:, None]
+            abstraction, judged = self._abstraction_loss(memories.judged, encoding, reconstructed), reconstructed.sum()
+        else:
+            abstraction, judged = self._recall_loss(memories.judged, inputs.absorbed_items, table)
+        losses = Losses(likelihood, real.sum(), abstraction, judged)
         following = _next_state(state, memories, encoding, inputs, recurrent=self.model.config.recurrent)
         return losses, replace(following, **_fields_of(sketch))
 
@@ -246,6 +274,18 @@ class LaneLearner(Learner):
     def _abstraction_lanes(self) -> slice:
         """The lanes that eq. 5 is computed on. Every lane gets every user in turn."""
         return slice(None, None, self.config.abstraction_every)
+
+    def _recall_loss(self, judged: _Judged, absorbed_items: Tensor, table: Tensor) -> tuple[Tensor, Tensor]:
+        """Of the lanes in which something was absorbed: the loss of their (B, K) items, and how many these are."""
+        items = absorbed_items[self._abstraction_lanes]
+        known = (items[:, 0] >= 0) & (judged.lengths > 0)
+        if not self.model.abstraction_parameters():
+            return table.new_zeros(()), known.sum() * 0
+        items, everywhere = items[known], self.loss.kind == "full"
+        if not everywhere:  # a large catalogue: the items of this step stand for it
+            drawn, items = torch.unique(items, return_inverse=True)
+            table = table[drawn]
+        return self.model.recall_loss(judged.new[known], items, table.detach()), known.sum() * items.shape[1]
 
     def _abstraction_loss(self, judged: _Judged, encoding: Encoding, positions: Tensor) -> Tensor:
         """Eq. 5 on its lanes, over the `positions` (B/n, T) that count."""

@@ -46,6 +46,7 @@ class StepInputs(NamedTuple):
     times: Tensor  # (B, T) int64 seconds of the inputs
     next_times: Tensor  # (B, T) int64 seconds of the targets
     since_last: Tensor  # (B, T) int64 seconds from the event before; NO_GAP for a user's first
+    absorbed_items: Tensor | None = None  # (B, K) int64 drawn from what a memory stands for; -1 where it is empty
 
     @property
     def real(self) -> Tensor:

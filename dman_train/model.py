@@ -300,3 +300,15 @@ class DMAN(nn.Module):
             difference = _frozen_read_difference(block, queries[layer], new_memory[:, layer], sources.detach(), bias)
             total = total + (difference.float().square().sum(-1) * query_mask).sum()
         return total if literal else total / (self.config.layers * self.config.width)
+
+    def recall_loss(self, memory: Tensor, items: Tensor, table: Tensor) -> Tensor:
+        """How badly memories name what they absorbed: the sum over their (N, K) items, the mean over layers.
+
+        Cross-entropy over the rows of `table` (V, D). A memory (N, L, m, D) scores an item by its slots: the log of
+        their summed exponentials, so that one slot is enough.
+        """
+        total = memory.new_zeros((), dtype=torch.float32)
+        for slots in memory.unbind(1):
+            scores = torch.logsumexp((slots @ table.T).float() * self.output_scale, dim=1)  # (N, V)
+            total = total - torch.log_softmax(scores, dim=1).gather(1, items).sum()
+        return total / self.config.layers

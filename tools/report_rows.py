@@ -18,7 +18,8 @@ from tools.record_file import Record
 
 METRICS = ("hr@10", "ndcg@10", "hr@50", "ndcg@100")
 TRAINING_OF_F_ABS = {
-    "memory_training", "backprop_segments", "abstraction_weight", "abstraction_every", "abstraction_learning_rate"
+    "memory_training", "backprop_segments", "abstraction_loss", "abstraction_weight", "abstraction_every",
+    "abstraction_learning_rate",
 }  # fmt: skip
 # Options that decide a result as much as the system does: only rows that share them are compared.
 RECIPE = ("seen_items", "ema_decay")

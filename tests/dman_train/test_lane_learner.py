@@ -17,9 +17,10 @@ from dman_runtime.model.events import without_times
 from dman_runtime.model.times import ANY_GAP, NO_GAP
 from dman_train.config import ModelConfig, TrainConfig
 from dman_train.data import TrainingData
-from dman_train.lane_learner import LaneLearner, LaneState
+from dman_train.lane_learner import LaneLearner, LaneState, _Judged
 from dman_train.lanes import Batch, Lanes
 from dman_train.learner import StepInputs
+from dman_train.losses import NextItemLoss
 from dman_train.model import DMAN
 from dman_train.replay import replay, returned
 
@@ -462,6 +463,8 @@ def gradients(model: DMAN, config: TrainConfig, *, abstraction: bool) -> set[str
         items = torch.from_numpy(random.integers(0, TINY_ITEMS, (2, 5)))
         lengths, starts = torch.tensor([5, 5 if step else 2]), torch.tensor([step == 0] * 2)
         inputs = step_inputs(items, items.roll(1, 1), lengths, starts, lengths)
+        if config.abstraction_loss == "recall":
+            inputs = inputs._replace(absorbed_items=items)
         losses, state = learner.step(inputs, state)
         loss = losses.abstraction if abstraction else losses.likelihood
         if loss.requires_grad:
@@ -479,8 +482,13 @@ ALTERNATING = TrainConfig(loss="full", memory_training="alternating", abstractio
 JOINT = [replace(ALTERNATING, memory_training="joint", backprop_segments=n) for n in (1, 2, 3, 4)]
 
 
+RECALLING = [replace(config, abstraction_loss="recall") for config in (ALTERNATING, JOINT[1])]
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("config", [ALTERNATING, *JOINT], ids=["alternating", "1", "2", "3", "4"])
+@pytest.mark.parametrize(
+    "config", [ALTERNATING, *JOINT, *RECALLING], ids=["alternating", "1", "2", "3", "4", "recall", "recall, joint"]
+)
 @pytest.mark.parametrize("architecture", [TINY, GATED, PAPER], ids=["merged", "gated", "paper"])
 def test_abstraction_loss_reaches_f_abs_only(architecture: ModelConfig, config: TrainConfig) -> None:
     model = random_model(architecture, TINY_ITEMS).train()
@@ -499,3 +507,74 @@ def test_likelihood_reaches_everything_but_f_abs_when_alternating(architecture: 
 def test_likelihood_reaches_f_abs_when_joint(config: TrainConfig) -> None:
     model = random_model(TINY, TINY_ITEMS).train()
     assert gradients(model, config, abstraction=False) == {n for n, _ in model.named_parameters()}
+
+
+# Recall
+
+
+@pytest.mark.parametrize("vary_first", [True, False])
+def test_items_to_recall_are_of_the_user_and_more_than_a_segment_back(vary_first: bool) -> None:
+    model, recalled = random_model(TINY, int(OFFSETS[-1])), 0
+    learner = learner_of(model, TrainConfig(loss="full", abstraction_loss="recall"))
+    schedule = lanes_of(6, vary_first=vary_first)
+    learner._part = slice(0, 6)
+    drawn = set()
+    for _ in range(60):
+        batch = next(schedule)
+        items = learner.inputs(batch).absorbed_items
+        assert items is not None
+        for user, first, found in zip(batch.users, batch.first_events, items.tolist(), strict=True):
+            old = EVENTS[OFFSETS[user] : max(OFFSETS[user], first - 5)].tolist()
+            assert set(found) <= set(old) if old else set(found) == {-1}
+            recalled += bool(old)
+            drawn |= {(user, item) for item in found if old}
+    assert recalled > 20 and len(drawn) > 40
+
+
+def recalling_step(model: DMAN, items: list[list[int]], lengths: list[int]) -> tuple[float, int, Tensor]:
+    """Loss and count of a second step after these lengths of the first, and the memories (B, L, m, D) it read."""
+    learner = learner_of(model, TrainConfig(loss="full", abstraction_loss="recall", abstraction_every=1))
+    state, lanes = LaneState.empty(model, len(items), 1), len(items)
+    inputs = one_lane(torch.arange(5).repeat(lanes, 1), 5, start=True)
+    _, state = learner.step(inputs._replace(lengths=torch.tensor(lengths)), state)
+    state = replace(state, absorbed_lengths=torch.tensor(lengths)[None], absorbed=state.context[None])
+    read = settled_memory(model, state)
+    following = one_lane(torch.arange(5).repeat(lanes, 1), 5, start=False)
+    losses, _ = learner.step(following._replace(absorbed_items=torch.tensor(items)), state)
+    return float(losses.abstraction), int(losses.abstraction_count), read
+
+
+@torch.no_grad()
+def test_recall_loss_is_the_cross_entropy_of_the_best_slots() -> None:
+    model = random_model(TINY, TINY_ITEMS)
+    loss, count, read = recalling_step(model, [[1, 3], [2, 2], [-1, -1]], [5, 4, 5])
+    expected, table = 0.0, model.item_table().double() * model.output_scale
+    for slots, items in zip(read.double(), [[1, 3], [2, 2]], strict=False):
+        for layer in slots:
+            chance = torch.exp(layer @ table.T).sum(0)  # (V)
+            expected -= sum(float(torch.log(chance[item] / chance.sum())) for item in items) / len(slots)
+    assert count == 4
+    assert loss == pytest.approx(expected, rel=1e-4)
+
+
+@torch.no_grad()
+def test_recall_counts_no_lane_that_absorbs_nothing() -> None:
+    model = random_model(TINY, TINY_ITEMS)
+    alone, count, _ = recalling_step(model, [[1, 3]], [5])
+    both, counted, _ = recalling_step(model, [[1, 3], [2, 2]], [5, 0])
+    assert (count, counted) == (2, 2)
+    assert both == pytest.approx(alone, rel=1e-5)
+    for variant in ("xl", "fifo"):
+        assert recalling_step(random_model(replace(TINY, variant=variant), TINY_ITEMS), [[1, 3]], [5])[:2] == (0, 0)
+
+
+def test_recall_of_a_large_catalogue_compares_the_items_of_the_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(NextItemLoss, "forward", lambda *_, **__: torch.zeros(()))
+    model = random_model(TINY, TINY_ITEMS)
+    learner = learner_of(model, TrainConfig(loss="sampled", abstraction_loss="recall", abstraction_every=1))
+    judged = _Judged(*[torch.randn(2, 2, 4, 32)] * 2, torch.zeros(2, 2, 5, 32), torch.tensor([5, 5]))
+    items, table = torch.tensor([[7, 3], [3, 9]]), model.item_table().detach()
+    loss, count = learner._recall_loss(judged, items, table)
+    expected = model.recall_loss(judged.new, torch.tensor([[1, 0], [0, 2]]), table[[3, 7, 9]])
+    assert count == 4
+    torch.testing.assert_close(loss, expected)

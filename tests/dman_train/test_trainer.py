@@ -107,6 +107,7 @@ RESUMED: dict[str, tuple[ModelConfig | BaselineConfig, TrainConfig]] = {
     name: (TINY, config) for name, config in SETTINGS.items()
 } | {
     "times-and-returns": (TIMED, replace(CONFIG, seen_items="keep", request_dropout=0.3)),
+    "recall": (TINY, replace(CONFIG, abstraction_loss="recall")),
 }
 BASELINE = BaselineConfig(history=12, width=16, time="request", returns="on")
 RESUMED |= {
