@@ -141,6 +141,8 @@ def decisive(content: dict[str, Any]) -> dict[str, Any]:
     all else is equal.
     """
     model, train = content["model"], content["train"]
+    if model.keys() == {"system"}:  # it only counts
+        return model | train
     idle = {"seed", "precision"}
     if "system" in model:
         idle |= TRAINING_OF_F_ABS | {"random_first_segment"} | ({"hops"} if model["system"] != "hpmn" else set())
@@ -155,8 +157,8 @@ def decisive(content: dict[str, Any]) -> dict[str, Any]:
     if model.get("time", "none") != "request":
         idle |= {"request_dropout"}
     kind: type = BaselineConfig if "system" in model else ModelConfig
-    former = (ADDED_FIELDS[kind] if train else {}) | ({} if "system" in model else FORMER_OPTIONS)
-    options = former | model | (to_dict(TrainConfig()) | train if train else {})
+    former = ADDED_FIELDS[kind] | ({} if "system" in model else FORMER_OPTIONS)
+    options = former | model | to_dict(TrainConfig()) | train
     options["form"] = "earlier" if is_earlier_form(model, train) else "now"
     return {key: value for key, value in options.items() if key not in idle}
 
