@@ -31,6 +31,7 @@ from protos.dman.v1.dman_pb2_grpc import RecommenderStub
 from tools import generate, loadgen
 from tools.bench import __main__ as bench
 from tools.bench import batch as bench_batch
+from tools.bench import setting, signals
 from tools.bench import training as bench_training
 from tools.bench.blocks import (
     WARM_UP_CALLS,
@@ -292,6 +293,27 @@ def test_bench_training_compares_dman_with_every_system(
     text = page.read_text()
     assert f"| {result['ratio']} | >= 1 | {'yes' if result['met'] else 'NO'} |" in text
     assert all(f"| {name} |" in text for name in result["turns"])
+
+
+@pytest.mark.slow
+def test_bench_of_signals_compares_servers_of_each_kind(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    kinds = (signals.WITHOUT, "times and returns")
+    narrow = {name: replace(signals.MODELS[name], width=16, heads=1, layers=1) for name in kinds}
+    monkeypatch.setattr(signals, "MODELS", narrow)
+    monkeypatch.setattr(signals, "QUICK", replace(setting.QUICK, rounds=2, calls=4, users=4))
+    page, scratch = tmp_path / "reports" / "signals.md", tmp_path / "scratch"
+    scratch.mkdir()
+    options = ["--quick", "--num-items", "60", "--out", str(page), "--scratch", str(scratch), "--json"]
+    assert signals.main(options) == 0
+    claims = last_json(capsys)["claims"]
+    assert [claim["claim"].partition(" with ")[0] for claim in claims] == [
+        *(f"p50 of {kind}" for kind in ("recommend", "first recommend", "update")),
+        *["largest state"] * 2,
+    ]
+    assert all(f"| {claim['claim']} | {claim['measured']} |" in page.read_text() for claim in claims)
+    assert list(scratch.iterdir()) == []
 
 
 def test_bench_training_says_what_is_wrong(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

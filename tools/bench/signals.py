@@ -50,9 +50,9 @@ MOST = {"recommend": 1.25, "first recommend": 1.25, "update": 1.3}  # by the sam
 MAX_STATE = 24_000  # bytes
 METHOD = """\
 Each server has {users} users with about {events} events. A block is {calls} calls of one kind to one server by one \
-client; blocks of all kinds and servers take turns. "first recommend": the first one for a user after an update of \
-theirs, which is not timed. "recommend": users at random, who were asked about before; so their answers are kept until \
-they act again, or until the time since their last event reaches its next bucket."""
+client; blocks of all kinds and servers take turns. "recommend": users at random of those who have been asked about \
+and do not act meanwhile, so that a server has kept their answers. "first recommend": the first one for a user after \
+an update of theirs, which is not timed."""
 
 
 def measure(scratch: Path, sizes: Sizes, items: int) -> Section:
@@ -89,6 +89,7 @@ def export(config: ModelConfig, path: Path, items: int) -> Path:
 
 def _operations(model: str, stub: RecommenderStub, sizes: Sizes, items: int) -> list[Operation]:
     users = [f"user-{number}" for number in range(sizes.users)]
+    idle, active = users[::2], users[1::2]
     chooser, clock = random.Random(0), itertools.count(BEGIN + sizes.events * DAY, 60)
     for user in users:
         events = [
@@ -99,10 +100,10 @@ def _operations(model: str, stub: RecommenderStub, sizes: Sizes, items: int) -> 
 
     def event() -> pb.UpdateRequest:
         happened = pb.Event(item_id=str(chooser.randrange(items)), timestamp=next(clock))
-        return pb.UpdateRequest(user_id=chooser.choice(users), events=[happened])
+        return pb.UpdateRequest(user_id=chooser.choice(active), events=[happened])
 
     def request() -> pb.RecommendRequest:
-        return pb.RecommendRequest(user_id=chooser.choice(users), k=K, at=int(time.time()))
+        return pb.RecommendRequest(user_id=chooser.choice(idle), k=K, at=int(time.time()))
 
     def after_an_update() -> pb.RecommendRequest:
         update = event()
@@ -118,7 +119,7 @@ def _operations(model: str, stub: RecommenderStub, sizes: Sizes, items: int) -> 
     def personal(_: pb.RecommendRequest, reply: pb.RecommendReply) -> bool:
         return reply.source == pb.SOURCE_PERSONALIZED
 
-    for user in users:  # so that all were asked about before
+    for user in idle:
         recommend(pb.RecommendRequest(user_id=user, k=K, at=int(time.time())))
     return [
         Operation(f"recommend, {model}", request, recommend, personal),
