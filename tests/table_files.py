@@ -152,9 +152,9 @@ def read(path: Path, options: LogOptions = ANY_LOG) -> list[tuple[str | None, ..
 
 
 def reference_rows(text: str, separator: str, quote: str) -> list[list[str]]:
-    """The values of a text, character by character; blank lines are left out."""
+    """The values of a text, character by character; blank lines are left out, a quoted nothing is a value."""
     rows: list[list[str]] = []
-    row, value, inside, position = [], "", False, 0
+    row, value, inside, quoted, position = [], "", False, False, 0
     if quote == "backslash":
         text = text.replace("\\\\", "\0").replace('\\"', '""').replace("\0", "\\")
     text = text if text.endswith("\n") else text + "\n"
@@ -165,7 +165,7 @@ def reference_rows(text: str, separator: str, quote: str) -> list[list[str]]:
             if inside and text[position + 1] == '"':
                 value, step = value + '"', 2
             else:
-                inside = not inside
+                inside, quoted = not inside, True
         elif inside:
             value += here
         elif text.startswith(separator, position) or (separator == " " and here == "\t"):
@@ -173,7 +173,7 @@ def reference_rows(text: str, separator: str, quote: str) -> list[list[str]]:
         elif here == "\n":
             row, value = [*row, value.removesuffix("\r")], ""
             row = [one for one in row if one] if separator == " " and quote == "none" else row
-            rows, row = [*rows, row] if row not in ([""], []) else rows, []
+            rows, row, quoted = [*rows, row] if quoted or row not in ([""], []) else rows, [], False
         else:
             value += here
         position += step

@@ -35,6 +35,7 @@ INVALID: list[tuple[type, str, object]] = [
     (TrainConfig, "memory_training", "off"),
     (TrainConfig, "backprop_segments", 5),
     (TrainConfig, "abstraction_every", 0),
+    (TrainConfig, "abstraction_loss", "eq. 5"),
     (TrainConfig, "seen_items", "forget"),
     (TrainConfig, "abstraction_weight", -1.0),
     (TrainConfig, "lanes", -1),

@@ -392,6 +392,7 @@ OTHER: dict[str, tuple[TrainConfig, object]] = {
     "negatives": (replace(CONFIG, loss="sampled", negatives=16), 17),
     "memory_training": (CONFIG, "alternating"),
     "backprop_segments": (CONFIG, 2),
+    "abstraction_loss": (CONFIG, "recall"),
     "abstraction_weight": (CONFIG, 3.0),
     "abstraction_every": (CONFIG, 3),
     "lanes": (CONFIG, 9),

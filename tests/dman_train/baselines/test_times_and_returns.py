@@ -14,7 +14,7 @@ from torch import Tensor
 
 from dman_runtime.data.evaluation import HeldOut
 from dman_runtime.model.sketch import HALF_LIVES
-from dman_runtime.model.times import NO_GAP, bucket
+from dman_runtime.model.times import NO_GAP, bucket, quantised
 from dman_train.baselines import build, latest
 from dman_train.baselines.base import Baseline
 from dman_train.baselines.gru4rec import GRU4Rec
@@ -138,7 +138,7 @@ def test_sasrec_with_times_equals_attention_computed_event_by_event(layers: int)
             x = torch.stack([literal_block(model, 0, x[: t + 1], x[t], earlier[t]) for t in range(WINDOW)])
         expected = []
         for t in range(WINDOW):
-            moment = max(times[t], requests[t])
+            moment = times[t] + int(quantised(np.array(requests[t] - times[t])))
             query = x[t] + literal_request(model, moments, row, t)
             ages = [moment - before for before in times[: t + 1]]
             last = literal_block(model, layers - 1, x[: t + 1], query, ages)
