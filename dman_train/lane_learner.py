@@ -168,11 +168,10 @@ class LaneLearner(Learner):
         added, sketch = self._returns(inputs, state, requests, encoding, table)
         likelihood = self.likelihood(encoding.user_embedding, table, inputs, added)
         if inputs.absorbed_items is None:
-            reconstructed = real[self._abstraction_lanes] & (memories.judged.lengths > 0)[:, None]
-            abstraction, judged = self._abstraction_loss(memories.judged, encoding, reconstructed), reconstructed.sum()
+            abstraction = self._reads_loss(memories.judged, encoding, real)
         else:
-            abstraction, judged = self._recall_loss(memories.judged, inputs.absorbed_items, table)
-        losses = Losses(likelihood, real.sum(), abstraction, judged)
+            abstraction = self._recall_loss(memories.judged, inputs.absorbed_items, table)
+        losses = Losses(likelihood, real.sum(), *abstraction)
         following = _next_state(state, memories, encoding, inputs, recurrent=self.model.config.recurrent)
         return losses, replace(following, **_fields_of(sketch))
 
@@ -272,27 +271,16 @@ class LaneLearner(Learner):
 
     @property
     def _abstraction_lanes(self) -> slice:
-        """The lanes that eq. 5 is computed on. Every lane gets every user in turn."""
+        """The lanes that the abstraction loss is computed on. Every lane gets every user in turn."""
         return slice(None, None, self.config.abstraction_every)
 
-    def _recall_loss(self, judged: _Judged, absorbed_items: Tensor, table: Tensor) -> tuple[Tensor, Tensor]:
-        """Of the lanes in which something was absorbed: the loss of their (B, K) items, and how many these are."""
-        items = absorbed_items[self._abstraction_lanes]
-        known = (items[:, 0] >= 0) & (judged.lengths > 0)
-        if not self.model.abstraction_parameters():
-            return table.new_zeros(()), known.sum() * 0
-        items, everywhere = items[known], self.loss.kind == "full"
-        if not everywhere:  # a large catalogue: the items of this step stand for it
-            drawn, items = torch.unique(items, return_inverse=True)
-            table = table[drawn]
-        return self.model.recall_loss(judged.new[known], items, table.detach()), known.sum() * items.shape[1]
-
-    def _abstraction_loss(self, judged: _Judged, encoding: Encoding, positions: Tensor) -> Tensor:
-        """Eq. 5 on its lanes, over the `positions` (B/n, T) that count."""
-        if not self.model.abstraction_parameters():
-            return encoding.user_embedding.new_zeros(())
+    def _reads_loss(self, judged: _Judged, encoding: Encoding, real: Tensor) -> tuple[Tensor, Tensor]:
+        """Eq. 5 on its lanes, and over how many of the `real` (B, T) positions: those after an absorption."""
         lanes = self._abstraction_lanes
-        return self.model.abstraction_loss(
+        positions = real[lanes] & (judged.lengths > 0)[:, None]
+        if not self.model.abstraction_parameters():
+            return encoding.user_embedding.new_zeros(()), positions.sum()
+        loss = self.model.abstraction_loss(
             old_memory=judged.old,
             new_memory=judged.new,
             hidden=judged.hidden,
@@ -300,6 +288,19 @@ class LaneLearner(Learner):
             queries=[queries[lanes] for queries in self.model.abstraction_queries(encoding)],
             query_mask=positions,
         )
+        return loss, positions.sum()
+
+    def _recall_loss(self, judged: _Judged, absorbed_items: Tensor, table: Tensor) -> tuple[Tensor, Tensor]:
+        """Of the lanes in which something was absorbed: the loss of their (B, K) items, and how many these are."""
+        items = absorbed_items[self._abstraction_lanes]
+        if not self.model.abstraction_parameters():
+            return table.new_zeros(()), items.new_zeros(())
+        known = (items[:, 0] >= 0) & (judged.lengths > 0)
+        items, table, count = items[known], table.detach(), known.sum() * items.shape[1]
+        if self.loss.kind != "full":  # a large catalogue: the items of this step stand for it
+            drawn, items = torch.unique(items, return_inverse=True)
+            table = table[drawn]
+        return self.model.recall_loss(judged.new[known], items, table), count
 
 
 def _next_state(

@@ -66,7 +66,8 @@ class Learner(nn.Module):
         self._items, self._offsets, self._part = data.items, data.offsets, part
         self.device = next(model.parameters()).device
         self.loss = NextItemLoss(config, torch.from_numpy(data.item_counts)).to(self.device)
-        self.generator = torch.Generator().manual_seed(config.seed)  # of the negatives; the same in all processes
+        # Of negatives and of items to recall; the same in all processes.
+        self.generator = torch.Generator().manual_seed(config.seed)
 
     def forward(self, inputs: StepInputs) -> Losses:
         """The losses of one step. Updates the carried state."""

@@ -199,10 +199,9 @@ class DMAN(nn.Module):
             ages: (B, C) buckets of the time from each event to the request; NO_EVENT before the first.
             gaps: (B) buckets of the time from the last event to the request.
         """
-        layer, newest = self.config.layers - 1, sources.shape[1] - 1
+        layer = self.config.layers - 1
         block = blocks_of(self.short_term)[layer]
-        distance = newest - torch.arange(newest + 1, device=sources.device)
-        by_place = self.distance_bias[layer][:, distance.clamp(max=2 * self.config.segment_length - 1)]  # (H, C)
+        by_place = self.distance_bias[layer, :, : sources.shape[1]].flip(-1)  # (H, C), the last at distance 0
         keys = [block.norm_memory(memory)] if self.config.merged else []
         slots = [self.slot_bias[layer]] if self.config.merged else []
         by_age = torch.cat([self.age_bias[layer], torch.full_like(self.age_bias[layer][:1], MASKED)])

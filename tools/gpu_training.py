@@ -5,12 +5,14 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import cast, get_args, get_type_hints
 
 import numpy as np
 import torch
 
+from dman_runtime.data.interactions import Interactions
 from dman_runtime.errors import DmanError, UsageError
 from dman_train.config import BaselineConfig, DataConfig, ModelConfig, TrainConfig
 from dman_train.data import TrainingData, load, training_data
@@ -36,9 +38,13 @@ class Training:
     rounds: int
     steps: int  # of a round
 
+    @cached_property
+    def interactions(self) -> Interactions:
+        return load(self.log, DataConfig())
+
     @property
     def data(self) -> TrainingData:
-        return training_data(load(self.log, DataConfig()))
+        return training_data(self.interactions)
 
 
 def cuda_device() -> torch.device:
@@ -111,7 +117,7 @@ def resuming(training: Training, gpu: torch.device) -> Section:
 
 def speed(training: Training, gpu: torch.device) -> Section:
     """The same training on CUDA and on the CPU, in turns."""
-    preset = decided_by(load(training.log, DataConfig()), PRESETS[training.preset])
+    preset = decided_by(training.interactions, PRESETS[training.preset])
     data, kinds = training.data, {"CUDA": gpu, "CPU": CPU}
     trainers = {
         (kind, precision): Trainer(preset.model, replace(preset.train, precision=precision), data, device)  # type: ignore[arg-type]

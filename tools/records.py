@@ -73,13 +73,13 @@ def record_of_counts(system: str, path: Path, name: str, config: DataConfig, see
         "events": len(data),
         **_location(path),
     }
-    given = {key: value for key, value in to_dict(config).items() if value != getattr(DataConfig(), key)}
-    given |= {} if seen_items == TrainConfig.seen_items else {"seen_items": seen_items}
-    options = [f"--{key.replace('_', '-')} {value}" for key, value in given.items()]
+    train = {"seen_items": seen_items} if seen_items != TrainConfig.seen_items else {}
+    changed = {key: value for key, value in to_dict(config).items() if value != getattr(DataConfig(), key)}
+    options = [f"--{key.replace('_', '-')} {value}" for key, value in (changed | train).items()]
     content = {
         "command": " ".join([f"python -m tools.records --counts {system} --data {dataset['path']}", *options]),
         "model": {"system": system},
-        "train": {key: value for key, value in given.items() if key == "seen_items"},
+        "train": train,
         "data": to_dict(config),
         "dataset": dataset,
         "versions": {"numpy": np.__version__},

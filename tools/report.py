@@ -15,7 +15,6 @@ from dman_train.config import TrainConfig, to_dict
 from dman_train.interpret import LENGTH_GROUPS
 from dman_train.presets import PRESETS
 from tools.bench.report import table, write_page
-from tools.bootstrap import paired_bootstrap
 from tools.paper import paper_page
 from tools.record_file import RECORDS, Record, read_records
 from tools.report_rows import RECIPE, Row, decisive, label_of, options_of, rows_of
@@ -115,12 +114,9 @@ def differences(best: Row, others: Sequence[Row]) -> str:
     heads = ("minus", "HR@10", "NDCG@10", "NDCG@10, >= 200 events")
     lines = []
     for row in others:
-        if any(len(a) != len(b) for a, b in zip(best.ranks(), row.ranks(), strict=False)):
-            continue  # another version of the data
-        whole = [str(paired_bootstrap(best.ranks(), row.ranks(), metric=metric)) for metric in ("hr@10", "ndcg@10")]
-        ours_long, theirs_long = best.ranks_of_long_histories(), row.ranks_of_long_histories()
-        long = str(paired_bootstrap(ours_long, theirs_long, metric="ndcg@10")) if len(ours_long[0]) else "-"
-        lines.append([row.label, *whole, long])
+        if best.is_of_the_same_users_as(row):
+            whole = [best.gain_over(row, metric) for metric in ("hr@10", "ndcg@10")]
+            lines.append([row.label, *whole, best.gain_of_long_histories_over(row, "ndcg@10")])
     return table(heads, lines)
 
 

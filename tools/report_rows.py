@@ -14,6 +14,7 @@ import numpy as np
 
 from dman_train.config import ADDED_FIELDS, BaselineConfig, ModelConfig, TrainConfig, is_earlier_form, to_dict
 from dman_train.presets import BASELINE_PRESETS, PRESETS, SHORT_HISTORY, Preset, decided
+from tools.bootstrap import paired_bootstrap
 from tools.record_file import Record
 
 METRICS = ("hr@10", "ndcg@10", "hr@50", "ndcg@100")
@@ -61,6 +62,19 @@ class Row:
     def ranks_of_long_histories(self) -> list[np.ndarray]:
         """Of the users in the last two groups, group by group."""
         return [np.concatenate([r.ranks[r.groups == group] for group in (2, 3)]) for r in self.records]
+
+    def is_of_the_same_users_as(self, other: Row) -> bool:
+        """Whether both are of one version of the log, so that they can be compared user by user."""
+        return {len(ranks) for ranks in self.ranks()} == {len(ranks) for ranks in other.ranks()}
+
+    def gain_over(self, other: Row, metric: str) -> str:
+        """The mean difference over users, with its interval."""
+        return str(paired_bootstrap(self.ranks(), other.ranks(), metric=metric))
+
+    def gain_of_long_histories_over(self, other: Row, metric: str) -> str:
+        """The same for users with long histories; "-" if there are none."""
+        ours, theirs = self.ranks_of_long_histories(), other.ranks_of_long_histories()
+        return str(paired_bootstrap(ours, theirs, metric=metric)) if len(ours[0]) else "-"
 
     def cells(self) -> list[str]:
         seconds = np.mean([record.content["metrics"]["training_seconds"] for record in self.records])

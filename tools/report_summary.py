@@ -9,9 +9,9 @@ import numpy as np
 
 from dman_runtime.data.evaluation import metrics
 from dman_train.baselines.counts import COUNTS
+from dman_train.presets import SHORT_HISTORY
 from tools.bench.report import table
-from tools.bootstrap import paired_bootstrap
-from tools.report_rows import METRICS, Row, mean_and_spread
+from tools.report_rows import METRICS, Row, changed_options, mean_and_spread, standard_options
 
 ANCHORED = "ml-1m"  # the log that published figures are about
 EXACT_TIMES = 2999  # its first users, whose times are all exact; see the README beside the log
@@ -51,8 +51,8 @@ second come, and how many trainings a mean is of (± half the distance between t
 and request": the model knows when it is asked, which here is the time of the event to be predicted, as with the HSTU \
 rows. Rows without "ours" are what others published; "?" is what they do not say."""
 _EXACT = """\
-Of {count:,} users the times in our copy of the log are all exact; those of the others are in part reconstructed. For \
-the first alone: {rows}."""
+In our copy of the log, the times of {count:,} users are exact. Those of the other users are in part reconstructed. \
+Results of the {count:,} users alone: {rows}."""
 _COUNTED = """\
 On logs whose users come back to items, rules that only count are hard to beat. Test NDCG@10 of the default on the \
 other logs, and what it has more than rules that count, than other systems with the same signals, and than itself \
@@ -73,7 +73,7 @@ def summary_section(rows: Mapping[str, Sequence[Row]]) -> str:
 
 def _anchored(rows: Sequence[Row]) -> list[str]:
     shown = [row for row in rows if _is_default(row) or _is_plain_baseline(row)]
-    mine = [(float(np.mean([r.metric("hr@10") for r in row.records])), _own_cells(row)) for row in shown]
+    mine = [(_mean(row, "hr@10"), _own_cells(row)) for row in shown]
     theirs = [(one.values[0] or 0.0, _published_cells(one)) for one in PUBLISHED]
     lines = [cells for _, cells in sorted([*mine, *theirs], key=lambda line: -line[0])]
     exact = [
@@ -88,9 +88,9 @@ def _is_default(row: Row) -> bool:
 
 
 def _is_plain_baseline(row: Row) -> bool:
-    """A system that can see times, over the whole window, with none of its options changed."""
-    plain = not any(mark in row.label for mark in ("=", "*", "earlier form"))
-    return plain and row.content["model"].get("system") in WITH_SIGNALS
+    """A system that can see times, over the whole window, with no option changed but what it sees of them."""
+    model, changed = row.content["model"], changed_options(row.content, standard_options(row.content))
+    return model.get("system") in WITH_SIGNALS and model["history"] > SHORT_HISTORY and changed.keys() <= {"time"}
 
 
 def _own_cells(row: Row) -> list[str]:
@@ -115,16 +115,22 @@ def _compared(rows: Sequence[Row]) -> list[list[str]]:
     ours = next((row for label in _DEFAULTS for row in rows if row.label == label), None)
     if ours is None:
         return []
-    others: list[tuple[float, list[str]]] = []
-    for row in rows:
-        if row is ours or not _is_opponent(row.content["model"]):
-            continue
-        value = float(np.mean([record.metric("ndcg@10") for record in row.records]))
-        whole = paired_bootstrap(ours.ranks(), row.ranks(), metric="ndcg@10")
-        mine, theirs = ours.ranks_of_long_histories(), row.ranks_of_long_histories()
-        long = str(paired_bootstrap(mine, theirs, metric="ndcg@10")) if len(mine[0]) else "-"
-        others.append((value, [ours.metric("ndcg@10"), row.label, row.metric("ndcg@10"), str(whole), long]))
-    return [cells for _, cells in sorted(others, key=lambda line: -line[0])]
+    metric = "ndcg@10"
+    others = [row for row in rows if _is_opponent(row.content["model"]) and row.is_of_the_same_users_as(ours)]
+    return [
+        [
+            ours.metric(metric),
+            row.label,
+            row.metric(metric),
+            ours.gain_over(row, metric),
+            ours.gain_of_long_histories_over(row, metric),
+        ]
+        for row in sorted(others, key=lambda row: -_mean(row, metric))
+    ]
+
+
+def _mean(row: Row, metric: str) -> float:
+    return float(np.mean([record.metric(metric) for record in row.records]))
 
 
 def _is_opponent(model: Mapping[str, Any]) -> bool:

@@ -164,7 +164,7 @@ def test_committed_report_is_that_of_the_committed_records(tmp_path: Path, monke
     """All but the intervals, which would take half a minute; their means are compared."""
     root = Path(__file__).parents[2]
     monkeypatch.chdir(root)
-    for module in (report, paper_rows):
+    for module in (report_rows, paper_rows):
         monkeypatch.setattr(module, "paired_bootstrap", partial(paired_bootstrap, samples=1))
     assert report.main(["--out", str(tmp_path)]) == 0
     interval = re.compile(r"\([+-][.\d]+ to [+-][.\d]+\)")

@@ -9,7 +9,6 @@ in the report, not a failure.
 from __future__ import annotations
 
 import shlex
-import signal
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -22,7 +21,7 @@ from tools.bench.memory import resident_memory
 from tools.bench.report import HOW_TO_READ, Section, machine, show, sizes_of, write_report
 from tools.bench.servers import echo_server
 from tools.bench.serving import history_length, round_trips
-from tools.bench.setting import QUICK, Bench, Clock, Sizes, bench_parser, scratch_directory
+from tools.bench.setting import QUICK, Bench, Clock, Sizes, bench_parser, end_with, scratch_directory
 from tools.bench.updates import durable_updates
 from tools.bench.whatif import updates_during_what_ifs
 
@@ -66,5 +65,4 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that servers and scratch files go with it
-    sys.exit(main())
+    end_with(main)

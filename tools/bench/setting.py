@@ -5,12 +5,15 @@ from __future__ import annotations
 import functools
 import os
 import random
+import signal
+import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NoReturn
 
 from dman_runtime.errors import UsageError
 from dman_runtime.model.bundle import Bundle
@@ -53,18 +56,30 @@ QUICK = Sizes(
 )
 
 
-def bench_parser(module: str, description: str, out: Path) -> Parser:
-    """The options that every bench command has."""
+def measuring_parser(module: str, description: str, out: Path) -> Parser:
+    """The options of every command that measures servers."""
     p = Parser(prog=f"python -m {module}", description=description)
-    p.flag("--bundle", type=Path, default=Path("bundle"), help="bundle directory")
     p.add_argument("--out", type=Path, default=out, help="the report")
     p.add_argument("--quick", action="store_true", help="few and short: does everything work? Not for quoting")
-    p.add_argument("--provider", choices=["auto", "cuda", "cpu"], default="auto", help="where servers run the graphs")
     p.add_argument(
         "--scratch", type=Path, default=Path(), help="where temporary state goes; updates are as durable as its disk"
     )
     p.add_argument("--json", action="store_true", help="print the result as JSON on the last line")
     return p
+
+
+def bench_parser(module: str, description: str, out: Path) -> Parser:
+    """The same, and those of commands that measure a given bundle."""
+    p = measuring_parser(module, description, out)
+    p.flag("--bundle", type=Path, default=Path("bundle"), help="bundle directory")
+    p.add_argument("--provider", choices=["auto", "cuda", "cpu"], default="auto", help="where servers run the graphs")
+    return p
+
+
+def end_with(main: Callable[[], int]) -> NoReturn:
+    """Ends the process with what a command returns. After SIGTERM its servers and scratch files go, too."""
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    sys.exit(main())
 
 
 @contextmanager

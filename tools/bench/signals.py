@@ -11,15 +11,13 @@ import contextlib
 import io
 import itertools
 import random
-import signal
-import sys
-import time
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 
+import grpc
 import numpy as np
 import torch
 
@@ -35,8 +33,8 @@ from protos.dman.v1.dman_pb2_grpc import RecommenderStub
 from tools.bench.blocks import Block, Operation, Plan, clean, interleave, ratios
 from tools.bench.report import BLOCK_HEADS, Claim, Section, block_data, block_rows, machine, show, write_report
 from tools.bench.servers import connect, dman_server
-from tools.bench.setting import QUICK, Clock, K, Sizes, scratch_directory
-from tools.loadgen import CALL_SECONDS
+from tools.bench.setting import QUICK, Clock, K, Sizes, end_with, measuring_parser, scratch_directory
+from tools.loadgen import CALL_SECONDS, recommend_operation
 
 WITHOUT = "neither"
 MODELS = {
@@ -63,8 +61,7 @@ def measure(scratch: Path, sizes: Sizes, items: int) -> Section:
             bundle = export(config, scratch / f"bundle-{len(records)}", items)
             records[name] = max_record_bytes(open_bundle(bundle).manifest.state)
             server = stack.enter_context(dman_server(bundle, scratch / f"state-{len(records)}", "--provider", "cpu"))
-            stub = RecommenderStub(stack.enter_context(connect(server.address)))
-            operations += _operations(name, stub, sizes, items)
+            operations += _operations(name, stack.enter_context(connect(server.address)), sizes, items)
         plan = Plan({one.name: sizes.rounds * sizes.calls for one in operations}, concurrency=1, rounds=sizes.rounds)
         blocks = clean(interleave(plan.schedule(), [operations], seconds=3600))
     return Section(
@@ -87,8 +84,8 @@ def export(config: ModelConfig, path: Path, items: int) -> Path:
     return path
 
 
-def _operations(model: str, stub: RecommenderStub, sizes: Sizes, items: int) -> list[Operation]:
-    users = [f"user-{number}" for number in range(sizes.users)]
+def _operations(model: str, channel: grpc.Channel, sizes: Sizes, items: int) -> list[Operation]:
+    stub, users = RecommenderStub(channel), [f"user-{number}" for number in range(sizes.users)]
     idle, active = users[::2], users[1::2]
     chooser, clock = random.Random(0), itertools.count(BEGIN + sizes.events * DAY, 60)
     for user in users:
@@ -102,28 +99,21 @@ def _operations(model: str, stub: RecommenderStub, sizes: Sizes, items: int) -> 
         happened = pb.Event(item_id=str(chooser.randrange(items)), timestamp=next(clock))
         return pb.UpdateRequest(user_id=chooser.choice(active), events=[happened])
 
-    def request() -> pb.RecommendRequest:
-        return pb.RecommendRequest(user_id=chooser.choice(idle), k=K, at=int(time.time()))
-
-    def after_an_update() -> pb.RecommendRequest:
-        update = event()
-        stub.Update(update, timeout=CALL_SECONDS)
-        return pb.RecommendRequest(user_id=update.user_id, k=K, at=int(time.time()))
-
     def update(sent: pb.UpdateRequest) -> pb.UpdateReply:
         return stub.Update(sent, timeout=CALL_SECONDS)
 
-    def recommend(sent: pb.RecommendRequest) -> pb.RecommendReply:
-        return stub.Recommend(sent, timeout=CALL_SECONDS)
+    def updated_user() -> str:
+        sent = event()
+        update(sent)
+        return sent.user_id
 
-    def personal(_: pb.RecommendRequest, reply: pb.RecommendReply) -> bool:
-        return reply.source == pb.SOURCE_PERSONALIZED
-
+    again = recommend_operation(channel, lambda: chooser.choice(idle), k=K)
+    first = recommend_operation(channel, updated_user, k=K)
     for user in idle:
-        recommend(pb.RecommendRequest(user_id=user, k=K, at=int(time.time())))
+        again.send(pb.RecommendRequest(user_id=user, k=K))
     return [
-        Operation(f"recommend, {model}", request, recommend, personal),
-        Operation(f"first recommend, {model}", after_an_update, recommend, personal),
+        replace(again, name=f"recommend, {model}"),
+        replace(first, name=f"first recommend, {model}"),
         Operation(f"update, {model}", event, update, lambda _, reply: reply.applied == 1),
     ]
 
@@ -143,12 +133,8 @@ def _record_claims(records: dict[str, int]) -> Iterator[Claim]:
 
 
 def _parser() -> Parser:
-    p = Parser(prog="python -m tools.bench.signals", description="Measure what times and returns cost; write a report.")
-    p.add_argument("--out", type=Path, default=Path("reports/signals.md"), help="the report")
+    p = measuring_parser("tools.bench.signals", "Measure what times and returns cost.", Path("reports/signals.md"))
     p.add_argument("--num-items", type=int, default=ITEMS, metavar="N", help="items in the catalogue")
-    p.add_argument("--quick", action="store_true", help="few and short: does everything work? Not for quoting")
-    p.add_argument("--scratch", type=Path, default=Path(), help="where temporary state goes")
-    p.add_argument("--json", action="store_true", help="print the result as JSON on the last line")
     return p
 
 
@@ -171,5 +157,4 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that servers and scratch files go with it
-    sys.exit(main())
+    end_with(main)

@@ -7,8 +7,6 @@ Ratios are this checkout by the other one. A missed target is a line in the repo
 
 from __future__ import annotations
 
-import signal
-import sys
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -21,7 +19,7 @@ from tools.bench.checkouts import Checkout
 from tools.bench.comparison import OTHER, THIS, Comparison, calls, imports, what_ifs
 from tools.bench.report import HOW_TO_READ, Section, machine, show, sizes_of, write_report
 from tools.bench.servers import ROOT
-from tools.bench.setting import QUICK, Bench, Clock, Sizes, bench_parser, scratch_directory
+from tools.bench.setting import QUICK, Bench, Clock, Sizes, bench_parser, end_with, scratch_directory
 from tools.bench.stored import stored_sizes
 from tools.bench.whatif import Effort
 
@@ -75,5 +73,4 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that servers and scratch files go with it
-    sys.exit(main())
+    end_with(main)

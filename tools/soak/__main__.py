@@ -9,8 +9,6 @@ The exit status is 1 where a bound is broken.
 from __future__ import annotations
 
 import argparse
-import signal
-import sys
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -19,7 +17,7 @@ from dman_runtime.errors import UsageError
 from dman_runtime.options import Parser, run_command
 from tools.bench.checkouts import Checkout
 from tools.bench.report import Section, machine, show, write_report
-from tools.bench.setting import Clock, scratch_directory
+from tools.bench.setting import Clock, end_with, scratch_directory
 from tools.faults.bundles import read_manifest
 from tools.faults.servers import ROOT
 from tools.soak.exactly_once import exactly_once
@@ -100,5 +98,4 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that servers and scratch files go with it
-    sys.exit(main())
+    end_with(main)
