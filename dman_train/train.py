@@ -27,7 +27,7 @@ from dman_runtime.data.logs import Log
 from dman_runtime.errors import DmanError, UsageError
 from dman_runtime.options import Parser, configure_logging, overridden, print_json, run_command
 from dman_train import distributed
-from dman_train.config import BaselineConfig, DataConfig, ModelConfig, TrainConfig
+from dman_train.config import BaselineConfig, DataConfig, ModelConfig, TrainConfig, to_dict
 from dman_train.data import as_found, load_log, training_data
 from dman_train.families import family_of
 from dman_train.log_warnings import warn_of_items, warn_of_log
@@ -152,9 +152,10 @@ def _configs(
 def _decided(preset: Preset, interactions: Interactions) -> Preset:
     """With what the log decides, which is reported."""
     found = decided_by(interactions, preset)
-    if found != preset and distributed.is_first():
-        time, returns, lanes = found.model.time, found.model.returns, found.train.lanes
-        logger.info("decided by the log and by seen_items: time=%s, returns=%s, lanes=%d", time, returns, lanes)
+    before, after = (to_dict(one.model) | to_dict(one.train) for one in (preset, found))
+    changed = [f"{name}={value}" for name, value in after.items() if value != before[name]]
+    if changed and distributed.is_first():
+        logger.info("decided by the log and by seen_items: %s", ", ".join(changed))
     return found
 
 
