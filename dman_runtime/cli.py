@@ -26,6 +26,9 @@ def parser() -> Parser:
     _verify_options(_plain_command(commands, "verify", "read everything in a state store and list what is damaged"))
     _token_options(_plain_command(commands, "token", "make a token for a caller"))
     _import_options(_command(commands, "import", "merge the histories of a log into the state store"))
+    _rebuild_options(_command(commands, "rebuild", "encode all histories under a bundle, beside a running server"))
+    _generations_options(_plain_command(commands, "generations", "list the bundles that a state store has states of"))
+    _drop_options(_plain_command(commands, "drop", "remove the states of a bundle that is no longer served"))
     _export_log_options(_plain_command(commands, "export-log", "write all histories as a log, to train on or import"))
     _score_options(_command(commands, "score", "write the top K of every user in a log to a Parquet file"))
     _evaluate_options(_command(commands, "evaluate", "leave-one-out metrics of a bundle on a log"))
@@ -138,6 +141,25 @@ def _import_options(p: Parser) -> None:
     _encoder_options(p)
     _map_option(p)
     p.add_argument("--json", action="store_true", help="print the result as JSON on the last line")
+
+
+def _rebuild_options(p: Parser) -> None:
+    p.flag("--state", type=Path, default=DEFAULT_STATE, help="state directory; a server may be using it")
+    p.flag("--max-share", type=float, default=0.5, help="of one core that the command may use, above 0 up to 1")
+    _encoder_options(p)
+    _map_option(p)
+    p.add_argument("--json", action="store_true", help="print the result as JSON on the last line")
+
+
+def _generations_options(p: Parser) -> None:
+    p.flag("--state", type=Path, default=DEFAULT_STATE, help="state directory to read; a server may be using it")
+    p.add_argument("--json", action="store_true", help="print the list as JSON on the last line")
+
+
+def _drop_options(p: Parser) -> None:
+    p.add_argument("bundle_id", help="whose states to remove; `dman-runtime generations` lists them")
+    p.flag("--state", type=Path, default=DEFAULT_STATE, help="state directory; a server may be using it")
+    _map_option(p)
 
 
 def _export_log_options(p: Parser) -> None:

@@ -116,6 +116,49 @@ def import_(arguments: argparse.Namespace) -> int:
     return 0
 
 
+def rebuild(arguments: argparse.Namespace) -> int:
+    from dman_runtime.engine import Engine
+    from dman_runtime.jobs.rebuilding import rebuild as rebuild_store
+    from dman_runtime.store.lmdb import LmdbStore
+
+    if not 0 < arguments.max_share <= 1:
+        raise UsageError(
+            f"max-share is {arguments.max_share}", "choose more than 0, and 1 at most", parameter="max_share"
+        )
+    generation = _generation(arguments)
+    with LmdbStore.open(arguments.state, map_size=arguments.map_size_mib << 20, must_exist=True) as store:
+        result = rebuild_store(Engine(generation, store), path=arguments.state, max_share=arguments.max_share)
+    print(
+        f"encoded {result.events} events for {result.rebuilt} records of bundle {generation.bundle_id} in "
+        f"{arguments.state}; {result.summary()}"
+    )
+    if arguments.json:
+        print_json(vars(result) | {"bundle_id": generation.bundle_id})
+    return 0
+
+
+def generations(arguments: argparse.Namespace) -> int:
+    from dman_runtime.jobs.generations import format_generations, list_generations
+    from dman_runtime.store.lmdb import LmdbStore
+
+    with LmdbStore.open(arguments.state, readonly=True) as store:
+        found = list_generations(store)
+    print(format_generations(found))
+    if arguments.json:
+        print_json({"users": found.users, "generations": [vars(one) for one in found.generations]})
+    return 0
+
+
+def drop(arguments: argparse.Namespace) -> int:
+    from dman_runtime.jobs.generations import drop_generation
+    from dman_runtime.store.lmdb import LmdbStore
+
+    with LmdbStore.open(arguments.state, map_size=arguments.map_size_mib << 20, must_exist=True) as store:
+        dropped = drop_generation(store, arguments.bundle_id)
+    print(f"dropped {dropped} records of bundle {arguments.bundle_id} from {arguments.state}; all histories stay")
+    return 0
+
+
 def export_log(arguments: argparse.Namespace) -> int:
     from dman_runtime.jobs.exporting import export_log as export_store
     from dman_runtime.store.lmdb import LmdbStore
@@ -191,6 +234,9 @@ COMMANDS: dict[str, Callable[[argparse.Namespace], int]] = {
     "verify": verify,
     "token": token,
     "import": import_,
+    "rebuild": rebuild,
+    "generations": generations,
+    "drop": drop,
     "export-log": export_log,
     "score": score,
     "evaluate": evaluate,

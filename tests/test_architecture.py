@@ -231,7 +231,7 @@ def test_training_reaches_no_part_of_the_server_not_even_through_others() -> Non
         ("grpc_reflection", {"api.standard"}),
         ("multiprocessing", {"serving.cluster", "serving.slot"}),
         ("prometheus_client", {"serving.metrics_server", "serving.prometheus"}),
-        ("tqdm", {"jobs.evaluating", "jobs.exporting", "jobs.importing", "jobs.scoring"}),
+        ("tqdm", {"jobs.evaluating", "jobs.exporting", "jobs.importing", "jobs.rebuilding", "jobs.scoring"}),
         ("torch", set()),
         ("sdk", {"jobs.asking"}),
         ("matplotlib", set()),

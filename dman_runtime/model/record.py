@@ -37,7 +37,7 @@ from dman_runtime.model.state import State, absorbed_segments, context_length
 
 RECORD_FORMAT = 2
 _HEADER, _CHECKSUM = struct.Struct("<BBHI8sQQ"), struct.Struct("<I")
-_HEADER_BYTES = _HEADER.size + _CHECKSUM.size
+HEADER_BYTES = _HEADER.size + _CHECKSUM.size
 _DTYPE_CODES = {"float16": 1, "float32": 2}
 _COUNTS = 4 * len(HALF_LIVES)  # bytes of an item of the sketch
 _MAX_AGE = (1 << 32) - 1
@@ -56,16 +56,25 @@ class RecordHead(NamedTuple):
 
 def head_bytes(shape: StateShape) -> int:
     """Bytes at the start of a record that `read_head` needs."""
-    return _HEADER_BYTES + 4 * shape.width + _CHECKSUM.size
+    return HEADER_BYTES + 4 * shape.width + _CHECKSUM.size
 
 
 def max_record_bytes(shape: StateShape) -> int:
     """Bytes of the largest record: before a segment closes, with a memory."""
-    positions, value_bytes = shape.context_limit - (not shape.answers_read_states), np.dtype(shape.dtype).itemsize
-    hidden, memory = (shape.layers - 1) * positions, shape.layers * shape.memory_slots
+    return _record_bytes(shape, shape.context_limit - (not shape.answers_read_states), shape.sketch_items, memory=True)
+
+
+def record_bytes(event_count: int, shape: StateShape) -> int:
+    """Bytes that the record of a user with so many known events takes, or less where it has a sketch."""
+    memory = absorbed_segments(event_count, shape) > 0
+    return _record_bytes(shape, context_length(event_count, shape), min(event_count, shape.sketch_items), memory=memory)
+
+
+def _record_bytes(shape: StateShape, positions: int, sketch_items: int, *, memory: bool) -> int:
+    values = ((shape.layers - 1) * positions + memory * shape.layers * shape.memory_slots) * shape.width
     times = 9 + 9 * positions if shape.sees_times else 0
-    sketch = 4 + shape.sketch_items * _sketch_row(shape) if shape.sketch_items else 0
-    return head_bytes(shape) + 4 * positions + value_bytes * (hidden + memory) * shape.width + times + sketch
+    sketch = 4 + sketch_items * _sketch_row(shape) if shape.sketch_items else 0
+    return head_bytes(shape) + 4 * positions + np.dtype(shape.dtype).itemsize * values + times + sketch
 
 
 def read_head(record: bytes, bundle: Bundle) -> RecordHead:
@@ -79,9 +88,19 @@ def read_head(record: bytes, bundle: Bundle) -> RecordHead:
     if bundle_id.hex() != bundle.bundle_id or vocabulary != bundle.manifest.vocabulary:
         raise StateError(f"a state record was written by bundle {bundle_id.hex()}, not {bundle.bundle_id}", _REMEDY)
     (expected,) = _CHECKSUM.unpack_from(record, _HEADER.size)
-    if zlib.crc32(record[_HEADER_BYTES:end], zlib.crc32(record[: _HEADER.size])) != expected:
+    if zlib.crc32(record[HEADER_BYTES:end], zlib.crc32(record[: _HEADER.size])) != expected:
         raise StateError("a state record is damaged", _REMEDY)
-    return RecordHead(events, history, np.frombuffer(record, "<f4", width, _HEADER_BYTES), context, dtype)
+    return RecordHead(events, history, np.frombuffer(record, "<f4", width, HEADER_BYTES), context, dtype)
+
+
+def covered_events(record: bytes) -> int | None:
+    """Events of the history that a record covers, from its first HEADER_BYTES, whichever bundle wrote it; or None.
+
+    None of what it says is checked.
+    """
+    if len(record) < HEADER_BYTES or record[0] != RECORD_FORMAT:
+        return None
+    return int(_HEADER.unpack_from(record)[-1])
 
 
 def unpack(record: bytes, bundle: Bundle) -> State:

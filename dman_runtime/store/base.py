@@ -49,6 +49,16 @@ class StoredUser(NamedTuple):
     record: bytes | None  # of the generation that was asked for; None where that has none
 
 
+class StoredRecord(NamedTuple):
+    """A record, as a listing of them shows it."""
+
+    user_id: str
+    generation: int
+    history_count: int  # events stored of the user
+    size: int  # bytes of the record
+    start: bytes  # its first bytes, as many as were asked for
+
+
 class RankingView(NamedTuple):
     """What a plain recommendation needs of a user, at one moment."""
 
@@ -112,8 +122,10 @@ class Snapshot(Protocol):
         """The external ids of item numbers. ValueError for a number that was never given."""
         ...
 
-    def get_many(self, user_ids: Sequence[str], generation: int) -> list[StoredUser | None]:
-        """Heads, and the records of a generation; None for an unknown user."""
+    def get_many(
+        self, user_ids: Sequence[str], generation: int, record_bytes: int | None = None
+    ) -> list[StoredUser | None]:
+        """Heads, and the records of a generation, or their first `record_bytes`; None for an unknown user."""
         ...
 
     def ranking_view(self, user_id: str, generation: int, record_bytes: int) -> RankingView | None:
@@ -203,6 +215,10 @@ class StateStore(Snapshot, Protocol):
         """
         ...
 
+    def records(self, record_bytes: int) -> Iterator[StoredRecord]:
+        """Every record of every generation, those of a user together, with its first bytes; as `scan` for changes."""
+        ...
+
     # -- the store itself ------------------------------------------------------------------------------------------
 
     def stats(self) -> StoreStats: ...
@@ -239,9 +255,11 @@ class ReadsBySnapshot:
         with self.snapshot() as snapshot:
             return snapshot.item_ids(numbers)
 
-    def get_many(self, user_ids: Sequence[str], generation: int) -> list[StoredUser | None]:
+    def get_many(
+        self, user_ids: Sequence[str], generation: int, record_bytes: int | None = None
+    ) -> list[StoredUser | None]:
         with self.snapshot() as snapshot:
-            return snapshot.get_many(user_ids, generation)
+            return snapshot.get_many(user_ids, generation, record_bytes)
 
     def ranking_view(self, user_id: str, generation: int, record_bytes: int) -> RankingView | None:
         with self.snapshot() as snapshot:

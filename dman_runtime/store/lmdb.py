@@ -21,7 +21,7 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Callable, Iterator, Sequence
-from itertools import islice
+from itertools import chain, islice
 from pathlib import Path
 from typing import Self
 from zlib import crc32
@@ -34,6 +34,7 @@ from dman_runtime.store.base import (
     IdTypes,
     RankingView,
     ReadsBySnapshot,
+    StoredRecord,
     StoreStats,
     Write,
     checked_id,
@@ -55,7 +56,7 @@ from dman_runtime.store.lmdb_layout import (
     write_generations,
     write_id_types,
 )
-from dman_runtime.store.lmdb_reads import LmdbSnapshot
+from dman_runtime.store.lmdb_reads import LmdbSnapshot, read_records
 from dman_runtime.store.lmdb_users import delete_user, put_user
 from dman_runtime.store.request_ids import find_requests, has_expired, sweep
 
@@ -169,6 +170,13 @@ class LmdbStore(ReadsBySnapshot):
             if len(found) < _SCAN_USERS:
                 return
             start = found[-1][0] + b"\1"  # behind all records of that user
+
+    def records(self, record_bytes: int) -> Iterator[StoredRecord]:
+        users = self.scan()
+        while user_ids := list(islice(users, _SCAN_USERS)):
+            with self._env.read() as reading, reading.txn.cursor(db=self._databases.users) as cursor:
+                found = [read_records(cursor, user_id, record_bytes, self._databases.legacy) for user_id in user_ids]
+            yield from chain.from_iterable(found)
 
     # -- writing users ---------------------------------------------------------------------------------------------
 

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Collection, Sequence
+from contextlib import suppress
 from zlib import crc32
 
 import lmdb
 import numpy as np
 from numpy.typing import NDArray
 
-from dman_runtime.store.base import Events, RankingView, StoredUser, checked_id
+from dman_runtime.store.base import Events, RankingView, StoredRecord, StoredUser, checked_id
 from dman_runtime.store.environment import Environment, ReadTransaction
 from dman_runtime.store.history import (
     CHECKSUM,
@@ -30,7 +31,7 @@ from dman_runtime.store.history import (
 )
 from dman_runtime.store.lmdb_absence import check_no_user
 from dman_runtime.store.lmdb_items import find_ids, find_numbers, item_count
-from dman_runtime.store.lmdb_layout import HEAD_SUFFIX, Databases, numbered_key
+from dman_runtime.store.lmdb_layout import HEAD_SUFFIX, Databases, numbered_key, user_of
 from dman_runtime.store.request_ids import find_requests
 
 NO_SEEN = np.zeros(0, np.uint32)
@@ -55,6 +56,22 @@ def read_seen(txn: lmdb.Transaction, databases: Databases, user: bytes) -> Bytes
     return value
 
 
+def read_records(cursor: lmdb.Cursor, user_id: str, record_bytes: int, legacy: bool) -> list[StoredRecord]:
+    """The records of a user, damaged ones left out; none for a user who has gone. Raises DamagedError."""
+    user, found = user_id.encode(), list[StoredRecord]()
+    if not cursor.set_key(user + HEAD_SUFFIX):
+        return found
+    seed = seed_of(user)
+    count = read_head_only(cursor.value(), seed, legacy).history_count
+    while cursor.next() and bytes(cursor.key()).startswith(user + b"\0"):
+        generation, value = user_of(bytes(cursor.key()))[1], cursor.value()
+        with suppress(DamagedError):
+            start = record_start(value, seed, generation, legacy)
+            record = bytes(value[start : start + record_bytes])
+            found.append(StoredRecord(user_id, generation, count, len(value) - start, record))
+    return found
+
+
 class LmdbSnapshot(ReadTransaction):
     """A `Snapshot`, to be used by one thread: a read transaction and what can be read in it."""
 
@@ -77,17 +94,19 @@ class LmdbSnapshot(ReadTransaction):
 
     # -- users -----------------------------------------------------------------------------------------------------
 
-    def get_many(self, user_ids: Sequence[str], generation: int) -> list[StoredUser | None]:
-        return [self._stored(checked_id(user_id).encode(), generation) for user_id in user_ids]
+    def get_many(
+        self, user_ids: Sequence[str], generation: int, record_bytes: int | None = None
+    ) -> list[StoredUser | None]:
+        return [self._stored(checked_id(user_id).encode(), generation, record_bytes) for user_id in user_ids]
 
-    def _stored(self, user: bytes, generation: int) -> StoredUser | None:
+    def _stored(self, user: bytes, generation: int, record_bytes: int | None) -> StoredUser | None:
         value = self.txn.get(user + HEAD_SUFFIX, db=self._databases.users)
         if value is None:
             check_no_user(self.txn, self._databases, user)
             return None
         seed = crc32(user)
         head = read_head_only(value, seed, self._databases.legacy)
-        return StoredUser(head, self._record(user, seed, generation, None))
+        return StoredUser(head, self._record(user, seed, generation, record_bytes))
 
     def ranking_view(self, user_id: str, generation: int, record_bytes: int) -> RankingView | None:
         databases, user = self._databases, checked_id(user_id).encode()

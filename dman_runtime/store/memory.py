@@ -22,6 +22,7 @@ from dman_runtime.store.base import (
     IdTypes,
     RankingView,
     ReadsBySnapshot,
+    StoredRecord,
     StoredUser,
     StoreStats,
     Write,
@@ -45,6 +46,10 @@ class _User:
     timestamps: tuple[int, ...] = ()
     records: Mapping[int, bytes] = field(default_factory=dict)
 
+    def stored(self, generation: int, record_bytes: int | None) -> StoredUser:
+        record = self.records.get(generation)
+        return StoredUser(self.head, None if record is None else record[:record_bytes])
+
 
 class MemorySnapshot:
     """A `Snapshot` of dictionaries that nobody changes any more."""
@@ -61,9 +66,11 @@ class MemorySnapshot:
             raise ValueError(f"one of the items {list(numbers)[:10]} was never given a number")
         return [by_number[number] for number in numbers]
 
-    def get_many(self, user_ids: Sequence[str], generation: int) -> list[StoredUser | None]:
+    def get_many(
+        self, user_ids: Sequence[str], generation: int, record_bytes: int | None = None
+    ) -> list[StoredUser | None]:
         users = [self._users.get(checked_id(user_id)) for user_id in user_ids]
-        return [None if user is None else StoredUser(user.head, user.records.get(generation)) for user in users]
+        return [None if user is None else user.stored(generation, record_bytes) for user in users]
 
     def ranking_view(self, user_id: str, generation: int, record_bytes: int) -> RankingView | None:
         user = self._users.get(checked_id(user_id))
@@ -191,6 +198,13 @@ class MemoryStore(ReadsBySnapshot):
         with self._open():
             users = list(self._users)
         return iter([user for user in users if zlib.crc32(user.encode()) % partitions == partition])
+
+    def records(self, record_bytes: int) -> Iterator[StoredRecord]:
+        with self._open():
+            users = self._users.copy()
+        for user_id, user in users.items():
+            for generation, record in sorted(user.records.items()):
+                yield StoredRecord(user_id, generation, user.head.history_count, len(record), record[:record_bytes])
 
     def stats(self) -> StoreStats:
         with self._open():

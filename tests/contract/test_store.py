@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 
 from dman_runtime.data.ids import RULE
 from dman_runtime.errors import StoreError, TooManyRequestIdsError
+from dman_runtime.store import lmdb
 from dman_runtime.store.base import (
     INTEGER,
     REMEMBER_SECONDS,
@@ -26,6 +27,7 @@ from dman_runtime.store.base import (
     IdTypes,
     Snapshot,
     StateStore,
+    StoredRecord,
     StoredUser,
     Write,
 )
@@ -233,6 +235,39 @@ def test_events_without_a_record_keep_the_records_and_their_generation(store: St
     stored = get(store, "a", 2)
     assert stored is not None and stored.record == b"two"
     assert (stored.head.history_count, stored.head.generation) == (5, 2)
+
+
+def test_records_lists_each_record_of_each_user_once_with_its_start(store: StateStore) -> None:
+    items = items_for(store)
+    long = bytes(range(250)) * 80
+    store.commit([write("a", items=items[:3], records={1: b"one", 2: long}), write("ab", items=items[:40])])
+    store.commit([write("b", records={300: b""}), write("c", items=items[:1], records={2: b"two"})])
+    store.delete("c")
+    assert sorted(store.records(4)) == [
+        StoredRecord("a", 1, 3, 3, b"one"),
+        StoredRecord("a", 2, 3, len(long), long[:4]),
+        StoredRecord("b", 300, 0, 0, b""),
+    ]
+    assert sorted(record.start for record in store.records(1 << 20)) == [b"", long, b"one"]
+    store.drop_records(2)
+    assert [record.start for record in sorted(store.records(0))] == [b"", b""]
+
+
+def test_records_of_more_users_than_are_read_at_once(store: StateStore, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(lmdb, "_SCAN_USERS", 3)
+    users = [f"user {number}" for number in range(8)]
+    store.commit([write(user, records={1: user.encode(), 2: b"two"}) for user in users])
+    listed = list(store.records(6))
+    assert sorted(record.user_id for record in listed) == sorted(users * 2)
+    assert [one.user_id for one in listed[::2]] == [one.user_id for one in listed[1::2]]  # those of a user together
+
+
+def test_get_many_gives_the_first_bytes_of_records(store: StateStore) -> None:
+    store.commit([write("a", records={1: b"record"}), write("b")])
+    found = store.get_many(["a", "b", "c"], 1, 3)
+    assert [stored and stored.record for stored in found] == [b"rec", None, None]
+    assert found[:2] == [get(store, "a")._replace(record=b"rec"), get(store, "b")]  # type: ignore[union-attr]
+    assert get(store, "a") == store.get_many(["a"], 1, 100)[0]
 
 
 @pytest.mark.parametrize("generation", [0, -1])

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -13,6 +13,7 @@ import pytest
 from conftest import STORES, assert_close, new_store
 from histories import ONLY_UNKNOWN, UNKNOWN_ITEM, Histories, make_histories, write_csv
 from log_files import import_log
+from record_checks import EXACT, HookedStore, check_records
 
 from dman_runtime.data.interactions import Interactions
 from dman_runtime.data.log_options import LogOptions
@@ -22,9 +23,7 @@ from dman_runtime.jobs import partitions
 from dman_runtime.jobs.importing import ImportResult, import_histories
 from dman_runtime.model.generation import Generation
 from dman_runtime.requests import Query, Update
-from dman_runtime.store.base import INTEGER, TEXT, UNKNOWN, IdTypes, StateStore, Write
-
-EXACT = 1e-4  # relative, in root mean square
+from dman_runtime.store.base import INTEGER, TEXT, UNKNOWN, IdTypes, StateStore
 
 
 @pytest.fixture(params=STORES)
@@ -49,35 +48,6 @@ def stored_histories(store: StateStore) -> Histories:
 
 def time_of(event: tuple[int, int]) -> int:
     return event[1]
-
-
-def check_records(engine: Engine) -> None:
-    """Every record covers its history, and is what a replay of the known events gives."""
-    for user_id in engine.store.scan():
-        (stored,) = engine.store.get_many([user_id], engine.number)
-        assert stored is not None and stored.record is not None
-        state = engine.generation.unpack(stored.record)
-        assert state.history_count == stored.head.history_count
-        history = engine.known_events(engine.store.history(user_id))
-        (expected,) = engine.generation.replay([history])
-        assert state.event_count == len(history)
-        assert_close(state.memory, expected.memory, EXACT)
-        assert_close(state.user_embedding, expected.user_embedding, EXACT)
-
-
-class HookedStore:
-    """The real store; `before` sees the number of each commit before it happens."""
-
-    def __init__(self, store: StateStore, before: Callable[[int], None]) -> None:
-        self._store, self._before, self.commits = store, before, 0
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._store, name)
-
-    def commit(self, writes: Sequence[Write]) -> list[str]:
-        self.commits += 1
-        self._before(self.commits)
-        return self._store.commit(writes)
 
 
 def test_import_stores_every_event_those_of_unknown_items_too(

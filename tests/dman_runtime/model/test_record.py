@@ -18,7 +18,17 @@ from torch_graphs import ZeroGraphs, bundle_of, generation_of
 from dman_runtime.errors import StateError
 from dman_runtime.model.bundle import Bundle, StateShape
 from dman_runtime.model.generation import Generation
-from dman_runtime.model.record import RECORD_FORMAT, head_bytes, max_record_bytes, pack, read_head, unpack
+from dman_runtime.model.record import (
+    HEADER_BYTES,
+    RECORD_FORMAT,
+    covered_events,
+    head_bytes,
+    max_record_bytes,
+    pack,
+    read_head,
+    record_bytes,
+    unpack,
+)
 from dman_runtime.model.recurrence import advance
 from dman_runtime.model.state import State, absorbed_segments
 
@@ -119,6 +129,21 @@ def test_record_head_agrees_with_the_whole_state(bundle: Bundle, states: list[St
         head = read_head(pack(state, bundle)[: head_bytes(bundle.manifest.state)], bundle)
         assert (head.event_count, head.history_count) == (state.event_count, state.history_count)
         np.testing.assert_array_equal(head.user_embedding, state.user_embedding)
+
+
+def test_size_of_a_record_is_known_from_the_number_of_events(bundle: Bundle, states: list[State]) -> None:
+    shape = bundle.manifest.state
+    for state in states:
+        expected, size = record_bytes(state.event_count, shape), len(pack(state, bundle))
+        assert size <= expected <= max_record_bytes(shape)
+        assert shape.sketch_items or size == expected
+
+
+def test_what_a_record_covers_is_read_without_its_bundle(bundle: Bundle, states: list[State]) -> None:
+    for state in states:
+        assert covered_events(pack(state, bundle)[:HEADER_BYTES]) == state.history_count
+    record = pack(states[0], bundle)
+    assert covered_events(record[: HEADER_BYTES - 1]) is covered_events(b"\x09" + record[1:]) is None
 
 
 def test_records_hold_no_more_than_their_model_needs(bundle: Bundle, states: list[State]) -> None:

@@ -1,0 +1,63 @@
+"""Which bundles a store has states of, how complete they are, and what they take; dropping those of one."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from dman_runtime.errors import UsageError
+from dman_runtime.model.record import HEADER_BYTES, covered_events
+from dman_runtime.store.base import StateStore
+
+
+@dataclass
+class GenerationInfo:
+    """The records that a store has of one bundle."""
+
+    number: int
+    bundle_id: str
+    records: int = 0  # users who have one
+    current: int = 0  # of those: records that cover the history
+    bytes: int = 0
+
+
+@dataclass(frozen=True)
+class Generations:
+    users: int  # of the store
+    generations: Sequence[GenerationInfo]  # oldest first
+
+
+def list_generations(store: StateStore) -> Generations:
+    """Reads the start of every record. Raises StoreError."""
+    found = {number: GenerationInfo(number, bundle_id) for bundle_id, number in store.generations().items()}
+    for record in store.records(HEADER_BYTES):
+        if (info := found.get(record.generation)) is None:  # added since the list was read
+            continue
+        info.records += 1
+        info.current += covered_events(record.start) == record.history_count
+        info.bytes += record.size
+    return Generations(store.stats().users, list(found.values()))
+
+
+def format_generations(found: Generations) -> str:
+    """For people: one line per generation."""
+    lines = [
+        f"{found.users:,} users",
+        f"{'generation':>10}  {'bundle':16}  {'records':>11}  {'current':>11}  {'MB':>9}",
+    ]
+    lines += [
+        f"{one.number:>10}  {one.bundle_id:16}  {one.records:>11,}  {one.current:>11,}  {one.bytes / 1e6:>9,.1f}"
+        for one in found.generations
+    ]
+    return "\n".join(lines)
+
+
+def drop_generation(store: StateStore, bundle_id: str) -> int:
+    """Removes all records of a bundle; returns how many there were. Histories stay. Raises UsageError, StoreError."""
+    known = store.generations()
+    if bundle_id not in known:
+        raise UsageError(
+            f"the store was never served with bundle {bundle_id!r:.80}",
+            f"name one of these: {', '.join(known) or 'none yet'}",
+        )
+    return store.drop_records(known[bundle_id])

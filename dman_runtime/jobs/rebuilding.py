@@ -1,0 +1,228 @@
+"""Encodes all histories of a store under a bundle, while a server may serve another one over it.
+
+A user's record is done when it covers the history, so an interrupted rebuild goes on where it was, and what servers
+change meanwhile is found by looking again.
+"""
+
+from __future__ import annotations
+
+import logging
+import shutil
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+from tqdm import tqdm
+
+from dman_runtime.engine import COMMIT_ATTEMPTS, Engine, conflict_pause
+from dman_runtime.errors import StateError, StoreFullError
+from dman_runtime.model.events import NO_EVENTS
+from dman_runtime.model.record import head_bytes, read_head, record_bytes
+from dman_runtime.opened import OpenUser
+from dman_runtime.store.base import StoredUser
+
+logger = logging.getLogger(__name__)
+MAX_PASSES = 4
+WINDOW_USERS = 4096  # whose records are looked at together
+BATCH_USERS = 64  # in one commit of about a megabyte: a server may wait for it
+BATCH_EVENTS = 200_000  # so many are in memory, but for a longer history of one user
+_PAGE_BYTES = 4096  # what stores give to a record comes in pages
+_SPARE_BYTES = 256 << 20  # of the disk, for servers
+
+
+@dataclass
+class RebuildResult:
+    users: int = 0  # of the store
+    rebuilt: int = 0  # users whose record was made or brought up to the history, each time
+    events: int = 0  # encoded for that
+    lagging: int = 0  # users whose record does not cover the history at the end: servers have changed them since
+
+    def summary(self) -> str:
+        """For people, beside users and events."""
+        if not self.lagging:
+            return "all records cover their histories"
+        return f"{self.lagging} of {self.users} users changed meanwhile, and are caught up when they are first touched"
+
+
+class _Lag(NamedTuple):
+    """A user whose record does not cover the history."""
+
+    user_id: str
+    events: int  # to be encoded, as far as the history says it
+    new_bytes: int  # that the record will take, where there is none yet
+
+
+@dataclass
+class _Work:
+    """What there is to do."""
+
+    users: int = 0
+    lagging: int = 0
+    events: int = 0
+    new_bytes: int = 0
+
+
+class Throttle:
+    """Keeps this process to a share of one core, by resting after each piece of work."""
+
+    def __init__(self, share: float) -> None:
+        self._share = share
+        self._used, self._since = time.process_time(), time.monotonic()
+
+    def rest(self) -> None:
+        """Sleeps for as long as the work since the last rest asks for."""
+        pause = (time.process_time() - self._used) / self._share - (time.monotonic() - self._since)
+        if pause > 0:
+            time.sleep(pause)
+        self._used, self._since = time.process_time(), time.monotonic()
+
+
+def rebuild(engine: Engine, *, path: Path | None = None, max_share: float = 1.0) -> RebuildResult:
+    """Makes the records of the engine's generation cover all histories, in durable commits of some users each.
+
+    What servers change in the meantime is looked for again, until little or nothing is left.
+
+    Args:
+        path: Directory of the store, whose disk must have room; None for a store without one.
+        max_share: Of one core, 0 < share <= 1.
+
+    Raises StoreError; StoreFullError before anything is written where the new records do not fit.
+    """
+    throttle, result = Throttle(max_share), RebuildResult()
+    with tqdm(unit="ev", unit_scale=True, desc="rebuild", disable=None) as bar:
+        for number in range(MAX_PASSES):
+            work = _work(engine)
+            result.users, result.lagging = work.users, work.lagging
+            if work.lagging <= (BATCH_USERS if number else 0):
+                break
+            _require_room(engine, work, path)
+            logger.info("%d of %d users need %d events encoded", work.lagging, work.users, work.events)
+            bar.total = (bar.total or 0) + work.events
+            for lags in _windows(engine):
+                for batch in _batches(lags):
+                    encoded = _rebuild_batch(engine, batch, throttle)
+                    result.rebuilt += len(batch)
+                    result.events += encoded
+                    bar.update(sum(lag.events for lag in batch))
+        else:
+            result.lagging = _work(engine).lagging
+    return result
+
+
+def _work(engine: Engine) -> _Work:
+    work = _Work(users=engine.store.stats().users)
+    for lags in _windows(engine):
+        work.lagging += len(lags)
+        work.events += sum(lag.events for lag in lags)
+        work.new_bytes += sum(lag.new_bytes for lag in lags)
+    return work
+
+
+def _windows(engine: Engine) -> Iterator[list[_Lag]]:
+    """The users to be rebuilt among some users at a time."""
+    users = engine.store.scan()
+    size = head_bytes(engine.bundle.manifest.state)
+    while user_ids := list(islice(users, WINDOW_USERS)):
+        found = zip(user_ids, engine.store.get_many(user_ids, engine.number, size), strict=True)
+        yield [lag for user_id, stored in found if stored and (lag := _lag(engine, user_id, stored))]
+
+
+def _lag(engine: Engine, user_id: str, stored: StoredUser) -> _Lag | None:
+    """None for a user whose record is current."""
+    count, covered = stored.head.history_count, 0
+    with suppress(StateError):  # it will be made anew
+        covered = read_head(stored.record, engine.bundle).history_count if stored.record else 0
+    if covered == count:
+        return None
+    size = record_bytes(count, engine.bundle.manifest.state)
+    new_bytes = 0 if stored.record else -(-size // _PAGE_BYTES) * _PAGE_BYTES
+    return _Lag(user_id, count - covered if covered < count else count, new_bytes)
+
+
+def _require_room(engine: Engine, work: _Work, path: Path | None) -> None:
+    """StoreFullError where the new records would fill the store or its disk: servers could then store nothing."""
+    stats = engine.store.stats()
+    needed = work.new_bytes + work.new_bytes // 16
+    room = stats.map_size - stats.map_size // 8 - stats.bytes_used if stats.map_size else needed
+    if needed > room:
+        raise StoreFullError(
+            f"the records of bundle {engine.bundle.bundle_id} take about {needed >> 20} MiB, and the state store has "
+            f"{max(0, room) >> 20} left",
+            "give all processes a larger map, or drop the records of a bundle that is no longer served",
+            parameter="map_size_mib",
+        )
+    growth = needed - max(0, stats.file_bytes - stats.bytes_used)
+    if path is not None and growth + _SPARE_BYTES > (free := shutil.disk_usage(path).free) and growth > 0:
+        raise StoreFullError(
+            f"the records of bundle {engine.bundle.bundle_id} take about {needed >> 20} MiB, and the disk of {path} "
+            f"has {free >> 20} free, of which servers need {_SPARE_BYTES >> 20}",
+            "free disk space, or drop the records of a bundle that is no longer served",
+        )
+
+
+def _batches(lags: Sequence[_Lag]) -> Iterator[list[_Lag]]:
+    """Users with similar numbers of events, which are encoded together without much padding; the longest first."""
+    batch, events = list[_Lag](), 0
+    for lag in sorted(lags, key=lambda lag: -lag.events):
+        if batch and (len(batch) == BATCH_USERS or events + lag.events > BATCH_EVENTS):
+            yield batch
+            batch, events = [], 0
+        batch.append(lag)
+        events += lag.events
+    if batch:
+        yield batch
+
+
+def _rebuild_batch(engine: Engine, batch: Sequence[_Lag], throttle: Throttle) -> int:
+    """Makes the records of some users; returns how many events were encoded.
+
+    A user whom servers keep changing is left lagging after many attempts.
+    """
+    users, count = [_Encoding(user) for user in engine.open_users([lag.user_id for lag in batch])], 0
+    for attempt in range(COMMIT_ATTEMPTS):
+        for user in users:
+            count += user.begin()
+        while waiting := [user.open for user in users if len(user.open.left)]:
+            engine.generation.advance_pieces([user.take_piece() for user in waiting])
+            throttle.rest()
+        conflicts = set(engine.commit([user.open for user in users]))
+        if not conflicts:
+            break
+        time.sleep(conflict_pause(attempt))
+        changed = [user for user in users if user.open.user_id in conflicts]
+        for user, again in zip(changed, engine.open_users([str(user.open.user_id) for user in changed]), strict=True):
+            user.reopen(again)
+    throttle.rest()
+    return count
+
+
+class _Encoding:
+    """A user on the way to a current record. What was encoded is kept while the history only grows.
+
+    So a long history is done at some time, however often events are added to it.
+    """
+
+    def __init__(self, user: OpenUser) -> None:
+        self.open = user
+        self._start = user.state.event_count  # events in its record
+        self._encoded = NO_EVENTS  # those behind them
+
+    def begin(self) -> int:
+        """Notes that all that is left will be encoded now; returns how many events that are."""
+        self._encoded += self.open.left
+        return len(self.open.left)
+
+    def reopen(self, user: OpenUser) -> None:
+        """The same user as read again, after somebody has changed it."""
+        same = user.left[: len(self._encoded)]
+        grown = np.array_equal(same.items, self._encoded.items) and np.array_equal(same.times, self._encoded.times)
+        if grown and user.state.event_count == self._start:
+            user.state, user.left = self.open.state, user.left[len(same) :]
+        else:
+            self._start, self._encoded = user.state.event_count, NO_EVENTS
+        self.open = user
