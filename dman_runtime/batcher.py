@@ -26,7 +26,6 @@ from typing import Any
 from dman_runtime.engine import COMMIT_ATTEMPTS, Engine, conflict_pause
 from dman_runtime.errors import ConflictError, StoppedError
 from dman_runtime.metrics import NO_METRICS, Metrics
-from dman_runtime.model.recurrence import Piece
 from dman_runtime.opened import OpenUser, catch_up_updates
 from dman_runtime.requests import Answer, Query, Update, UpdateOutcome, check_query, check_updates
 from dman_runtime.waiting import NO_DEADLINE, Job
@@ -231,7 +230,6 @@ class Batcher:
 
     def _slice(self) -> list[Job]:
         """One slice of the long jobs, a piece of each in rotation. Returns those that are done."""
-        pieces: list[Piece] = []
         served: list[tuple[Job, OpenUser]] = []
         first = self._long[0]
         turns = deque([first] if first.alone else [job for job in self._long if not job.alone])
@@ -239,15 +237,14 @@ class Batcher:
         while turns and budget > 0:
             job = turns.popleft()
             user = job.waiting.popleft()
-            pieces.append(user.take_piece())
             served.append((job, user))
-            budget -= len(pieces[-1].events)
+            budget -= user.piece_events
             if job.waiting:
                 turns.append(job)
         jobs = list(dict.fromkeys(job for job, _ in served))
         self._long = [job for job in self._long if job not in jobs]  # served jobs go behind the others
         try:
-            self._engine.generation.advance_pieces(pieces)
+            self._engine.advance_pieces([user for _, user in served])
         except Exception as error:
             self._each_alone(jobs, error)
             return []

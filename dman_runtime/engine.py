@@ -19,10 +19,12 @@ import numpy as np
 
 from dman_runtime.errors import ConflictError, RequestError, StateError, StoreFullError
 from dman_runtime.merging import Merged, joined_events, merge_events
-from dman_runtime.model.events import NO_EVENTS, KnownEvents
+from dman_runtime.model.bundle import Bundle
+from dman_runtime.model.events import NO_EVENTS
 from dman_runtime.model.generation import Generation
 from dman_runtime.model.state import absorbed_segments, segment_fill
-from dman_runtime.opened import NEW_USER, OpenQuery, OpenUpdates, OpenUser, catch_up_updates, what_if_events
+from dman_runtime.opened import OpenQuery, OpenUpdates, OpenUser, by_projection, catch_up_updates, what_if_events
+from dman_runtime.projection import Projection
 from dman_runtime.ranking import rank
 from dman_runtime.requests import (
     MAX_EVENTS,
@@ -38,7 +40,7 @@ from dman_runtime.requests import (
     request_hash,
 )
 from dman_runtime.retrieval.base import NO_ITEMS
-from dman_runtime.store.base import Events, Snapshot, StateStore, StoredUser, Write
+from dman_runtime.store.base import Snapshot, StateStore, Write
 
 logger = logging.getLogger(__name__)
 COMMIT_ATTEMPTS = 50
@@ -47,30 +49,20 @@ NO_REQUEST_IDS: Mapping[str, Sequence[int]] = {}
 
 
 class Engine:
-    """Serves one generation over one store. On threads see `Encoder`: one at a time on CUDA."""
+    """Serves generations over one store. On threads see `Encoder`: one at a time on CUDA."""
 
     def __init__(self, generation: Generation, store: StateStore) -> None:
         """Gives the bundle's items their numbers, and the bundle its generation, where the store lacks them."""
-        self.generation, self.store, self.bundle = generation, store, generation.bundle
-        item_ids = self.bundle.items.item_ids
-        numbers = store.find_items(item_ids)
-        self._numbers = store.add_items(item_ids) if (numbers < 0).any() else numbers.astype(np.uint32)  # (V)
-        # Item index by item number; -1, also at the end, for numbers that the bundle does not know.
-        self._indices = np.full(int(self._numbers.max(initial=0)) + 2, -1, np.int64)
-        self._indices[self._numbers] = np.arange(len(self._numbers))
-        known = store.generations()
-        self.number = known.get(self.bundle.bundle_id) or store.add_generation(self.bundle.bundle_id)
+        self.store, self.projection = store, Projection(generation, store)
         self.committed: Callable[[], None] = lambda: None  # called after every commit that stored something
 
-    def known_indices(self, numbers: np.ndarray) -> np.ndarray:
-        """Item indices (int64) of the item numbers that the bundle knows, in order."""
-        indices = self._indices.take(numbers, mode="clip")  # the last one is -1
-        return indices[indices >= 0]
+    def _projections(self, user_ids: Sequence[str | None]) -> Sequence[Projection]:
+        """Which generation serves each of some users."""
+        return [self.projection] * len(user_ids)
 
-    def known_events(self, events: Events) -> KnownEvents:
-        """Those of items that the bundle knows, in order."""
-        known = (indices := self._indices.take(events[0], mode="clip")) >= 0
-        return KnownEvents(indices[known], events[1][known])
+    def bundle_of(self, user_id: str) -> Bundle:
+        """The bundle that serves a user."""
+        return self._projections([user_id])[0].bundle
 
     # -- the path --------------------------------------------------------------------------------------------------
 
@@ -81,34 +73,17 @@ class Engine:
 
         `request_ids`, by user, are looked up in the same snapshot; those found are `applied` of the user.
         """
+        projections = self._projections(user_ids)
         with self.store.snapshot() as snapshot:
-            users = [
-                self._open(snapshot, user_id, stored)
-                for user_id, stored in zip(user_ids, snapshot.get_many(user_ids, self.number), strict=True)
-            ]
+            users = [OpenUser.read(snapshot, *one) for one in zip(user_ids, projections, strict=True)]
             for user_id, user in zip(user_ids, users, strict=True):
                 if user_id in request_ids:
                     user.applied = snapshot.applied(user_id, request_ids[user_id])
         return users
 
-    def _open(self, snapshot: Snapshot, user_id: str, stored: StoredUser | None) -> OpenUser:
-        head, record = stored or (NEW_USER, None)
-        try:
-            state = self.generation.unpack(record)
-            lags = state.history_count != head.history_count
-            if state.history_count > head.history_count:
-                raise StateError("a state record covers more than the history")
-        except StateError as error:
-            logger.warning("%s; making the record of user %r anew from the history", error.cause, user_id)
-            state, lags = self.generation.unpack(None), True
-        left = NO_EVENTS
-        if lags:
-            left = self.known_events(snapshot.history(user_id, state.history_count, head.history_count))
-        return OpenUser(user_id, head, state, left, lags)
-
     def append(self, user: OpenUser, numbers: np.ndarray, timestamps: np.ndarray) -> int:
         """Appends events (N) to what will be stored; returns how many of them the model knows."""
-        known = self.known_events((numbers, timestamps))
+        known = user.projection.known_events((numbers, timestamps))
         user.items.append(numbers)
         user.timestamps.append(timestamps)
         user.left += known
@@ -131,15 +106,25 @@ class Engine:
         if whole is None:
             known = self.append(user, *added) if len(added[0]) else 0
         else:
-            known = len(self.known_indices(added[0]))
-            user.rebuild(whole, self.generation.unpack(None), self.known_events(whole))
+            known = len(user.projection.known_indices(added[0]))
+            user.rebuild(whole)
         return Merged(len(added[0]), known, rebuilt=whole is not None)
 
     def advance(self, users: Sequence[OpenUser]) -> None:
         """Advances the states of different users by all that is left."""
-        self.generation.advance([user.state for user in users], [user.left for user in users])
+        for projection, group in by_projection(users):
+            projection.generation.advance([user.state for user in group], [user.left for user in group])
         for user in users:
             user.left = NO_EVENTS
+
+    def advance_pieces(self, users: Sequence[OpenUser]) -> int:
+        """Advances different users, who have events left, by a piece of a segment each; returns how many events."""
+        events = 0
+        for projection, group in by_projection(users):
+            pieces = [user.take_piece() for user in group]
+            projection.generation.advance_pieces(pieces)
+            events += sum(len(piece.events) for piece in pieces)
+        return events
 
     def commit(self, users: Sequence[OpenUser]) -> list[str]:
         """Stores advanced users that have changed, all at once. Returns those that somebody else has changed since
@@ -154,7 +139,7 @@ class Engine:
 
     def _write(self, user: OpenUser) -> Write:
         user.state.history_count = user.history_count
-        return user.write({self.number: self.generation.pack(user.state)})
+        return user.write({user.projection.number: user.projection.generation.pack(user.state)})
 
     # -- updates ---------------------------------------------------------------------------------------------------
 
@@ -222,14 +207,15 @@ class Engine:
 
     def _apply(self, user: OpenUser, update: Update, *, duplicate: bool) -> UpdateOutcome:
         """Appends the events of an update to its user, or of a duplicate none."""
-        indices, unknown = self.bundle.items.indices(update.item_ids)
+        bundle = user.projection.bundle
+        indices, unknown = bundle.items.indices(update.item_ids)
         if duplicate:
-            return UpdateOutcome(user.event_count, user.history_count, 0, unknown, duplicate=True)
+            return UpdateOutcome(bundle, user.event_count, user.history_count, 0, unknown, duplicate=True)
         if update.item_ids:
-            numbers = self.store.add_items(update.item_ids) if unknown else self._numbers[indices]
+            numbers = self.store.add_items(update.item_ids) if unknown else user.projection.numbers(indices)
             times = np.array(update.timestamps or [0] * len(numbers), np.int64)
             self.append(user, numbers, times)
-        return UpdateOutcome(user.event_count, user.history_count, len(indices), unknown, duplicate=False)
+        return UpdateOutcome(bundle, user.event_count, user.history_count, len(indices), unknown, duplicate=False)
 
     # -- recommendations -------------------------------------------------------------------------------------------
 
@@ -253,22 +239,26 @@ class Engine:
         This decides the latency of a server.
         """
         special = query.what_if or query.exclude or query.candidates is not None
-        if query.user_id is None or special or not self.generation.answers_anywhere:
+        if query.user_id is None or special:
+            return None
+        (projection,) = self._projections((query.user_id,))
+        generation = projection.generation
+        if not generation.answers_anywhere:
             return None
         check_query(query)
-        view = self.store.ranking_view(query.user_id, self.number, self.generation.answer_bytes)
+        view = self.store.ranking_view(query.user_id, projection.number, generation.answer_bytes)
         if view is None or view.record is None:
             return None
         try:
-            user = self.generation.read_for_answer(view.record)
+            user = generation.read_for_answer(view.record)
         except StateError:
             return None
         if user.history_count != view.history_count or not user.event_count:
             return None
-        seen = NO_ITEMS if query.include_seen else self.known_indices(view.seen)
-        embedding, added = self.generation.asked((user,), (query.at,))
-        (best,) = self.generation.retriever.search(embedding, query.k, exclude=(seen,), added=added)
-        return Answer(best.items, best.scores, False, user.event_count, [])
+        seen = NO_ITEMS if query.include_seen else projection.known_indices(view.seen)
+        embedding, added = generation.asked((user,), (query.at,))
+        (best,) = generation.retriever.search(embedding, query.k, exclude=(seen,), added=added)
+        return Answer(generation.bundle, best.items, best.scores, False, user.event_count, [])
 
     def open_queries(self, queries: Sequence[Query], *, catch_up: bool = True) -> list[OpenQuery]:
         """Reads what queries need. Those that have a `user` need it advanced before `answer`.
@@ -279,40 +269,41 @@ class Engine:
         for query in queries:
             check_query(query)
         opened = []
-        for query in queries:
+        for query, projection in zip(queries, self._projections([query.user_id for query in queries]), strict=True):
             with self.store.snapshot() as snapshot:  # the user's state and seen items are of one moment
-                opened.append(self._opened(query, snapshot, catch_up))
+                opened.append(self._opened(query, projection, snapshot, catch_up))
         return opened
 
-    def _opened(self, query: Query, snapshot: Snapshot, catch_up: bool) -> OpenQuery:
-        what_if, unknown = what_if_events(query, self.bundle.items)
-        opened = OpenQuery(query, NO_ITEMS, 0, None, None, what_if, unknown)
+    def _opened(self, query: Query, projection: Projection, snapshot: Snapshot, catch_up: bool) -> OpenQuery:
+        generation = projection.generation
+        what_if, unknown = what_if_events(query, generation.bundle.items)
+        opened = OpenQuery(query, projection, NO_ITEMS, 0, None, None, what_if, unknown)
         user_id, found = query.user_id, None
-        view = None if user_id is None else snapshot.ranking_view(user_id, self.number, self.generation.answer_bytes)
+        view = None if user_id is None else snapshot.ranking_view(user_id, projection.number, generation.answer_bytes)
         if view is not None:
-            opened.seen = self.known_indices(view.seen)
+            opened.seen = projection.known_indices(view.seen)
             with suppress(StateError):  # a damaged record is made anew
-                found = self.generation.read_for_answer(view.record) if view.record is not None else None
+                found = generation.read_for_answer(view.record) if view.record is not None else None
         lags = view is not None and (found is None or found.history_count != view.history_count)
         if lags and catch_up:
             opened.lags = True
         elif lags or len(what_if):
-            opened.user = self._anonymous()
+            opened.user = OpenUser.anonymous(projection)
             if view is not None and user_id is not None:
-                (stored,) = snapshot.get_many([user_id], self.number)
-                opened.user = self._open(snapshot, user_id, stored)
+                opened.user = OpenUser.read(snapshot, user_id, projection)
             opened.user.left += what_if
             opened.event_count = opened.user.event_count
         elif found is not None:
             opened.record, opened.event_count = found, found.event_count
         return opened
 
-    def _anonymous(self) -> OpenUser:
-        return OpenUser(None, NEW_USER, self.generation.unpack(None), NO_EVENTS, record_lags=False)
-
     def answer(self, opened: Sequence[OpenQuery]) -> list[Answer]:
         """Ranks for opened queries whose users have been advanced."""
-        return rank(opened, self.generation)
+        answers: dict[int, Answer] = {}
+        for projection, group in by_projection(opened):
+            ranked = rank(group, projection.generation)
+            answers |= {id(one): answer for one, answer in zip(group, ranked, strict=True)}
+        return [answers[id(one)] for one in opened]
 
     # -- users -----------------------------------------------------------------------------------------------------
 
@@ -321,15 +312,17 @@ class Engine:
         check_user_id(user_id)
         if not 0 <= recent_events <= MAX_EVENTS:
             raise RequestError(f"recent_events is {recent_events}", f"choose 0 to {MAX_EVENTS}")
+        (projection,) = self._projections([user_id])
         with self.store.snapshot() as snapshot:
-            (stored,) = snapshot.get_many([user_id], self.number)
+            (stored,) = snapshot.get_many([user_id], projection.number)
             if stored is None:
                 return None
-            user, shape = self._open(snapshot, user_id, stored), self.bundle.manifest.state
-            count = stored.head.history_count
+            user = OpenUser.read(snapshot, user_id, projection)
+            shape, count = projection.bundle.manifest.state, stored.head.history_count
             items, timestamps = snapshot.history(user_id, max(0, count - recent_events), count)
             recent_item_ids = snapshot.item_ids(items)
         return UserInfo(
+            projection.bundle,
             event_count=user.event_count,
             history_count=count,
             segment_fill=segment_fill(user.event_count, shape),

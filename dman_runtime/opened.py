@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence, Set
+from collections.abc import Iterable, Mapping, Sequence, Set
 from dataclasses import dataclass, field
+from typing import Self, TypeVar
 
 import numpy as np
 
@@ -12,8 +13,9 @@ from dman_runtime.model.events import NO_EVENTS, KnownEvents
 from dman_runtime.model.generation import Answering
 from dman_runtime.model.recurrence import Piece, next_piece
 from dman_runtime.model.state import State
+from dman_runtime.projection import Projection
 from dman_runtime.requests import Query, Update, UpdateOutcome
-from dman_runtime.store.base import Events, Head, Write
+from dman_runtime.store.base import Events, Head, Snapshot, Write
 
 NEW_USER = Head(version=0, history_count=0, generation=0)
 
@@ -24,6 +26,7 @@ class OpenUser:
 
     user_id: str | None  # None: an anonymous user, who is never committed
     head: Head
+    projection: Projection  # that serves the user
     state: State
     left: KnownEvents  # what the state has yet to be advanced by
     record_lags: bool  # the stored record does not cover the stored history
@@ -32,6 +35,17 @@ class OpenUser:
     request_ids: list[int] = field(default_factory=list)  # of the new events, to be remembered
     applied: Set[int] = frozenset()  # request ids that were asked for, and have been applied before
     replaces: bool = False  # `items` and `timestamps` are the whole history, in place of the stored one
+
+    @classmethod
+    def read(cls, snapshot: Snapshot, user_id: str, projection: Projection) -> Self:
+        """A user as stored, or a new one."""
+        (stored,) = snapshot.get_many([user_id], projection.number)
+        head, record = stored or (NEW_USER, None)
+        return cls(user_id, head, projection, *projection.read(snapshot, user_id, head, record))
+
+    @classmethod
+    def anonymous(cls, projection: Projection) -> Self:
+        return cls(None, NEW_USER, projection, projection.empty(), NO_EVENTS, record_lags=False)
 
     @property
     def history_count(self) -> int:
@@ -47,10 +61,11 @@ class OpenUser:
         """Events that the model has seen, once this user is advanced."""
         return self.state.event_count + len(self.left)
 
-    def rebuild(self, history: Events, empty: State, left: KnownEvents) -> None:
-        """Puts a whole history (N) in place of the stored one: an empty state is to be advanced by what is `left`."""
+    def rebuild(self, history: Events) -> None:
+        """Puts a whole history (N) in place of the stored one: all of it is left to be advanced by."""
         (numbers, timestamps), self.replaces = history, True
-        self.items, self.timestamps, self.state, self.left = [numbers], [timestamps], empty, left
+        self.items, self.timestamps = [numbers], [timestamps]
+        self.state, self.left = self.projection.empty(), self.projection.known_events(history)
 
     def write(self, records: Mapping[int, bytes]) -> Write:
         """What a commit of this user, advanced by all that was left, changes."""
@@ -59,6 +74,11 @@ class OpenUser:
         return Write(
             self.user_id, self.head.version, records, items, timestamps, self.request_ids, replace=self.replaces
         )
+
+    @property
+    def piece_events(self) -> int:
+        """How many events the next piece has."""
+        return len(next_piece(self.state, self.left).events)
 
     def take_piece(self) -> Piece:
         """Removes the next piece from what is left."""
@@ -93,6 +113,7 @@ class OpenQuery:
     """A query with what was read for it."""
 
     query: Query
+    projection: Projection  # that answers
     seen: np.ndarray  # item indices of the history, in no order
     event_count: int
     record: Answering | None  # of a user who need not be advanced
@@ -100,6 +121,19 @@ class OpenQuery:
     what_if: KnownEvents
     unknown: list[str]
     lags: bool = False  # the user's record does not cover the history: catch up first, then open the query again
+
+
+Opened = TypeVar("Opened", OpenUser, OpenQuery)
+
+
+def by_projection(opened: Sequence[Opened]) -> Iterable[tuple[Projection, Sequence[Opened]]]:
+    """What was opened, by the generation that serves it. There is mostly one."""
+    if all(one.projection is opened[0].projection for one in opened):
+        return [(opened[0].projection, opened)] if opened else []
+    groups: dict[Projection, list[Opened]] = {}
+    for one in opened:
+        groups.setdefault(one.projection, []).append(one)
+    return groups.items()
 
 
 def what_if_events(query: Query, items: Items) -> tuple[KnownEvents, list[str]]:

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from dman_runtime.model.bundle import Items
+from dman_runtime.model.bundle import Bundle, Items
 from dman_runtime.model.generation import Generation
 from dman_runtime.opened import OpenQuery
 from dman_runtime.requests import Answer
@@ -31,7 +31,7 @@ def rank(opened: Sequence[OpenQuery], generation: Generation) -> list[Answer]:
         for row, best in zip(personal, found, strict=True):
             hits[row] = best
     return [
-        _answer(one, best, exclude, candidates, generation.bundle.items)
+        _answer(one, best, exclude, candidates, generation.bundle)
         for one, best, (exclude, candidates) in zip(opened, hits, limits, strict=True)
     ]
 
@@ -59,10 +59,10 @@ def _asked(opened: Sequence[OpenQuery], generation: Generation) -> tuple[np.ndar
 
 
 def _answer(
-    one: OpenQuery, best: Hits | None, exclude: np.ndarray, candidates: np.ndarray | None, items: Items
+    one: OpenQuery, best: Hits | None, exclude: np.ndarray, candidates: np.ndarray | None, bundle: Bundle
 ) -> Answer:
     """Without hits: by popularity, as the model has seen no event."""
     k, popular = one.query.k, best is None
     if best is None:
-        best = search_scores(items.popularity, k, exclude=exclude, candidates=candidates)
-    return Answer(best.items[:k], best.scores[:k], popular, one.event_count, one.unknown)
+        best = search_scores(bundle.items.popularity, k, exclude=exclude, candidates=candidates)
+    return Answer(bundle, best.items[:k], best.scores[:k], popular, one.event_count, one.unknown)

@@ -11,6 +11,7 @@ import numpy as np
 
 from dman_runtime.data.ids import RULE, id_problem
 from dman_runtime.errors import RequestError
+from dman_runtime.model.bundle import Bundle
 
 Checked = TypeVar("Checked")
 MAX_K = 1000
@@ -34,6 +35,7 @@ class Update:
 
 @dataclass(frozen=True, slots=True)
 class UpdateOutcome:
+    bundle: Bundle  # whose model the numbers are of
     event_count: int  # events of the user that the model has seen, this update included
     history_count: int  # events of the user that are stored, also those of items unknown to the model
     applied: int  # events of this update that the model has seen
@@ -61,6 +63,7 @@ class Query:
 
 @dataclass(frozen=True, slots=True)
 class Answer:
+    bundle: Bundle  # whose model answers
     item_indices: np.ndarray  # (n) int64, best first, n <= k
     scores: np.ndarray  # (n)
     popular: bool  # the model has seen no events: most popular items, scored by their share of training events
@@ -70,6 +73,7 @@ class Answer:
 
 @dataclass(frozen=True, slots=True)
 class UserInfo:
+    bundle: Bundle  # whose model the numbers are of
     event_count: int  # events that the model has seen
     history_count: int  # events stored
     segment_fill: int

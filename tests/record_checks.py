@@ -16,12 +16,12 @@ EXACT = 1e-4  # relative, in root mean square
 def check_records(engine: Engine) -> None:
     """Every record of the engine's bundle covers its history, and is what a replay of the known events gives."""
     for user_id in engine.store.scan():
-        (stored,) = engine.store.get_many([user_id], engine.number)
+        (stored,) = engine.store.get_many([user_id], engine.projection.number)
         assert stored is not None and stored.record is not None
-        state = engine.generation.unpack(stored.record)
+        state = engine.projection.generation.unpack(stored.record)
         assert state.history_count == stored.head.history_count
-        history = engine.known_events(engine.store.history(user_id))
-        (expected,) = engine.generation.replay([history])
+        history = engine.projection.known_events(engine.store.history(user_id))
+        (expected,) = engine.projection.generation.replay([history])
         assert state.event_count == len(history)
         assert_close(state.memory, expected.memory, EXACT)
         assert_close(state.user_embedding, expected.user_embedding, EXACT)

@@ -30,11 +30,11 @@ def assert_states_are_replays(generation: Generation, state: Path) -> StoredEven
     with LmdbStore.open(state, readonly=True) as store:
         engine = Engine(generation, store)
         for user_id in store.scan():
-            (stored,) = store.get_many([user_id], engine.number)
+            (stored,) = store.get_many([user_id], engine.projection.number)
             assert stored is not None and stored.record is not None
             numbers, times = store.history(user_id)
             assert stored.head.history_count == len(numbers)
-            found, known = generation.unpack(stored.record), engine.known_events((numbers, times))
+            found, known = generation.unpack(stored.record), engine.projection.known_events((numbers, times))
             assert (found.history_count, found.event_count) == (len(numbers), len(known))
             (expected,) = generation.replay([known])
             used = expected.context_length

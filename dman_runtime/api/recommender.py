@@ -55,11 +55,7 @@ class RecommenderService:
         self._engine, self._updates, self._queries, self._bulk = engine, updates, queries, bulk
         self._metrics = metrics
         self._deletions = ThreadPoolExecutor(1, thread_name_prefix="deletions")  # a commit may wait for the disk
-        items = engine.bundle.items
-        self._item_ids, self._titles = items.item_ids, items.titles
-        self._bundle_id = engine.bundle.bundle_id
-        self._integer_item_ids = engine.bundle.manifest.integer_item_ids
-        self._inline = len(items.item_ids) <= INLINE_ITEMS
+        self._inline = len(engine.projection.bundle.items.item_ids) <= INLINE_ITEMS
 
     def methods(self) -> list[Method]:
         """One for each method of the proto file; a test compares them."""
@@ -150,14 +146,14 @@ class RecommenderService:
         events = zip(info.recent_item_ids, info.recent_timestamps, strict=True)
         return pb.GetUserReply(
             user_id=request.user_id,
-            bundle_id=self._bundle_id,
+            bundle_id=info.bundle.bundle_id,
             event_count=info.event_count,
             history_count=info.history_count,
             segment_fill=info.segment_fill,
             absorbed_segments=info.absorbed_segments,
             state_bytes=info.state_bytes,
             recent_events=[pb.Event(item_id=item_id, timestamp=time) for item_id, time in events],
-            integer_item_ids=self._integer_item_ids,
+            integer_item_ids=info.bundle.manifest.integer_item_ids,
         )
 
     async def GetHistory(self, request: pb.GetHistoryRequest, call: Call) -> pb.GetHistoryReply:
@@ -166,17 +162,19 @@ class RecommenderService:
         page = await self._on(self._bulk, limit > FEW, read)
         if page is None:
             raise _no_user(request.user_id)
+        bundle = self._engine.bundle_of(request.user_id)
         return pb.GetHistoryReply(
-            bundle_id=self._bundle_id,
+            bundle_id=bundle.bundle_id,
             history_count=page.history_count,
             item_ids=page.item_ids,
             timestamps=page.timestamps,
-            integer_item_ids=self._integer_item_ids,
+            integer_item_ids=bundle.manifest.integer_item_ids,
         )
 
     async def DeleteUser(self, request: pb.DeleteUserRequest, call: Call) -> pb.DeleteUserReply:
         deleted = await self._on(self._deletions, True, self._engine.delete, request.user_id)
-        return pb.DeleteUserReply(bundle_id=self._bundle_id, existed=deleted is not None, event_count=deleted or 0)
+        bundle_id = self._engine.bundle_of(request.user_id).bundle_id
+        return pb.DeleteUserReply(bundle_id=bundle_id, existed=deleted is not None, event_count=deleted or 0)
 
     def _at_once(self, query: Query) -> Answer | None:
         """The answer to a query that needs no graph; None for others."""
@@ -194,7 +192,7 @@ class RecommenderService:
 
     def _update_reply(self, outcome: UpdateOutcome, names: _Names) -> pb.UpdateReply:
         return pb.UpdateReply(
-            bundle_id=self._bundle_id,
+            bundle_id=outcome.bundle.bundle_id,
             event_count=outcome.event_count,
             applied=outcome.applied,
             unknown_item_ids=names.first(outcome.unknown_item_ids),
@@ -210,15 +208,16 @@ class RecommenderService:
     def _recommend_reply(self, answer: Answer, names: _Names) -> pb.RecommendReply:
         reply = pb.RecommendReply(
             source=pb.SOURCE_POPULAR if answer.popular else pb.SOURCE_PERSONALIZED,
-            bundle_id=self._bundle_id,
+            bundle_id=answer.bundle.bundle_id,
             event_count=answer.event_count,
             unknown_item_ids=names.first(answer.unknown_item_ids),
             unknown_count=len(answer.unknown_item_ids),
-            integer_item_ids=self._integer_item_ids,
+            integer_item_ids=answer.bundle.manifest.integer_item_ids,
         )
         if answer.popular:
             self._metrics.fallback()
-        add, item_ids, titles = reply.items.add, self._item_ids, self._titles  # adding in place copies no message
+        items, add = answer.bundle.items, reply.items.add  # adding in place copies no message
+        item_ids, titles = items.item_ids, items.titles
         for item, score in zip(answer.item_indices.tolist(), answer.scores.tolist(), strict=True):
             add(item_id=item_ids[item], score=score, title=titles[item])
         return reply

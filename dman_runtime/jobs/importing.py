@@ -49,7 +49,7 @@ def import_histories(log: Log, engine: Engine) -> ImportResult:
     """
     result = ImportResult()
     keep_order = log.options.order_by != "time"
-    remember_id_types(engine.store, engine.bundle.manifest)
+    remember_id_types(engine.store, engine.projection.bundle.manifest)
     with tqdm(unit="ev", unit_scale=True, desc="import", disable=None) as bar:
         for partition in log.parts():
             numbers = engine.store.add_items(partition.item_ids)[partition.items]  # of every event

@@ -126,9 +126,9 @@ def _work(engine: Engine) -> _Work:
 def _windows(engine: Engine) -> Iterator[list[_Lag]]:
     """The users to be rebuilt among some users at a time."""
     users = engine.store.scan()
-    size = head_bytes(engine.bundle.manifest.state)
+    size = head_bytes(engine.projection.bundle.manifest.state)
     while user_ids := list(islice(users, WINDOW_USERS)):
-        found = zip(user_ids, engine.store.get_many(user_ids, engine.number, size), strict=True)
+        found = zip(user_ids, engine.store.get_many(user_ids, engine.projection.number, size), strict=True)
         yield [lag for user_id, stored in found if stored and (lag := _lag(engine, user_id, stored))]
 
 
@@ -136,22 +136,22 @@ def _lag(engine: Engine, user_id: str, stored: StoredUser) -> _Lag | None:
     """None for a user whose record is current."""
     count, covered = stored.head.history_count, 0
     with suppress(StateError):  # it will be made anew
-        covered = read_head(stored.record, engine.bundle).history_count if stored.record else 0
+        covered = read_head(stored.record, engine.projection.bundle).history_count if stored.record else 0
     if covered == count:
         return None
-    size = record_bytes(count, engine.bundle.manifest.state)
+    size = record_bytes(count, engine.projection.bundle.manifest.state)
     new_bytes = 0 if stored.record else -(-size // _PAGE_BYTES) * _PAGE_BYTES
     return _Lag(user_id, count - covered if covered < count else count, new_bytes)
 
 
 def _require_room(engine: Engine, work: _Work, path: Path | None) -> None:
     """StoreFullError where the new records would fill the store or its disk: servers could then store nothing."""
-    stats = engine.store.stats()
+    stats, bundle_id = engine.store.stats(), engine.projection.bundle.bundle_id
     needed = work.new_bytes + work.new_bytes // 16
     room = stats.map_size - stats.map_size // 8 - stats.bytes_used if stats.map_size else needed
     if needed > room:
         raise StoreFullError(
-            f"the records of bundle {engine.bundle.bundle_id} take about {needed >> 20} MiB, and the state store has "
+            f"the records of bundle {bundle_id} take about {needed >> 20} MiB, and the state store has "
             f"{max(0, room) >> 20} left",
             "give all processes a larger map, or drop the records of a bundle that is no longer served",
             parameter="map_size_mib",
@@ -159,7 +159,7 @@ def _require_room(engine: Engine, work: _Work, path: Path | None) -> None:
     growth = needed - max(0, stats.file_bytes - stats.bytes_used)
     if path is not None and growth + _SPARE_BYTES > (free := shutil.disk_usage(path).free) and growth > 0:
         raise StoreFullError(
-            f"the records of bundle {engine.bundle.bundle_id} take about {needed >> 20} MiB, and the disk of {path} "
+            f"the records of bundle {bundle_id} take about {needed >> 20} MiB, and the disk of {path} "
             f"has {free >> 20} free, of which servers need {_SPARE_BYTES >> 20}",
             "free disk space, or drop the records of a bundle that is no longer served",
         )
@@ -188,7 +188,7 @@ def _rebuild_batch(engine: Engine, batch: Sequence[_Lag], throttle: Throttle) ->
         for user in users:
             count += user.begin()
         while waiting := [user.open for user in users if len(user.open.left)]:
-            engine.generation.advance_pieces([user.take_piece() for user in waiting])
+            engine.advance_pieces(waiting)
             throttle.rest()
         conflicts = set(engine.commit([user.open for user in users]))
         if not conflicts:

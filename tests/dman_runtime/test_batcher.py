@@ -341,7 +341,7 @@ def test_writer_brings_the_records_up_to_date_that_queries_find_lagging(
     batcher: Batcher, engine: Engine, log: Log
 ) -> None:
     batcher.update([Update("u", many(300))])
-    engine.store.drop_records(engine.number)
+    engine.store.drop_records(engine.projection.number)
     log.clear()
     queries = Batcher(engine, writer=batcher)
     try:
@@ -354,7 +354,7 @@ def test_writer_brings_the_records_up_to_date_that_queries_find_lagging(
 def test_every_graph_runs_on_the_thread_of_the_batcher(batcher: Batcher, engine: Engine, log: Log) -> None:
     batcher.update([Update("u", ["1"])])
     batcher.recommend([Query("u", what_if=["2"]), Query(None, what_if=many(300))])
-    engine.store.drop_records(engine.number)
+    engine.store.drop_records(engine.projection.number)
     batcher.recommend([Query("u")])
     assert {run.thread for run in log.runs} == {"batcher"}
 
@@ -513,7 +513,7 @@ def test_record_of_a_long_history_catches_up_in_slices(
     call: str,
 ) -> None:
     Engine(exact, engine.store).update([Update("u", many(900))])
-    engine.store.drop_records(engine.number)
+    engine.store.drop_records(engine.projection.number)
     log.clear()
     calls: dict[str, Callable[[], int]] = {
         "recommend": lambda: batcher.recommend([Query("u")])[0].event_count,
@@ -539,7 +539,7 @@ def test_record_that_cannot_catch_up_as_the_store_is_full_is_advanced_for_the_an
 ) -> None:
     Engine(exact, engine.store).update([Update("u", many(300))])
     (expected,) = engine.recommend([Query("u")])
-    engine.store.drop_records(engine.number)
+    engine.store.drop_records(engine.projection.number)
     log.clear()
 
     def full(user_ids: list[str]) -> None:

@@ -65,14 +65,14 @@ def answer(engine: Engine, user_id: str | None, **options: Any) -> Answer:
 
 
 def stored(engine: Engine, user_id: str) -> StoredUser | None:
-    return engine.store.get_many([user_id], engine.number)[0]
+    return engine.store.get_many([user_id], engine.projection.number)[0]
 
 
 def state_of(engine: Engine, user_id: str) -> State:
     """What the record of this engine's generation holds."""
     user = stored(engine, user_id)
     assert user is not None and user.record is not None
-    return engine.generation.unpack(user.record)
+    return engine.projection.generation.unpack(user.record)
 
 
 def stored_ids(engine: Engine, user_id: str) -> list[str]:
@@ -84,7 +84,7 @@ def stored_items(engine: Engine, user_id: str) -> list[int]:
 
 
 def known_items(engine: Engine, item_ids: Sequence[str]) -> np.ndarray:
-    return engine.bundle.items.indices(item_ids)[0]
+    return engine.projection.bundle.items.indices(item_ids)[0]
 
 
 def assert_same_state(found: State, expected: State, tolerance: float) -> None:
@@ -146,7 +146,7 @@ def check_any_split_equals_replay(
 
 def check_states(engine: Engine, model: DMAN, histories: dict[str, list[int]], tolerance: float) -> None:
     arrays = [np.array(history, np.int64) for history in histories.values()]
-    replayed = engine.generation.replay(without_times(arrays))
+    replayed = engine.projection.generation.replay(without_times(arrays))
     torch_users, torch_memories = torch_replay(model, arrays)
     with torch.no_grad():
         scores = (torch_users @ model.item_table().T).numpy()
@@ -227,7 +227,7 @@ def test_record_of_any_bundle_is_the_replay_of_the_whole_history_whatever_served
             if action == "serve":
                 serving = engines[subject]
             elif action == "drop":
-                store.drop_records(engines[subject].number)
+                store.drop_records(engines[subject].projection.number)
             elif action == "delete":
                 assert serving.delete(subject) == (len(histories.pop(subject, [])) or None)
             elif action == "recommend":
@@ -255,7 +255,7 @@ def check_record(engine: Engine, user_id: str, history: Sequence[str]) -> None:
     """The record covers the history, and is the state that a replay of its known items gives."""
     found = state_of(engine, user_id)
     assert stored_ids(engine, user_id) == list(history) and found.history_count == len(history)
-    (expected,) = engine.generation.replay([events_of(known_items(engine, history))])
+    (expected,) = engine.projection.generation.replay([events_of(known_items(engine, history))])
     assert_same_state(found, expected, EXACT)
 
 
@@ -296,11 +296,12 @@ def test_update_request_id_is_remembered_whatever_comes_after_it(engine: Engine,
 def test_update_of_a_deleted_user_that_is_retried_does_not_bring_the_user_back(engine: Engine) -> None:
     update(engine, "u", list(range(13)), "r")
     engine.delete("u")
-    again = update(engine, "u", list(range(13)), "r")
-    assert again == UpdateOutcome(0, 0, 0, [], duplicate=True)
+    again, bundle = update(engine, "u", list(range(13)), "r"), engine.projection.bundle
+    assert again == UpdateOutcome(bundle, 0, 0, 0, [], duplicate=True)
     assert stored(engine, "u") is None
-    assert update(engine, "u", [5], "s") == UpdateOutcome(1, 1, 1, [], duplicate=False)  # the user may come back
-    assert update(engine, "u", list(range(13)), "r") == UpdateOutcome(1, 1, 0, [], duplicate=True)
+    back = update(engine, "u", [5], "s")  # the user may come back
+    assert back == UpdateOutcome(bundle, 1, 1, 1, [], duplicate=False)
+    assert update(engine, "u", list(range(13)), "r") == UpdateOutcome(bundle, 1, 1, 0, [], duplicate=True)
 
 
 def test_update_whose_copy_was_applied_and_deleted_since_it_was_opened_is_not_applied(engine: Engine) -> None:
@@ -369,7 +370,7 @@ def test_update_stores_and_names_events_of_unknown_items_and_does_not_count_them
     assert (engine.store.item_ids(numbers), times.tolist()) == (items, [10, 11, 12, 13])
     (again,) = engine.update([Update("u", ["nope", "5"])])
     assert (again.applied, again.event_count, again.history_count) == (1, 3, 6)
-    assert_same_state(state_of(engine, "u"), engine.generation.replay([events_of([0, 2, 4])])[0], EXACT)
+    assert_same_state(state_of(engine, "u"), engine.projection.generation.replay([events_of([0, 2, 4])])[0], EXACT)
 
 
 def test_update_of_unknown_items_only_creates_the_user_and_uses_up_its_request_id(engine: Engine) -> None:
@@ -468,14 +469,14 @@ class BrokenGraphs:
 
 def with_graphs(engine: Engine, graphs: Graphs) -> Engine:
     """Another engine over the same store and bundle."""
-    return Engine(replace(engine.generation, graphs=graphs), engine.store)
+    return Engine(replace(engine.projection.generation, graphs=graphs), engine.store)
 
 
 @pytest.mark.parametrize("runs", range(8))
 def test_update_leaves_nothing_behind_when_the_graphs_fail_half_way(engine: Engine, runs: int) -> None:
     update(engine, "old", list(range(7)), "r")
     before = stored(engine, "old")
-    broken = with_graphs(engine, BrokenGraphs(engine.generation.graphs, runs))
+    broken = with_graphs(engine, BrokenGraphs(engine.projection.generation.graphs, runs))
     updates = [
         Update("old", ids(range(20)), request_id="s"),
         Update("new", ids(range(23)), request_id="s"),
@@ -510,7 +511,7 @@ class ConflictingStore:
 def contended(engine: Engine, conflicts: int, meanwhile: Callable[[], object]) -> tuple[Engine, ConflictingStore]:
     """A second worker over the same store."""
     store = ConflictingStore(engine.store, conflicts, meanwhile)
-    return Engine(engine.generation, store), store  # type: ignore[arg-type]
+    return Engine(engine.projection.generation, store), store  # type: ignore[arg-type]
 
 
 def test_update_that_meets_another_workers_update_loses_neither(engine: Engine) -> None:
@@ -578,7 +579,7 @@ def merge(engine: Engine, user_id: str, *parts: tuple[Sequence[int], Sequence[in
 
 def check_is_replay(engine: Engine, user_id: str, items: Sequence[int]) -> None:
     assert stored_items(engine, user_id) == list(items)
-    (expected,) = engine.generation.replay([events_of(items)])
+    (expected,) = engine.projection.generation.replay([events_of(items)])
     assert_same_state(state_of(engine, user_id), expected, EXACT)
 
 
@@ -622,7 +623,7 @@ def test_merge_counts_and_places_items_that_the_model_does_not_know(engine: Engi
     engine.advance([user])
     assert engine.commit([user]) == []
     assert stored_ids(engine, "u") == [*ids([1]), "new", *ids([2])]
-    (expected,) = engine.generation.replay([events_of([1, 2])])
+    (expected,) = engine.projection.generation.replay([events_of([1, 2])])
     assert_same_state(state_of(engine, "u"), expected, EXACT)
 
 
@@ -654,7 +655,7 @@ def test_merge_under_one_bundle_makes_the_records_of_the_others_anew(engine: Eng
     assert merge(engine, "u", ([33], [15])) == [Merged(1, 1, rebuilt=True)]
     assert stored(newer, "u") is not None and stored(newer, "u").record is None  # type: ignore[union-attr]
     assert answer(newer, "u").event_count == 4
-    (expected,) = newer.generation.replay([events_of(known_items(newer, stored_ids(newer, "u")))])
+    (expected,) = newer.projection.generation.replay([events_of(known_items(newer, stored_ids(newer, "u")))])
     assert_same_state(state_of(newer, "u"), expected, EXACT)
 
 
@@ -703,7 +704,7 @@ def test_bundle_leaves_the_records_of_another_alone(engine: Engine, newer: Engin
     newer.update([Update("u", ["70"])])
     found = stored(engine, "u")
     assert found is not None and found.record == before.record
-    assert engine.number != newer.number and found.head.generation == newer.number
+    assert engine.projection.number != newer.projection.number and found.head.generation == newer.projection.number
     assert answer(engine, "u").event_count == 3  # 70 is unknown to it; its record catches up, and holds the same state
     assert state_of(engine, "u").history_count == 4
 
@@ -717,7 +718,7 @@ def test_bundle_remembers_the_request_ids_that_another_has_applied(engine: Engin
 def test_dropped_records_are_rebuilt_and_answers_stay(engine: Engine) -> None:
     update(engine, "u", list(range(17)))
     before = answer(engine, "u", k=ITEMS)
-    assert engine.store.drop_records(engine.number) == 1
+    assert engine.store.drop_records(engine.projection.number) == 1
     assert stored(engine, "u").record is None  # type: ignore[union-attr]
     after = answer(engine, "u", k=ITEMS)
     assert stored(engine, "u").record is not None  # type: ignore[union-attr]
@@ -727,10 +728,10 @@ def test_dropped_records_are_rebuilt_and_answers_stay(engine: Engine) -> None:
 
 def test_engine_of_a_known_bundle_keeps_its_generation_and_its_records(engine: Engine, newer: Engine) -> None:
     update(engine, "u", list(range(17)))
-    again = with_graphs(engine, BrokenGraphs(engine.generation.graphs, 0))
-    assert again.number == engine.number
+    again = with_graphs(engine, BrokenGraphs(engine.projection.generation.graphs, 0))
+    assert again.projection.number == engine.projection.number
     assert answer(again, "u").event_count == 17  # from the record: no graph runs
-    assert list(engine.store.generations()) == [engine.bundle.bundle_id, newer.bundle.bundle_id]
+    assert list(engine.store.generations()) == [engine.projection.bundle.bundle_id, newer.projection.bundle.bundle_id]
 
 
 def test_items_that_the_store_learns_later_are_unknown_to_a_running_engine(engine: Engine) -> None:
@@ -738,7 +739,7 @@ def test_items_that_the_store_learns_later_are_unknown_to_a_running_engine(engin
     engine.update([Update("u", ["later 2", "1"])])
     assert answer(engine, "u", k=ITEMS).event_count == 1
     numbers = engine.store.find_items(["later 2", "7", "later 1", "3"]).astype(np.uint32)
-    assert engine.known_indices(numbers).tolist() == [6, 2]
+    assert engine.projection.known_indices(numbers).tolist() == [6, 2]
 
 
 class InterferingStore:
@@ -775,8 +776,8 @@ def check_answer(engine: Engine, found: Answer, history: Sequence[str]) -> None:
     """The answer of a user with this history, unknown items included."""
     known = known_items(engine, history)
     assert found.event_count == len(known) > 0 and not found.popular
-    (expected,) = engine.generation.replay([events_of(known)])
-    scores = engine.bundle.item_embeddings @ expected.user_embedding
+    (expected,) = engine.projection.generation.replay([events_of(known)])
+    scores = engine.projection.bundle.item_embeddings @ expected.user_embedding
     check_ranking(found, scores, without=known.tolist(), k=ITEMS, tolerance=EXACT)
 
 
@@ -897,7 +898,7 @@ def test_recommend_anonymous_is_described_by_what_if_alone(engine: Engine) -> No
 
 def test_recommend_of_a_known_user_never_runs_the_graphs(engine: Engine) -> None:
     update(engine, "u", list(range(13)))
-    broken = with_graphs(engine, BrokenGraphs(engine.generation.graphs, 0))
+    broken = with_graphs(engine, BrokenGraphs(engine.projection.generation.graphs, 0))
     options = {"exclude": ids([20]), "candidates": ids(range(20, 40))}
     assert recommended(broken, "u", **options) == recommended(engine, "u", **options)
     assert recommended(broken, "u", include_seen=True) == recommended(engine, "u", include_seen=True)
@@ -941,7 +942,7 @@ def test_plain_answer_leaves_all_other_queries_to_the_general_way(engine: Engine
     others = [Query("unknown"), Query(None), Query("u", what_if=["3"]), Query("u", exclude=["3"])]
     for query in (*others, Query("u", candidates=["3"]), Query("u", candidates=[])):
         assert engine.plain_answer(query) is None
-    engine.store.drop_records(engine.number)
+    engine.store.drop_records(engine.projection.number)
     assert engine.plain_answer(Query("u")) is None  # the record has to be made first
 
 
@@ -975,8 +976,8 @@ class Counting:
 
 
 def counted(engine: Engine) -> tuple[Engine, Counting]:
-    counting = Counting(engine.generation)
-    return Engine(replace(engine.generation, graphs=counting, retriever=counting), engine.store), counting
+    counting = Counting(engine.projection.generation)
+    return Engine(replace(engine.projection.generation, graphs=counting, retriever=counting), engine.store), counting
 
 
 def assert_same_answer(found: Answer, expected: Answer) -> None:
@@ -1026,7 +1027,7 @@ def test_damaged_record_is_made_anew_from_the_history_and_gives_no_wrong_answer(
     assert user is not None and user.record is not None
     damaged = bytearray(user.record)
     damaged[60 if part == "head" else -1] ^= 1
-    records = {engine.number: b"damaged" if part == "all" else bytes(damaged)}
+    records = {engine.projection.number: b"damaged" if part == "all" else bytes(damaged)}
     assert engine.store.commit([Write("u", user.head.version, records, NOTHING, NOTHING)]) == []
     if call == "recommend":  # a plain one reads nothing but the head, and repairs nothing but that
         assert recommended(engine, "u") == before
@@ -1046,7 +1047,7 @@ def test_record_that_covers_more_than_the_history_is_made_anew(engine: Engine) -
     update(engine, "u", [1, 2])
     longer, user = stored(engine, "long"), stored(engine, "u")
     assert longer is not None and longer.record is not None and user is not None
-    engine.store.commit([Write("u", user.head.version, {engine.number: longer.record}, NOTHING, NOTHING)])
+    engine.store.commit([Write("u", user.head.version, {engine.projection.number: longer.record}, NOTHING, NOTHING)])
     check_answer(engine, answer(engine, "u", k=ITEMS), ids([1, 2]))
     check_record(engine, "u", ids([1, 2]))
 
@@ -1100,14 +1101,14 @@ def test_user_is_of_one_moment(engine: Engine, change: str) -> None:
         if change != "deleted":
             engine.update([Update("u", [*ids(range(20, 40)), "new"])])
 
-    busy = Engine(engine.generation, BusyStore(engine.store, interfere))  # type: ignore[arg-type]
+    busy = Engine(engine.projection.generation, BusyStore(engine.store, interfere))  # type: ignore[arg-type]
     assert busy.user("u", recent_events=3) == before
     assert engine.user("u", recent_events=3) != before
 
 
 def test_lagging_user_is_opened_from_one_moment(engine: Engine, newer: Engine) -> None:
     newer.update([Update("u", ["31", "32", "33"])])
-    busy = Engine(engine.generation, BusyStore(engine.store, lambda: engine.delete("u")))  # type: ignore[arg-type]
+    busy = Engine(engine.projection.generation, BusyStore(engine.store, lambda: engine.delete("u")))  # type: ignore[arg-type]
     (user,) = busy.open_users(["u"])
     assert user.left.items.tolist() == [30, 31, 32] and user.record_lags
     assert stored(engine, "u") is None

@@ -139,7 +139,7 @@ def test_plain_answer_runs_no_graph_beside_others_on_cuda(engine: Engine, on_cud
     query = Query("u", at=int(history.times[-1]) + 60)
     graphs = TorchGraphs(random_model(TIMED, TINY_ITEMS))
     graphs.on_cuda = on_cuda
-    there = Engine(replace(engine.generation, graphs=graphs), engine.store)
+    there = Engine(replace(engine.projection.generation, graphs=graphs), engine.store)
     answer = there.plain_answer(query)
     assert (answer is None) == on_cuda
     if answer is not None:

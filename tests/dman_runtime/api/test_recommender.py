@@ -382,7 +382,7 @@ def test_broken_store_is_unavailable_without_its_path(engine: Engine, tmp_path: 
 def test_failing_graphs_are_internal_and_leave_nothing(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
     with served(engine) as stub:
         with monkeypatch.context() as patch:
-            patch.setattr(engine.generation.graphs, "encode", raising(RuntimeError("no memory")))
+            patch.setattr(engine.projection.generation.graphs, "encode", raising(RuntimeError("no memory")))
             refused(stub.Update, ALL_CALLS["Update"], grpc.StatusCode.INTERNAL)
             assert stub.Recommend(ALL_CALLS["Recommend"]).source == pb.SOURCE_POPULAR  # needs no graph
         assert stub.Update(ALL_CALLS["Update"]).event_count == 1
@@ -392,9 +392,11 @@ def test_record_that_is_damaged_is_made_anew(engine: Engine) -> None:
     with served(engine) as stub:
         before = stub.Update(update_request("damaged", 1, 2, 3))
         answer = stub.Recommend(pb.RecommendRequest(user_id="damaged"))
-        (user,) = engine.store.get_many(["damaged"], engine.number)
+        (user,) = engine.store.get_many(["damaged"], engine.projection.number)
         assert user is not None
-        engine.store.commit([Write("damaged", user.head.version, {engine.number: b"damaged"}, NOTHING, NOTHING)])
+        engine.store.commit(
+            [Write("damaged", user.head.version, {engine.projection.number: b"damaged"}, NOTHING, NOTHING)]
+        )
         assert stub.GetUser(pb.GetUserRequest(user_id="damaged")).event_count == before.event_count
         again = stub.Recommend(pb.RecommendRequest(user_id="damaged"))
         assert [item.item_id for item in again.items] == [item.item_id for item in answer.items]

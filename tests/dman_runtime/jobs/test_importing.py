@@ -63,10 +63,10 @@ def test_import_stores_every_event_those_of_unknown_items_too(
 
 def test_import_repeated_doubles_nothing(engine: Engine, log: Path, mixed_histories: Histories) -> None:
     import_log(log, engine)
-    before = engine.store.get_many(list(engine.store.scan()), engine.number)
+    before = engine.store.get_many(list(engine.store.scan()), engine.projection.number)
     events = sum(map(len, mixed_histories.values()))
     assert import_log(log, engine) == ImportResult(25, 0, 0, events, 0, 0)
-    assert engine.store.get_many(list(engine.store.scan()), engine.number) == before
+    assert engine.store.get_many(list(engine.store.scan()), engine.projection.number) == before
     assert stored_histories(engine.store) == mixed_histories
 
 
@@ -91,7 +91,7 @@ def test_import_interrupted_and_repeated_equals_one_import(
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        import_log(log, Engine(engine.generation, HookedStore(engine.store, interrupt)))  # type: ignore[arg-type]
+        import_log(log, Engine(engine.projection.generation, HookedStore(engine.store, interrupt)))  # type: ignore[arg-type]
     assert len(list(engine.store.scan())) == 9
     result = import_log(log, engine)
     assert (result.users, result.new_users) == (25, 16)
@@ -119,7 +119,7 @@ def test_import_keeps_what_a_server_adds_meanwhile(engine: Engine, log: Path, mi
         if commit == 1:
             engine.update([Update("1", ["7"], timestamps=[1])])
 
-    import_log(log, Engine(engine.generation, HookedStore(engine.store, add)))  # type: ignore[arg-type]
+    import_log(log, Engine(engine.projection.generation, HookedStore(engine.store, add)))  # type: ignore[arg-type]
     assert stored_histories(engine.store) == {**mixed_histories, 1: [(7, 1), *mixed_histories[1]]}
     check_records(engine)
 
@@ -129,7 +129,7 @@ def test_import_gives_up_where_a_server_never_stops(engine: Engine, log: Path) -
     store = HookedStore(engine.store, lambda commit: None)
     store.commit = lambda writes: [write.user_id for write in writes]  # type: ignore[method-assign]
     with pytest.raises(ConflictError, match="a server keeps updating users"):
-        import_log(log, Engine(engine.generation, store))  # type: ignore[arg-type]
+        import_log(log, Engine(engine.projection.generation, store))  # type: ignore[arg-type]
 
 
 @pytest.mark.slow
@@ -174,7 +174,7 @@ def check_equals_one_import(engine: Engine, expected: Histories, path: Path) -> 
     assert stored_histories(engine.store) == expected
     check_records(engine)
     with new_store("memory") as store:
-        once = Engine(engine.generation, store)
+        once = Engine(engine.projection.generation, store)
         import_log(write_csv(path, expected), once)
         assert stored_histories(store) == expected
         for user_id in store.scan():
@@ -223,10 +223,10 @@ def test_imports_of_parts_in_any_order_with_live_events_between_equal_one_import
 
 def test_user_without_new_events_is_not_written(engine: Engine, tmp_path: Path) -> None:
     import_log(write_csv(tmp_path / "first.csv", {1: [(3, 10), (4, 11)], 2: [(5, 10)]}), engine)
-    before = engine.store.get_many(["1", "2"], engine.number)
+    before = engine.store.get_many(["1", "2"], engine.projection.number)
     result = import_log(write_csv(tmp_path / "second.csv", {1: [(3, 10)], 2: [(5, 10), (6, 9)]}), engine)
     assert result == ImportResult(2, 0, 1, 2, 1, 0)
-    after = engine.store.get_many(["1", "2"], engine.number)
+    after = engine.store.get_many(["1", "2"], engine.projection.number)
     assert after[0] == before[0] and after[1] != before[1]
 
 
@@ -273,8 +273,10 @@ def test_import_tells_the_store_what_the_ids_are(engine: Engine, log: Path) -> N
     import_log(log, engine)
     assert engine.store.id_types() == IdTypes(UNKNOWN, INTEGER)  # this bundle does not say what user ids are
     data = {"user_ids": "text"}
-    bundle = replace(engine.bundle, manifest=replace(engine.bundle.manifest, data=data, integer_item_ids=False))
-    import_log(log, Engine(replace(engine.generation, bundle=bundle), engine.store))
+    bundle = replace(
+        engine.projection.bundle, manifest=replace(engine.projection.bundle.manifest, data=data, integer_item_ids=False)
+    )
+    import_log(log, Engine(replace(engine.projection.generation, bundle=bundle), engine.store))
     assert engine.store.id_types() == IdTypes(TEXT, TEXT)
     import_log(log, engine)
     assert engine.store.id_types() == IdTypes(TEXT, INTEGER)

@@ -49,7 +49,7 @@ def filled(store: StateStore, generation: Generation) -> Engine:
 
 
 def known_events(engine: Engine) -> int:
-    return sum(len(engine.known_events(engine.store.history(user_id))) for user_id in engine.store.scan())
+    return sum(len(engine.projection.known_events(engine.store.history(user_id))) for user_id in engine.store.scan())
 
 
 class CountingGraphs:
@@ -70,12 +70,12 @@ def test_rebuild_makes_all_records_of_a_bundle_and_leaves_the_others(
     exact: Generation, renamed: Generation, store: StateStore
 ) -> None:
     old = filled(store, exact)
-    before = store.get_many(list(HISTORIES_IDS), old.number)
+    before = store.get_many(list(HISTORIES_IDS), old.projection.number)
     new = Engine(renamed, store)
     assert rebuild(new) == RebuildResult(users=26, rebuilt=26, events=known_events(new))
     check_records(new)
     check_records(old)
-    after = store.get_many(list(HISTORIES_IDS), old.number)
+    after = store.get_many(list(HISTORIES_IDS), old.projection.number)
     assert [user and user.record for user in before] == [user and user.record for user in after]
     assert rebuild(new) == RebuildResult(users=26)
 
@@ -157,7 +157,7 @@ def test_user_deleted_meanwhile_stays_deleted(exact: Generation, renamed: Genera
     old = filled(store, exact)
     new = Engine(renamed, HookedStore(store, lambda number: number == 1 and old.delete("5")))
     assert rebuild(new).lagging == 0
-    assert store.get_many(["5"], new.number) == [None]
+    assert store.get_many(["5"], new.projection.number) == [None]
     check_records(new)
 
 
@@ -174,11 +174,11 @@ def test_user_who_never_rests_is_left_for_the_first_touch(
 def test_damaged_record_is_made_anew(exact: Generation, renamed: Generation, store: StateStore) -> None:
     filled(store, exact)
     rebuild(new := Engine(renamed, store))
-    (stored,) = store.get_many(["5"], new.number)
+    (stored,) = store.get_many(["5"], new.projection.number)
     assert stored is not None and stored.record is not None
     damaged = bytes([stored.record[0], *(byte ^ 1 for byte in stored.record[1:])])
     none = np.zeros(0, np.int64)
-    store.commit([Write("5", stored.head.version, {new.number: damaged}, none, none)])
+    store.commit([Write("5", stored.head.version, {new.projection.number: damaged}, none, none)])
     assert rebuild(new).rebuilt == 1
     check_records(new)
 
@@ -264,8 +264,20 @@ def test_generations_are_listed_with_their_records(exact: Generation, renamed: G
     for record in store.records(0):
         sizes[record.generation] += record.size
     assert [vars(one) for one in found.generations] == [
-        {"number": 1, "bundle_id": exact.bundle_id, "records": 26, "current": 26, "bytes": sizes[old.number]},
-        {"number": 2, "bundle_id": renamed.bundle_id, "records": 26, "current": 25, "bytes": sizes[new.number]},
+        {
+            "number": 1,
+            "bundle_id": exact.bundle_id,
+            "records": 26,
+            "current": 26,
+            "bytes": sizes[old.projection.number],
+        },
+        {
+            "number": 2,
+            "bundle_id": renamed.bundle_id,
+            "records": 26,
+            "current": 25,
+            "bytes": sizes[new.projection.number],
+        },
     ]
     assert f"2  {renamed.bundle_id}           26           25" in format_generations(found)
 
