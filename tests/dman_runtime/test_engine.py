@@ -234,10 +234,12 @@ def test_record_of_any_bundle_is_the_replay_of_the_whole_history_whatever_served
                 found = answer(serving, subject, k=MAX_K)
                 known = known_items(serving, histories[subject])
                 assert found.event_count == len(known)
-                assert set(found.item_indices.tolist()) == set(range(len(serving.bundle.item_embeddings))) - set(known)
+                assert set(found.item_indices.tolist()) == set(
+                    range(len(serving.projection.bundle.item_embeddings))
+                ) - set(known)
             elif items := drawn[: LONGEST - len(histories[subject])]:
                 histories[subject] += items
-                known, unknown = serving.bundle.items.indices(items)
+                known, unknown = serving.projection.bundle.items.indices(items)
                 (outcome,) = serving.update([Update(subject, items)])
                 assert (outcome.applied, outcome.unknown_item_ids) == (len(known), unknown)
                 assert outcome.event_count == len(known_items(serving, histories[subject]))
