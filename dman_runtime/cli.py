@@ -27,6 +27,7 @@ def parser() -> Parser:
     _token_options(_plain_command(commands, "token", "make a token for a caller"))
     _import_options(_command(commands, "import", "merge the histories of a log into the state store"))
     _rebuild_options(_command(commands, "rebuild", "encode all histories under a bundle, beside a running server"))
+    _activate_options(_command(commands, "activate", "let another bundle answer, in running servers too"))
     _generations_options(_plain_command(commands, "generations", "list the bundles that a state store has states of"))
     _drop_options(_plain_command(commands, "drop", "remove the states of a bundle that is no longer served"))
     _export_log_options(_plain_command(commands, "export-log", "write all histories as a log, to train on or import"))
@@ -146,6 +147,15 @@ def _import_options(p: Parser) -> None:
 def _rebuild_options(p: Parser) -> None:
     p.flag("--state", type=Path, default=DEFAULT_STATE, help="state directory; a server may be using it")
     p.flag("--max-share", type=float, default=0.5, help="of one core that the command may use, above 0 up to 1")
+    _encoder_options(p)
+    _map_option(p)
+    p.add_argument("--json", action="store_true", help="print the result as JSON on the last line")
+
+
+def _activate_options(p: Parser) -> None:
+    p.flag("--state", type=Path, default=DEFAULT_STATE, help="state directory; servers may be using it")
+    p.flag("--share", type=float, default=1.0, help="of the users that get the bundle, above 0; 1: all of them")
+    p.flag("--wait", type=float, default=120.0, help="seconds that running servers get to load it")
     _encoder_options(p)
     _map_option(p)
     p.add_argument("--json", action="store_true", help="print the result as JSON on the last line")

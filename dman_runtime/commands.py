@@ -137,6 +137,30 @@ def rebuild(arguments: argparse.Namespace) -> int:
     return 0
 
 
+def activate(arguments: argparse.Namespace) -> int:
+    from dman_runtime.engine import Engine
+    from dman_runtime.jobs.activating import activate as activate_bundle
+    from dman_runtime.store.lmdb import LmdbStore
+
+    if not 0 < arguments.share <= 1:
+        raise UsageError(f"share is {arguments.share}", "choose more than 0, and 1 at most", parameter="share")
+    generation = _generation(arguments)
+    with LmdbStore.open(arguments.state, map_size=arguments.map_size_mib << 20, must_exist=True) as store:
+        Engine(generation, store)  # gives the bundle its numbers
+        result = activate_bundle(
+            store,
+            arguments.state,
+            generation.bundle_id,
+            arguments.bundle,
+            share=arguments.share,
+            wait=arguments.wait,
+        )
+    print(result.summary())
+    if arguments.json:
+        print_json(result.rollout._asdict() | {"before": result.before, "servers": result.servers})
+    return 0
+
+
 def generations(arguments: argparse.Namespace) -> int:
     from dman_runtime.jobs.generations import format_generations, list_generations
     from dman_runtime.store.lmdb import LmdbStore
@@ -151,10 +175,11 @@ def generations(arguments: argparse.Namespace) -> int:
 
 def drop(arguments: argparse.Namespace) -> int:
     from dman_runtime.jobs.generations import drop_generation
+    from dman_runtime.presence import present
     from dman_runtime.store.lmdb import LmdbStore
 
     with LmdbStore.open(arguments.state, map_size=arguments.map_size_mib << 20, must_exist=True) as store:
-        dropped = drop_generation(store, arguments.bundle_id)
+        dropped = drop_generation(store, arguments.bundle_id, present(arguments.state))
     print(f"dropped {dropped} records of bundle {arguments.bundle_id} from {arguments.state}; all histories stay")
     return 0
 
@@ -235,6 +260,7 @@ COMMANDS: dict[str, Callable[[argparse.Namespace], int]] = {
     "token": token,
     "import": import_,
     "rebuild": rebuild,
+    "activate": activate,
     "generations": generations,
     "drop": drop,
     "export-log": export_log,

@@ -40,6 +40,7 @@ from dman_runtime.requests import (
     request_hash,
 )
 from dman_runtime.retrieval.base import NO_ITEMS
+from dman_runtime.routing import Router
 from dman_runtime.store.base import Snapshot, StateStore, Write
 
 logger = logging.getLogger(__name__)
@@ -51,14 +52,20 @@ NO_REQUEST_IDS: Mapping[str, Sequence[int]] = {}
 class Engine:
     """Serves generations over one store. On threads see `Encoder`: one at a time on CUDA."""
 
-    def __init__(self, generation: Generation, store: StateStore) -> None:
-        """Gives the bundle's items their numbers, and the bundle its generation, where the store lacks them."""
+    def __init__(self, generation: Generation, store: StateStore, *, follows: bool = False) -> None:
+        """Gives the bundle's items their numbers, and the bundle its generation, where the store lacks them.
+
+        An engine that `follows` serves what the roll-out of the store says, as far as its router has loaded it; else it
+        serves this generation.
+        """
         self.store, self.projection = store, Projection(generation, store)
+        self.router = Router(self.projection, store)
+        self._follows = follows
         self.committed: Callable[[], None] = lambda: None  # called after every commit that stored something
 
     def _projections(self, user_ids: Sequence[str | None]) -> Sequence[Projection]:
         """Which generation serves each of some users."""
-        return [self.projection] * len(user_ids)
+        return self.router.of(user_ids) if self._follows else [self.projection] * len(user_ids)
 
     def bundle_of(self, user_id: str) -> Bundle:
         """The bundle that serves a user."""

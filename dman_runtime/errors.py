@@ -12,6 +12,7 @@
     ├── LimitError                  a caller that asks for more than its share
     ├── ConflictError               other writers kept changing the same users
     ├── StoppedError                the server takes no new work
+    ├── NotLoadedError              the server lacks the bundle that is to answer
     ├── RefusedError                the server holds all that it can
     ├── ExpiredError                the caller's deadline has passed
     ├── StoreError                  the store cannot do what was asked
@@ -132,6 +133,12 @@ class ConflictError(DmanError):
 
 class StoppedError(DmanError):
     """The server is stopping and takes no new work."""
+
+    status, public = "UNAVAILABLE", None
+
+
+class NotLoadedError(DmanError):
+    """The server has not loaded the bundle that is to answer."""
 
     status, public = "UNAVAILABLE", None
 

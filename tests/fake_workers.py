@@ -51,7 +51,7 @@ def obedient(config: ServeConfig, pipe: WorkerPipe) -> int:
         bundle_id = "two"
     else:
         pipe.assignment.check_bundle(config.bundle, bundle_id)
-    pipe.ready(bundle_id, "fake")
+    pipe.ready(bundle_id, "fake", bundle_id)
     while True:
         what = order(config, slot)
         if what == "crash":

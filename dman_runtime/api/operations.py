@@ -16,9 +16,13 @@ SERVICE_NAME = "dman.v1.Operations"
 
 class OperationsService:
     def __init__(
-        self, bundle_id: str, problems: Problems, admission: Admission, cluster: Callable[[], ClusterStatus]
+        self,
+        bundle_id: Callable[[], str],
+        problems: Problems,
+        admission: Admission,
+        cluster: Callable[[], ClusterStatus],
     ) -> None:
-        """`cluster` tells what the supervisor knows of all workers."""
+        """`bundle_id` tells which bundle answers, `cluster` what the supervisor knows of all workers."""
         self._bundle_id, self._problems, self._admission, self._cluster = bundle_id, problems, admission, cluster
         self._started, self._version = time.monotonic(), importlib.metadata.version("dman")
 
@@ -37,7 +41,7 @@ class OperationsService:
         return pb.GetStatusReply(
             ready=not self._problems.blocking,
             problems=problems,
-            bundle_id=self._bundle_id,
+            bundle_id=self._bundle_id(),
             workers=cluster.workers,
             workers_ready=cluster.ready,
             restarts=cluster.restarts,

@@ -55,7 +55,6 @@ class RecommenderService:
         self._engine, self._updates, self._queries, self._bulk = engine, updates, queries, bulk
         self._metrics = metrics
         self._deletions = ThreadPoolExecutor(1, thread_name_prefix="deletions")  # a commit may wait for the disk
-        self._inline = len(engine.projection.bundle.items.item_ids) <= INLINE_ITEMS
 
     def methods(self) -> list[Method]:
         """One for each method of the proto file; a test compares them."""
@@ -110,7 +109,8 @@ class RecommenderService:
         query = _query(request)
         check_query(query)
         listed = len(query.exclude) + len(query.candidates or ()) + len(query.what_if)
-        answer = self._at_once(query) if self._inline and listed <= FEW else None
+        inline = listed <= FEW and self._engine.router.most_items <= INLINE_ITEMS
+        answer = self._at_once(query) if inline else None
         if answer is None:
             (answer,) = await _result(self._queries.submit_queries([query], deadline=call.deadline))
         return self._recommend_reply(answer, _Names())

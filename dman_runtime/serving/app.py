@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import os
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 
@@ -20,12 +21,15 @@ from dman_runtime.api.recommender import RecommenderService
 from dman_runtime.api.standard import Health, Streams
 from dman_runtime.batcher import Batcher
 from dman_runtime.engine import Engine
+from dman_runtime.errors import StoreError
 from dman_runtime.id_types import remember_id_types
 from dman_runtime.log_lines import RateLimited
 from dman_runtime.metrics import NO_METRICS, Metrics
 from dman_runtime.model.generation import Generation
 from dman_runtime.problems import ClusterStatus, Problems
+from dman_runtime.routing import Router
 from dman_runtime.serving.config import MAX_MESSAGE_BYTES, ServeConfig, cannot_listen, free_port
+from dman_runtime.serving.loader import Loader
 from dman_runtime.serving.monitor import Monitor
 from dman_runtime.store.lmdb import LmdbStore
 
@@ -72,7 +76,9 @@ class App:
             ClusterStatus(config.workers, 1, 0, ()),  # until the supervisor says more
             config.port,
         )
-        engine = Engine(self.generation, self._store)
+        engine = Engine(self.generation, self._store, follows=True)
+        self._router, self._loader = engine.router, self._make_loader(engine.router)
+        self._loader.load()
         self._updates = Batcher(engine, metrics=metrics)
         # On CUDA all graph runs belong on one thread.
         on_cuda = self.generation.graphs.on_cuda
@@ -81,24 +87,38 @@ class App:
         self._service = RecommenderService(
             engine, updates=self._updates, queries=self._queries, bulk=self._bulk, metrics=metrics
         )
-        self._monitor = Monitor(
-            self.problems,
+        self._monitor = self._make_monitor()
+        engine.committed = self._monitor.committed
+
+    def _make_loader(self, router: Router) -> Loader:
+        config = self._config
+        return Loader(
+            router,
+            self._store,
+            open_bundle=lambda path: Generation.open(path, provider=config.provider, threads=config.encoder_threads),
             state=config.state,
+            problems=self.problems,
+            pid=os.getpid(),
+        )
+
+    def _make_monitor(self) -> Monitor:
+        return Monitor(
+            self.problems,
+            state=self._config.state,
             check_store=self._store.check,
             maintain_store=self._store.maintain,
             store_bytes=self._store.used_and_file_bytes,
-            bundle_changed=self.generation.bundle.changed,
+            bundle_changed=self._bundles_changed,
             reload_tokens=self._access.reload,
             busy_since=(self._updates.busy_since, self._queries.busy_since),
-            metrics=metrics,
+            metrics=self._metrics,
         )
-        engine.committed = self._monitor.committed
 
     async def __aenter__(self) -> App:
         config = self._config
         remember_id_types(self._store, self.generation.bundle.manifest)
         self._admission = Admission(max_requests=config.max_concurrent, max_bytes=config.max_in_flight_mib << 20)
-        status = OperationsService(self.generation.bundle_id, self.problems, self._admission, lambda: self.cluster)
+        status = OperationsService(lambda: self.bundle_id, self.problems, self._admission, lambda: self.cluster)
         self._health = Health(("", recommender.SERVICE_NAME))
         self._door = Door(
             [*self._service.methods(), *status.methods(), *self._health.methods()],
@@ -118,6 +138,15 @@ class App:
         await self._server.start()
         self._looking = asyncio.create_task(self._look_often())
         return self
+
+    @property
+    def bundle_id(self) -> str:
+        """Of the bundle that answers, trials aside."""
+        return self._router.bundle_id
+
+    def _bundles_changed(self) -> str:
+        """What was changed under a bundle that is loaded, or ""."""
+        return next((text for one in self._router.loaded.values() if (text := one.bundle.changed())), "")
 
     @property
     def requests(self) -> int:
@@ -143,6 +172,7 @@ class App:
         self._updates.close()
         self._service.close()
         self._bulk.shutdown()
+        self._loader.close()
         self._store.flush()
         self._store.close()
 
@@ -165,6 +195,8 @@ class App:
 
         One look at a time: where the disk hangs, the same one is waited for again.
         """
+        with suppress(StoreError):  # the monitor says so
+            self._loader.look()
         self._metrics.bytes_in_flight(self._admission.bytes)
         self._metrics.requests_in_flight(self._admission.requests)
         self._metrics.queue_depth(sum(batcher.queue_depth for batcher in {self._updates, self._queries}))

@@ -32,8 +32,9 @@ class Assignment:
 
 @dataclass(frozen=True)
 class Ready:
-    bundle_id: str
+    bundle_id: str  # it was started with
     provider: str
+    serves: str  # id of the bundle that answers
 
 
 @dataclass(frozen=True)
@@ -52,9 +53,9 @@ class WorkerPipe:
         self.assignment = assignment
         self._connection = connection
 
-    def ready(self, bundle_id: str, provider: str) -> None:
+    def ready(self, bundle_id: str, provider: str, serves: str) -> None:
         """The worker serves from now on, and beats about once a second."""
-        offer(self._connection, Ready(bundle_id, provider))
+        offer(self._connection, Ready(bundle_id, provider, serves))
 
     def beat(self, status: dict[str, Any]) -> None:
         """The worker is alive. `status` is small; the supervisor logs the last one of a worker that hangs.

@@ -143,7 +143,7 @@ class Supervisor:
             errors = [slot.error for slot in self.slots if slot.error is not None]
             reason = f"no worker could be started: {self.slots[0].reason}"
             raise errors[0] if errors else UsageError(reason, "see the messages above")
-        announce(first.bundle_id, first.provider, self.config, self.config.port)
+        announce(first.serves, first.provider, self.config, self.config.port)
         self._announced = True
         for slot in self.slots:
             if slot.problem is not None:  # while none was ready, nothing was logged

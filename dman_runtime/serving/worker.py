@@ -47,10 +47,10 @@ async def _serve(config: ServeConfig, pipe: WorkerPipe | None, metrics: Metrics)
     async with app:
         provider = app.generation.graphs.provider
         if pipe is None:
-            announce(app.generation.bundle_id, provider, config, app.port)
+            announce(app.bundle_id, provider, config, app.port)
             await stop.wait()
         else:
-            pipe.ready(app.generation.bundle_id, provider)
+            pipe.ready(app.generation.bundle_id, provider, app.bundle_id)
             while not stop.is_set():
                 try:
                     app.cluster = pipe.receive() or app.cluster

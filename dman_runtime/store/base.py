@@ -29,6 +29,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dman_runtime.data.ids import INTEGER, RULE, TEXT, id_problem
+from dman_runtime.store.rollout import Rollout
 
 REMEMBER_SECONDS = 24 * 3600  # the id of an applied update is remembered at least so long
 Events = tuple[NDArray[np.uint32], NDArray[np.int64]]  # item numbers (N) and timestamps (N), oldest first
@@ -186,6 +187,16 @@ class StateStore(Snapshot, Protocol):
 
     def remember_id_types(self, types: IdTypes) -> None:
         """Says what the ids are from now on; on disk on return. ValueError for what is no type."""
+        ...
+
+    def rollout(self) -> Rollout:
+        """What was set last; NO_ROLLOUT before that. Every request of a server asks: keep it fast."""
+        ...
+
+    def set_rollout(self, rollout: Rollout) -> bool:
+        """Sets it, on disk on return, if its revision is the next one; else somebody has changed it meanwhile, and
+        nothing is set. Returns whether it was. ValueError for what is none.
+        """
         ...
 
     # -- users -----------------------------------------------------------------------------------------------------

@@ -2,8 +2,8 @@
 
 | database | key | value |
 |---|---|---|
-| meta | `info`; `generations`; `id_types` | JSON: format and id of the store; the bundle ids in order, the first is \
-generation 1; what user ids and item ids are |
+| meta | `info`; `generations`; `id_types`; `rollout` | JSON: format and id of the store; the bundle ids in order, the \
+first is generation 1; what user ids and item ids are; which bundle serves whom |
 | items | item number, u32 big-endian | external id, UTF-8; checksum |
 | item_numbers | external id, UTF-8 | item number, u32 little-endian; checksum |
 | users | user id, `\\0`, generation u32 big-endian | the record; with generation 0, the head |
@@ -47,18 +47,22 @@ from dman_runtime.store.lmdb_absence import check_nothing_left
 from dman_runtime.store.lmdb_items import append_items, item_count
 from dman_runtime.store.lmdb_layout import (
     HEAD_SUFFIX,
+    NOTHING_SET,
     Databases,
     decoded,
     numbered_key,
     read_generations,
     read_id_types,
+    read_rollout,
     user_of,
     write_generations,
     write_id_types,
+    write_rollout,
 )
 from dman_runtime.store.lmdb_reads import LmdbSnapshot, read_records
 from dman_runtime.store.lmdb_users import delete_user, put_user
 from dman_runtime.store.request_ids import find_requests, has_expired, sweep
+from dman_runtime.store.rollout import Rollout, checked_rollout
 
 DEFAULT_MAP_SIZE = 64 << 30  # bytes of address space; the disk holds only what is used
 _SCAN_USERS = 1000  # user ids per read transaction of `scan`
@@ -72,6 +76,7 @@ class LmdbStore(ReadsBySnapshot):
     def __init__(self, environment: Environment, *, clock: Callable[[], float] = time.time) -> None:
         self._env, self._clock = environment, clock
         self._databases = Databases.of(environment.databases, legacy=environment.legacy)
+        self._rollout = NOTHING_SET  # as it was read last
 
     @classmethod
     def open(
@@ -137,6 +142,20 @@ class LmdbStore(ReadsBySnapshot):
         checked_types(types)
         with self._env.write() as txn:
             write_id_types(txn, self._databases.meta, types)
+
+    def rollout(self) -> Rollout:
+        with self._env.read() as reading:
+            self._rollout = read_rollout(reading.txn, self._databases.meta, self._rollout)
+        return self._rollout[1]
+
+    def set_rollout(self, rollout: Rollout) -> bool:
+        checked_rollout(rollout)
+        with self._env.write() as txn:
+            _, before = read_rollout(txn, self._databases.meta, self._rollout)
+            if rollout.revision != before.revision + 1:
+                return False
+            write_rollout(txn, self._databases.meta, rollout)
+        return True
 
     def drop_records(self, generation: int) -> int:
         if generation < 1:

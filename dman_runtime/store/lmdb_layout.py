@@ -15,13 +15,14 @@ import lmdb
 
 from dman_runtime.store.base import UNKNOWN_TYPES, IdTypes, checked_types
 from dman_runtime.store.history import DamagedError
+from dman_runtime.store.rollout import NO_ROLLOUT, Rollout, checked_rollout
 
 FORMAT_VERSION, OLD_FORMAT = 4, 3
 NUMBER = struct.Struct(">I")  # in keys, so that they are in order
 HEAD_SUFFIX = b"\0" + NUMBER.pack(0)
 _CHECK = struct.Struct("<I")
 _MAX_META = 1 << 20  # bytes of a value
-_ID_TYPES = "the entry that says what the ids are"
+_ID_TYPES, _ROLLOUT = "the entry that says what the ids are", "the entry that says which bundles serve"
 
 
 class Databases(NamedTuple):
@@ -144,6 +145,31 @@ def read_id_types(txn: lmdb.Transaction, meta: lmdb._Database) -> IdTypes:
         return checked_types(IdTypes(**json.loads(text)))
     except (ValueError, TypeError) as error:
         raise DamagedError(f"{_ID_TYPES} is damaged") from error
+
+
+NOTHING_SET = (b"", NO_ROLLOUT)
+
+
+def read_rollout(txn: lmdb.Transaction, meta: lmdb._Database, last: tuple[bytes, Rollout]) -> tuple[bytes, Rollout]:
+    """The entry and what it says; `last` is what was read before, and comes back if nothing has changed.
+
+    Raises DamagedError.
+    """
+    value = txn.get(b"rollout", b"", db=meta)
+    if value == last[0]:
+        return last
+    stored = bytes(value[:_MAX_META])
+    text, without_checksum = unpack_text(stored, 0, _ROLLOUT)
+    try:
+        if without_checksum:
+            raise ValueError
+        return stored, checked_rollout(Rollout(**json.loads(text)))
+    except (ValueError, TypeError, AttributeError) as error:
+        raise DamagedError(f"{_ROLLOUT} is damaged") from error
+
+
+def write_rollout(txn: lmdb.Transaction, meta: lmdb._Database, rollout: Rollout) -> None:
+    txn.put(b"rollout", pack_text(json.dumps(rollout._asdict(), sort_keys=True).encode(), 0), db=meta)
 
 
 def write_id_types(txn: lmdb.Transaction, meta: lmdb._Database, types: IdTypes) -> None:

@@ -32,12 +32,14 @@ from dman_runtime.store.lmdb_errors import store_errors
 from dman_runtime.store.lmdb_items import checked_item, checked_number
 from dman_runtime.store.lmdb_layout import (
     HEAD_SUFFIX,
+    NOTHING_SET,
     NUMBER,
     Databases,
     decoded,
     numbered_key,
     read_generations,
     read_id_types,
+    read_rollout,
     user_of,
 )
 from dman_runtime.store.marker import missing
@@ -139,6 +141,7 @@ class _Contents:
             bundle_ids = read_generations(reading.txn, self._databases.meta, legacy=self._databases.legacy)
             self.counts["generations"] = len(bundle_ids)
             read_id_types(reading.txn, self._databases.meta)
+            read_rollout(reading.txn, self._databases.meta, NOTHING_SET)
 
     # -- items -----------------------------------------------------------------------------------------------------
 

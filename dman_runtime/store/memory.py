@@ -31,6 +31,7 @@ from dman_runtime.store.base import (
     checked_types,
     checked_writes,
 )
+from dman_runtime.store.rollout import NO_ROLLOUT, Rollout, checked_rollout
 
 MAX_IDS, _PERIOD_SECONDS = 100_000, 6 * 3600  # request ids of one user in a period
 _NO_HEAD = Head(0, 0, 0)
@@ -102,7 +103,7 @@ class MemoryStore(ReadsBySnapshot):
         self._lock, self._clock = threading.RLock(), clock
         self._numbers: dict[str, int] = {}
         self._generations: dict[str, int] = {}
-        self._id_types = UNKNOWN_TYPES
+        self._id_types, self._rollout = UNKNOWN_TYPES, NO_ROLLOUT
         self._users: dict[str, _User] = {}
         self._ids: dict[str, Ids] = {}  # by user, also of deleted ones
         self._last_version = 0
@@ -145,6 +146,18 @@ class MemoryStore(ReadsBySnapshot):
     def remember_id_types(self, types: IdTypes) -> None:
         with self._open():
             self._id_types = checked_types(types)
+
+    def rollout(self) -> Rollout:
+        with self._open():
+            return self._rollout
+
+    def set_rollout(self, rollout: Rollout) -> bool:
+        checked_rollout(rollout)
+        with self._open():
+            if rollout.revision != self._rollout.revision + 1:
+                return False
+            self._rollout = rollout
+        return True
 
     def commit(self, writes: Sequence[Write]) -> list[str]:
         with self._open():

@@ -33,6 +33,7 @@ from dman_runtime.store.base import (
 )
 from dman_runtime.store.history import CHUNK_EVENTS
 from dman_runtime.store.memory import MemoryStore
+from dman_runtime.store.rollout import NO_ROLLOUT, Rollout
 
 GOOD_IDS = ["a", "ab", "a b", "b", " ", "ü", "u\u0308", "0", "00", "x" * 400, "ü" * 200, "\U0001f600" * 100, "x" * 399]
 BAD_IDS = ["", "x" * 401, "ü" * 201, "a\0b", "a\nb", "a\x7f", "a\x85", "\ud800"]
@@ -148,6 +149,52 @@ def test_id_types_are_those_remembered_last(store: StateStore) -> None:
     for types in (IdTypes(UNKNOWN, INTEGER), IdTypes(TEXT, INTEGER), IdTypes(INTEGER, TEXT), IdTypes(UNKNOWN, UNKNOWN)):
         store.remember_id_types(types)
         assert store.id_types() == types
+
+
+ROLLOUT = Rollout(1, "one", bundles={"one": "/bundles/one", "two": ""})
+
+
+def test_rollout_is_the_one_set_last_and_has_the_next_revision(store: StateStore) -> None:
+    assert store.rollout() == NO_ROLLOUT
+    assert store.set_rollout(ROLLOUT) and store.rollout() == ROLLOUT
+    trial = ROLLOUT._replace(trial="two", share=0.25)
+    for revision in (0, 1, 3):  # somebody has seen another one
+        assert not store.set_rollout(trial._replace(revision=revision))
+        assert store.rollout() == ROLLOUT
+    assert store.set_rollout(trial._replace(revision=2)) and store.rollout() == trial._replace(revision=2)
+    assert store.set_rollout(Rollout(3)) and store.rollout() == Rollout(3)
+
+
+@pytest.mark.parametrize(
+    "rollout",
+    [
+        ROLLOUT._replace(active="three"),
+        ROLLOUT._replace(active="", trial="two", share=0.5),
+        ROLLOUT._replace(prepared="three"),
+        ROLLOUT._replace(trial="three", share=0.5),
+        ROLLOUT._replace(trial="two"),
+        ROLLOUT._replace(trial="two", share=1.5),
+        ROLLOUT._replace(share=0.5),
+    ],
+)
+def test_rollout_that_is_none_is_refused(store: StateStore, rollout: Rollout) -> None:
+    with pytest.raises(ValueError, match="roll-out"):
+        store.set_rollout(rollout)
+    assert store.rollout() == NO_ROLLOUT
+
+
+@pytest.mark.parametrize("share", [0.1, 0.5])
+def test_trial_gets_its_share_of_the_users_always_the_same_ones(share: float) -> None:
+    rollout = ROLLOUT._replace(trial="two", share=share)
+    users = [f"user {number}" for number in range(4000)]
+    chosen = {user for user in users if rollout.of(user) == "two"}
+    assert {rollout.of(user) for user in users} == {"one", "two"}
+    assert len(chosen) / len(users) == pytest.approx(share, abs=0.03)
+    wider = rollout._replace(share=share * 1.5)
+    assert chosen < {user for user in users if wider.of(user) == "two"}  # a trial that grows keeps its users
+    other = rollout._replace(trial="three")
+    both = sum(other.of(user) == "three" for user in chosen) / len(chosen)
+    assert both == pytest.approx(share, abs=0.06)  # trials are independent
 
 
 @pytest.mark.parametrize("types", [IdTypes("int", TEXT), IdTypes(TEXT, None), IdTypes(0, "")])  # type: ignore[arg-type]
@@ -902,6 +949,9 @@ def test_threads_that_add_items_and_generations_agree(store: StateStore) -> None
         lambda store: store.generations(),
         lambda store: store.id_types(),
         lambda store: store.remember_id_types(IdTypes(TEXT, TEXT)),
+        lambda store: store.rollout(),
+        lambda store: store.set_rollout(ROLLOUT),
+        lambda store: list(store.records(1)),
         lambda store: store.drop_records(1),
         lambda store: store.get_many(["a"], 1),
         lambda store: store.ranking_view("a", 1, 1),
@@ -936,6 +986,7 @@ def fill(store: StateStore) -> None:
     items = store.add_items(GOOD_IDS)
     assert [store.add_generation(bundle) for bundle in ("one", "two")] == [1, 2]
     store.remember_id_types(IdTypes(TEXT, INTEGER))
+    assert store.set_rollout(ROLLOUT)
     batch = [write(user, 0, np.resize(items, 70), records={1: b"1", 2: b"2"}, request_ids=[9]) for user in "abc"]
     assert store.commit(batch) == []
     store.delete("c")
@@ -953,6 +1004,7 @@ def test_durable_store_keeps_everything(durable: Harness) -> None:
         assert list(store.generations().items()) == [("one", 1), ("two", 2)]
         assert store.add_generation("three") == 3
         assert store.id_types() == IdTypes(TEXT, INTEGER)
+        assert store.rollout() == ROLLOUT
         store.commit([write("a")])
         assert version_of(store, "a") not in (version, 0)
         assert store.commit([write("a", version)]) == ["a"]
@@ -976,6 +1028,7 @@ WRITES: dict[str, Callable[[StateStore], object]] = {
     "add_items": lambda store: store.add_items(["new-1", "a", "new-2", "new-3"]),
     "add_generation": lambda store: store.add_generation("three"),
     "remember_id_types": lambda store: store.remember_id_types(IdTypes(INTEGER, TEXT)),
+    "set_rollout": lambda store: store.set_rollout(ROLLOUT._replace(revision=2, trial="two", share=0.5)),
 }
 
 
@@ -984,7 +1037,8 @@ def without_versions(store: StateStore) -> tuple[object, ...]:
         user: ([found and (found.head[1:], found.record) for found in stored], *rest)
         for user, (stored, *rest) in everything(store).items()
     }
-    return users, store.item_ids(range(store.stats().items)), store.generations(), store.id_types()
+    items = store.item_ids(range(store.stats().items))
+    return users, items, store.generations(), store.id_types(), store.rollout()
 
 
 @pytest.mark.slow

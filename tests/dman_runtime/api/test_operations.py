@@ -22,7 +22,7 @@ class Served:
     def __init__(self) -> None:
         self.problems, self.admission = Problems(), Admission(max_requests=9, max_bytes=1 << 20)
         self.cluster = ClusterStatus(workers=1, ready=1, restarts=0, problems=())
-        self.service = OperationsService("the-bundle", self.problems, self.admission, lambda: self.cluster)
+        self.service = OperationsService(lambda: "the-bundle", self.problems, self.admission, lambda: self.cluster)
 
     def status(self) -> pb.GetStatusReply:
         return self.stub.GetStatus(pb.GetStatusRequest(), timeout=30)

@@ -24,10 +24,12 @@ from dman_runtime.jobs.generations import drop_generation, format_generations, l
 from dman_runtime.jobs.rebuilding import RebuildResult, Throttle, rebuild
 from dman_runtime.model.generation import Generation
 from dman_runtime.model.recurrence import Graphs
+from dman_runtime.presence import Present
 from dman_runtime.requests import Update
 from dman_runtime.store.base import StateStore, StoreStats, Write
 from dman_runtime.store.lmdb import LmdbStore
 from dman_runtime.store.memory import MemoryStore
+from dman_runtime.store.rollout import Rollout
 
 HISTORIES: Histories = with_unknown_items(make_histories(25, seed=3))
 EVENTS = sum(map(len, HISTORIES.values()))
@@ -258,6 +260,8 @@ def test_generations_are_listed_with_their_records(exact: Generation, renamed: G
     old = filled(store, exact)
     rebuild(new := Engine(renamed, store))
     old.update([Update("3", ["1"])])
+    both = {exact.bundle_id: "", renamed.bundle_id: ""}
+    assert store.set_rollout(Rollout(1, exact.bundle_id, renamed.bundle_id, 0.25, bundles=both))
     found = list_generations(store)
     assert found.users == 26
     sizes = Counter[int]()
@@ -270,6 +274,7 @@ def test_generations_are_listed_with_their_records(exact: Generation, renamed: G
             "records": 26,
             "current": 26,
             "bytes": sizes[old.projection.number],
+            "share": 0.75,
         },
         {
             "number": 2,
@@ -277,9 +282,11 @@ def test_generations_are_listed_with_their_records(exact: Generation, renamed: G
             "records": 26,
             "current": 25,
             "bytes": sizes[new.projection.number],
+            "share": 0.25,
         },
     ]
     assert f"2  {renamed.bundle_id}           26           25" in format_generations(found)
+    assert [line.split()[-1] for line in format_generations(found).splitlines()[2:]] == ["75.00%", "25.00%"]
 
 
 def test_drop_removes_the_records_of_one_bundle(exact: Generation, renamed: Generation, store: StateStore) -> None:
@@ -290,6 +297,17 @@ def test_drop_removes_the_records_of_one_bundle(exact: Generation, renamed: Gene
     check_records(new)
     rebuild(old)
     check_records(old)
+    for servers, rollout in (
+        ([Present(1, exact.bundle_id, "")], Rollout(1)),
+        ([], Rollout(2, exact.bundle_id, bundles={exact.bundle_id: ""})),
+        ([Present(1, exact.bundle_id, "")], Rollout(3, renamed.bundle_id, bundles={renamed.bundle_id: ""})),
+    ):
+        assert store.set_rollout(rollout)
+        with pytest.raises(UsageError, match="answers, or is about to"):
+            drop_generation(store, exact.bundle_id, servers)
+    both = {exact.bundle_id: "", renamed.bundle_id: ""}
+    assert store.set_rollout(Rollout(4, renamed.bundle_id, bundles=both))
+    assert drop_generation(store, exact.bundle_id, [Present(1, exact.bundle_id, "")]) == 26
     with pytest.raises(UsageError, match=f"name one of these: {exact.bundle_id}, {renamed.bundle_id}"):
         drop_generation(store, "0" * 16)
 

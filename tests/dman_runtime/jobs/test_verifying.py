@@ -16,6 +16,7 @@ from dman_runtime.store import lmdb_verify
 from dman_runtime.store.base import INTEGER, TEXT, IdTypes, Write
 from dman_runtime.store.history import CHUNK_EVENTS, StoredHead, add_seen, pack_head, seed_of, unpack_head, unpack_seen
 from dman_runtime.store.lmdb import LmdbStore
+from dman_runtime.store.rollout import Rollout
 
 EVENTS = 2 * CHUNK_EVENTS + 3
 USERS = ("a", "b", "no events")
@@ -32,6 +33,7 @@ def path(tmp_path: Path) -> Path:
         store.add_items([f"item-{number}" for number in range(100)])
         store.add_generation("bundle")
         store.remember_id_types(IdTypes(TEXT, INTEGER))
+        store.set_rollout(Rollout(1, "bundle", bundles={"bundle": "/bundle"}))
         for user_id in (*USERS, "deleted"):
             events = events_of(user_id)
             store.commit([Write(user_id, 0, {1: b"one", 2: bytes(9000)}, events, events, range(40))])
@@ -92,6 +94,7 @@ HEAD, CHUNK_1 = b"a" + bytes(5), b"a\0\0\0\0\1"
 DAMAGE: dict[str, tuple[str, bytes, Callable[[bytes], bytes | None], str]] = {
     "generations": ("meta", b"generations", flipped, "meta: the list of generations is damaged"),
     "id types": ("meta", b"id_types", flipped, "meta: the entry that says what the ids are is damaged"),
+    "roll-out": ("meta", b"rollout", flipped, "meta: the entry that says which bundles serve is damaged"),
     "item": ("items", b"\0\0\0\7", flipped, "item 00000007: an entry of the item table is damaged"),
     "missing item": ("items", b"\0\0\0\7", removed, "item 7 is missing"),
     "item number": ("item_numbers", b"item-7", flipped, "item item-7: an entry of the item table is damaged"),

@@ -32,11 +32,11 @@ def worker_pipe(connection: Connection) -> WorkerPipe:
 
 def test_what_a_worker_says_arrives_in_order(ends: tuple[Connection, Connection]) -> None:
     pipe = worker_pipe(ends[1])
-    pipe.ready("one", "cpu")
+    pipe.ready("one", "cpu", "two")
     pipe.beat({"requests": 3})
     pipe.failed(UsageError("a cause", "a remedy", parameter="port"))
     messages, ended = drain(ends[0])
-    assert messages[:2] == [Ready("one", "cpu"), Beat({"requests": 3})] and not ended
+    assert messages[:2] == [Ready("one", "cpu", "two"), Beat({"requests": 3})] and not ended
     assert isinstance(messages[2], UsageError) and messages[2].parameter == "port"
     assert drain(ends[0]) == ([], False)
 
@@ -86,7 +86,7 @@ def test_the_end_of_a_pipe_is_noticed_after_what_came_before(ends: tuple[Connect
     with pytest.raises(EOFError):
         pipe.receive()
     pipe.beat({})  # nobody is there to hear it
-    pipe.ready("one", "cpu")
+    pipe.ready("one", "cpu", "two")
 
 
 def test_half_a_message_of_a_killed_worker_is_its_end(ends: tuple[Connection, Connection]) -> None:
