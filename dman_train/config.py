@@ -6,13 +6,11 @@ The options of `dman_train.train` are derived from the fields of both (`dman_run
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, fields
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from dman_runtime.data.log_options import LogOptions, option
 from dman_runtime.data.tables import quoted
-from dman_runtime.data.untrusted import shown
 from dman_runtime.errors import DmanError, InputError
 
 
@@ -297,53 +295,6 @@ def _check_range(config: Any, low: float, high: float, *names: str) -> None:
             )
 
 
-# Fields of earlier versions, with the one value that still describes what happens.
-REMOVED_FIELDS: dict[type, dict[str, Any]] = {ModelConfig: {"residual": "gated"}}
-
-# Fields that earlier versions did not have, with what they did if it is not today's default.
-_WITHOUT_SIGNALS = {"time": "none", "returns": "off"}
-ADDED_FIELDS: dict[type, dict[str, Any]] = {ModelConfig: _WITHOUT_SIGNALS, BaselineConfig: _WITHOUT_SIGNALS}
-
-# Baselines whose equations an earlier version had in another form, with the same names in the configuration.
-_REPAIRED_BASELINES = ("caser", "shan", "hpmn", "sdm")
-
-
-def is_earlier_form(model: Mapping[str, Any], train: Mapping[str, Any]) -> bool:
-    """Whether a run with these values of `ModelConfig` or `BaselineConfig`, and of TrainConfig, is of an earlier form.
-
-    The weights of such a run may fit the network of today, but give other numbers in it. The values are those that were
-    written when the run began: a run of an earlier form lacks the options that came with the form of today.
-    """
-    if "system" in model:
-        return model["system"] in _REPAIRED_BASELINES and "hops" not in model
-    repaired = model.get("architecture") == "paper" or model.get("variant") == "nran"
-    return repaired and "adam_beta2" not in train
-
-
 def to_dict(config: ModelConfig | BaselineConfig | TrainConfig | DataConfig) -> dict[str, Any]:
     """The fields of a config by name, as JSON can hold them."""
     return asdict(config)
-
-
-def from_dict(config_class: type, values: dict[str, Any], *, where: str) -> Any:
-    """Builds a config from a mapping that was read from the file `where`; one of an earlier version may lack fields.
-
-    Raises ConfigError for unknown fields, and for values that this version does not have.
-    """
-    removed = REMOVED_FIELDS.get(config_class, {})
-    for name, remaining in removed.items():
-        if values.get(name, remaining) != remaining:
-            raise ConfigError(
-                f"{where}: {name} {quoted(values[name])} is no longer supported, only {remaining!r}",
-                "train again without it",
-            )
-    if unknown := sorted(set(values) - {f.name for f in fields(config_class)} - set(removed)):
-        raise ConfigError(
-            f"{where}: unknown {config_class.__name__} field {shown(', '.join(unknown))}",
-            "use the version of dman that wrote it, or train again",
-        )
-    known = {name: value for name, value in values.items() if name not in removed}
-    try:
-        return replace(config_class(), **ADDED_FIELDS.get(config_class, {}) | known)
-    except ConfigError as error:
-        raise ConfigError(f"{where}: {error.cause}", error.remedy) from None

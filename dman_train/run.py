@@ -31,17 +31,9 @@ from dman_runtime.data.interactions import Interactions
 from dman_runtime.data.log_options import options_of_training
 from dman_runtime.data.untrusted import is_whole_number, parse_json, read_file
 from dman_runtime.errors import DmanError, InputError
-from dman_train.config import (
-    BaselineConfig,
-    ConfigError,
-    DataConfig,
-    ModelConfig,
-    TrainConfig,
-    from_dict,
-    is_earlier_form,
-    to_dict,
-)
+from dman_train.config import BaselineConfig, ConfigError, DataConfig, ModelConfig, TrainConfig, to_dict
 from dman_train.families import Family, Model, family_of_fields
+from dman_train.stored_config import from_dict, is_earlier_form
 from dman_train.tensor_files import read_tensors
 from dman_train.vocabulary import Vocabulary
 

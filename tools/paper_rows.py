@@ -10,7 +10,7 @@ from collections.abc import Iterable
 from typing import Any
 
 from dman_runtime.data.evaluation import Ranking
-from dman_train.config import is_earlier_form
+from dman_train.stored_config import is_earlier_form
 from tools.bootstrap import Difference, paired_bootstrap
 from tools.paper_figures import FIGURE_2, ML_1M, STARRED, SYSTEMS, VARIANTS, Log
 from tools.record_file import Record, ranking_of

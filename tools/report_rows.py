@@ -12,8 +12,9 @@ from typing import Any, Literal
 
 import numpy as np
 
-from dman_train.config import ADDED_FIELDS, BaselineConfig, ModelConfig, TrainConfig, is_earlier_form, to_dict
+from dman_train.config import BaselineConfig, ModelConfig, TrainConfig, to_dict
 from dman_train.presets import BASELINE_PRESETS, PRESETS, SHORT_HISTORY, Preset, decided
+from dman_train.stored_config import ADDED_FIELDS, is_earlier_form
 from tools.bootstrap import paired_bootstrap
 from tools.record_file import Record
 

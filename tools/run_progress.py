@@ -7,19 +7,11 @@ from functools import cache
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
-from dman_train.config import (
-    BaselineConfig,
-    ConfigError,
-    DataConfig,
-    ModelConfig,
-    TrainConfig,
-    from_dict,
-    is_earlier_form,
-    to_dict,
-)
+from dman_train.config import BaselineConfig, ConfigError, DataConfig, ModelConfig, TrainConfig, to_dict
 from dman_train.data import load
 from dman_train.presets import Preset, decided
 from dman_train.run import Run, RunError, open_run
+from dman_train.stored_config import from_dict, is_earlier_form
 from dman_train.trainer import SELECTION_METRIC
 from tools.record_file import Record
 from tools.records import summary

@@ -7,8 +7,9 @@ from typing import Any
 
 import pytest
 
-from dman_train.config import BaselineConfig, ConfigError, DataConfig, ModelConfig, TrainConfig, from_dict, to_dict
+from dman_train.config import BaselineConfig, ConfigError, DataConfig, ModelConfig, TrainConfig, to_dict
 from dman_train.presets import PRESETS
+from dman_train.stored_config import from_dict
 
 INVALID: list[tuple[type, str, object]] = [
     (ModelConfig, "architecture", "plain"),

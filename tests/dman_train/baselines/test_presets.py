@@ -12,10 +12,11 @@ from conftest import held_out_of
 
 from dman_train import train
 from dman_train.baselines import BASELINES
-from dman_train.config import BaselineConfig, TrainConfig, from_dict, to_dict
+from dman_train.config import BaselineConfig, TrainConfig, to_dict
 from dman_train.data import TrainingData
 from dman_train.presets import BASELINE_PRESETS, preset_of
 from dman_train.run import open_run
+from dman_train.stored_config import from_dict
 from dman_train.trainer import Trainer
 
 every_preset = pytest.mark.parametrize("name", BASELINE_PRESETS)
