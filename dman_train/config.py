@@ -63,6 +63,9 @@ class ModelConfig(_SeesTimes):
     time: Literal["auto", "request", "events", "none"] = option("auto", f"{_TIME} (plus only)")
     returns: Literal["auto", "on", "off"] = option("auto", f"{_RETURNS} (plus only)")
     sketch_items: int = option(64, "R: items per user whose counts are kept for it")
+    closed_states: Literal["full", "int8"] = option(
+        "full", "how hidden states are kept once their segment is full: full; int8: rounded, which takes half the bytes"
+    )
     dropout: float = option(0.2, "dropout rate on inputs, attention weights and block outputs")
     routing: Literal["slot", "full"] = option(
         "slot", "bilinear maps of eq. 6: slot: one per memory slot; full: one per pair of input and slot"

@@ -81,6 +81,7 @@ def state_shape(config: ModelConfig, dtype: str, *, longest_gap: int = ANY_GAP) 
         dtype=dtype,
         times=config.time if config.sees_times else "none",
         sketch_items=config.sketch_items if config.returns == "on" else 0,
+        closed=config.closed_states if config.recurrent and config.layers > 1 else "full",
         longest_gap=longest_gap if config.time == "request" else ANY_GAP,
     )
 

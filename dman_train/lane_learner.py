@@ -22,13 +22,14 @@ from torch import Tensor, nn
 from dman_runtime.model.times import NO_GAP
 from dman_train import distributed
 from dman_train.checkpoint import like, within
-from dman_train.config import TrainConfig
+from dman_train.config import ModelConfig, TrainConfig
 from dman_train.data import TrainingData, longest_gap
 from dman_train.lanes import Batch, Lanes
 from dman_train.learner import UNKNOWN_TIME, Learner, StepInputs
 from dman_train.losses import Added, Losses
 from dman_train.model import DMAN, Encoding
 from dman_train.returns import Sketch, follow
+from dman_train.rounding import as_kept
 from dman_train.timing import Timing, gap_buckets, timing_of
 
 RECALLED_ITEMS = 20  # of a lane, in each step
@@ -172,7 +173,7 @@ class LaneLearner(Learner):
         else:
             abstraction = self._recall_loss(memories.judged, inputs.absorbed_items, table)
         losses = Losses(likelihood, real.sum(), *abstraction)
-        following = _next_state(state, memories, encoding, inputs, recurrent=self.model.config.recurrent)
+        following = _next_state(state, memories, encoding, inputs, self.model.config)
         return losses, replace(following, **_fields_of(sketch))
 
     def _returns(
@@ -304,12 +305,14 @@ class LaneLearner(Learner):
 
 
 def _next_state(
-    state: LaneState, memories: _Memories, encoding: Encoding, inputs: StepInputs, *, recurrent: bool
+    state: LaneState, memories: _Memories, encoding: Encoding, inputs: StepInputs, config: ModelConfig
 ) -> LaneState:
     """H_n becomes the context, and H_{n-1} is to be absorbed; without recurrence H_n, as no query reads it later."""
     lengths = inputs.lengths
     context = _right_aligned(encoding.hidden.detach(), lengths)
-    newest, newest_lengths = (state.context, state.context_lengths) if recurrent else (context, lengths)
+    newest, newest_lengths = context, lengths
+    if config.recurrent:
+        context, newest, newest_lengths = as_kept(context, config), state.context, state.context_lengths
     return LaneState(
         context=context,
         context_lengths=lengths,

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from dman_train.model import DMAN, Encoding
 from dman_train.returns import Returns, Sketch, follow
+from dman_train.rounding import as_kept
 from dman_train.timing import Timing, gap_buckets, left_aligned, moments_of, since_last_of, timing_of
 
 OnSegment = Callable[[Tensor, Tensor, Encoding], None]
@@ -57,7 +58,7 @@ def replay(
         if closed and absorbed.shape[2]:
             memory[:closed] = model.abstract(memory_now[:closed], absorbed[:closed])
         if config.recurrent:
-            context = encoding.hidden
+            context = as_kept(encoding.hidden, config)
     unsort = torch.argsort(order)
     return users[unsort], memory[unsort]
 

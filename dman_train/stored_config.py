@@ -8,14 +8,18 @@ from typing import Any
 
 from dman_runtime.data.tables import quoted
 from dman_runtime.data.untrusted import shown
-from dman_train.config import BaselineConfig, ConfigError, ModelConfig
+from dman_train.config import BaselineConfig, ConfigError, ModelConfig, TrainConfig
 
 # Fields of earlier versions, with the one value that still describes what happens.
 REMOVED_FIELDS: dict[type, dict[str, Any]] = {ModelConfig: {"residual": "gated"}}
 
 # Fields that earlier versions did not have, with what they did if it is not today's default.
 _WITHOUT_SIGNALS = {"time": "none", "returns": "off"}
-ADDED_FIELDS: dict[type, dict[str, Any]] = {ModelConfig: _WITHOUT_SIGNALS, BaselineConfig: _WITHOUT_SIGNALS}
+ADDED_FIELDS: dict[type, dict[str, Any]] = {
+    ModelConfig: _WITHOUT_SIGNALS | {"closed_states": "full"},
+    BaselineConfig: _WITHOUT_SIGNALS,
+    TrainConfig: {"abstraction_loss": "reads"},
+}
 
 # Baselines whose equations an earlier version had in another form, with the same names in the configuration.
 _REPAIRED_BASELINES = ("caser", "shan", "hpmn", "sdm")

@@ -173,7 +173,7 @@ def decisive(content: dict[str, Any]) -> dict[str, Any]:
         idle |= {"request_dropout"}
     kind: type = BaselineConfig if "system" in model else ModelConfig
     former = ADDED_FIELDS[kind] | ({} if "system" in model else FORMER_OPTIONS)
-    options = former | model | to_dict(TrainConfig()) | train
+    options = former | model | to_dict(TrainConfig()) | ADDED_FIELDS[TrainConfig] | train
     options["form"] = "earlier" if is_earlier_form(model, train) else "now"
     return {key: value for key, value in options.items() if key not in idle}
 

@@ -21,6 +21,7 @@ EMBEDDINGS, INITIAL_MEMORY, ITEMS, GOLDEN = "item_embeddings.npy", "initial_memo
 GRAPHS = (ENCODER, ABSTRACTION)
 FILES = (*GRAPHS, EMBEDDINGS, INITIAL_MEMORY, ITEMS, GOLDEN)
 STATE_DTYPES = ("float16", "float32")
+CLOSED = ("full", "int8")  # in the precision of the state; as whole numbers of steps, see `rounding`
 TIMES = ("none", "events", "request")
 MAX_MANIFEST_BYTES = 1 << 20
 MAX_VOCABULARY = 100_000_000
@@ -42,6 +43,7 @@ class StateShape:
     dtype: str  # what hidden states and memory are stored as
     times: str = "none"  # one of TIMES: what the model sees of times
     sketch_items: int = 0  # R; 0 for a model that does not count what users come back to
+    closed: str = "full"  # one of CLOSED: how the hidden states of a closed segment are kept
     longest_gap: int = ANY_GAP  # seconds; a request later than that after the last event counts as that late
 
     @property
@@ -163,6 +165,7 @@ def _check_state(state: object) -> None:
     _require(isinstance(state["recurrent"], bool), "state.recurrent is neither true nor false")
     _require(state["dtype"] in STATE_DTYPES, f"state.dtype is {shown(state['dtype'])}")
     _require(state.get("times", "none") in TIMES, f"state.times is {shown(state.get('times'))}")
+    _require(state.get("closed", "full") in CLOSED, f"state.closed is {shown(state.get('closed'))}")
     _require_number("state.sketch_items", state.get("sketch_items", 0), 0, 512)
     _require_number("state.longest_gap", state.get("longest_gap", 0), 0, ANY_GAP)
     shape = StateShape(**state)

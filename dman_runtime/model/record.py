@@ -10,7 +10,8 @@ positions, one event before a segment closes):
     user embedding   512 B    float32 [D]
     tail checksum      4 B    CRC-32 u32 of all that follows
     recent items     156 B    u32 [c] item indices
-    hidden          9984 B    dtype [L-1, c, D]
+    hidden          9984 B    dtype [L-1, c, D]; if closed segments are kept in steps (`rounding`), those of the closed
+                              one come first: dtype [L-1, T] largest values and i8 [L-1, T, D], 5200 B instead of 10240
     memory          5120 B    dtype [L, m, D]; absent until the first absorption
     times            360 B    only if the model sees times: i64 seconds where the last event stands and, [c], those of
                               the context; i8 [c] buckets of the times between; u8 whether the last time is known
@@ -32,6 +33,7 @@ import numpy as np
 
 from dman_runtime.errors import StateError
 from dman_runtime.model.bundle import Bundle, StateShape
+from dman_runtime.model.rounding import from_steps, to_steps
 from dman_runtime.model.sketch import EMPTY, HALF_LIVES, Sketch
 from dman_runtime.model.state import State, absorbed_segments, context_length
 
@@ -71,10 +73,25 @@ def record_bytes(event_count: int, shape: StateShape) -> int:
 
 
 def _record_bytes(shape: StateShape, positions: int, sketch_items: int, *, memory: bool) -> int:
-    values = ((shape.layers - 1) * positions + memory * shape.layers * shape.memory_slots) * shape.width
+    slots = memory * shape.layers * shape.memory_slots * shape.width
     times = 9 + 9 * positions if shape.sees_times else 0
     sketch = 4 + sketch_items * _sketch_row(shape) if shape.sketch_items else 0
-    return head_bytes(shape) + 4 * positions + np.dtype(shape.dtype).itemsize * values + times + sketch
+    hidden = sum(_hidden_bytes(shape, positions))
+    return head_bytes(shape) + 4 * positions + hidden + np.dtype(shape.dtype).itemsize * slots + times + sketch
+
+
+def _closed_positions(shape: StateShape, positions: int) -> int:
+    """How many of the positions of a context are of a closed segment that is kept in steps."""
+    if shape.closed == "full" or not shape.recurrent:
+        return 0
+    return shape.segment_length if positions >= shape.segment_length + shape.answers_read_states else 0
+
+
+def _hidden_bytes(shape: StateShape, positions: int) -> tuple[int, int]:
+    """Bytes of the hidden states of a closed segment that are kept in steps, and of the others."""
+    vectors, size = shape.layers - 1, np.dtype(shape.dtype).itemsize
+    closed = _closed_positions(shape, positions)
+    return vectors * closed * (size + shape.width), vectors * (positions - closed) * size * shape.width
 
 
 def read_head(record: bytes, bundle: Bundle) -> RecordHead:
@@ -118,11 +135,11 @@ def view(record: bytes, bundle: Bundle) -> State:
     It cannot be advanced, and takes half the time of `unpack`. Raises StateError.
     """
     shape, head = bundle.manifest.state, read_head(record, bundle)
-    depth, width, size = shape.layers - 1, shape.width, np.dtype(shape.dtype).itemsize
+    size = np.dtype(shape.dtype).itemsize
     count, has_memory = head.context_length, absorbed_segments(head.event_count, shape) > 0
     recent_at = head_bytes(shape)
     hidden_at = recent_at + 4 * count
-    memory_at = hidden_at + size * depth * count * width
+    memory_at = hidden_at + sum(_hidden_bytes(shape, count))
     times_at = memory_at + (size * bundle.initial_memory.size if has_memory else 0)
     sketch_at = times_at + (9 + 9 * count if shape.sees_times else 0)
     rows = _sketch_rows(record, sketch_at, shape)
@@ -142,7 +159,7 @@ def view(record: bytes, bundle: Bundle) -> State:
         event_count=head.event_count,
         history_count=head.history_count,
         recent=np.frombuffer(record, "<u4", count, recent_at).astype(np.int64),
-        hidden=np.frombuffer(record, shape.dtype, depth * count * width, hidden_at).reshape(depth, count, width),
+        hidden=_unpack_hidden(record, hidden_at, count, shape),
         memory=memory.astype(shape.dtype, copy=False),
         user_embedding=head.user_embedding,
         times=times[1:],
@@ -152,6 +169,28 @@ def view(record: bytes, bundle: Bundle) -> State:
         sketch=_unpack_sketch(record, sketch_at + 4, rows, shape) if rows else EMPTY,
         stored=record[:recent_at],
     )
+
+
+def _pack_hidden(hidden: np.ndarray, shape: StateShape) -> list[bytes]:
+    """Hidden states (L-1, c, D)."""
+    closed = _closed_positions(shape, hidden.shape[1])
+    if not closed:
+        return [hidden.tobytes()]
+    steps, largest = to_steps(hidden[:, :closed])
+    return [largest.tobytes(), steps.tobytes(), hidden[:, closed:].tobytes()]
+
+
+def _unpack_hidden(record: bytes, start: int, positions: int, shape: StateShape) -> np.ndarray:
+    """(L-1, c, D)."""
+    depth, width, closed = shape.layers - 1, shape.width, _closed_positions(shape, positions)
+    open_at = start + _hidden_bytes(shape, positions)[0]
+    values = np.frombuffer(record, shape.dtype, depth * (positions - closed) * width, open_at)
+    opened = values.reshape(depth, positions - closed, width)
+    if not closed:
+        return opened
+    largest = np.frombuffer(record, shape.dtype, depth * closed, start).reshape(depth, closed)
+    steps = np.frombuffer(record, np.int8, depth * closed * width, start + largest.nbytes)
+    return np.concatenate([from_steps(steps.reshape(depth, closed, width), largest), opened], axis=1)
 
 
 def _sketch_row(shape: StateShape) -> int:
@@ -187,7 +226,7 @@ def pack(state: State, bundle: Bundle) -> bytes:
         state.event_count,
         state.history_count,
     )
-    parts = [state.recent[:count].astype("<u4").tobytes(), state.hidden[:, :count].tobytes()]
+    parts = [state.recent[:count].astype("<u4").tobytes(), *_pack_hidden(state.hidden[:, :count], state.shape)]
     if absorbed_segments(state.event_count, state.shape):
         parts.append(state.memory.tobytes())
     if state.shape.sees_times:

@@ -13,6 +13,7 @@ import numpy as np
 
 from dman_runtime.model.bundle import Bundle
 from dman_runtime.model.events import KnownEvents
+from dman_runtime.model.rounding import rounded
 from dman_runtime.model.sketch import kept as keep_best
 from dman_runtime.model.state import State
 from dman_runtime.model.times import NO_EVENT, NO_GAP, bucket, filled_times, quantised
@@ -132,6 +133,11 @@ def _close_full(states: Sequence[State], *, bundle: Bundle, graphs: Graphs) -> N
     """Closes the open segment of each state where it is full."""
     shape = states[0].shape
     full = [state for state in states if state.event_count and state.event_count % shape.segment_length == 0]
+    if shape.closed == "int8" and shape.recurrent:
+        for state in full:
+            end = min(state.event_count, shape.context_limit)
+            newest = slice(end - shape.segment_length, end)
+            state.hidden[:, newest] = rounded(state.hidden[:, newest])
     if shape.sketch_items:
         for state in full:
             state.sketch = keep_best(state.counts(), shape.sketch_items)

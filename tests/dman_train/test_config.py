@@ -31,6 +31,7 @@ INVALID: list[tuple[type, str, object]] = [
     (ModelConfig, "routing", "shared"),
     (ModelConfig, "routing_iterations", 0),
     (ModelConfig, "routing_softmax", "both"),
+    (ModelConfig, "closed_states", "int4"),
     (TrainConfig, "loss", "bce"),
     (TrainConfig, "negatives", 0),
     (TrainConfig, "memory_training", "off"),

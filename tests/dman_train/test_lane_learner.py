@@ -291,6 +291,7 @@ TIMED_MODELS = {
     "returns only": replace(TIMED, time="none"),
     "times only, xl": replace(TIMED, returns="off", variant="xl", layers=3),
     "nran": replace(TIMED, variant="nran", layers=1),
+    "rounded": replace(TIMED, layers=3, closed_states="int8"),
 }
 
 

@@ -336,6 +336,7 @@ OTHER_MODEL = {
     "time": "request",
     "returns": "on",
     "sketch_items": 3,
+    "closed_states": "int8",
     "dropout": 0.5,
     "routing": "full",
     "routing_iterations": 2,

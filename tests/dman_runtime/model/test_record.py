@@ -38,6 +38,8 @@ LENGTHS = (0, 1, 4, 5, 6, 9, 10, 11, 14, 15, 23, 40)  # T = 5: around every bord
 WITH_MORE = {
     "times and returns": TIMED,
     "event times": replace(TINY, time="events"),
+    "rounded": replace(TIMED, layers=3, closed_states="int8"),
+    "rounded without times": replace(TINY, closed_states="int8"),
     "returns without recurrence": replace(TINY, variant="nran", returns="on", sketch_items=6),
 }
 
@@ -156,6 +158,9 @@ def test_records_hold_no_more_than_their_model_needs(bundle: Bundle, states: lis
         times = 9 + 9 * state.context_length if shape.sees_times else 0
         sketch = 4 + (36 if shape.sees_times else 28) * len(state.sketch.items) if shape.sketch_items else 0
         expected = head_bytes(shape) + 4 * state.context_length + np.dtype(shape.dtype).itemsize * values
+        if shape.closed == "int8" and state.context_length >= shape.segment_length + shape.answers_read_states:
+            vectors = shape.segment_length * (shape.layers - 1)
+            expected -= vectors * (np.dtype(shape.dtype).itemsize * (shape.width - 1) - shape.width)
         assert size == expected + times + sketch
 
 
@@ -272,6 +277,15 @@ def test_times_and_sketch_take_what_the_module_says(options: dict[str, Any], mor
     sizes = sizes_of_records(shape, range(100))
     assert max(sizes) == max_record_bytes(shape) == 15_812 + more
     assert max(sizes[:200]) == max(sizes[-20:])
+
+
+def test_closed_segment_in_steps_takes_about_half() -> None:
+    """20 vectors of 128 B and a float16 instead of 256 B each, in one cached layer."""
+    shape = StateShape(
+        segment_length=20, memory_slots=10, layers=2, width=128, recurrent=True, dtype="float16", closed="int8"
+    )
+    sizes = sizes_of_records(shape, range(100))
+    assert max(sizes) == max_record_bytes(shape) == 15_812 - 20 * (256 - 130)
 
 
 def sizes_of_records(shape: StateShape, items: Sequence[int]) -> list[int]:
