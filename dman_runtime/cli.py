@@ -24,6 +24,8 @@ def parser() -> Parser:
     _serve_options(_command(commands, "serve", "answer gRPC requests"))
     _status_options(_plain_command(commands, "status", "ask a running server whether it can do its work"))
     _verify_options(_plain_command(commands, "verify", "read everything in a state store and list what is damaged"))
+    _backup_options(_plain_command(commands, "backup", "copy a state store, also of a running server, and check it"))
+    _restore_options(_plain_command(commands, "restore", "put a backup where a state store belongs"))
     _token_options(_plain_command(commands, "token", "make a token for a caller"))
     _import_options(_command(commands, "import", "merge the histories of a log into the state store"))
     _rebuild_options(_command(commands, "rebuild", "encode all histories under a bundle, beside a running server"))
@@ -102,6 +104,18 @@ def _status_options(p: Parser) -> None:
 def _verify_options(p: Parser) -> None:
     p.flag("--state", type=Path, default=DEFAULT_STATE, help="state directory to read; a server may be using it")
     p.add_argument("--json", action="store_true", help="print the report as JSON on the last line")
+
+
+def _backup_options(p: Parser) -> None:
+    p.flag("--state", type=Path, default=DEFAULT_STATE, help="state directory to copy; a server may be using it")
+    p.flag("--output", type=Path, default=Path("backup"), help="directory to make")
+    p.add_argument("--json", action="store_true", help="print the result as JSON on the last line")
+
+
+def _restore_options(p: Parser) -> None:
+    p.flag("--backup", type=Path, default=Path("backup"), help="directory that `dman-runtime backup` made")
+    p.flag("--state", type=Path, default=DEFAULT_STATE, help="state directory to make; it must be empty or missing")
+    p.add_argument("--json", action="store_true", help="print the result as JSON on the last line")
 
 
 def _token_options(p: Parser) -> None:

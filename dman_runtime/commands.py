@@ -56,6 +56,26 @@ def verify(arguments: argparse.Namespace) -> int:
     return report.exit_status
 
 
+def backup(arguments: argparse.Namespace) -> int:
+    from dman_runtime.jobs.backup import backup as copy_store
+
+    copied = copy_store(arguments.state, arguments.output)
+    print(f"copied {arguments.state} to {copied.summary()}")
+    if arguments.json:
+        print_json(vars(copied))
+    return 0
+
+
+def restore(arguments: argparse.Namespace) -> int:
+    from dman_runtime.jobs.backup import restore as restore_store
+
+    copied = restore_store(arguments.backup, arguments.state)
+    print(f"restored {arguments.backup} to {copied.summary()}")
+    if arguments.json:
+        print_json(vars(copied))
+    return 0
+
+
 def token(arguments: argparse.Namespace) -> int:
     from dman_runtime.access.tokens import new_token
 
@@ -257,6 +277,8 @@ COMMANDS: dict[str, Callable[[argparse.Namespace], int]] = {
     "serve": serve,
     "status": status,
     "verify": verify,
+    "backup": backup,
+    "restore": restore,
     "token": token,
     "import": import_,
     "rebuild": rebuild,

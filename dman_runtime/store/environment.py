@@ -188,6 +188,11 @@ class Environment:
     def file_bytes_on_disk(self) -> int:
         return (self.path / "data.mdb").stat().st_size
 
+    def copy_to(self, directory: Path) -> None:
+        """Raises StoreError, which names the directory."""
+        with store_errors(directory, 0, readonly=True):
+            self._environment().copy(str(directory), compact=True)
+
     def check(self) -> None:
         """StoreGoneError if the files are no longer the ones that were opened."""
         with self._errors():

@@ -269,6 +269,10 @@ class LmdbStore(ReadsBySnapshot):
         with self._env.read() as reading:
             return self._env.live_bytes(reading.txn), self._env.file_bytes_on_disk()
 
+    def copy_to(self, directory: Path) -> None:
+        """Copies the live pages of one moment to a `data.mdb` in an existing directory."""
+        self._env.copy_to(directory)
+
     def flush(self) -> None:
         self._env.flush()
 

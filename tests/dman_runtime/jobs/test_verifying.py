@@ -117,6 +117,16 @@ DAMAGE: dict[str, tuple[str, bytes, Callable[[bytes], bytes | None], str]] = {
 }  # fmt: skip
 
 
+def test_every_piece_of_a_history_may_be_damaged(path: Path) -> None:
+    for chunk in range(2):
+        put(path, "history", b"a\0\0\0\0" + bytes([chunk]), flipped)
+    report = verify_store(path)
+    assert [problem for problem in report.problems if "user 'a'" in problem] == [
+        "user 'a', events from 0: a piece of a history is damaged",
+        "user 'a', events from 32: a piece of a history is damaged",
+    ]
+
+
 @pytest.mark.parametrize("name", DAMAGE)
 def test_damage_is_named(path: Path, name: str) -> None:
     database, key, change, expected = DAMAGE[name]
