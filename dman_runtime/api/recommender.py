@@ -172,8 +172,8 @@ class RecommenderService:
         )
 
     async def DeleteUser(self, request: pb.DeleteUserRequest, call: Call) -> pb.DeleteUserReply:
+        bundle_id = self._engine.bundle_of(request.user_id).bundle_id  # first: a deletion must not end in an error
         deleted = await self._on(self._deletions, True, self._engine.delete, request.user_id)
-        bundle_id = self._engine.bundle_of(request.user_id).bundle_id
         return pb.DeleteUserReply(bundle_id=bundle_id, existed=deleted is not None, event_count=deleted or 0)
 
     def _at_once(self, query: Query) -> Answer | None:

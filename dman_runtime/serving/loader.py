@@ -70,7 +70,7 @@ class Loader:
         for bundle_id in self._router.loaded.keys() - wanted:
             self._router.remove(bundle_id)
         self._failed, self._seen = failed, rollout
-        self._problems.set(PROBLEM, "; ".join(failed.values()))
+        self._problems.set(PROBLEM, "; ".join(failed.values()), blocking=rollout.active in failed)
         self._tell()
 
     def _missing(self, wanted: set[str]) -> set[str]:

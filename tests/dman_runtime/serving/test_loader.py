@@ -116,6 +116,8 @@ def test_bundle_that_cannot_be_loaded_is_told_and_changes_nothing(
     serving.set(bundles=bundles)
     assert serving.becomes(lambda one: not one.failed) and not list(serving.problems.now())
     serving.set(active=renamed.bundle_id, bundles=bundles)
+    assert serving.becomes(lambda one: renamed.bundle_id in one.failed)
+    assert [one.blocking for one in serving.problems.now()] == [True]  # others may have it
     with pytest.raises(BundleError, match=cause):  # a server that starts with it does not start
         serving.loader.load()
 
