@@ -26,6 +26,8 @@ def parser() -> Parser:
     _verify_options(_plain_command(commands, "verify", "read everything in a state store and list what is damaged"))
     _backup_options(_plain_command(commands, "backup", "copy a state store, also of a running server, and check it"))
     _restore_options(_plain_command(commands, "restore", "put a backup where a state store belongs"))
+    _export_user_options(_plain_command(commands, "export-user", "print all that is stored of a user, as JSON"))
+    _expire_options(_plain_command(commands, "expire", "delete the users who have been idle for long"))
     _token_options(_plain_command(commands, "token", "make a token for a caller"))
     _import_options(_command(commands, "import", "merge the histories of a log into the state store"))
     _rebuild_options(_command(commands, "rebuild", "encode all histories under a bundle, beside a running server"))
@@ -115,6 +117,19 @@ def _backup_options(p: Parser) -> None:
 def _restore_options(p: Parser) -> None:
     p.flag("--backup", type=Path, default=Path("backup"), help="directory that `dman-runtime backup` made")
     p.flag("--state", type=Path, default=DEFAULT_STATE, help="state directory to make; it must be empty or missing")
+    p.add_argument("--json", action="store_true", help="print the result as JSON on the last line")
+
+
+def _export_user_options(p: Parser) -> None:
+    p.add_argument("user", help="id of the user")
+    p.flag("--state", type=Path, default=DEFAULT_STATE, help="state directory to read; a server may be using it")
+
+
+def _expire_options(p: Parser) -> None:
+    p.flag("--state", type=Path, default=DEFAULT_STATE, help="state directory; a server may be using it")
+    p.flag("--idle-days", type=float, required=True, help="delete users whose latest event is older")
+    p.add_argument("--dry-run", action="store_true", help="say how many that are, and delete none")
+    _map_option(p)
     p.add_argument("--json", action="store_true", help="print the result as JSON on the last line")
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import fields
@@ -20,6 +21,9 @@ if TYPE_CHECKING:
     from dman_runtime.data.input_report import InputReport
     from dman_runtime.data.logs import Log
     from dman_runtime.model.generation import Generation
+
+
+MAX_IDLE_DAYS = 36_500
 
 
 def serve(arguments: argparse.Namespace) -> int:
@@ -73,6 +77,35 @@ def restore(arguments: argparse.Namespace) -> int:
     print(f"restored {arguments.backup} to {copied.summary()}")
     if arguments.json:
         print_json(vars(copied))
+    return 0
+
+
+def export_user(arguments: argparse.Namespace) -> int:
+    from dman_runtime.jobs.leaving import document_text, user_document
+    from dman_runtime.store.lmdb import LmdbStore
+
+    with LmdbStore.open(arguments.state, readonly=True) as store:
+        print(document_text(user_document(store, arguments.user)))
+    return 0
+
+
+def expire(arguments: argparse.Namespace) -> int:
+    from dman_runtime.jobs.leaving import DAY
+    from dman_runtime.jobs.leaving import expire as expire_users
+    from dman_runtime.store.lmdb import LmdbStore
+
+    if not 0 < arguments.idle_days < MAX_IDLE_DAYS:
+        raise UsageError(
+            f"idle-days is {arguments.idle_days:g}", f"choose more than 0, below {MAX_IDLE_DAYS}", parameter="idle_days"
+        )
+    before = int(time.time() - DAY * arguments.idle_days)
+    with LmdbStore.open(
+        arguments.state, map_size=arguments.map_size_mib << 20, readonly=arguments.dry_run, must_exist=True
+    ) as store:
+        result = expire_users(store, before=before, dry_run=arguments.dry_run)
+    print(result.summary(dry_run=arguments.dry_run))
+    if arguments.json:
+        print_json(vars(result) | {"before": before, "dry_run": arguments.dry_run})
     return 0
 
 
@@ -279,6 +312,8 @@ COMMANDS: dict[str, Callable[[argparse.Namespace], int]] = {
     "verify": verify,
     "backup": backup,
     "restore": restore,
+    "export-user": export_user,
+    "expire": expire,
     "token": token,
     "import": import_,
     "rebuild": rebuild,

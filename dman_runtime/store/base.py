@@ -212,8 +212,10 @@ class StateStore(Snapshot, Protocol):
         """
         ...
 
-    def delete(self, user_id: str) -> int | None:
+    def delete(self, user_id: str, *, expected_version: int | None = None) -> int | None:
         """Removes head, history, seen set and all records; the number of events removed, or None if unknown.
+
+        With an `expected_version`, a user who has another one is left alone, and None is returned.
 
         The request ids stay until they expire, so that a retry that comes late does not bring the user back.
         """

@@ -233,10 +233,14 @@ class LmdbStore(ReadsBySnapshot):
         ids, requests = write.request_ids, self._databases.requests
         return bool(ids and find_requests(txn, requests, user, ids, now=now, last=None))
 
-    def delete(self, user_id: str) -> int | None:
+    def delete(self, user_id: str, *, expected_version: int | None = None) -> int | None:
         """As in `StateStore`. Later commits reuse the freed pages; until then the bytes remain in the file."""
         user = checked_id(user_id).encode()
         with self._env.write() as txn:
+            if expected_version is not None:
+                head = self._head_value(txn, user)
+                if head is None or version_of(head) != expected_version:
+                    return None
             return delete_user(txn, self._databases, user, self._clock())
 
     # -- the store itself ------------------------------------------------------------------------------------------

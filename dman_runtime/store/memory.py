@@ -200,9 +200,12 @@ class MemoryStore(ReadsBySnapshot):
         head = Head(self._last_version, len(items), generation)
         self._users[write.user_id] = _User(head, items, timestamps, {**user.records, **write.records})
 
-    def delete(self, user_id: str) -> int | None:
+    def delete(self, user_id: str, *, expected_version: int | None = None) -> int | None:
         with self._open():
-            user = self._users.pop(checked_id(user_id), None)
+            user = self._users.get(checked_id(user_id))
+            if user is not None and expected_version not in (None, user.head.version):
+                return None
+            self._users.pop(user_id, None)
         return None if user is None else len(user.items)
 
     def scan(self, partition: int = 0, partitions: int = 1) -> Iterator[str]:

@@ -255,6 +255,19 @@ def test_unknown_user_has_nothing(store: StateStore) -> None:
     assert store.delete("a") is None
 
 
+def test_deletion_of_another_version_leaves_the_user_alone(store: StateStore) -> None:
+    items = items_for(store)
+    store.commit([write("a", items=items[:40], records={1: b"one"}), write("ab", items=items[:3])])
+    seen = version_of(store, "a")
+    assert store.delete("b", expected_version=seen) is None
+    assert store.delete("a", expected_version=seen + 1) is None
+    store.commit([write("a", seen, items[:1])])
+    before = everything(store)
+    assert store.delete("a", expected_version=seen) is None and everything(store) == before
+    assert store.delete("a", expected_version=version_of(store, "a")) == 41
+    assert everything(store) == {"ab": before["ab"]}
+
+
 def test_commit_of_no_events_creates_a_user(store: StateStore) -> None:
     assert store.commit([write("a"), write("b", records={2: b""})]) == []
     a, b = store.get_many(["a", "b"], 2)
