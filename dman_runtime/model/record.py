@@ -1,7 +1,7 @@
 """The bytes that a store keeps of a state. Pure: nothing here does I/O.
 
-Record, little-endian (sizes at the defaults T=20, m=10, L=2, D=128, float16, with the most context there is: 39
-positions, one event before a segment closes):
+Record, little-endian (sizes at the defaults T=20, m=9, L=3, D=128, float16, a model that sees requests, with the most
+context there is: 40 positions, before the event that closes a segment):
 
     header            32 B    format u8, dtype u8, context positions c u16, item vocabulary u32, bundle id 8 B,
                               event count u64, history count u64
@@ -9,17 +9,18 @@ positions, one event before a segment closes):
                               *head*, which is what `recommend` reads
     user embedding   512 B    float32 [D]
     tail checksum      4 B    CRC-32 u32 of all that follows
-    recent items     156 B    u32 [c] item indices
-    hidden          9984 B    dtype [L-1, c, D]; if closed segments are kept in steps (`rounding`), those of the closed
-                              one come first: dtype [L-1, T] largest values and i8 [L-1, T, D], 5200 B instead of 10240
-    memory          5120 B    dtype [L, m, D]; absent until the first absorption
-    times            360 B    only if the model sees times: i64 seconds where the last event stands and, [c], those of
+    recent items     160 B    u32 [c] item indices
+    closed hidden   5200 B    only if closed segments are kept in steps (`rounding`), and one is in the context: dtype
+                              [L-1, T] largest values, i8 [L-1, T, D] steps
+    hidden         10240 B    dtype [L-1, c, D], without those in steps
+    memory          6912 B    dtype [L, m, D]; absent until the first absorption
+    times            369 B    only if the model sees times: i64 seconds where the last event stands and, [c], those of
                               the context; i8 [c] buckets of the times between; u8 whether the last time is known
     sketch          1796 B    only if the model counts returns: u32 r, u32 [r] item indices, float32 [r, H] counts,
                               u32 [r] events since the last one of the item
     last times       512 B    if it does both: i64 [r] seconds of the last one of the item
 
-A model that sees requests or counts returns closes a segment one event later: 40 positions, 269 B more.
+A model that neither sees requests nor counts returns closes a segment one event earlier: 39 positions.
 """
 
 from __future__ import annotations
@@ -122,15 +123,21 @@ def covered_events(record: bytes) -> int | None:
 
 def unpack(record: bytes, bundle: Bundle) -> State:
     """The state in a record, to be advanced. Raises StateError."""
-    found, room = view(record, bundle), State.empty(bundle)
-    count = len(found.recent)
+    found, room, shape = view(record, bundle), State.empty(bundle), bundle.manifest.state
+    count, start = len(found.recent), head_bytes(shape) + 4 * len(found.recent)
     room.recent[:count], room.times[:count], room.gaps[:count] = found.recent, found.times, found.gaps
-    room.hidden[:, :count] = found.hidden
-    return replace(found, recent=room.recent, times=room.times, gaps=room.gaps, hidden=room.hidden, stored=b"")
+    if closed := _closed_positions(shape, count):
+        room.hidden[:, :closed] = _closed_hidden(record, start, closed, shape, slice(None))
+    room.hidden[:, closed:count] = _open_hidden(record, start, count, closed, shape)
+    in_steps = record[start : start + _hidden_bytes(shape, count)[0]]
+    arrays = {"recent": room.recent, "times": room.times, "gaps": room.gaps, "hidden": room.hidden}
+    return replace(found, **arrays, closed=in_steps, stored=b"")  # type: ignore[arg-type]
 
 
 def view(record: bytes, bundle: Bundle) -> State:
     """The state in a record, for an answer: its arrays lie in the record and end with the context.
+
+    Of hidden states that are kept in steps, it has the last layer only.
 
     It cannot be advanced, and takes half the time of `unpack`. Raises StateError.
     """
@@ -171,26 +178,30 @@ def view(record: bytes, bundle: Bundle) -> State:
     )
 
 
-def _pack_hidden(hidden: np.ndarray, shape: StateShape) -> list[bytes]:
-    """Hidden states (L-1, c, D)."""
-    closed = _closed_positions(shape, hidden.shape[1])
-    if not closed:
-        return [hidden.tobytes()]
-    steps, largest = to_steps(hidden[:, :closed])
-    return [largest.tobytes(), steps.tobytes(), hidden[:, closed:].tobytes()]
-
-
 def _unpack_hidden(record: bytes, start: int, positions: int, shape: StateShape) -> np.ndarray:
-    """(L-1, c, D)."""
-    depth, width, closed = shape.layers - 1, shape.width, _closed_positions(shape, positions)
-    open_at = start + _hidden_bytes(shape, positions)[0]
-    values = np.frombuffer(record, shape.dtype, depth * (positions - closed) * width, open_at)
-    opened = values.reshape(depth, positions - closed, width)
+    """(1, c, D): the last of the L - 1, for an answer, which reads no other; or all of them, where none is in steps."""
+    closed = _closed_positions(shape, positions)
+    opened = _open_hidden(record, start, positions, closed, shape)
     if not closed:
         return opened
-    largest = np.frombuffer(record, shape.dtype, depth * closed, start).reshape(depth, closed)
+    last = slice(shape.layers - 2, None)
+    return np.concatenate([_closed_hidden(record, start, closed, shape, last), opened[last]], axis=1)
+
+
+def _open_hidden(record: bytes, start: int, positions: int, closed: int, shape: StateShape) -> np.ndarray:
+    """(L-1, c - closed, D), a view."""
+    depth, width = shape.layers - 1, shape.width
+    begin = start + _hidden_bytes(shape, positions)[0]
+    values = np.frombuffer(record, shape.dtype, depth * (positions - closed) * width, begin)
+    return values.reshape(depth, positions - closed, width)
+
+
+def _closed_hidden(record: bytes, start: int, closed: int, shape: StateShape, layers: slice) -> np.ndarray:
+    """(layers, closed, D) float32."""
+    depth, width = shape.layers - 1, shape.width
+    largest = np.frombuffer(record, shape.dtype, depth * closed, start)
     steps = np.frombuffer(record, np.int8, depth * closed * width, start + largest.nbytes)
-    return np.concatenate([from_steps(steps.reshape(depth, closed, width), largest), opened], axis=1)
+    return from_steps(steps.reshape(depth, closed, width)[layers], largest.reshape(depth, closed)[layers])
 
 
 def _sketch_row(shape: StateShape) -> int:
@@ -226,7 +237,12 @@ def pack(state: State, bundle: Bundle) -> bytes:
         state.event_count,
         state.history_count,
     )
-    parts = [state.recent[:count].astype("<u4").tobytes(), *_pack_hidden(state.hidden[:, :count], state.shape)]
+    closed = _closed_positions(state.shape, count)
+    if closed and not state.closed:
+        steps, largest = to_steps(state.hidden[:, :closed])
+        state.closed = largest.tobytes() + steps.tobytes()
+    parts = [state.recent[:count].astype("<u4").tobytes(), state.closed if closed else b""]
+    parts.append(state.hidden[:, closed:count].tobytes())
     if absorbed_segments(state.event_count, state.shape):
         parts.append(state.memory.tobytes())
     if state.shape.sees_times:

@@ -137,7 +137,7 @@ def _close_full(states: Sequence[State], *, bundle: Bundle, graphs: Graphs) -> N
         for state in full:
             end = min(state.event_count, shape.context_limit)
             newest = slice(end - shape.segment_length, end)
-            state.hidden[:, newest] = rounded(state.hidden[:, newest])
+            state.hidden[:, newest], state.closed = rounded(state.hidden[:, newest]), b""
     if shape.sketch_items:
         for state in full:
             state.sketch = keep_best(state.counts(), shape.sketch_items)

@@ -53,6 +53,9 @@ class State:
     last_time: int  # seconds where the last event stands; 0 before the first that is known
     last_is_known: bool  # whether that is its own time, and not that of an event before
     sketch: Sketch  # of the closed segments
+    closed: bytes = (
+        b""  # the hidden states of the closed segment in steps, as in a record; empty: to be made from `hidden`
+    )
     stored: bytes = b""  # head of the record that this is a view of, which no other state has; empty if it may change
 
     @classmethod

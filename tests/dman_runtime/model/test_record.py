@@ -31,6 +31,8 @@ from dman_runtime.model.record import (
 )
 from dman_runtime.model.recurrence import advance
 from dman_runtime.model.state import State, absorbed_segments
+from dman_train.config import ModelConfig
+from dman_train.graphs import state_shape
 
 LENGTHS = (0, 1, 4, 5, 6, 9, 10, 11, 14, 15, 23, 40)  # T = 5: around every border
 
@@ -246,13 +248,20 @@ def test_record_of_another_format_is_refused_and_named(bundle: Bundle, states: l
         read_head(record, bundle)
 
 
+def test_record_at_the_default_sizes_takes_what_the_module_says() -> None:
+    shape = state_shape(replace(ModelConfig(), time="request", returns="off"), "float16")
+    sizes = sizes_of_records(shape, range(100))
+    assert max(sizes) == max_record_bytes(shape) == 32 + 4 + 512 + 4 + 160 + 5200 + 10_240 + 6912 + 369
+    assert max(sizes) == max(sizes[40:60]) == max(sizes[60:80])  # it does not grow with the history
+
+
 @pytest.mark.parametrize(
     ("dtype", "recurrent", "largest"),
     [("float16", True, 15_812), ("float32", True, 30_916), ("float16", False, 10_612), ("float32", False, 20_596)],
 )
-def test_record_at_the_default_sizes_takes_what_the_module_says(dtype: str, recurrent: bool, largest: int) -> None:
-    """T=20, m=10, L=2, D=128: the sum of the sizes at the head of `record.py`; twice the hidden states and memory
-    in float32; 19 instead of 39 positions without recurrence."""
+def test_record_of_two_layers_takes_as_much_as_its_parts(dtype: str, recurrent: bool, largest: int) -> None:
+    """T=20, m=10, D=128, and no times: twice the hidden states and memory in float32; 19 instead of 39 positions
+    without recurrence."""
     shape = StateShape(segment_length=20, memory_slots=10, layers=2, width=128, recurrent=recurrent, dtype=dtype)
     sizes = sizes_of_records(shape, range(100))
     assert max(sizes) == max_record_bytes(shape) == largest

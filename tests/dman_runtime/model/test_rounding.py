@@ -26,7 +26,7 @@ def test_rounded_vectors_are_close_and_stay_as_they_are(dtype: str) -> None:
     step = np.abs(vectors).max(-1, keepdims=True).astype(np.float64) / STEPS
     assert (np.abs(found.astype(np.float64) - vectors) <= 0.5 * step + 1e-3 * np.abs(vectors)).all()
     np.testing.assert_array_equal(rounded(found), found)
-    np.testing.assert_array_equal(from_steps(*to_steps(found)), found)  # so a record gives back what was packed
+    np.testing.assert_array_equal(from_steps(*to_steps(found)).astype(dtype), found)  # a record gives back what it got
 
 
 def test_steps_are_those_of_the_largest_value() -> None:
