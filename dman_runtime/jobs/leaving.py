@@ -42,7 +42,7 @@ def user_document(store: StateStore, user_id: str) -> dict[str, Any]:
     with store.snapshot() as snapshot:
         (stored,) = snapshot.get_many([user_id], 0)  # no generation has this number
         if stored is None:
-            raise UsageError(f"no user {user_id!r}", "check the id and --state")
+            raise UsageError(f"no user {user_id!r}", "check the id, and that this is its store")
         items, times = snapshot.history(user_id)
         item_ids = snapshot.item_ids(items)
         records = {

@@ -1,7 +1,7 @@
 """The bytes that a store keeps of a state. Pure: nothing here does I/O.
 
-Record, little-endian (sizes at the defaults T=20, m=9, L=3, D=128, float16, a model that sees requests, with the most
-context there is: 40 positions, before the event that closes a segment):
+Record, little-endian (sizes at T=20, m=9, L=3, D=128, float16, closed segments in steps, a model that sees requests,
+with the most context there is: 40 positions, before the event that closes a segment):
 
     header            32 B    format u8, dtype u8, context positions c u16, item vocabulary u32, bundle id 8 B,
                               event count u64, history count u64
