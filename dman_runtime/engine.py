@@ -41,7 +41,7 @@ from dman_runtime.requests import (
 )
 from dman_runtime.retrieval.base import NO_ITEMS
 from dman_runtime.routing import Router
-from dman_runtime.store.base import Snapshot, StateStore, Write
+from dman_runtime.store.base import Snapshot, StateStore
 
 logger = logging.getLogger(__name__)
 COMMIT_ATTEMPTS = 50
@@ -91,6 +91,7 @@ class Engine:
     def append(self, user: OpenUser, numbers: np.ndarray, timestamps: np.ndarray) -> int:
         """Appends events (N) to what will be stored; returns how many of them the model knows."""
         known = user.projection.known_events((numbers, timestamps))
+        user.prepared = None
         user.items.append(numbers)
         user.timestamps.append(timestamps)
         user.left += known
@@ -139,14 +140,10 @@ class Engine:
         changed = [user for user in users if user.items or user.record_lags]
         if not changed:
             return []
-        conflicts = self.store.commit([self._write(user) for user in changed])
+        conflicts = self.store.commit([user.write() for user in changed])
         if not conflicts:
             self.committed()
         return conflicts
-
-    def _write(self, user: OpenUser) -> Write:
-        user.state.history_count = user.history_count
-        return user.write({user.projection.number: user.projection.generation.pack(user.state)})
 
     # -- updates ---------------------------------------------------------------------------------------------------
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence, Set
+from collections.abc import Iterable, Sequence, Set
 from dataclasses import dataclass, field
 from typing import Self, TypeVar
 
@@ -35,6 +35,7 @@ class OpenUser:
     request_ids: list[int] = field(default_factory=list)  # of the new events, to be remembered
     applied: Set[int] = frozenset()  # request ids that were asked for, and have been applied before
     replaces: bool = False  # `items` and `timestamps` are the whole history, in place of the stored one
+    prepared: Write | None = None  # what a commit changes, once all that was left is in the state
 
     @classmethod
     def read(cls, snapshot: Snapshot, user_id: str, projection: Projection) -> Self:
@@ -63,17 +64,25 @@ class OpenUser:
 
     def rebuild(self, history: Events) -> None:
         """Puts a whole history (N) in place of the stored one: all of it is left to be advanced by."""
-        (numbers, timestamps), self.replaces = history, True
+        (numbers, timestamps), self.replaces, self.prepared = history, True, None
         self.items, self.timestamps = [numbers], [timestamps]
         self.state, self.left = self.projection.empty(), self.projection.known_events(history)
 
-    def write(self, records: Mapping[int, bytes]) -> Write:
-        """What a commit of this user, advanced by all that was left, changes."""
-        assert self.user_id is not None and not len(self.left)
-        items, timestamps = self.new_events
-        return Write(
-            self.user_id, self.head.version, records, items, timestamps, self.request_ids, replace=self.replaces
-        )
+    def write(self) -> Write:
+        """What a commit of this user, advanced by all that was left, changes.
+
+        Made once: where a batch is committed again, as somebody else has changed one of its users, the others must not
+        take time in which that happens again.
+        """
+        if self.prepared is None:
+            assert self.user_id is not None and not len(self.left)
+            self.state.history_count = self.history_count
+            records = {self.projection.number: self.projection.generation.pack(self.state)}
+            items, timestamps = self.new_events
+            self.prepared = Write(
+                self.user_id, self.head.version, records, items, timestamps, self.request_ids, replace=self.replaces
+            )
+        return self.prepared
 
     @property
     def piece_events(self) -> int:

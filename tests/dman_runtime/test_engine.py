@@ -6,7 +6,7 @@ PyTorch; so does any sequence of bundles over one store.
 
 from __future__ import annotations
 
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -28,7 +28,7 @@ from dman_runtime.model.events import without_times
 from dman_runtime.model.generation import Generation
 from dman_runtime.model.recurrence import Graphs
 from dman_runtime.model.state import State
-from dman_runtime.opened import catch_up_updates
+from dman_runtime.opened import OpenUser, catch_up_updates
 from dman_runtime.requests import MAX_EVENTS, MAX_K, Answer, Query, Update, UpdateOutcome, check_update, request_hash
 from dman_runtime.retrieval.base import Hits
 from dman_runtime.store.base import StateStore, StoredUser, Write
@@ -523,6 +523,26 @@ def test_update_that_meets_another_workers_update_loses_neither(engine: Engine) 
     assert [(o.event_count, o.applied) for o in outcomes] == [(6, 2), (1, 1)]
     assert stored_items(engine, "u") == [0, 1, 1, 1, 2, 3]
     assert store.commits == 4
+
+
+def test_batch_that_is_committed_again_makes_only_the_records_of_users_who_changed(
+    engine: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """While it makes the others anew, the busy user would change again."""
+    users = [f"user {number}" for number in range(20)]
+    other, _ = contended(engine, 3, lambda: update(engine, "user 7", [1]))
+    packed = Counter[str]()
+    make = OpenUser.write
+
+    def counted(user: OpenUser) -> Write:
+        packed[str(user.user_id)] += user.prepared is None
+        return make(user)
+
+    monkeypatch.setattr(OpenUser, "write", counted)
+    other.update([Update(user, ids([2, 3])) for user in users])
+    assert packed.pop("user 7") == 4 + 3  # as often as it was opened, and by whoever changed it
+    assert set(packed.values()) == {1} and len(packed) == 19
+    assert stored_items(engine, "user 7") == [1, 1, 1, 2, 3]
 
 
 def test_update_that_another_worker_has_just_applied_is_a_duplicate(engine: Engine) -> None:
