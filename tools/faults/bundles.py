@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 # Fields of the state that came later: not in the bundle id while they have these values.
-LATER_FIELDS = {"times": "none", "sketch_items": 0, "longest_gap": 1 << 40}
+LATER_FIELDS = {"times": "none", "sketch_items": 0, "closed": "full", "longest_gap": 1 << 40}
 MANIFEST, ITEMS, EMBEDDINGS, GOLDEN = "manifest.json", "items.jsonl", "item_embeddings.npy", "golden.npz"
 
 
