@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import fields
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from dman_runtime.data.filters import FILTERS
 from dman_runtime.data.log_options import LogOptions, options_of_training
@@ -64,20 +64,14 @@ def backup(arguments: argparse.Namespace) -> int:
     from dman_runtime.jobs.backup import backup as copy_store
 
     copied = copy_store(arguments.state, arguments.output)
-    print(f"copied {arguments.state} to {copied.summary()}")
-    if arguments.json:
-        print_json(vars(copied))
-    return 0
+    return _done(arguments, f"copied {arguments.state} to {copied.summary()}", vars(copied))
 
 
 def restore(arguments: argparse.Namespace) -> int:
     from dman_runtime.jobs.backup import restore as restore_store
 
     copied = restore_store(arguments.backup, arguments.state)
-    print(f"restored {arguments.backup} to {copied.summary()}")
-    if arguments.json:
-        print_json(vars(copied))
-    return 0
+    return _done(arguments, f"restored {arguments.backup} to {copied.summary()}", vars(copied))
 
 
 def export_user(arguments: argparse.Namespace) -> int:
@@ -103,10 +97,8 @@ def expire(arguments: argparse.Namespace) -> int:
         arguments.state, map_size=arguments.map_size_mib << 20, readonly=arguments.dry_run, must_exist=True
     ) as store:
         result = expire_users(store, before=before, dry_run=arguments.dry_run)
-    print(result.summary(dry_run=arguments.dry_run))
-    if arguments.json:
-        print_json(vars(result) | {"before": before, "dry_run": arguments.dry_run})
-    return 0
+    content = vars(result) | {"before": before, "dry_run": arguments.dry_run}
+    return _done(arguments, result.summary(dry_run=arguments.dry_run), content)
 
 
 def token(arguments: argparse.Namespace) -> int:
@@ -115,6 +107,14 @@ def token(arguments: argparse.Namespace) -> int:
     token, line = new_token(arguments.name, arguments.roles.split(","))
     print(f"token, shown this once: {token}")
     print(f"line for the token file: {line}")
+    return 0
+
+
+def _done(arguments: argparse.Namespace, text: str, content: dict[str, Any]) -> int:
+    """Prints the result of a command for people and, if asked for, as JSON. Returns the exit status."""
+    print(text)
+    if arguments.json:
+        print_json(content)
     return 0
 
 
@@ -163,10 +163,8 @@ def import_(arguments: argparse.Namespace) -> int:
         with LmdbStore.open(arguments.state, map_size=arguments.map_size_mib << 20) as store:
             result = import_histories(log, Engine(generation, store))
     log.report.unknown_users = result.new_users
-    print(f"imported {result.events} events of {result.users} users into {arguments.state}; {result.summary()}")
-    if arguments.json:
-        print_json(vars(result) | {"input": log.report.as_dict()})
-    return 0
+    text = f"imported {result.events} events of {result.users} users into {arguments.state}; {result.summary()}"
+    return _done(arguments, text, vars(result) | {"input": log.report.as_dict()})
 
 
 def rebuild(arguments: argparse.Namespace) -> int:
@@ -181,13 +179,9 @@ def rebuild(arguments: argparse.Namespace) -> int:
     generation = _generation(arguments)
     with LmdbStore.open(arguments.state, map_size=arguments.map_size_mib << 20, must_exist=True) as store:
         result = rebuild_store(Engine(generation, store), path=arguments.state, max_share=arguments.max_share)
-    print(
-        f"encoded {result.events} events for {result.rebuilt} records of bundle {generation.bundle_id} in "
-        f"{arguments.state}; {result.summary()}"
-    )
-    if arguments.json:
-        print_json(vars(result) | {"bundle_id": generation.bundle_id})
-    return 0
+    text = f"encoded {result.events} events for {result.rebuilt} records of bundle {generation.bundle_id}"
+    content = vars(result) | {"bundle_id": generation.bundle_id}
+    return _done(arguments, f"{text} in {arguments.state}; {result.summary()}", content)
 
 
 def activate(arguments: argparse.Namespace) -> int:
@@ -208,10 +202,8 @@ def activate(arguments: argparse.Namespace) -> int:
             share=arguments.share,
             wait=arguments.wait,
         )
-    print(result.summary())
-    if arguments.json:
-        print_json(result.rollout._asdict() | {"before": result.before, "servers": result.servers})
-    return 0
+    content = result.rollout._asdict() | {"before": result.before, "servers": result.servers}
+    return _done(arguments, result.summary(), content)
 
 
 def generations(arguments: argparse.Namespace) -> int:
@@ -220,10 +212,8 @@ def generations(arguments: argparse.Namespace) -> int:
 
     with LmdbStore.open(arguments.state, readonly=True) as store:
         found = list_generations(store)
-    print(format_generations(found))
-    if arguments.json:
-        print_json({"users": found.users, "generations": [vars(one) for one in found.generations]})
-    return 0
+    content = {"users": found.users, "generations": [vars(one) for one in found.generations]}
+    return _done(arguments, format_generations(found), content)
 
 
 def drop(arguments: argparse.Namespace) -> int:

@@ -23,7 +23,15 @@ from dman_runtime.model.bundle import Bundle
 from dman_runtime.model.events import NO_EVENTS
 from dman_runtime.model.generation import Generation
 from dman_runtime.model.state import absorbed_segments, segment_fill
-from dman_runtime.opened import OpenQuery, OpenUpdates, OpenUser, by_projection, catch_up_updates, what_if_events
+from dman_runtime.opened import (
+    OpenQuery,
+    OpenUpdates,
+    OpenUser,
+    by_projection,
+    catch_up_updates,
+    read_users,
+    what_if_events,
+)
 from dman_runtime.projection import Projection
 from dman_runtime.ranking import rank
 from dman_runtime.requests import (
@@ -82,7 +90,7 @@ class Engine:
         """
         projections = self._projections(user_ids)
         with self.store.snapshot() as snapshot:
-            users = [OpenUser.read(snapshot, *one) for one in zip(user_ids, projections, strict=True)]
+            users = read_users(snapshot, user_ids, projections)
             for user_id, user in zip(user_ids, users, strict=True):
                 if user_id in request_ids:
                     user.applied = snapshot.applied(user_id, request_ids[user_id])
@@ -125,14 +133,10 @@ class Engine:
         for user in users:
             user.left = NO_EVENTS
 
-    def advance_pieces(self, users: Sequence[OpenUser]) -> int:
-        """Advances different users, who have events left, by a piece of a segment each; returns how many events."""
-        events = 0
+    def advance_pieces(self, users: Sequence[OpenUser]) -> None:
+        """Advances different users, who have events left, by a piece of a segment each."""
         for projection, group in by_projection(users):
-            pieces = [user.take_piece() for user in group]
-            projection.generation.advance_pieces(pieces)
-            events += sum(len(piece.events) for piece in pieces)
-        return events
+            projection.generation.advance_pieces([user.take_piece() for user in group])
 
     def commit(self, users: Sequence[OpenUser]) -> list[str]:
         """Stores advanced users that have changed, all at once. Returns those that somebody else has changed since
@@ -294,7 +298,7 @@ class Engine:
         elif lags or len(what_if):
             opened.user = OpenUser.anonymous(projection)
             if view is not None and user_id is not None:
-                opened.user = OpenUser.read(snapshot, user_id, projection)
+                (opened.user,) = read_users(snapshot, [user_id], [projection])
             opened.user.left += what_if
             opened.event_count = opened.user.event_count
         elif found is not None:
@@ -303,11 +307,7 @@ class Engine:
 
     def answer(self, opened: Sequence[OpenQuery]) -> list[Answer]:
         """Ranks for opened queries whose users have been advanced."""
-        answers: dict[int, Answer] = {}
-        for projection, group in by_projection(opened):
-            ranked = rank(group, projection.generation)
-            answers |= {id(one): answer for one, answer in zip(group, ranked, strict=True)}
-        return [answers[id(one)] for one in opened]
+        return rank(opened)
 
     # -- users -----------------------------------------------------------------------------------------------------
 
@@ -321,7 +321,7 @@ class Engine:
             (stored,) = snapshot.get_many([user_id], projection.number)
             if stored is None:
                 return None
-            user = OpenUser.read(snapshot, user_id, projection)
+            user = OpenUser.of(snapshot, user_id, projection, stored)
             shape, count = projection.bundle.manifest.state, stored.head.history_count
             items, timestamps = snapshot.history(user_id, max(0, count - recent_events), count)
             recent_item_ids = snapshot.item_ids(items)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence, Set
+from collections.abc import Iterable, Iterator, Sequence, Set
 from dataclasses import dataclass, field
 from typing import Self, TypeVar
 
@@ -15,7 +15,7 @@ from dman_runtime.model.recurrence import Piece, next_piece
 from dman_runtime.model.state import State
 from dman_runtime.projection import Projection
 from dman_runtime.requests import Query, Update, UpdateOutcome
-from dman_runtime.store.base import Events, Head, Snapshot, Write
+from dman_runtime.store.base import Events, Head, Snapshot, StoredUser, Write
 
 NEW_USER = Head(version=0, history_count=0, generation=0)
 
@@ -38,9 +38,8 @@ class OpenUser:
     prepared: Write | None = None  # what a commit changes, once all that was left is in the state
 
     @classmethod
-    def read(cls, snapshot: Snapshot, user_id: str, projection: Projection) -> Self:
-        """A user as stored, or a new one."""
-        (stored,) = snapshot.get_many([user_id], projection.number)
+    def of(cls, snapshot: Snapshot, user_id: str, projection: Projection, stored: StoredUser | None) -> Self:
+        """A user as stored in the snapshot, or a new one."""
         head, record = stored or (NEW_USER, None)
         return cls(user_id, head, projection, *projection.read(snapshot, user_id, head, record))
 
@@ -130,6 +129,18 @@ class OpenQuery:
     what_if: KnownEvents
     unknown: list[str]
     lags: bool = False  # the user's record does not cover the history: catch up first, then open the query again
+
+
+def read_users(snapshot: Snapshot, user_ids: Sequence[str], projections: Sequence[Projection]) -> list[OpenUser]:
+    """Users as stored, or new ones, each for its projection: one reading for all users of a generation."""
+    stored: dict[Projection, Iterator[StoredUser | None]] = {}
+    for projection in dict.fromkeys(projections):
+        own = [user_id for user_id, one in zip(user_ids, projections, strict=True) if one is projection]
+        stored[projection] = iter(snapshot.get_many(own, projection.number))
+    return [
+        OpenUser.of(snapshot, user_id, projection, next(stored[projection]))
+        for user_id, projection in zip(user_ids, projections, strict=True)
+    ]
 
 
 Opened = TypeVar("Opened", OpenUser, OpenQuery)

@@ -8,14 +8,22 @@ import numpy as np
 
 from dman_runtime.model.bundle import Bundle, Items
 from dman_runtime.model.generation import Generation
-from dman_runtime.opened import OpenQuery
+from dman_runtime.opened import OpenQuery, by_projection
 from dman_runtime.requests import Answer
 from dman_runtime.retrieval.base import NO_ITEMS, Added, Hits
 from dman_runtime.retrieval.exact import search_scores
 
 
-def rank(opened: Sequence[OpenQuery], generation: Generation) -> list[Answer]:
-    """Ranks for opened queries whose users have been advanced."""
+def rank(opened: Sequence[OpenQuery]) -> list[Answer]:
+    """Ranks for opened queries whose users have been advanced, those of a generation together."""
+    answers: dict[int, Answer] = {}
+    for projection, group in by_projection(opened):
+        ranked = _rank(group, projection.generation)
+        answers |= {id(one): answer for one, answer in zip(group, ranked, strict=True)}
+    return [answers[id(one)] for one in opened]
+
+
+def _rank(opened: Sequence[OpenQuery], generation: Generation) -> list[Answer]:
     hits: list[Hits | None] = [None] * len(opened)
     limits = [_limits(one, generation.bundle.items) for one in opened]
     personal = [row for row, one in enumerate(opened) if one.event_count]

@@ -20,7 +20,7 @@ class Router:
     def __init__(self, own: Projection, store: StateStore) -> None:
         """`own`: of the bundle that the server was started with."""
         self.own, self._store = own, store
-        self._loaded: Mapping[str, Projection] = {own.bundle.bundle_id: own}  # replaced, never changed
+        self._serve({own.bundle.bundle_id: own})
         self._rollout = NO_ROLLOUT  # as seen last
 
     @property
@@ -29,16 +29,15 @@ class Router:
         return self._loaded
 
     def add(self, projection: Projection) -> None:
-        self._loaded = {**self._loaded, projection.bundle.bundle_id: projection}
+        self._serve({**self._loaded, projection.bundle.bundle_id: projection})
 
     def remove(self, bundle_id: str) -> None:
         """Requests under way keep what they have."""
-        self._loaded = {name: one for name, one in self._loaded.items() if name != bundle_id or one is self.own}
+        self._serve({name: one for name, one in self._loaded.items() if name != bundle_id or one is self.own})
 
-    @property
-    def most_items(self) -> int:
-        """Of a bundle that may answer."""
-        return max(len(one.bundle.items.item_ids) for one in self._loaded.values())
+    def _serve(self, loaded: Mapping[str, Projection]) -> None:
+        self._loaded = loaded  # replaced, never changed
+        self.most_items = max(len(one.bundle.items.item_ids) for one in loaded.values())  # of a bundle that may answer
 
     def rollout(self) -> Rollout:
         """What servers with this bundle follow now; NO_ROLLOUT where it takes no part. Raises StoreError."""

@@ -30,7 +30,7 @@ def check_records(engine: Engine) -> None:
 class HookedStore:
     """The real store; `before` sees the number of each commit before it happens."""
 
-    def __init__(self, store: StateStore, before: Callable[[int], None]) -> None:
+    def __init__(self, store: StateStore, before: Callable[[int], object]) -> None:
         self._store, self._before, self.commits = store, before, 0
 
     def __getattr__(self, name: str) -> Any:

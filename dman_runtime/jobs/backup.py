@@ -5,7 +5,6 @@ A copy gets its name only once it is complete, sound and on the disk. Nothing th
 
 from __future__ import annotations
 
-import os
 import shutil
 import uuid
 from collections.abc import Iterator, Mapping
@@ -15,6 +14,7 @@ from pathlib import Path
 
 from dman_runtime.errors import StoreDamagedError, UsageError
 from dman_runtime.jobs.verifying import format_report, verify_store
+from dman_runtime.store.files import sync
 from dman_runtime.store.lmdb import LmdbStore
 from dman_runtime.store.lmdb_errors import store_errors
 
@@ -63,7 +63,7 @@ def restore(source: Path, state: Path) -> Copied:
         copied = _checked(partial, state, "the disk is damaged: the backup itself was sound")
         if state.exists():  # an empty mount point, which cannot be replaced
             (partial / DATA).rename(state / DATA)
-            _sync(state)
+            sync(state)
         return copied
 
 
@@ -77,7 +77,7 @@ def _copying(path: Path) -> Iterator[Path]:
             yield partial
             if not path.exists():
                 partial.rename(path)
-                _sync(path.parent)
+                sync(path.parent)
         finally:
             shutil.rmtree(partial, ignore_errors=True)
 
@@ -85,18 +85,10 @@ def _copying(path: Path) -> Iterator[Path]:
 def _checked(partial: Path, path: Path, remedy: str) -> Copied:
     """Syncs a copy and reads everything in it."""
     (partial / DATA).chmod(0o600)
-    _sync(partial / DATA)
+    sync(partial / DATA)
     report = verify_store(partial)
     (partial / "lock.mdb").unlink(missing_ok=True)
-    _sync(partial)
+    sync(partial)
     if not report.sound:
         raise StoreDamagedError(f"the copy of the store is not sound: {format_report(report)}", remedy)
     return Copied(str(path), (partial / DATA).stat().st_size, report.counts)
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

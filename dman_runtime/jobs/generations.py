@@ -32,7 +32,7 @@ class Generations:
 def list_generations(store: StateStore) -> Generations:
     """Reads the start of every record. Raises StoreError."""
     rollout = store.rollout()
-    shares = {rollout.active: 1 - rollout.share, rollout.trial: rollout.share, "": 0.0}
+    shares = {rollout.active: 1 - rollout.share, rollout.trial: rollout.share}
     found = {
         number: GenerationInfo(number, bundle_id, share=shares.get(bundle_id, 0.0))
         for bundle_id, number in store.generations().items()
@@ -65,7 +65,7 @@ def drop_generation(store: StateStore, bundle_id: str, servers: Sequence[Present
     """
     known, rollout = store.generations(), store.rollout()
     answering = {rollout.active, rollout.trial, rollout.prepared}
-    answering |= {one.bundle_id for one in servers if not rollout.active or one.bundle_id not in rollout.bundles}
+    answering |= {rollout.answering(one.bundle_id) for one in servers}
     if bundle_id in answering:
         raise UsageError(f"bundle {bundle_id} answers, or is about to", "activate another one first")
     if bundle_id not in known:

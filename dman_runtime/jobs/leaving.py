@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import logging
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,7 +13,6 @@ from dman_runtime.errors import UsageError
 from dman_runtime.model.record import HEADER_BYTES, covered_events
 from dman_runtime.store.base import StateStore
 
-logger = logging.getLogger(__name__)
 DAY = 24 * 3600  # seconds
 
 

@@ -24,7 +24,7 @@ from dman_runtime.errors import StateError, StoreFullError
 from dman_runtime.model.events import NO_EVENTS
 from dman_runtime.model.record import head_bytes, read_head, record_bytes
 from dman_runtime.opened import OpenUser
-from dman_runtime.store.base import StoredUser
+from dman_runtime.store.base import StoredUser, StoreStats
 
 logger = logging.getLogger(__name__)
 MAX_PASSES = 4
@@ -61,7 +61,7 @@ class _Lag(NamedTuple):
 class _Work:
     """What there is to do."""
 
-    users: int = 0
+    store: StoreStats
     lagging: int = 0
     events: int = 0
     new_bytes: int = 0
@@ -97,11 +97,11 @@ def rebuild(engine: Engine, *, path: Path | None = None, max_share: float = 1.0)
     with tqdm(unit="ev", unit_scale=True, desc="rebuild", disable=None) as bar:
         for number in range(MAX_PASSES):
             work = _work(engine)
-            result.users, result.lagging = work.users, work.lagging
+            result.users, result.lagging = work.store.users, work.lagging
             if work.lagging <= (BATCH_USERS if number else 0):
                 break
             _require_room(engine, work, path)
-            logger.info("%d of %d users need %d events encoded", work.lagging, work.users, work.events)
+            logger.info("%d of %d users need %d events encoded", work.lagging, result.users, work.events)
             bar.total = (bar.total or 0) + work.events
             for lags in _windows(engine):
                 for batch in _batches(lags):
@@ -115,7 +115,7 @@ def rebuild(engine: Engine, *, path: Path | None = None, max_share: float = 1.0)
 
 
 def _work(engine: Engine) -> _Work:
-    work = _Work(users=engine.store.stats().users)
+    work = _Work(engine.store.stats())
     for lags in _windows(engine):
         work.lagging += len(lags)
         work.events += sum(lag.events for lag in lags)
@@ -146,7 +146,7 @@ def _lag(engine: Engine, user_id: str, stored: StoredUser) -> _Lag | None:
 
 def _require_room(engine: Engine, work: _Work, path: Path | None) -> None:
     """StoreFullError where the new records would fill the store or its disk: servers could then store nothing."""
-    stats, bundle_id = engine.store.stats(), engine.projection.bundle.bundle_id
+    stats, bundle_id = work.store, engine.projection.bundle.bundle_id
     needed = work.new_bytes + work.new_bytes // 16
     room = stats.map_size - stats.map_size // 8 - stats.bytes_used if stats.map_size else needed
     if needed > room:

@@ -17,7 +17,7 @@ import lmdb
 from lmdb.verify import verify
 
 from dman_runtime.errors import StoreError, StoreMismatchError
-from dman_runtime.store.files import StoreFiles, check_directory, has_data, map_size_to_read, stored_map_size
+from dman_runtime.store.files import StoreFiles, check_directory, has_data, map_size_to_read, stored_map_size, sync
 from dman_runtime.store.history import DamagedError
 from dman_runtime.store.lmdb_errors import disk_is_full, store_errors
 from dman_runtime.store.lmdb_layout import FORMAT_VERSION, NAMES, OLD_FORMAT, read_info, write_info
@@ -305,9 +305,7 @@ def _open(path: Path, map_size: int, *, readonly: bool) -> lmdb.Environment:
 def _sync_names(path: Path) -> None:
     """LMDB syncs the file; its name is ours to sync."""
     for directory in (path, path.resolve().parent):
-        descriptor = os.open(directory, os.O_RDONLY)
-        os.fsync(descriptor)
-        os.close(descriptor)
+        sync(directory)
 
 
 def _check_length(env: lmdb.Environment, path: Path) -> None:

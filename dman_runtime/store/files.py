@@ -194,3 +194,12 @@ def _locked(descriptor: int, kind: int) -> bool:
             raise
         return False
     return True
+
+
+def sync(path: Path) -> None:
+    """Brings the content of a file, or the names in a directory, to the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

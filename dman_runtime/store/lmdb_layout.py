@@ -7,16 +7,17 @@ from __future__ import annotations
 import json
 import struct
 import zlib
-from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple, Self
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple, Self, TypeVar
 from uuid import uuid4
 
 import lmdb
 
 from dman_runtime.store.base import UNKNOWN_TYPES, IdTypes, checked_types
-from dman_runtime.store.history import DamagedError
+from dman_runtime.store.history import Bytes, DamagedError
 from dman_runtime.store.rollout import NO_ROLLOUT, Rollout, checked_rollout
 
+Entry = TypeVar("Entry")
 FORMAT_VERSION, OLD_FORMAT = 4, 3
 NUMBER = struct.Struct(">I")  # in keys, so that they are in order
 HEAD_SUFFIX = b"\0" + NUMBER.pack(0)
@@ -136,15 +137,11 @@ def write_generations(txn: lmdb.Transaction, meta: lmdb._Database, bundle_ids: S
 def read_id_types(txn: lmdb.Transaction, meta: lmdb._Database) -> IdTypes:
     """UNKNOWN_TYPES where there is no entry: earlier releases write none. Raises DamagedError."""
     value = txn.get(b"id_types", db=meta)
-    if value is None:
-        return UNKNOWN_TYPES
-    text, without_checksum = unpack_text(bytes(value[:_MAX_META]), 0, _ID_TYPES)
-    try:
-        if without_checksum:
-            raise ValueError
-        return checked_types(IdTypes(**json.loads(text)))
-    except (ValueError, TypeError) as error:
-        raise DamagedError(f"{_ID_TYPES} is damaged") from error
+    return UNKNOWN_TYPES if value is None else _unpack_entry(value, _ID_TYPES, lambda of: checked_types(IdTypes(**of)))
+
+
+def write_id_types(txn: lmdb.Transaction, meta: lmdb._Database, types: IdTypes) -> None:
+    txn.put(b"id_types", _pack_entry(types._asdict()), db=meta)
 
 
 NOTHING_SET = (b"", NO_ROLLOUT)
@@ -158,19 +155,23 @@ def read_rollout(txn: lmdb.Transaction, meta: lmdb._Database, last: tuple[bytes,
     value = txn.get(b"rollout", b"", db=meta)
     if value == last[0]:
         return last
-    stored = bytes(value[:_MAX_META])
-    text, without_checksum = unpack_text(stored, 0, _ROLLOUT)
-    try:
-        if without_checksum:
-            raise ValueError
-        return stored, checked_rollout(Rollout(**json.loads(text)))
-    except (ValueError, TypeError, AttributeError) as error:
-        raise DamagedError(f"{_ROLLOUT} is damaged") from error
+    return bytes(value), _unpack_entry(value, _ROLLOUT, lambda of: checked_rollout(Rollout(**of)))
 
 
 def write_rollout(txn: lmdb.Transaction, meta: lmdb._Database, rollout: Rollout) -> None:
-    txn.put(b"rollout", pack_text(json.dumps(rollout._asdict(), sort_keys=True).encode(), 0), db=meta)
+    txn.put(b"rollout", _pack_entry(rollout._asdict()), db=meta)
 
 
-def write_id_types(txn: lmdb.Transaction, meta: lmdb._Database, types: IdTypes) -> None:
-    txn.put(b"id_types", pack_text(json.dumps(types._asdict(), sort_keys=True).encode(), 0), db=meta)
+def _unpack_entry(value: Bytes, what: str, make: Callable[[Any], Entry]) -> Entry:
+    """What `make` makes of the JSON in an entry with a checksum. Raises DamagedError."""
+    text, without_checksum = unpack_text(bytes(value[:_MAX_META]), 0, what)
+    try:
+        if without_checksum:
+            raise ValueError
+        return make(json.loads(text))
+    except (ValueError, TypeError, AttributeError) as error:
+        raise DamagedError(f"{what} is damaged") from error
+
+
+def _pack_entry(content: Mapping[str, Any]) -> bytes:
+    return pack_text(json.dumps(content, sort_keys=True).encode(), 0)

@@ -17,6 +17,10 @@ class Rollout(NamedTuple):
     prepared: str = ""  # id of a bundle that servers load, as it is about to answer; or ""
     bundles: Mapping[str, str] = {}  # by id, their directories, or "": a server that was started with one takes part
 
+    def answering(self, own: str) -> str:
+        """The id of the bundle that a server answers with, trials aside, if it was started with the bundle `own`."""
+        return self.active if self.active and own in self.bundles else own
+
     def of(self, user_id: str) -> str:
         """The id of the bundle that serves a user."""
         if not self.trial:

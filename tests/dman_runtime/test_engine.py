@@ -18,6 +18,7 @@ import torch
 from conftest import STORES, TINY_ITEMS, assert_close, events_of, ids, new_store
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
+from record_checks import HookedStore
 
 from dman_runtime import engine as engine_module
 from dman_runtime.data.ids import MAX_ID_BYTES
@@ -492,27 +493,9 @@ def test_update_leaves_nothing_behind_when_the_graphs_fail_half_way(engine: Engi
     assert [outcome.applied for outcome in engine.update(updates)] == [20, 23, 1]  # the request ids are not used up
 
 
-class ConflictingStore:
-    """The real store, but before each of the first `conflicts` commits another worker does `meanwhile`."""
-
-    def __init__(self, store: StateStore, conflicts: int, meanwhile: Callable[[], object]) -> None:
-        self._store, self._left, self._meanwhile = store, conflicts, meanwhile
-        self.commits = 0
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._store, name)
-
-    def commit(self, writes: Sequence[Write]) -> list[str]:
-        self.commits += 1
-        if self._left:
-            self._left -= 1
-            self._meanwhile()
-        return self._store.commit(writes)
-
-
-def contended(engine: Engine, conflicts: int, meanwhile: Callable[[], object]) -> tuple[Engine, ConflictingStore]:
-    """A second worker over the same store."""
-    store = ConflictingStore(engine.store, conflicts, meanwhile)
+def contended(engine: Engine, conflicts: int, meanwhile: Callable[[], object]) -> tuple[Engine, HookedStore]:
+    """A second worker over the same store: before each of its first `conflicts` commits another does `meanwhile`."""
+    store = HookedStore(engine.store, lambda number: meanwhile() if number <= conflicts else None)
     return Engine(engine.projection.generation, store), store  # type: ignore[arg-type]
 
 
