@@ -7,13 +7,14 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from dman_runtime.commands import COMMANDS
+from dman_runtime.commands import logs, servers, stores
 from dman_runtime.data.filters import Filters
 from dman_runtime.data.log_options import LogOptions
 from dman_runtime.jobs.partitions import MAX_UNKNOWN
 from dman_runtime.options import Parser, configure_logging, run_command
 
 DEFAULT_BUNDLE, DEFAULT_STATE, DEFAULT_LOG = Path("bundle"), Path("state"), Path("data/log.csv")
+COMMANDS = servers.COMMANDS | stores.COMMANDS | logs.COMMANDS
 DEFAULT_MAP_SIZE_MIB = 64 << 10  # of address space; the disk holds only what is used
 
 

@@ -211,14 +211,15 @@ def test_what_answers_requests_knows_the_interface_of_stores_and_no_store() -> N
     }
     assert found == {}
     assert importers("dman_runtime", "dman_runtime.store.lmdb") == {
-        "commands", "jobs.backup", "jobs.inspecting", "jobs.verifying", "serving.app", "store.lmdb_verify",
+        "commands.logs", "commands.stores", "jobs.backup", "jobs.inspecting", "jobs.verifying", "serving.app",
+        "store.lmdb_verify",
     }  # fmt: skip
     assert importers("dman_runtime", "dman_runtime.store.memory") == set()  # for tests
 
 
 def test_nothing_but_the_command_imports_the_server() -> None:
     outside = {name for name in importers("dman_runtime", "dman_runtime.serving") if not within(name, "serving")}
-    assert outside == {"commands"}
+    assert outside == {"commands.servers"}
 
 
 TRAINING_MAY_IMPORT = ("data", "errors", "jobs.evaluating", "model", "options", "retrieval")

@@ -1,0 +1,25 @@
+"""What several commands do."""
+
+from __future__ import annotations
+
+import argparse
+from typing import TYPE_CHECKING, Any
+
+from dman_runtime.options import print_json
+
+if TYPE_CHECKING:
+    from dman_runtime.model.generation import Generation
+
+
+def done(arguments: argparse.Namespace, text: str, content: dict[str, Any]) -> int:
+    """Prints the result of a command for people and, if asked for, as JSON. Returns the exit status."""
+    print(text)
+    if arguments.json:
+        print_json(content)
+    return 0
+
+
+def open_generation(arguments: argparse.Namespace) -> Generation:
+    from dman_runtime.model.generation import Generation
+
+    return Generation.open(arguments.bundle, provider=arguments.provider, threads=arguments.encoder_threads)

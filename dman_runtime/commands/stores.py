@@ -1,0 +1,157 @@
+"""What the commands do that look after a state store. Heavy imports wait until a command needs them."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from collections.abc import Callable
+
+from dman_runtime.commands.steps import done, open_generation
+from dman_runtime.errors import UsageError
+from dman_runtime.options import print_json
+
+MAX_IDLE_DAYS = 36_500
+
+
+def verify(arguments: argparse.Namespace) -> int:
+    from dman_runtime.jobs.verifying import format_report, verify_store
+
+    report = verify_store(arguments.state)
+    print(format_report(report))
+    if arguments.json:
+        print_json(report.as_dict())
+    return report.exit_status
+
+
+def backup(arguments: argparse.Namespace) -> int:
+    from dman_runtime.jobs.backup import backup as copy_store
+
+    copied = copy_store(arguments.state, arguments.output)
+    return done(arguments, f"copied {arguments.state} to {copied.summary()}", vars(copied))
+
+
+def restore(arguments: argparse.Namespace) -> int:
+    from dman_runtime.jobs.backup import restore as restore_store
+
+    copied = restore_store(arguments.backup, arguments.state)
+    return done(arguments, f"restored {arguments.backup} to {copied.summary()}", vars(copied))
+
+
+def export_user(arguments: argparse.Namespace) -> int:
+    from dman_runtime.jobs.leaving import document_text, user_document
+    from dman_runtime.store.lmdb import LmdbStore
+
+    with LmdbStore.open(arguments.state, readonly=True) as store:
+        print(document_text(user_document(store, arguments.user)))
+    return 0
+
+
+def expire(arguments: argparse.Namespace) -> int:
+    from dman_runtime.jobs.leaving import DAY
+    from dman_runtime.jobs.leaving import expire as expire_users
+    from dman_runtime.store.lmdb import LmdbStore
+
+    if not 0 < arguments.idle_days < MAX_IDLE_DAYS:
+        raise UsageError(
+            f"idle-days is {arguments.idle_days:g}", f"choose more than 0, below {MAX_IDLE_DAYS}", parameter="idle_days"
+        )
+    before = int(time.time() - DAY * arguments.idle_days)
+    with LmdbStore.open(
+        arguments.state, map_size=arguments.map_size_mib << 20, readonly=arguments.dry_run, must_exist=True
+    ) as store:
+        result = expire_users(store, before=before, dry_run=arguments.dry_run)
+    content = vars(result) | {"before": before, "dry_run": arguments.dry_run}
+    return done(arguments, result.summary(dry_run=arguments.dry_run), content)
+
+
+def rebuild(arguments: argparse.Namespace) -> int:
+    from dman_runtime.engine import Engine
+    from dman_runtime.jobs.rebuilding import rebuild as rebuild_store
+    from dman_runtime.store.lmdb import LmdbStore
+
+    if not 0 < arguments.max_share <= 1:
+        raise UsageError(
+            f"max-share is {arguments.max_share}", "choose more than 0, and 1 at most", parameter="max_share"
+        )
+    generation = open_generation(arguments)
+    with LmdbStore.open(arguments.state, map_size=arguments.map_size_mib << 20, must_exist=True) as store:
+        result = rebuild_store(Engine(generation, store), path=arguments.state, max_share=arguments.max_share)
+    text = f"encoded {result.events} events for {result.rebuilt} records of bundle {generation.bundle_id}"
+    content = vars(result) | {"bundle_id": generation.bundle_id}
+    return done(arguments, f"{text} in {arguments.state}; {result.summary()}", content)
+
+
+def activate(arguments: argparse.Namespace) -> int:
+    from dman_runtime.engine import Engine
+    from dman_runtime.jobs.activating import activate as activate_bundle
+    from dman_runtime.store.lmdb import LmdbStore
+
+    if not 0 < arguments.share <= 1:
+        raise UsageError(f"share is {arguments.share}", "choose more than 0, and 1 at most", parameter="share")
+    generation = open_generation(arguments)
+    with LmdbStore.open(arguments.state, map_size=arguments.map_size_mib << 20, must_exist=True) as store:
+        Engine(generation, store)  # gives the bundle its numbers
+        result = activate_bundle(
+            store,
+            arguments.state,
+            generation.bundle_id,
+            arguments.bundle,
+            share=arguments.share,
+            wait=arguments.wait,
+        )
+    content = result.rollout._asdict() | {"before": result.before, "servers": result.servers}
+    return done(arguments, result.summary(), content)
+
+
+def generations(arguments: argparse.Namespace) -> int:
+    from dman_runtime.jobs.generations import format_generations, list_generations
+    from dman_runtime.store.lmdb import LmdbStore
+
+    with LmdbStore.open(arguments.state, readonly=True) as store:
+        found = list_generations(store)
+    content = {"users": found.users, "generations": [vars(one) for one in found.generations]}
+    return done(arguments, format_generations(found), content)
+
+
+def drop(arguments: argparse.Namespace) -> int:
+    from dman_runtime.jobs.generations import drop_generation
+    from dman_runtime.presence import present
+    from dman_runtime.store.lmdb import LmdbStore
+
+    with LmdbStore.open(arguments.state, map_size=arguments.map_size_mib << 20, must_exist=True) as store:
+        dropped = drop_generation(store, arguments.bundle_id, present(arguments.state))
+    print(f"dropped {dropped} records of bundle {arguments.bundle_id} from {arguments.state}; all histories stay")
+    return 0
+
+
+def inspect(arguments: argparse.Namespace) -> int:
+    from dman_runtime.jobs.inspecting import inspect_bundle, inspect_store, inspect_user
+
+    if arguments.user is not None and arguments.state is None:
+        raise UsageError("a user needs the store that holds the state", "name its directory", parameter="state")
+    if arguments.user is not None:
+        result = inspect_user(arguments.bundle, arguments.state, arguments.user)
+    else:
+        result = {"bundle": inspect_bundle(arguments.bundle)}
+        if arguments.state is not None:
+            result["state"] = inspect_store(arguments.state)
+    if arguments.json:
+        print_json(result)
+    else:
+        print(json.dumps(result, indent=2, ensure_ascii=False))
+    return 0
+
+
+COMMANDS: dict[str, Callable[[argparse.Namespace], int]] = {
+    "verify": verify,
+    "backup": backup,
+    "restore": restore,
+    "export-user": export_user,
+    "expire": expire,
+    "rebuild": rebuild,
+    "activate": activate,
+    "generations": generations,
+    "drop": drop,
+    "inspect": inspect,
+}
