@@ -12,6 +12,7 @@ served are its *generations*; each user has at most one record of each.
 | seen | user | the item numbers of the history, as a set |
 | record | user, generation | bytes that the store does not read |
 | request ids | user | hashes of the ids of applied updates, for a day, also after the user is deleted |
+| catalogue | item number | whether the item is switched off; outlives every bundle |
 | id types | | whether the ids of users and of items are integers or text, once a bundle has decided it |
 
 All methods may be called from many threads. Everything written is durable when a method returns, in stores that are
@@ -28,7 +29,7 @@ from typing import NamedTuple, Protocol, Self
 import numpy as np
 from numpy.typing import NDArray
 
-from dman_runtime.data.ids import INTEGER, RULE, TEXT, id_problem
+from dman_runtime.store.catalogue import Catalogue, Standing
 from dman_runtime.store.rollout import Rollout
 
 REMEMBER_SECONDS = 24 * 3600  # the id of an applied update is remembered at least so long
@@ -189,13 +190,28 @@ class StateStore(Snapshot, Protocol):
         """Says what the ids are from now on; on disk on return. ValueError for what is no type."""
         ...
 
+    def standing(self) -> Standing:
+        """The roll-out, and the revision of the catalogue. Every request of a server asks: keep it fast."""
+        ...
+
     def rollout(self) -> Rollout:
-        """What was set last; NO_ROLLOUT before that. Every request of a server asks: keep it fast."""
+        """What was set last; NO_ROLLOUT before that."""
         ...
 
     def set_rollout(self, rollout: Rollout) -> bool:
         """Sets it, on disk on return, if its revision is the next one; else somebody has changed it meanwhile, and
         nothing is set. Returns whether it was. ValueError for what is none.
+        """
+        ...
+
+    def catalogue(self) -> Catalogue:
+        """All that was changed of the items; of revision 0 before the first change."""
+        ...
+
+    def switch_items(self, numbers: Sequence[int] | NDArray[np.integer], *, off: bool) -> int:
+        """Switches items off or on, all at once and on disk on return; how many were not so already.
+
+        If there are any, the revision of the catalogue is one more. ValueError for a number that was never given.
         """
         ...
 
@@ -289,44 +305,3 @@ class ReadsBySnapshot:
     def applied(self, user_id: str, request_ids: Collection[int]) -> set[int]:
         with self.snapshot() as snapshot:
             return snapshot.applied(user_id, request_ids)
-
-
-def checked_id(text: str) -> str:
-    """The id itself. ValueError where it breaks the rule of `data.ids`."""
-    if (problem := id_problem(text)) is not None:
-        raise ValueError(f"{text!r:.80} {problem}; {RULE}")
-    return text
-
-
-def checked_types(types: IdTypes) -> IdTypes:
-    """The types themselves. ValueError for others than the three."""
-    if any(kind not in (INTEGER, TEXT, UNKNOWN) for kind in types):
-        raise ValueError(f"ids are {INTEGER!r}, {TEXT!r} or {UNKNOWN!r}, not {types!r:.80}")
-    return types
-
-
-def check_replacement(write: Write, stored_events: int) -> None:
-    """ValueError where a write would shorten a history."""
-    if write.replace and len(write.items) < stored_events:
-        raise ValueError(
-            f"user {write.user_id!r:.80} has {stored_events} events; {len(write.items)} cannot replace them"
-        )
-
-
-def checked_writes(writes: Sequence[Write], item_count: int) -> None:
-    """ValueError where a write holds what no store takes."""
-    if len({write.user_id for write in writes}) != len(writes):
-        raise ValueError("a user appears twice in one commit; merge the writes of one user")
-    for write in writes:
-        checked_id(write.user_id)
-        if any(generation < 1 for generation in write.records):
-            raise ValueError(f"generations are numbered from 1, not {sorted(write.records)}")
-        items, timestamps = np.asarray(write.items), np.asarray(write.timestamps)
-        if items.ndim != 1 or items.shape != timestamps.shape:
-            raise ValueError(f"items {items.shape} and timestamps {timestamps.shape} must be two lists of one length")
-        if not len(items):
-            continue
-        if items.dtype.kind not in "iu" or not np.can_cast(timestamps.dtype, np.int64):
-            raise ValueError(f"items ({items.dtype}) must be integers and timestamps ({timestamps.dtype}) fit 64 bits")
-        if items.max() >= item_count or (items.dtype.kind == "i" and items.min() < 0):
-            raise ValueError(f"item numbers must be 0 to {item_count - 1}, not {items.min()} to {items.max()}")

@@ -9,7 +9,7 @@ from __future__ import annotations
 import errno
 import logging
 import os
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, nullcontext, suppress
 from pathlib import Path
 from typing import Any, NoReturn, Self
 
@@ -20,7 +20,7 @@ from dman_runtime.errors import StoreError, StoreMismatchError
 from dman_runtime.store.files import StoreFiles, check_directory, has_data, map_size_to_read, stored_map_size, sync
 from dman_runtime.store.history import DamagedError
 from dman_runtime.store.lmdb_errors import disk_is_full, store_errors
-from dman_runtime.store.lmdb_layout import FORMAT_VERSION, NAMES, OLD_FORMAT, read_info, write_info
+from dman_runtime.store.lmdb_layout import FORMAT_VERSION, LATER_NAMES, NAMES, OLD_FORMAT, read_info, write_info
 from dman_runtime.store.marker import absent, check_id, read_marker, write_marker
 
 _MAX_READERS = 2048  # concurrent read transactions of all processes
@@ -96,7 +96,13 @@ class Environment:
                 write_info(txn, meta, upgraded_from=OLD_FORMAT)
                 info = read_info(txn, meta)
             for name in NAMES[1:]:
-                self._open_database(name, txn, create=new or (upgrading and name == "requests"))
+                if name not in LATER_NAMES:
+                    self._open_database(name, txn, create=new or (upgrading and name == "requests"))
+                elif not self.readonly:
+                    self._open_database(name, txn, create=True)
+                else:
+                    with suppress(lmdb.NotFoundError):
+                        self.databases[name] = env.open_db(name.encode(), create=False)
         if new:
             _sync_names(self.path)
             logger.info("created the state store %s", self.path)

@@ -9,6 +9,7 @@ first is generation 1; what user ids and item ids are; which bundle serves whom 
 | users | user id, `\\0`, generation u32 big-endian | the record; with generation 0, the head |
 | seen | user id | set of item numbers |
 | history | user id, `\\0`, chunk number u32 big-endian | chunk of events |
+| catalogue | kind, item number | which items are switched off: `lmdb_catalogue` |
 | requests | period u32 big-endian, user id, `\\0`, request id u64 big-endian | checksum |
 
 Head and record are neighbours in one B-tree, because each further B-tree that a commit touches costs about 14 % more.
@@ -30,20 +31,13 @@ import lmdb
 import numpy as np
 from numpy.typing import NDArray
 
-from dman_runtime.store.base import (
-    IdTypes,
-    RankingView,
-    ReadsBySnapshot,
-    StoredRecord,
-    StoreStats,
-    Write,
-    checked_id,
-    checked_types,
-    checked_writes,
-)
+from dman_runtime.store.base import IdTypes, RankingView, ReadsBySnapshot, StoredRecord, StoreStats, Write
+from dman_runtime.store.catalogue import NOTHING_STANDS, Catalogue, Standing
+from dman_runtime.store.checks import checked_id, checked_numbers, checked_types, checked_writes
 from dman_runtime.store.environment import Environment
 from dman_runtime.store.history import MAX_HEAD_BYTES, DamagedError, version_of
 from dman_runtime.store.lmdb_absence import check_nothing_left
+from dman_runtime.store.lmdb_catalogue import put_switches, read_catalogue, read_revision
 from dman_runtime.store.lmdb_items import append_items, item_count
 from dman_runtime.store.lmdb_layout import (
     HEAD_SUFFIX,
@@ -77,6 +71,7 @@ class LmdbStore(ReadsBySnapshot):
         self._env, self._clock = environment, clock
         self._databases = Databases.of(environment.databases, legacy=environment.legacy)
         self._rollout = NOTHING_SET  # as it was read last
+        self._standing = (-1, NOTHING_STANDS)  # with the number of the transaction that left it
 
     @classmethod
     def open(
@@ -143,10 +138,18 @@ class LmdbStore(ReadsBySnapshot):
         with self._env.write() as txn:
             write_id_types(txn, self._databases.meta, types)
 
-    def rollout(self) -> Rollout:
+    def standing(self) -> Standing:
         with self._env.read() as reading:
-            self._rollout = read_rollout(reading.txn, self._databases.meta, self._rollout)
-        return self._rollout[1]
+            moment, last = reading.txn.id(), self._standing
+            if moment == last[0]:  # nobody has committed anything since
+                return last[1]
+            rollout = self._rollout = read_rollout(reading.txn, self._databases.meta, self._rollout)
+            standing = Standing(rollout[1], read_revision(reading.txn, self._databases)[0])
+        self._standing = moment, standing
+        return standing
+
+    def rollout(self) -> Rollout:
+        return self.standing().rollout
 
     def set_rollout(self, rollout: Rollout) -> bool:
         checked_rollout(rollout)
@@ -156,6 +159,18 @@ class LmdbStore(ReadsBySnapshot):
                 return False
             write_rollout(txn, self._databases.meta, rollout)
         return True
+
+    def catalogue(self) -> Catalogue:
+        with self._env.read() as reading:
+            return read_catalogue(reading.txn, self._databases)
+
+    def switch_items(self, numbers: Sequence[int] | NDArray[np.integer], *, off: bool) -> int:
+        with self._env.write() as txn:
+            wanted = checked_numbers(numbers, item_count(txn, self._databases))
+            changed = put_switches(txn, self._databases, wanted, off=off)
+            if changed and off:
+                self._env.keep_reserve(txn, 0)
+        return changed
 
     def drop_records(self, generation: int) -> int:
         if generation < 1:

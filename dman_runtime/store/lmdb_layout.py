@@ -13,7 +13,8 @@ from uuid import uuid4
 
 import lmdb
 
-from dman_runtime.store.base import UNKNOWN_TYPES, IdTypes, checked_types
+from dman_runtime.store.base import UNKNOWN_TYPES, IdTypes
+from dman_runtime.store.checks import checked_types
 from dman_runtime.store.history import Bytes, DamagedError
 from dman_runtime.store.rollout import NO_ROLLOUT, Rollout, checked_rollout
 
@@ -37,13 +38,15 @@ class Databases(NamedTuple):
     history: lmdb._Database
     requests: lmdb._Database
     legacy: bool
+    catalogue: lmdb._Database | None = None  # of a store that is only read, if no release that knows it has written it
 
     @classmethod
     def of(cls, handles: Mapping[str, lmdb._Database], *, legacy: bool) -> Self:
         return cls(**handles, legacy=legacy)
 
 
-NAMES = Databases._fields[:-1]
+LATER_NAMES = ("catalogue",)  # stores of format 4 may lack them; whoever opens one for writing adds them
+NAMES = tuple(name for name in Databases._fields if name != "legacy")
 
 
 def numbered_key(user: bytes, number: int) -> bytes:

@@ -11,7 +11,8 @@ import lmdb
 import numpy as np
 from numpy.typing import NDArray
 
-from dman_runtime.store.base import Events, RankingView, StoredRecord, StoredUser, checked_id
+from dman_runtime.store.base import Events, RankingView, StoredRecord, StoredUser
+from dman_runtime.store.checks import checked_id
 from dman_runtime.store.environment import Environment, ReadTransaction
 from dman_runtime.store.history import (
     CHECKSUM,

@@ -8,7 +8,8 @@ import lmdb
 import numpy as np
 from numpy.typing import NDArray
 
-from dman_runtime.store.base import Head, Write, check_replacement
+from dman_runtime.store.base import Head, Write
+from dman_runtime.store.checks import check_replacement
 from dman_runtime.store.history import (
     CHUNK_EVENTS,
     RECENT_IDS,

@@ -28,8 +28,9 @@ from dman_runtime.store.history import (
     unpack_seen,
 )
 from dman_runtime.store.lmdb import LmdbStore
+from dman_runtime.store.lmdb_catalogue import check_entry, read_catalogue
 from dman_runtime.store.lmdb_errors import store_errors
-from dman_runtime.store.lmdb_items import checked_item, checked_number
+from dman_runtime.store.lmdb_items import checked_item, checked_number, item_count
 from dman_runtime.store.lmdb_layout import (
     HEAD_SUFFIX,
     NOTHING_SET,
@@ -112,6 +113,7 @@ def verify_contents(store: LmdbStore, problems: Problems) -> dict[str, int]:
     contents = _Contents(store._env, store._databases, problems)
     contents.check_generations()
     contents.check_items()
+    contents.check_catalogue()
     contents.check_users()
     contents.check_leftovers()
     contents.check_request_ids()
@@ -121,7 +123,7 @@ def verify_contents(store: LmdbStore, problems: Problems) -> dict[str, int]:
 class _Contents:
     def __init__(self, env: Environment, databases: Databases, problems: Problems) -> None:
         self._env, self._databases, self._problems = env, databases, problems
-        names = ("generations", "items", "users", "events", "records", "seen_sets", "request_ids")
+        names = ("generations", "items", "items_off", "users", "events", "records", "seen_sets", "request_ids")
         self.counts = dict.fromkeys(names, 0)
 
     def _pieces(self, database: lmdb._Database) -> Iterator[tuple[lmdb.Transaction, Entries]]:
@@ -166,6 +168,16 @@ class _Contents:
                     other = txn.get(NUMBER.pack(number), db=databases.items)
                     if other is None or checked_item(txn, databases, number, other).encode() != key:
                         raise DamagedError("the number of the item is that of another one")
+
+    def check_catalogue(self) -> None:
+        if self._databases.catalogue is None:
+            return
+        for txn, entries in self._pieces(self._databases.catalogue):
+            for key, value in entries:
+                with self._problems.of(f"catalogue entry {key.hex()}"):
+                    check_entry(key, value, item_count(txn, self._databases))
+        with self._env.read() as reading, self._problems.of("catalogue"):
+            self.counts["items_off"] = len(read_catalogue(reading.txn, self._databases).off)
 
     # -- users -----------------------------------------------------------------------------------------------------
 

@@ -26,11 +26,9 @@ from dman_runtime.store.base import (
     StoredUser,
     StoreStats,
     Write,
-    check_replacement,
-    checked_id,
-    checked_types,
-    checked_writes,
 )
+from dman_runtime.store.catalogue import Catalogue, Standing
+from dman_runtime.store.checks import check_replacement, checked_id, checked_numbers, checked_types, checked_writes
 from dman_runtime.store.rollout import NO_ROLLOUT, Rollout, checked_rollout
 
 MAX_IDS, _PERIOD_SECONDS = 100_000, 6 * 3600  # request ids of one user in a period
@@ -104,6 +102,7 @@ class MemoryStore(ReadsBySnapshot):
         self._numbers: dict[str, int] = {}
         self._generations: dict[str, int] = {}
         self._id_types, self._rollout = UNKNOWN_TYPES, NO_ROLLOUT
+        self._catalogue = Catalogue()
         self._users: dict[str, _User] = {}
         self._ids: dict[str, Ids] = {}  # by user, also of deleted ones
         self._last_version = 0
@@ -147,9 +146,12 @@ class MemoryStore(ReadsBySnapshot):
         with self._open():
             self._id_types = checked_types(types)
 
-    def rollout(self) -> Rollout:
+    def standing(self) -> Standing:
         with self._open():
-            return self._rollout
+            return Standing(self._rollout, self._catalogue.revision)
+
+    def rollout(self) -> Rollout:
+        return self.standing().rollout
 
     def set_rollout(self, rollout: Rollout) -> bool:
         checked_rollout(rollout)
@@ -158,6 +160,20 @@ class MemoryStore(ReadsBySnapshot):
                 return False
             self._rollout = rollout
         return True
+
+    def catalogue(self) -> Catalogue:
+        with self._open():
+            return self._catalogue
+
+    def switch_items(self, numbers: Sequence[int] | NDArray[np.integer], *, off: bool) -> int:
+        with self._open():
+            wanted, before = set(checked_numbers(numbers, len(self._numbers))), self._catalogue
+            were_off = set(before.off.tolist())
+            changed = wanted - were_off if off else wanted & were_off
+            if changed:
+                now_off = sorted(were_off ^ changed)
+                self._catalogue = Catalogue(before.revision + 1, np.array(now_off, np.uint32))
+        return len(changed)
 
     def commit(self, writes: Sequence[Write]) -> list[str]:
         with self._open():

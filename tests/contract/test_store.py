@@ -14,13 +14,11 @@ import pytest
 from contract.stores import Crash, Harness, request_id_limit
 from numpy.typing import NDArray
 
-from dman_runtime.data.ids import RULE
+from dman_runtime.data.ids import INTEGER, RULE, TEXT
 from dman_runtime.errors import StoreError, TooManyRequestIdsError
 from dman_runtime.store import lmdb
 from dman_runtime.store.base import (
-    INTEGER,
     REMEMBER_SECONDS,
-    TEXT,
     UNKNOWN,
     Events,
     Head,
@@ -1000,6 +998,7 @@ def fill(store: StateStore) -> None:
     assert [store.add_generation(bundle) for bundle in ("one", "two")] == [1, 2]
     store.remember_id_types(IdTypes(TEXT, INTEGER))
     assert store.set_rollout(ROLLOUT)
+    assert store.switch_items([2, 5], off=True) == 2
     batch = [write(user, 0, np.resize(items, 70), records={1: b"1", 2: b"2"}, request_ids=[9]) for user in "abc"]
     assert store.commit(batch) == []
     store.delete("c")
@@ -1042,6 +1041,7 @@ WRITES: dict[str, Callable[[StateStore], object]] = {
     "add_generation": lambda store: store.add_generation("three"),
     "remember_id_types": lambda store: store.remember_id_types(IdTypes(INTEGER, TEXT)),
     "set_rollout": lambda store: store.set_rollout(ROLLOUT._replace(revision=2, trial="two", share=0.5)),
+    "switch_items": lambda store: store.switch_items([1, 2, 3], off=True),
 }
 
 
@@ -1051,7 +1051,8 @@ def without_versions(store: StateStore) -> tuple[object, ...]:
         for user, (stored, *rest) in everything(store).items()
     }
     items = store.item_ids(range(store.stats().items))
-    return users, items, store.generations(), store.id_types(), store.rollout()
+    catalogue = store.catalogue().revision, store.catalogue().off.tolist()
+    return users, items, store.generations(), store.id_types(), store.rollout(), catalogue
 
 
 @pytest.mark.slow

@@ -6,10 +6,11 @@ from dataclasses import replace
 
 import pytest
 
+from dman_runtime.data.ids import INTEGER, TEXT
 from dman_runtime.errors import StoreFullError
 from dman_runtime.id_types import remember_id_types
 from dman_runtime.model.generation import Generation
-from dman_runtime.store.base import INTEGER, TEXT, UNKNOWN, IdTypes
+from dman_runtime.store.base import UNKNOWN, IdTypes
 from dman_runtime.store.memory import MemoryStore
 
 

@@ -18,6 +18,7 @@ from hypothesis import strategies as st
 from log_files import histories as histories_of
 from log_files import import_log
 
+from dman_runtime.data.ids import INTEGER, TEXT
 from dman_runtime.data.logs import read_interactions
 from dman_runtime.engine import Engine
 from dman_runtime.errors import InputError
@@ -25,7 +26,7 @@ from dman_runtime.jobs import exporting
 from dman_runtime.jobs.exporting import ExportResult, export_log
 from dman_runtime.model.generation import Generation
 from dman_runtime.requests import Update
-from dman_runtime.store.base import INTEGER, TEXT, UNKNOWN, IdTypes, StateStore, Write
+from dman_runtime.store.base import UNKNOWN, IdTypes, StateStore, Write
 from dman_runtime.store.lmdb import LmdbStore
 from dman_runtime.store.memory import MemoryStore
 from dman_train import export, train

@@ -15,6 +15,7 @@ from histories import ONLY_UNKNOWN, UNKNOWN_ITEM, Histories, make_histories, wri
 from log_files import import_log
 from record_checks import EXACT, HookedStore, check_records
 
+from dman_runtime.data.ids import INTEGER, TEXT
 from dman_runtime.data.interactions import Interactions
 from dman_runtime.data.log_options import LogOptions
 from dman_runtime.engine import Engine
@@ -23,7 +24,7 @@ from dman_runtime.jobs import partitions
 from dman_runtime.jobs.importing import ImportResult, import_histories
 from dman_runtime.model.generation import Generation
 from dman_runtime.requests import Query, Update
-from dman_runtime.store.base import INTEGER, TEXT, UNKNOWN, IdTypes, StateStore
+from dman_runtime.store.base import UNKNOWN, IdTypes, StateStore
 
 
 @pytest.fixture(params=STORES)

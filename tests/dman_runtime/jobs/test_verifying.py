@@ -10,10 +10,11 @@ import numpy as np
 import pytest
 from contract.processes import finish, start
 
+from dman_runtime.data.ids import INTEGER, TEXT
 from dman_runtime.errors import StoreUnavailableError
 from dman_runtime.jobs.verifying import format_report, verify_store
 from dman_runtime.store import lmdb_verify
-from dman_runtime.store.base import INTEGER, TEXT, IdTypes, Write
+from dman_runtime.store.base import IdTypes, Write
 from dman_runtime.store.history import CHUNK_EVENTS, StoredHead, add_seen, pack_head, seed_of, unpack_head, unpack_seen
 from dman_runtime.store.lmdb import LmdbStore
 from dman_runtime.store.rollout import Rollout
@@ -31,6 +32,7 @@ def path(tmp_path: Path) -> Path:
     """A store with three users, their records and request ids."""
     with LmdbStore.open(tmp_path / "state", map_size=64 << 20) as store:
         store.add_items([f"item-{number}" for number in range(100)])
+        store.switch_items([7, 8], off=True)
         store.add_generation("bundle")
         store.remember_id_types(IdTypes(TEXT, INTEGER))
         store.set_rollout(Rollout(1, "bundle", bundles={"bundle": "/bundle"}))
@@ -71,7 +73,7 @@ def test_sound_store_is_sound_and_counted(path: Path) -> None:
     report = verify_store(path)
     assert report.problems == () and report.sound and report.exit_status == 0
     assert report.counts == {
-        "generations": 1, "items": 100, "users": 3, "events": 2 * EVENTS, "records": 6, "seen_sets": 2,
+        "generations": 1, "items": 100, "items_off": 2, "users": 3, "events": 2 * EVENTS, "records": 6, "seen_sets": 2,
         "request_ids": 3 * 24 + 40,
     }  # fmt: skip
     assert format_report(report).splitlines()[-1] == f"the state store {path} is sound"
@@ -96,6 +98,9 @@ DAMAGE: dict[str, tuple[str, bytes, Callable[[bytes], bytes | None], str]] = {
     "id types": ("meta", b"id_types", flipped, "meta: the entry that says what the ids are is damaged"),
     "roll-out": ("meta", b"rollout", flipped, "meta: the entry that says which bundles serve is damaged"),
     "item": ("items", b"\0\0\0\7", flipped, "item 00000007: an entry of the item table is damaged"),
+    "switched item": ("catalogue", b"o\0\0\0\7", flipped, "catalogue entry 6f00000007: an entry of the catalogue is"),
+    "missing switch": ("catalogue", b"o\0\0\0\7", removed, "catalogue: the catalogue does not hold the items it count"),
+    "revision": ("catalogue", b"r", flipped, "catalogue: the revision of the catalogue is damaged"),
     "missing item": ("items", b"\0\0\0\7", removed, "item 7 is missing"),
     "item number": ("item_numbers", b"item-7", flipped, "item item-7: an entry of the item table is damaged"),
     "missing item number": ("item_numbers", b"item-7", removed, "item 00000007: the item has no number"),

@@ -9,10 +9,11 @@ from typing import Any
 import numpy as np
 import pytest
 
+from dman_runtime.data.ids import INTEGER, TEXT
 from dman_runtime.errors import StoreDamagedError
 from dman_runtime.store import files, lmdb_users
 from dman_runtime.store import lmdb as lmdb_module
-from dman_runtime.store.base import INTEGER, TEXT, IdTypes, Write
+from dman_runtime.store.base import IdTypes, Write
 from dman_runtime.store.history import CHUNK_EVENTS, pack_record, seed_of
 from dman_runtime.store.lmdb import LmdbStore
 from dman_runtime.store.lmdb_layout import pack_text

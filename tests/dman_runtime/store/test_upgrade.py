@@ -20,6 +20,7 @@ from lmdb.verify import verify
 from dman_runtime.errors import StoreDamagedError, StoreMismatchError
 from dman_runtime.store import environment
 from dman_runtime.store.base import Head, Write
+from dman_runtime.store.catalogue import NOTHING_STANDS
 from dman_runtime.store.history import unpack_chunk, unpack_head, unpack_seen
 from dman_runtime.store.lmdb import LmdbStore
 from dman_runtime.store.lmdb_layout import write_info
@@ -173,3 +174,22 @@ def test_crash_while_it_is_upgraded_leaves_format_3(old: Path, monkeypatch: pyte
     assert (old / "data.mdb").read_bytes() == before
     with LmdbStore.open(old) as store:
         check_old_data(store)
+
+
+def test_store_without_a_catalogue_is_read_as_one_without_changes_and_gets_one_when_written(tmp_path: Path) -> None:
+    """Earlier releases of format 4 made no such database."""
+    path = tmp_path / "state"
+    with LmdbStore.open(path) as store:
+        store.add_items(ITEMS)
+    with lmdb.open(str(path), lib_version=0, max_dbs=9, map_size=64 << 20) as env:
+        catalogue = env.open_db(b"catalogue", create=False)
+        with env.begin(write=True) as txn:
+            txn.drop(catalogue)
+    with LmdbStore.open(path, readonly=True) as store:
+        assert (store.standing(), store.catalogue().off.tolist()) == (NOTHING_STANDS, [])
+        assert store.used_and_file_bytes()[0] > 0
+    with LmdbStore.open(path) as store:
+        assert store.standing() == NOTHING_STANDS
+        assert store.switch_items([4], off=True) == 1
+    with LmdbStore.open(path, readonly=True) as store:
+        assert (store.standing().catalogue_revision, store.catalogue().off.tolist()) == (1, [4])

@@ -1,0 +1,60 @@
+"""What every store refuses, whatever is behind it: a caller's values that break the contract."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+
+from dman_runtime.data.ids import INTEGER, RULE, TEXT, id_problem
+from dman_runtime.store.base import UNKNOWN, IdTypes, Write
+
+
+def checked_id(text: str) -> str:
+    """The id itself. ValueError where it breaks the rule of `data.ids`."""
+    if (problem := id_problem(text)) is not None:
+        raise ValueError(f"{text!r:.80} {problem}; {RULE}")
+    return text
+
+
+def checked_numbers(numbers: Sequence[int] | NDArray[np.integer], item_count: int) -> list[int]:
+    """Item numbers, ascending and distinct. ValueError for one that was never given."""
+    distinct = sorted(set(np.asarray(numbers).tolist()))
+    if distinct and not 0 <= distinct[0] <= distinct[-1] < item_count:
+        raise ValueError(f"one of the items {distinct[:10]} was never given a number")
+    return distinct
+
+
+def checked_types(types: IdTypes) -> IdTypes:
+    """The types themselves. ValueError for others than the three."""
+    if any(kind not in (INTEGER, TEXT, UNKNOWN) for kind in types):
+        raise ValueError(f"ids are {INTEGER!r}, {TEXT!r} or {UNKNOWN!r}, not {types!r:.80}")
+    return types
+
+
+def check_replacement(write: Write, stored_events: int) -> None:
+    """ValueError where a write would shorten a history."""
+    if write.replace and len(write.items) < stored_events:
+        raise ValueError(
+            f"user {write.user_id!r:.80} has {stored_events} events; {len(write.items)} cannot replace them"
+        )
+
+
+def checked_writes(writes: Sequence[Write], item_count: int) -> None:
+    """ValueError where a write holds what no store takes."""
+    if len({write.user_id for write in writes}) != len(writes):
+        raise ValueError("a user appears twice in one commit; merge the writes of one user")
+    for write in writes:
+        checked_id(write.user_id)
+        if any(generation < 1 for generation in write.records):
+            raise ValueError(f"generations are numbered from 1, not {sorted(write.records)}")
+        items, timestamps = np.asarray(write.items), np.asarray(write.timestamps)
+        if items.ndim != 1 or items.shape != timestamps.shape:
+            raise ValueError(f"items {items.shape} and timestamps {timestamps.shape} must be two lists of one length")
+        if not len(items):
+            continue
+        if items.dtype.kind not in "iu" or not np.can_cast(timestamps.dtype, np.int64):
+            raise ValueError(f"items ({items.dtype}) must be integers and timestamps ({timestamps.dtype}) fit 64 bits")
+        if items.max() >= item_count or (items.dtype.kind == "i" and items.min() < 0):
+            raise ValueError(f"item numbers must be 0 to {item_count - 1}, not {items.min()} to {items.max()}")
