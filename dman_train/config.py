@@ -50,21 +50,23 @@ class ModelConfig(_SeesTimes):
         "fifo (memory = the last m hidden states), nran (no context from earlier segments)",
     )
     segment_length: int = option(20, "T: events per segment")
-    memory_slots: int = option(10, "m: memory slots per layer")
-    layers: int = option(2, "L: attention layers")
+    # Nine slots of three layers take a state to 23.4 kB, with `closed_states` rounded. Fewer slots do not keep a key
+    # of the planted puzzle; two layers have .005 less NDCG@10 on MovieLens-1M.
+    memory_slots: int = option(9, "m: memory slots per layer")
+    layers: int = option(3, "L: attention layers")
     width: int = option(128, "D: width of embeddings and hidden states")
     heads: int = option(2, "attention heads; must divide the width (1 for paper)")
     ffn_multiplier: int = option(2, "hidden width of the feed-forward blocks, as a multiple of D (plus only)")
     long_term: Literal["merged", "gated"] = option(
         "merged",
         "how the memory is read: merged: one attention reads slots and events (plus only); "
-        "gated: a second branch reads the slots, and the gate of eq. 3 mixes both; try it if only the far past matters",
+        "gated: a second branch reads the slots, and the gate of eq. 3 mixes both",
     )
     time: Literal["auto", "request", "events", "none"] = option("auto", f"{_TIME} (plus only)")
     returns: Literal["auto", "on", "off"] = option("auto", f"{_RETURNS} (plus only)")
     sketch_items: int = option(64, "R: items per user whose counts are kept for it")
     closed_states: Literal["full", "int8"] = option(
-        "full", "how hidden states are kept once their segment is full: full; int8: rounded, which takes half the bytes"
+        "int8", "how hidden states are kept once their segment is full: full; int8: rounded, which takes half the bytes"
     )
     dropout: float = option(0.2, "dropout rate on inputs, attention weights and block outputs")
     routing: Literal["slot", "full"] = option(
@@ -178,16 +180,17 @@ class TrainConfig:
         "joint", "what trains f_abs: alternating: abstraction_loss; joint: that, and eq. 9 through the memory"
     )
     backprop_segments: int = option(1, "joint only: how many segment borders the gradient of eq. 9 crosses, 1 to 4")
+    # "reads" sees one segment further than eq. 9, so nothing teaches f_abs to keep what is asked for later.
     abstraction_loss: Literal["reads", "recall"] = option(
-        "reads", "the loss of f_abs: reads: eq. 5; recall: the slots name items that they absorbed, however long ago"
+        "recall", "the loss of f_abs: reads: eq. 5; recall: the slots name items that they absorbed, however long ago"
     )
     abstraction_weight: float = option(1.0, "weight of the abstraction loss")
-    abstraction_every: int = option(8, "compute the abstraction loss on every n-th lane of a process only")
+    abstraction_every: int = option(4, "compute the abstraction loss on every n-th lane of a process only")
     lanes: int = option(
         0,
         "users side by side, each with T events of a batch (baselines: 20); 0: 8 to 128, for 100 steps an epoch",
     )
-    learning_rate: float = option(4e-3, "Adam step size, except for f_abs; try 1e-3 if only the far past matters")
+    learning_rate: float = option(4e-3, "Adam step size, except for f_abs")
     abstraction_learning_rate: float = option(4e-3, "Adam step size of f_abs")
     adam_beta2: float = option(0.98, "decay per step of Adam's mean of squared gradients; 0.999 is Adam's own default")
     warmup_steps: int = option(200, "steps over which the learning rate rises to its full value")

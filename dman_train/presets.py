@@ -27,8 +27,10 @@ PAPER_MODEL = ModelConfig(
     long_term="gated",
     time="none",
     returns="off",
-    dropout=0.1,
+    layers=2,
     memory_slots=20,
+    closed_states="full",
+    dropout=0.1,
     routing_iterations=3,
 )
 # What all systems share that are trained as in the paper. All epochs are trained: validation stands still at first, and
@@ -44,7 +46,11 @@ PAPER_TRAINING = TrainConfig(
     seen_items="keep-target",
 )
 PAPER_MEMORY_TRAINING = replace(
-    PAPER_TRAINING, memory_training="alternating", abstraction_every=1, abstraction_learning_rate=1e-3
+    PAPER_TRAINING,
+    memory_training="alternating",
+    abstraction_loss="reads",
+    abstraction_every=1,
+    abstraction_learning_rate=1e-3,
 )
 PRESETS = {
     "default": Preset(ModelConfig(), TrainConfig()),
@@ -65,7 +71,7 @@ PRESETS = {
         ),
     ),
     "tiny": Preset(
-        ModelConfig(width=32, heads=1, segment_length=10, memory_slots=8, dropout=0.1),
+        ModelConfig(width=32, heads=1, segment_length=10, layers=2, memory_slots=8, dropout=0.1),
         TrainConfig(lanes=64, epochs=8, warmup_steps=20, learning_rate=5e-3, abstraction_learning_rate=5e-3),
     ),
 }

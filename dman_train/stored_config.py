@@ -13,12 +13,18 @@ from dman_train.config import BaselineConfig, ConfigError, ModelConfig, TrainCon
 # Fields of earlier versions, with the one value that still describes what happens.
 REMOVED_FIELDS: dict[type, dict[str, Any]] = {ModelConfig: {"residual": "gated"}}
 
-# Fields that earlier versions did not have, with what they did if it is not today's default.
+# What the default preset was before three layers.
+FORMER_DEFAULTS: dict[type, dict[str, Any]] = {
+    ModelConfig: {"layers": 2, "memory_slots": 10, "closed_states": "full"},
+    TrainConfig: {"abstraction_loss": "reads", "abstraction_every": 8},
+}
+
+# What a config means that lacks a field, where that is not today's default: what its version did.
 _WITHOUT_SIGNALS = {"time": "none", "returns": "off"}
-ADDED_FIELDS: dict[type, dict[str, Any]] = {
-    ModelConfig: _WITHOUT_SIGNALS | {"closed_states": "full"},
+IF_ABSENT: dict[type, dict[str, Any]] = {
+    ModelConfig: _WITHOUT_SIGNALS | FORMER_DEFAULTS[ModelConfig],
     BaselineConfig: _WITHOUT_SIGNALS,
-    TrainConfig: {"abstraction_loss": "reads"},
+    TrainConfig: FORMER_DEFAULTS[TrainConfig],
 }
 
 # Baselines whose equations an earlier version had in another form, with the same names in the configuration.
@@ -56,6 +62,6 @@ def from_dict(config_class: type, values: dict[str, Any], *, where: str) -> Any:
         )
     known = {name: value for name, value in values.items() if name not in removed}
     try:
-        return replace(config_class(), **ADDED_FIELDS.get(config_class, {}) | known)
+        return replace(config_class(), **IF_ABSENT.get(config_class, {}) | known)
     except ConfigError as error:
         raise ConfigError(f"{where}: {error.cause}", error.remedy) from None

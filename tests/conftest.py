@@ -46,7 +46,7 @@ from dman_train.synthetic import SyntheticConfig, generate, write_log
 torch.set_num_threads(1)
 ROOT = Path(__file__).resolve().parent.parent
 MOVIELENS = ROOT.parent / "shared" / "data" / "ml-1m"
-TINY = ModelConfig(width=32, heads=2, segment_length=5, memory_slots=4, layers=2, dropout=0.1)
+TINY = ModelConfig(width=32, heads=2, segment_length=5, memory_slots=4, layers=2, closed_states="full", dropout=0.1)
 TIMED = replace(TINY, time="request", returns="on", sketch_items=6)
 PAPER = replace(TINY, architecture="paper", heads=1, long_term="gated")
 TINY_ITEMS = 60

@@ -57,7 +57,7 @@ NOTES = {
     ),
     "python -m tools.generate": (
         "`--task planted` writes a puzzle. Two keys among the first 15 events of a user decide the validation target "
-        "and the test target, hundreds of events later. By default nothing among the last 60 inputs reveals them. "
+        "and the test target, hundreds of events later. By default nothing among the last 80 inputs reveals them. "
         "Guessing gives an HR@10 of 10 / answers: .25 by default."
     ),
 }

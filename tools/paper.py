@@ -37,7 +37,8 @@ HOW_TO_READ = """\
 Written by `make report`. Our numbers are from `{records}`; the paper's are those that it prints.
 
 **Presets.** `paper` is trained with five negatives per event, as in the paper. "default" is our own recipe: softmax \
-over all items. If a system has several configurations, the one nearest to its preset is shown.
+over all items. Its rows differ in whether they see times; [Records](#records) says so. If a system has several \
+configurations, the one nearest to its preset is shown.
 
 **Numbers.** All are shares, also those that the paper prints in percent. With several seeds, a number is their mean, \
 ± half the distance between the lowest and the highest. "-" means that there is no number: no record yet, or one that \

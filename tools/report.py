@@ -17,7 +17,7 @@ from dman_train.presets import PRESETS
 from tools.bench.report import table, write_page
 from tools.paper import paper_page
 from tools.record_file import RECORDS, Record, read_records
-from tools.report_rows import RECIPE, Row, decisive, label_of, options_of, rows_of
+from tools.report_rows import FORMER, FORMER_DEFAULT, RECIPE, Row, decisive, label_of, options_of, rows_of
 from tools.report_summary import summary_section
 
 CHARTED = {"memory_slots": "m, memory slots", "layers": "L, layers", "segment_length": "T, events per segment"}
@@ -31,8 +31,8 @@ already seen are left out of the ranking, except for runs with `--seen-items kee
 back to items. With `--seen-items keep-target` a target that was seen is ranked too.
 
 **Rows.** A row is one configuration. A label names what differs from its preset: `paper` marks the runs of that \
-preset, all others are compared with the default. With several seeds, a number is their mean, ± half the distance \
-between the lowest and the highest.
+preset, all others are compared with the default, or with "{former}" if they are nearer to that. With several seeds, a \
+number is their mean, ± half the distance between the lowest and the highest.
 
 **Differences.** A difference is a mean over users, with its 95 % interval from 2,000 bootstrap samples of users. A \
 user's gain is the mean over the seeds. Only runs with the same recipe are compared.
@@ -45,6 +45,8 @@ rate 1e-3, twelve epochs. Before that, seen items were also used as negatives (a
 
 **Earlier forms.** Today the commands of some rows train another network, or none:
 
+- "{former}": the default before it had three layers. The commands repeat these rows with `{options}` in front of \
+their own options.
 - "earlier form": `paper`, `nran`, `caser`, `shan`, `hpmn` and `sdm` had other equations. The commands repeat these \
 rows at commit a1a6dfd.
 - `long_term=light` and `long_term=full`: DMAN had a long-term branch and a gate. The commands work at commit 50de181. \
@@ -54,6 +56,11 @@ Variant `xl` is the same as then.
 HEADS = (
     "", "seeds", "valid HR@10", "HR@10", "NDCG@10", "HR@50", "NDCG@100", "parameters", "state bytes", "seconds"
 )  # fmt: skip
+
+
+def _how_to_read(records: Path) -> str:
+    options = " ".join(f"--{name.replace('_', '-')} {value}" for name, value in FORMER_DEFAULT.items())
+    return HOW_TO_READ.format(records=records, former=FORMER, options=options)
 
 
 def ours(rows: Sequence[Row]) -> Row | None:
@@ -193,7 +200,7 @@ def _main(argv: Sequence[str] | None) -> int:
         for name in sorted({record.dataset for record in records})
     }
     summary = summary_section({name: rows for name, (rows, *_) in by_log.items()})
-    parts = ["# Accuracy", summary, "## How to read this page", HOW_TO_READ.format(records=arguments.records)]
+    parts = ["# Accuracy", summary, "## How to read this page", _how_to_read(arguments.records)]
     parts += [dataset_section(name, groups, arguments.out) for name, groups in by_log.items()]
     parts += ["## Commands", commands(records)]
     accuracy, paper = arguments.out / "accuracy.md", arguments.out / "paper.md"

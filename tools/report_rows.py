@@ -14,7 +14,7 @@ import numpy as np
 
 from dman_train.config import BaselineConfig, ModelConfig, TrainConfig, to_dict
 from dman_train.presets import BASELINE_PRESETS, PRESETS, SHORT_HISTORY, Preset, decided
-from dman_train.stored_config import ADDED_FIELDS, is_earlier_form
+from dman_train.stored_config import FORMER_DEFAULTS, IF_ABSENT, is_earlier_form
 from tools.bootstrap import paired_bootstrap
 from tools.record_file import Record
 
@@ -34,6 +34,9 @@ WORDS = {
     ("time", "events"): "times of events only",
     ("returns", "off"): "no returns",
 }
+# The default preset before three layers, as rows are compared with it that are nearer to it than to today's.
+FORMER_DEFAULT = FORMER_DEFAULTS[ModelConfig] | FORMER_DEFAULTS[TrainConfig]
+FORMER = "former default"
 ROUTING = {"routing", "routing_iterations", "routing_softmax"}
 # Options that ModelConfig may no longer have, but stored runs do, with the value that needs no mention.
 FORMER_OPTIONS = {"residual": "gated"}
@@ -136,7 +139,7 @@ def changed_options(content: dict[str, Any], standard: Mapping[str, Any]) -> dic
 
 
 def label_of(content: dict[str, Any], *, but: Collection[str] = ()) -> str:
-    """The system, and how it differs from its preset; the options `but` are not compared."""
+    """The system, and how it differs from its preset or the former default; the options `but` are not compared."""
     model, mark = content["model"], " `paper`" if preset_name(content) == "paper" else ""
     if "system" in model:
         name = model["system"] + mark
@@ -144,16 +147,21 @@ def label_of(content: dict[str, Any], *, but: Collection[str] = ()) -> str:
             name += "*" if model["history"] <= SHORT_HISTORY else f", last {model['history']}"
     else:
         name = {"dman": "DMAN", "xl": "xl (no memory)"}.get(model["variant"], model["variant"]) + mark
-    changed = changed_options(content, standard_options(content))
+    standard = standard_options(content)
+    changed = changed_options(content, standard)
+    if "system" not in model and preset_name(content) == "default":
+        since = changed_options(content, standard | FORMER_DEFAULT)
+        if len(since) < len(changed):
+            name, changed = f"{name}, {FORMER}", since
     return ", ".join([name, *(WORDS.get((k, v), f"{k}={v}") for k, v in changed.items() if k not in but)])
 
 
 def decisive(content: dict[str, Any]) -> dict[str, Any]:
     """The options of a run that decide its result, without the seed.
 
-    Training options and former options that the record lacks are added, with the values that need no mention. Other
-    options of the model are not. The precision of matrix products decides nothing: runs in both are one row, as far as
-    all else is equal.
+    Training options and former options that the record lacks are added, with what its version did. Other options of the
+    model are added only if that is not today's default. The precision of matrix products decides nothing: runs in both
+    are one row, as far as all else is equal.
     """
     model, train = content["model"], content["train"]
     if model.keys() == {"system"}:  # it only counts
@@ -172,8 +180,8 @@ def decisive(content: dict[str, Any]) -> dict[str, Any]:
     if model.get("time", "none") != "request":
         idle |= {"request_dropout"}
     kind: type = BaselineConfig if "system" in model else ModelConfig
-    former = ADDED_FIELDS[kind] | ({} if "system" in model else FORMER_OPTIONS)
-    options = former | model | to_dict(TrainConfig()) | ADDED_FIELDS[TrainConfig] | train
+    former = IF_ABSENT[kind] | ({} if "system" in model else FORMER_OPTIONS)
+    options = former | model | to_dict(TrainConfig()) | IF_ABSENT[TrainConfig] | train
     options["form"] = "earlier" if is_earlier_form(model, train) else "now"
     return {key: value for key, value in options.items() if key not in idle}
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 
@@ -11,7 +11,7 @@ from dman_runtime.data.evaluation import metrics
 from dman_train.baselines.counts import COUNTS
 from dman_train.presets import SHORT_HISTORY
 from tools.bench.report import table
-from tools.report_rows import METRICS, Row, changed_options, mean_and_spread, standard_options
+from tools.report_rows import FORMER, METRICS, WORDS, Row, changed_options, mean_and_spread, standard_options
 
 ANCHORED = "ml-1m"  # the log that published figures are about
 EXACT_TIMES = 2999  # its first users, whose times are all exact; see the README beside the log
@@ -42,6 +42,7 @@ PUBLISHED = (
     Published("SASRec, 1 negative", "none", "?", "?", (0.2500, 0.1341, None, None)),
 )
 _DEFAULTS = ("DMAN", "DMAN, no times")  # the second is the default of a log without times
+_FORMER_DEFAULTS = (f"DMAN, {FORMER}", f"DMAN, {FORMER}, no times")
 _TIMES = {"request": "of events and request", "events": "of events"}
 _HEADS = ("MovieLens-1M", "times", "seen items", "ties", "seeds", "HR@10", "NDCG@10", "HR@50", "NDCG@100")
 _ABOUT = """\
@@ -55,8 +56,13 @@ In our copy of the log, the times of {count:,} users are exact. Those of the oth
 Results of the {count:,} users alone: {rows}."""
 _COUNTED = """\
 On logs whose users come back to items, rules that only count are hard to beat. Test NDCG@10 of the default on the \
-other logs, and what it has more than rules that count, than other systems with the same signals, and than itself \
-without memory (`xl`) or with a queue for one (`fifo`), with a 95 % interval over users:"""
+other logs, and what it has more than rules that count, than other systems with the same signals, than itself without \
+memory (`xl`) or with a queue for one (`fifo`), and than the former default, with a 95 % interval over users. A log on \
+which the default has not been trained yet has the former default in its place:"""
+
+_COUNTED_HEADS = (
+    "log", "ours", "seeds", "NDCG@10", "minus", "NDCG@10 of that", "difference", "users with >= 200 events"
+)  # fmt: skip
 
 
 def summary_section(rows: Mapping[str, Sequence[Row]]) -> str:
@@ -66,8 +72,7 @@ def summary_section(rows: Mapping[str, Sequence[Row]]) -> str:
         parts += _anchored(rows[ANCHORED])
     compared = {name: found for name in sorted(rows) if name != ANCHORED and (found := _compared(rows[name]))}
     if compared:
-        heads = ("log", "default", "minus", "NDCG@10 of that", "difference", "users with >= 200 events")
-        parts += [_COUNTED, table(heads, [[name, *cells] for name, lines in compared.items() for cells in lines])]
+        parts += [_COUNTED, table(_COUNTED_HEADS, [[name, *cells] for name, lines in compared.items() for cells in lines])]
     return "\n\n".join(parts)
 
 
@@ -84,7 +89,7 @@ def _anchored(rows: Sequence[Row]) -> list[str]:
 
 
 def _is_default(row: Row) -> bool:
-    return row.label in (*_DEFAULTS, "DMAN, time=events")
+    return row.label in (*_DEFAULTS, *_FORMER_DEFAULTS, f"DMAN, {WORDS['time', 'events']}")
 
 
 def _is_plain_baseline(row: Row) -> bool:
@@ -112,13 +117,15 @@ def _of_first(row: Row, metric: str) -> str:
 
 def _compared(rows: Sequence[Row]) -> list[list[str]]:
     """The default minus each counting rule and each system with the same signals, the best first."""
-    ours = next((row for label in _DEFAULTS for row in rows if row.label == label), None)
+    ours = next((row for label in (*_DEFAULTS, *_FORMER_DEFAULTS) for row in rows if row.label == label), None)
     if ours is None:
         return []
     metric = "ndcg@10"
-    others = [row for row in rows if _is_opponent(row.content["model"]) and row.is_of_the_same_users_as(ours)]
+    others = [row for row in rows if row is not ours and _is_opponent(row) and row.is_of_the_same_users_as(ours)]
     return [
         [
+            ours.label,
+            str(len(ours.records)),
             ours.metric(metric),
             row.label,
             row.metric(metric),
@@ -133,9 +140,11 @@ def _mean(row: Row, metric: str) -> float:
     return float(np.mean([record.metric(metric) for record in row.records]))
 
 
-def _is_opponent(model: Mapping[str, Any]) -> bool:
-    """A rule that counts, another system, or DMAN with another memory; with the signals of the default."""
+def _is_opponent(row: Row) -> bool:
+    """A rule that counts, another system, DMAN with another memory or as it was; with the signals of the default."""
+    model = row.content["model"]
     if model.get("system") in COUNTS:
         return True
     signals = model.get("time") == "request" or model.get("returns") == "on"
-    return signals and (model.get("system") in WITH_SIGNALS or model.get("variant") in ("xl", "fifo"))
+    memory = model.get("variant") in ("xl", "fifo") or row.label in _FORMER_DEFAULTS
+    return signals and (model.get("system") in WITH_SIGNALS or memory)

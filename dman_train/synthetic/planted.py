@@ -23,7 +23,7 @@ class PlantedConfig(CheckedConfig):
 
     So the last min_gap + 2 inputs before the test target (min_gap + 1 before the validation target) are independent of
     its key: ordinary events follow a user's stable genres. Further back, the key item and the answers to earlier
-    queries reveal it. Without memory, L layers over segments of T reach back at most (L + 1) T inputs, 60 by default.
+    queries reveal it. Without memory, L layers over segments of T reach back at most (L + 1) T inputs, 80 by default.
     A model that knows the rules but not the key reaches `chance`; one that sees everything predicts `expected`.
     """
 
@@ -32,8 +32,8 @@ class PlantedConfig(CheckedConfig):
     answers: int = 40  # values of a key, and items in each alphabet
     queries: int = 4  # per user
     head: int = 15  # events at the start of a history, which include the keys
-    min_gap: int = 60  # ordinary events before a query, at least: as far as two layers and segments of 20 reach
-    max_gap: int = 100  # and at most, uniformly
+    min_gap: int = 80  # ordinary events before a query, at least: as far as three layers and segments of 20 reach
+    max_gap: int = 120  # and at most, uniformly
     genres: int = 20  # of the ordinary items
     home_genres: int = 3  # that a user browses
     popularity_exponent: float = 0.8  # of the Zipf law over the items of a genre

@@ -129,6 +129,23 @@ def test_config_of_a_version_without_times_and_returns_has_neither(config: Model
     assert from_dict(type(config), kept, where="here") == replace(config, time="request", returns="on")
 
 
+def test_config_of_an_earlier_version_keeps_what_the_default_was_then() -> None:
+    model = from_dict(ModelConfig, {}, where="here")
+    assert (model.layers, model.memory_slots, model.closed_states) == (2, 10, "full")
+    train = from_dict(TrainConfig, {}, where="here")
+    assert (train.abstraction_loss, train.abstraction_every) == ("reads", 8)
+    changed = {"layers": 4, "closed_states": "int8"}
+    assert from_dict(ModelConfig, changed, where="here") == replace(model, **changed)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("preset", ["paper", "paper-literal"])
+def test_preset_of_the_paper_keeps_its_form_whatever_the_default_is(preset: str) -> None:
+    model, train = PRESETS[preset].model, PRESETS[preset].train
+    assert isinstance(model, ModelConfig)
+    assert (model.layers, model.memory_slots, model.closed_states) == (2, 20, "full")
+    assert (train.abstraction_loss, train.abstraction_every) == ("reads", 1)
+
+
 @pytest.mark.parametrize("time", ["request", "events"])
 @pytest.mark.parametrize("system", ["caser", "shan", "sdm"])
 def test_config_of_a_baseline_that_knows_no_times_refuses_them(system: Any, time: Any) -> None:

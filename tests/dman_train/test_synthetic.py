@@ -376,7 +376,7 @@ def test_every_field_of_the_planted_config_changes_the_log(field: str) -> None:
     [
         ({"answers": 1}, "answers is 1. Make it at least 2"),
         ({"head": 1}, "head is 1. Make it at least 2"),
-        ({"max_gap": 59}, "max_gap is 59. Make it at least min_gap, 60"),
+        ({"max_gap": 79}, "max_gap is 79. Make it at least min_gap, 80"),
         ({"genres": 2}, "genres is 2. Make it at least home_genres, 3"),
         ({"items": 62}, "items is 62. Make it at least 63: an ordinary item for each genre as well"),
         ({"seed": -1}, "seed is -1. Make it 0 or more"),

@@ -641,7 +641,7 @@ OTHER: dict[str, Any] = {
     "heads": 1, "ema_decay": 0.5, "adam_beta2": 0.5, "order_by": "file", "time_unit": "ms", "user_ids": "text",
     "item_ids": "text", "exact_repeats": "keep", "format": "jsonl", "separator": ";", "quote": "none", "header": False,
     "encoding": "latin-1", "bad_rows": "skip", "time": "events", "returns": "on", "request_dropout": 0.5,
-    "times_dropout": 0.5, "abstraction_loss": "recall", "closed_states": "int8",
+    "times_dropout": 0.5, "abstraction_loss": "reads", "closed_states": "full",
 }  # fmt: skip
 NEEDS = {"architecture": {"heads": 1, "long_term": "gated"}}
 

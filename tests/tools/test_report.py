@@ -14,6 +14,7 @@ import pytest
 from dman_train.config import BaselineConfig, DataConfig, ModelConfig, TrainConfig, to_dict
 from dman_train.presets import Preset, decided
 from dman_train.run import Run
+from dman_train.stored_config import FORMER_DEFAULTS
 from tools import paper_rows, report, report_rows
 from tools.bootstrap import paired_bootstrap
 from tools.record_file import Record, add, read_records
@@ -88,7 +89,7 @@ def test_runs_are_told_apart_by_what_decides_them(
         return report_rows.decisive({"model": model | {k: train.pop(k) for k in model if k in train}, "train": train})
 
     assert options(idle) == options({}) != options(decisive)
-    old = {name: value for name, value in to_dict(TrainConfig()).items() if name != "abstraction_every"}
+    old = {name: value for name, value in to_dict(TrainConfig()).items() if name != "warmup_steps"}
     assert report_rows.decisive({"model": model, "train": old}) == options({})
 
 
@@ -197,13 +198,15 @@ def at_a_glance(trained_run: Path, small_log: Path, tmp_path_factory: pytest.Tem
         options = {
             "default": to_dict(timed(preset.model)),
             "none": to_dict(timed(preset.model)) | {"time": "none"},
+            "former": to_dict(timed(preset.model)) | FORMER_DEFAULTS[ModelConfig],
             "xl": to_dict(timed(preset.model)) | {"variant": "xl"},
             "sasrec": to_dict(timed(BaselineConfig("sasrec"))),
             "deep": to_dict(timed(BaselineConfig("sasrec"))) | {"layers": 5},
             "shan": to_dict(BaselineConfig("shan", segment_length=2, time="none", returns="off")),
         }
         for name, model in options.items():
-            found = replace(first, name=f"{log}-{name}", content=first.content | {"model": model, "train": train})
+            trained = train | (FORMER_DEFAULTS[TrainConfig] if name == "former" else {})
+            found = replace(first, name=f"{log}-{name}", content=first.content | {"model": model, "train": trained})
             made.append(replace(found, content=found.content | {"dataset": dataset}))
         counted = record_of_counts("popular", small_log, f"{log}-popular", DataConfig(), "exclude")
         made.append(replace(counted, content=counted.content | {"dataset": dataset}))
@@ -218,6 +221,7 @@ def test_report_begins_with_the_default_beside_published_figures(at_a_glance: st
     ours = [line for line in lines if line.startswith("| ours: ")]
     assert [line.split(" | ")[:2] for line in ours] == [
         ["| ours: DMAN", "of events and request"],
+        ["| ours: DMAN, former default", "of events and request"],
         ["| ours: DMAN, no times", "none"],
         ["| ours: sasrec, last 200", "of events and request"],
     ]
@@ -226,12 +230,57 @@ def test_report_begins_with_the_default_beside_published_figures(at_a_glance: st
 
 def test_report_begins_with_what_the_default_gains_over_counting_and_over_the_same_signals(at_a_glance: str) -> None:
     lines = [line.split(" | ") for line in at_a_glance.splitlines() if line.startswith("| shop")]
-    assert {line[2] for line in lines} == {
+    assert {tuple(line[1:3]) for line in lines} == {("DMAN", "1")}
+    assert {line[4] for line in lines} == {
+        "DMAN, former default",
         "popular",
         "sasrec, last 200",
         "sasrec, last 200, layers=5",
         "xl (no memory)",
     }
     for line in lines:
-        if line[2] != "popular":
-            assert line[4] == "+0.0000 (+0.0000 to +0.0000)"
+        if line[4] != "popular":
+            assert line[6] == "+0.0000 (+0.0000 to +0.0000)"
+
+
+@pytest.mark.parametrize(
+    ("variant", "model", "train", "label"),
+    [
+        ("dman", {}, {}, "DMAN"),
+        ("dman", {"memory_slots": 5}, {}, "DMAN, memory_slots=5"),
+        ("dman", FORMER_DEFAULTS[ModelConfig], FORMER_DEFAULTS[TrainConfig], "DMAN, former default"),
+        ("dman", {"layers": 2, "memory_slots": 10}, {}, "DMAN, layers=2, memory_slots=10"),
+        (
+            "dman",
+            FORMER_DEFAULTS[ModelConfig] | {"layers": 3, "memory_slots": 3},
+            FORMER_DEFAULTS[TrainConfig],
+            "DMAN, former default, layers=3, memory_slots=3",
+        ),
+        ("xl", FORMER_DEFAULTS[ModelConfig], FORMER_DEFAULTS[TrainConfig], "xl (no memory), former default"),
+        ("xl", {}, FORMER_DEFAULTS[TrainConfig], "xl (no memory)"),
+    ],
+)
+def test_row_is_named_after_the_default_that_it_is_nearer_to(
+    variant: str, model: dict[str, Any], train: dict[str, Any], label: str
+) -> None:
+    standard = decided(report.PRESETS["default"], has_times=True, events=10**6)
+    content = {
+        "model": to_dict(standard.model) | {"variant": variant} | model,
+        "train": to_dict(standard.train) | train,
+        "dataset": {"events": 10**6},
+    }
+    assert set(report_rows.label_of(content).split(", ")) == set(label.split(", "))
+
+
+def test_log_without_the_default_shows_the_former_one_in_its_place(
+    trained_run: Path, small_log: Path, tmp_path: Path
+) -> None:
+    first, preset = record_of(Run(trained_run), "first"), report.PRESETS["default"]
+    model = to_dict(timed(preset.model)) | FORMER_DEFAULTS[ModelConfig]
+    train = to_dict(sized(preset.train, first)) | FORMER_DEFAULTS[TrainConfig]
+    former = [changed(first, f"s{seed}", model=model, train=train | {"seed": seed}) for seed in (0, 1)]
+    _, text = reported(tmp_path, [*former, record_of_counts("popular", small_log, "popular", DataConfig(), "exclude")])
+    (line,) = [line for line in text.splitlines() if line.startswith(f"| {first.dataset} | ")]
+    assert line.startswith(f"| {first.dataset} | DMAN, former default | 2 |") and "| popular |" in line
+    options = " ".join(f"--{name.replace('_', '-')} {value}" for name, value in report.FORMER_DEFAULT.items())
+    assert f"The commands repeat these rows with `{options}`" in text

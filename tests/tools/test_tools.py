@@ -403,7 +403,7 @@ def test_generate_writes_a_planted_log_that_reads_back_whole(
     [
         ("--task planted --mean-events 9", "error: task planted has no --mean-events. Leave it out or choose another"),
         ("--queries 3 --answers 9", "error: task interests has no --answers, --queries. Leave it out"),
-        ("--task planted --min-gap 101", "error: max_gap is 100. Make it at least min_gap, 101"),
+        ("--task planted --min-gap 121", "error: max_gap is 120. Make it at least min_gap, 121"),
     ],
 )
 def test_generate_refuses_options_of_the_other_task(

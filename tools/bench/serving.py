@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
 
+from dman_runtime.model.bundle import StateShape
 from dman_train.config import ModelConfig
 from protos.dman.v1 import dman_pb2 as pb
 from protos.dman.v1.dman_pb2_grpc import RecommenderStub
@@ -25,8 +26,8 @@ from tools.loadgen import (
     update_operation,
 )
 
-SIZES = ("segment_length", "memory_slots", "layers", "width")  # what the limit holds for: the default preset's
-MAX_RECORD_BYTES = 24_000
+SIZES = ("segment_length", "memory_slots", "layers", "width")
+MAX_RECORD_BYTES = 24_000  # at the sizes of the default preset
 
 
 def round_trips(bench: Bench) -> Section:
@@ -75,6 +76,7 @@ def round_trips(bench: Bench) -> Section:
 def history_length(bench: Bench) -> Section:
     """recommend for a user with a long history against one with a short one, in the same server."""
     sizes, shape = bench.sizes, bench.bundle.manifest.state
+    limited = has_default_sizes(shape)
     lengths = {f"{count} events": count for count in (sizes.events, sizes.long_history)}
     with bench.server("history") as server:
         with connect(server.address) as channel:
@@ -91,8 +93,7 @@ def history_length(bench: Bench) -> Section:
         bytes_by_count = _record_bytes(bench, server.address, ["grows from nothing", list(lengths)[-1]])
     short, long = (blocks[name] for name in lengths)
     ratio, (largest_at, largest) = ratios(long, short), max(bytes_by_count.items(), key=lambda entry: entry[1])
-    default_sizes = shape.dtype == "float16" and all(getattr(shape, n) == getattr(ModelConfig(), n) for n in SIZES)
-    limit = f"<= {MAX_RECORD_BYTES} B" if default_sizes else f"none at these sizes ({MAX_RECORD_BYTES} B at default)"
+    limit = f"<= {MAX_RECORD_BYTES} B" if limited else f"none at these sizes ({MAX_RECORD_BYTES} B at default)"
     return Section(
         "History length",
         f"Two users of one server, {sizes.events} and {sizes.long_history} events, items of both from a random half of "
@@ -111,7 +112,7 @@ def history_length(bench: Bench) -> Section:
                 "state record of a user, largest",
                 f"{largest} B (at {largest_at} events)",
                 limit,
-                largest <= MAX_RECORD_BYTES if default_sizes else None,
+                largest <= MAX_RECORD_BYTES if limited else None,
             ),
         ],
         BLOCK_HEADS,
@@ -123,6 +124,13 @@ def history_length(bench: Bench) -> Section:
             "record_bytes_by_events": bytes_by_count,
         },
     )
+
+
+def has_default_sizes(shape: StateShape) -> bool:
+    """Whether states are of the default preset, which limits of bytes hold for."""
+    default = ModelConfig()
+    same = all(getattr(shape, name) == getattr(default, name) for name in SIZES)
+    return same and shape.dtype == "float16" and shape.closed == default.closed_states
 
 
 def _record_bytes(bench: Bench, address: str, users: Sequence[str]) -> dict[int, int]:

@@ -5,17 +5,16 @@ from __future__ import annotations
 import uuid
 
 from dman_runtime.store.history import CHUNK_EVENTS
-from dman_train.config import ModelConfig
 from protos.dman.v1 import dman_pb2 as pb
 from protos.dman.v1.dman_pb2_grpc import RecommenderStub
 from tools.bench.comparison import OTHER, THIS, Comparison
 from tools.bench.report import Claim, Section
 from tools.bench.servers import connect
-from tools.bench.serving import SIZES
+from tools.bench.serving import has_default_sizes
 from tools.bench.setting import Bench
 from tools.loadgen import CALL_SECONDS, add_events
 
-MAX_BYTES = 16_500  # record and head of a user, at the default sizes
+MAX_BYTES = 24_000  # record and head of a user, at the default sizes
 USERS, REQUEST_IDS = 5, 16
 NOT_PER_STATE = ("meta", "item", "generation", "history", "seen")  # how the names of the other databases begin
 
@@ -31,7 +30,7 @@ def stored_sizes(comparison: Comparison) -> list[Section]:
         side: sum(size for name, (_, size) in found.items() if not name.startswith(NOT_PER_STATE)) / USERS
         for side, found in databases.items()
     }
-    limited = shape.dtype == "float16" and all(getattr(shape, name) == getattr(ModelConfig(), name) for name in SIZES)
+    limited = has_default_sizes(shape)
     section = Section(
         "Stored bytes",
         f"{USERS} users with {events} events each: the open segment has room for one more, which is when a record is "

@@ -249,8 +249,7 @@ def test_record_of_another_format_is_refused_and_named(bundle: Bundle, states: l
 
 
 def test_record_takes_what_the_module_says() -> None:
-    config = ModelConfig(time="request", returns="off", layers=3, memory_slots=9, closed_states="int8")
-    shape = state_shape(config, "float16")
+    shape = state_shape(ModelConfig(time="request", returns="off"), "float16")
     sizes = sizes_of_records(shape, range(100))
     assert max(sizes) == max_record_bytes(shape) == 32 + 4 + 512 + 4 + 160 + 5200 + 10_240 + 6912 + 369
     assert max(sizes) == max(sizes[40:60]) == max(sizes[60:80])  # it does not grow with the history
