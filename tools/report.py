@@ -17,7 +17,7 @@ from dman_train.presets import PRESETS
 from tools.bench.report import table, write_page
 from tools.paper import paper_page
 from tools.record_file import RECORDS, Record, read_records
-from tools.report_rows import FORMER, FORMER_DEFAULT, RECIPE, Row, decisive, label_of, options_of, rows_of
+from tools.report_rows import DEFAULTS, FORMER, FORMER_DEFAULT, RECIPE, Row, decisive, label_of, options_of, rows_of
 from tools.report_summary import summary_section
 
 CHARTED = {"memory_slots": "m, memory slots", "layers": "L, layers", "segment_length": "T, events per segment"}
@@ -66,8 +66,9 @@ def _how_to_read(records: Path) -> str:
 def ours(rows: Sequence[Row]) -> Row | None:
     """The row of the default preset in the recipe of these rows; without one, DMAN's best row."""
     candidates = [row for row in rows if row.is_dman and row.content["model"]["variant"] == "dman"]
-    default = (row for row in candidates if label_of(row.content, but=(*RECIPE, "epochs")) == "DMAN")
-    return next(default, candidates[0] if candidates else None)
+    labelled = {label_of(row.content, but=(*RECIPE, "epochs")): row for row in reversed(candidates)}
+    defaults = [labelled[label] for label in DEFAULTS if label in labelled]
+    return next(iter(defaults or candidates), None)
 
 
 def by_recipe(rows: Iterable[Row]) -> list[list[Row]]:

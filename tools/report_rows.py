@@ -37,6 +37,7 @@ WORDS = {
 # The default preset before three layers, as rows are compared with it that are nearer to it than to today's.
 FORMER_DEFAULT = FORMER_DEFAULTS[ModelConfig] | FORMER_DEFAULTS[TrainConfig]
 FORMER = "former default"
+DEFAULTS = ("DMAN", "DMAN, no times")  # labels of the default, and of what it is on a log without times
 ROUTING = {"routing", "routing_iterations", "routing_softmax"}
 # Options that ModelConfig may no longer have, but stored runs do, with the value that needs no mention.
 FORMER_OPTIONS = {"residual": "gated"}

@@ -11,7 +11,7 @@ from dman_runtime.data.evaluation import metrics
 from dman_train.baselines.counts import COUNTS
 from dman_train.presets import SHORT_HISTORY
 from tools.bench.report import table
-from tools.report_rows import FORMER, METRICS, WORDS, Row, changed_options, mean_and_spread, standard_options
+from tools.report_rows import DEFAULTS, FORMER, METRICS, WORDS, Row, changed_options, mean_and_spread, standard_options
 
 ANCHORED = "ml-1m"  # the log that published figures are about
 EXACT_TIMES = 2999  # its first users, whose times are all exact; see the README beside the log
@@ -41,7 +41,6 @@ PUBLISHED = (
     Published("DMAN, the paper's figures", "none", "?", "?", (0.2518, None, 0.5324, 0.2203)),
     Published("SASRec, 1 negative", "none", "?", "?", (0.2500, 0.1341, None, None)),
 )
-_DEFAULTS = ("DMAN", "DMAN, no times")  # the second is the default of a log without times
 _FORMER_DEFAULTS = (f"DMAN, {FORMER}", f"DMAN, {FORMER}, no times")
 _TIMES = {"request": "of events and request", "events": "of events"}
 _HEADS = ("MovieLens-1M", "times", "seen items", "ties", "seeds", "HR@10", "NDCG@10", "HR@50", "NDCG@100")
@@ -72,7 +71,8 @@ def summary_section(rows: Mapping[str, Sequence[Row]]) -> str:
         parts += _anchored(rows[ANCHORED])
     compared = {name: found for name in sorted(rows) if name != ANCHORED and (found := _compared(rows[name]))}
     if compared:
-        parts += [_COUNTED, table(_COUNTED_HEADS, [[name, *cells] for name, lines in compared.items() for cells in lines])]
+        lines = [[name, *cells] for name, found in compared.items() for cells in found]
+        parts += [_COUNTED, table(_COUNTED_HEADS, lines)]
     return "\n\n".join(parts)
 
 
@@ -89,7 +89,7 @@ def _anchored(rows: Sequence[Row]) -> list[str]:
 
 
 def _is_default(row: Row) -> bool:
-    return row.label in (*_DEFAULTS, *_FORMER_DEFAULTS, f"DMAN, {WORDS['time', 'events']}")
+    return row.label in (*DEFAULTS, *_FORMER_DEFAULTS, f"DMAN, {WORDS['time', 'events']}")
 
 
 def _is_plain_baseline(row: Row) -> bool:
@@ -117,7 +117,7 @@ def _of_first(row: Row, metric: str) -> str:
 
 def _compared(rows: Sequence[Row]) -> list[list[str]]:
     """The default minus each counting rule and each system with the same signals, the best first."""
-    ours = next((row for label in (*_DEFAULTS, *_FORMER_DEFAULTS) for row in rows if row.label == label), None)
+    ours = next((row for label in (*DEFAULTS, *_FORMER_DEFAULTS) for row in rows if row.label == label), None)
     if ours is None:
         return []
     metric = "ndcg@10"

@@ -29,8 +29,9 @@ def lanes_of(lanes: int, *, vary_first: bool = True) -> Lanes:
     return Lanes(EVENTS, OFFSETS, TIMES, segment_length=5, lanes=lanes, vary_first=vary_first, seed=0)
 
 
-SETTINGS = {"alternating": TrainConfig(loss="full", memory_training="alternating")} | {
-    f"joint-{n}": TrainConfig(loss="full", memory_training="joint", backprop_segments=n) for n in (1, 2, 3, 4)
+READS = TrainConfig(loss="full", abstraction_loss="reads")
+SETTINGS = {"alternating": replace(READS, memory_training="alternating")} | {
+    f"joint-{n}": replace(READS, memory_training="joint", backprop_segments=n) for n in (1, 2, 3, 4)
 }
 
 
@@ -479,7 +480,7 @@ def names(model: DMAN, *, abstraction: bool) -> set[str]:
     return {n for n, _ in model.named_parameters() if n.startswith("abstraction.") is abstraction}
 
 
-ALTERNATING = TrainConfig(loss="full", memory_training="alternating", abstraction_every=1)
+ALTERNATING = replace(READS, memory_training="alternating", abstraction_every=1)
 JOINT = [replace(ALTERNATING, memory_training="joint", backprop_segments=n) for n in (1, 2, 3, 4)]
 
 

@@ -34,7 +34,13 @@ from dman_train.trainer import Trainer
 CPU = torch.device("cpu")
 ITEMS = 40
 CONFIG = TrainConfig(
-    lanes=8, abstraction_every=2, warmup_steps=3, epochs=3, learning_rate=5e-3, abstraction_learning_rate=5e-3
+    lanes=8,
+    abstraction_loss="reads",
+    abstraction_every=2,
+    warmup_steps=3,
+    epochs=3,
+    learning_rate=5e-3,
+    abstraction_learning_rate=5e-3,
 )
 
 

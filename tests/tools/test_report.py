@@ -284,3 +284,16 @@ def test_log_without_the_default_shows_the_former_one_in_its_place(
     assert line.startswith(f"| {first.dataset} | DMAN, former default | 2 |") and "| popular |" in line
     options = " ".join(f"--{name.replace('_', '-')} {value}" for name, value in report.FORMER_DEFAULT.items())
     assert f"The commands repeat these rows with `{options}`" in text
+
+
+@pytest.mark.parametrize("time", ["request", "none"])
+def test_default_stands_for_us_even_if_the_former_one_was_better(time: str, trained_run: Path) -> None:
+    first, preset = record_of(Run(trained_run), "first"), report.PRESETS["default"]
+    model = to_dict(timed(preset.model)) | {"time": time}
+    now = changed(first, "now", model=model, train=to_dict(sized(preset.train, first)))
+    former = changed(now, "former", model=FORMER_DEFAULTS[ModelConfig], train=FORMER_DEFAULTS[TrainConfig])
+    former.content["metrics"] = first.content["metrics"] | {"valid": first.content["metrics"]["valid"] | {"hr@10": 1.0}}
+    rows = report_rows.rows_of([now, former])
+    assert [row.records[0].name for row in rows] == ["former", "now"]
+    found = report.ours(rows)
+    assert found is not None and found.records == (now,)
