@@ -24,7 +24,7 @@ from dman_train.config import BaselineConfig, DataConfig, ModelConfig, TrainConf
 from dman_train.presets import BASELINE_PRESETS, PRESETS
 from tools import compare, generate, gpu_check, loadgen, records, report, runs, tune
 from tools.bench import __main__ as bench
-from tools.bench import reading, signals, training, versus
+from tools.bench import life, reading, signals, training, versus
 from tools.bench.report import table, write_page
 from tools.soak import __main__ as soak
 
@@ -92,6 +92,7 @@ def parsers() -> Iterator[argparse.ArgumentParser]:
     yield versus._parser()
     yield reading._parser()
     yield signals._parser()
+    yield life._parser()
     yield soak._parser()
     yield gpu_check.parser()
     yield runs.parser()

@@ -4,15 +4,13 @@ from __future__ import annotations
 
 import random
 import shutil
-import subprocess
-import sys
 import threading
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import ROOT
 from record_checks import check_records
 
 from dman_runtime.engine import Engine
@@ -20,7 +18,10 @@ from dman_runtime.jobs.generations import list_generations
 from dman_runtime.model.generation import Generation
 from dman_runtime.store.lmdb import LmdbStore
 from sdk import Client
-from tools.faults.servers import FaultServer, python_environment, wait_until
+from tools.faults.jobs import kill_in_the_middle, run_job, start_rebuild
+from tools.faults.servers import FaultServer, wait_until
+from tools.soak.rollover import while_bundles_change
+from tools.soak.setting import QUICK, Soak
 
 from .conftest import Start
 
@@ -75,38 +76,9 @@ class Callers:
                     self.failures.append(repr(error))
 
 
-def start_rebuild(bundle: Path, state: Path, *, share: float) -> subprocess.Popen[str]:
-    options = ["--bundle", str(bundle), "--state", str(state), "--provider", "cpu", "--max-share", str(share)]
-    return subprocess.Popen(
-        [sys.executable, "-m", "dman_runtime", "rebuild", *options],
-        cwd=ROOT,
-        env=python_environment(ROOT),
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
-
-
-def records_of(state: Path, bundle_id: str) -> int:
-    with LmdbStore.open(state, readonly=True) as store:
-        return sum(one.records for one in list_generations(store).generations if one.bundle_id == bundle_id)
-
-
-def kill_in_the_middle(job: subprocess.Popen[str], state: Path, bundle_id: str) -> None:
-    """Once it has made some more records."""
-    before = records_of(state, bundle_id)
-    assert wait_until(lambda: records_of(state, bundle_id) > before or job.poll() is not None, seconds=60)
-    job.kill()
-    job.communicate()
-
-
 def command(server: FaultServer, name: str, bundle: Path, *options: str) -> tuple[int, str]:
     """The exit status of a command, and what it printed last."""
-    done = subprocess.run(
-        [sys.executable, "-m", "dman_runtime", name, "--bundle", str(bundle), "--state", str(server.state), *options],
-        check=False, cwd=ROOT, env=python_environment(ROOT), capture_output=True, text=True, timeout=120,
-    )  # fmt: skip
-    return done.returncode, (done.stdout or done.stderr).strip().splitlines()[-1]
+    return run_job(name, "--bundle", bundle, "--state", server.state, *options)
 
 
 @pytest.fixture
@@ -170,11 +142,17 @@ def test_bad_bundle_changes_nothing_and_a_restart_keeps_what_was_activated(
         for _ in range(10):
             with Client(server.address, timeout=30) as other:
                 assert other.recommend("user 2").bundle_id == renamed.bundle_id
-    done = subprocess.run(
-        [sys.executable, "-m", "dman_runtime", "drop", exact.bundle_id, "--state", str(server.state)],
-        check=False, cwd=ROOT, env=python_environment(ROOT), capture_output=True, text=True, timeout=60,
-    )  # fmt: skip
-    assert done.stdout.startswith(f"dropped {USERS} records")
+    status, line = run_job("drop", exact.bundle_id, "--state", server.state)
+    assert not status and line.startswith(f"dropped {USERS} records")
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_updates_are_applied_once_while_servers_are_killed_and_bundles_change(
+    bundle: Path, tmp_path: Path, workers: int
+) -> None:
+    """A short form of `python -m tools.soak roll-overs`."""
+    section = while_bundles_change(Soak(bundle, tmp_path, replace(QUICK, kills=10, updates=200)), workers)
+    assert [claim for claim in section.claims if not claim.met] == []
 
 
 def check_store(server: FaultServer, callers: Callers, old: Generation, new: Generation) -> None:

@@ -49,3 +49,15 @@ def enlarge(bundle: Path, items: int) -> None:
             entry = {"item_id": str(1_000_000 + number), "events": 1, "title": f"Added {number}"}
             file.write(json.dumps(entry) + "\n")
     refit(bundle, EMBEDDINGS, ITEMS, vocabulary=items)
+
+
+def rename_items(bundle: Path, count: int) -> None:
+    """Makes it a bundle of another catalogue: the first `count` items are gone, and there are as many new ones.
+
+    Each item gets the embedding of another one, so the states of a history are others, too.
+    """
+    entries = [json.loads(line) for line in (bundle / ITEMS).read_text(encoding="utf-8").splitlines()]
+    item_ids = [entry["item_id"] for entry in entries[count:]] + [str(2_000_000 + number) for number in range(count)]
+    lines = [json.dumps(entry | {"item_id": item}) for entry, item in zip(entries, item_ids, strict=True)]
+    (bundle / ITEMS).write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
+    refit(bundle, ITEMS)

@@ -120,6 +120,11 @@ class FaultServer:
         self._stopped_by(signal.SIGKILL)
         psutil.wait_procs(workers, timeout=STOP_SECONDS)
 
+    @property
+    def supervised(self) -> bool:
+        """Whether its workers are processes of their own, which are started again."""
+        return any(option.startswith("--workers ") and option != "--workers 1" for option in self._options)
+
     def running(self) -> bool:
         return self._process is not None and self._process.poll() is None
 

@@ -1,7 +1,7 @@
 """Repeats all attacks for a while, counts what honest callers see, and writes a report: `make soak`.
 
     python -m tools.soak                  everything
-    python -m tools.soak exactly-once     one part; so do rows, malformed, memory and overhead
+    python -m tools.soak exactly-once     one part; so do rows, roll-overs, malformed, memory and overhead
 
 The exit status is 1 where a bound is broken.
 """
@@ -23,12 +23,14 @@ from tools.faults.servers import ROOT
 from tools.soak.exactly_once import exactly_once
 from tools.soak.limits import malformed, memory
 from tools.soak.overhead import overhead
+from tools.soak.rollover import while_bundles_change
 from tools.soak.rows import rotation
 from tools.soak.setting import QUICK, Effort, Soak, demo_bundle
 
 PARTS: dict[str, Callable[[Soak], list[Section]]] = {
     "rows": rotation,
     "exactly-once": lambda soak: [exactly_once(soak)],
+    "roll-overs": lambda soak: [while_bundles_change(soak, workers) for workers in (1, 2)],
     "malformed": lambda soak: [malformed(soak)],
     "memory": lambda soak: [memory(soak)],
     "overhead": lambda soak: [overhead(soak)],

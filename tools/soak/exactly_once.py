@@ -6,8 +6,10 @@ import random
 import threading
 import time
 from collections import defaultdict
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import numpy as np
 import psutil
@@ -18,7 +20,7 @@ from tools.faults.honest import stored_events
 from tools.faults.proxy import LossyProxy, share_of
 from tools.faults.servers import FaultServer
 from tools.soak.callers import ready
-from tools.soak.setting import Soak
+from tools.soak.setting import Effort, Soak
 
 CLIENTS, USERS, LOST_SHARE = 8, 200, 0.05
 PAUSE_SECONDS = 0.05  # between the updates of one client, so that they last as long as the kills
@@ -76,18 +78,20 @@ class Writer:
                 return
 
 
-def kill_often(server: FaultServer, kills: int, chooser: random.Random) -> int:
-    """SIGKILLs: two of three to a worker, one to the supervisor, which is then started again. Returns how many."""
+def kill_often(server: FaultServer, kills: int, chooser: random.Random, enough: Callable[[], bool]) -> int:
+    """SIGKILLs: two of three to a worker, one to the supervisor, which is then started again, as is a server without
+    one. There are at least so many, and more until it is `enough`. Returns how many."""
     done = 0
-    while done < kills:
+    while done < kills or not enough():
         time.sleep(chooser.uniform(0.2, 1.5))
-        if done % 3 == 2:
+        workers = [worker for worker in server.workers() if worker.pid != server.pid]
+        if done % 3 == 2 or not server.supervised:
             server.kill()
             server.start()
             done += 1
-        else:
-            with suppress(psutil.Error, IndexError):
-                chooser.choice(server.workers()).kill()
+        elif workers:
+            with suppress(psutil.Error):
+                chooser.choice(workers).kill()
                 done += 1
     return done
 
@@ -130,55 +134,20 @@ def exactly_once(soak: Soak) -> Section:
     bundle, items = soak.exact_bundle(), soak.items()
     writers = [Writer(number, items) for number in range(CLIENTS)]
     with soak.server("exactly-once", "--workers 2", bundle=bundle) as server:
-        kills, lost = _write_under_fire(soak, server, writers)
-        if not ready(server.address, seconds=START_SECONDS):
-            writers[0].failures.append("the server did not come back")
+        fire = write_under_fire(server, writers, soak.effort)
         wrong = wrong_histories(server.address, writers)
         users = sorted({user for writer in writers for user in writer.acknowledged})
         with soak.server("clean-replay", bundle=bundle) as clean:
             errors = state_errors(server.address, clean.address, users)
-    return _section(soak, writers, kills=kills, lost=lost, wrong=wrong, errors=errors)
-
-
-def _write_under_fire(soak: Soak, server: FaultServer, writers: list[Writer]) -> tuple[int, int]:
-    """Until both numbers are reached. Returns how many kills there were, and how many replies were lost."""
-    over = threading.Event()
-    with ExitStack() as stack:
-        proxy = stack.enter_context(LossyProxy(server.address, share_of(LOST_SHARE, seed=0)))
-        threads = [threading.Thread(target=writer.run, args=(proxy.address, over), daemon=True) for writer in writers]
-        for thread in threads:
-            thread.start()
-        kills = kill_often(server, soak.effort.kills, random.Random(0))
-        while sum(writer.updates for writer in writers) < soak.effort.updates:
-            if not any(thread.is_alive() for thread in threads):
-                break
-            time.sleep(0.1)
-        over.set()
-        for thread in threads:
-            thread.join(20 * START_SECONDS)
-        return kills, proxy.lost
-
-
-def _section(
-    soak: Soak, writers: list[Writer], *, kills: int, lost: int, wrong: list[str], errors: list[float]
-) -> Section:
-    updates = sum(writer.updates for writer in writers)
-    events = sum(len(times) for writer in writers for times in writer.acknowledged.values())
-    repeats = sum(writer.repeats for writer in writers)
-    failures = [failure for writer in writers for failure in writer.failures]
-    worst, effort = max(errors, default=float("nan")), soak.effort
+    worst = max(errors, default=float("nan"))
     return Section(
         "Exactly once",
-        f"{CLIENTS} clients wrote {updates} updates ({events} events) for {USERS} shared users through a proxy that "
-        f"lost {lost} replies, while two workers and their supervisor got {kills} SIGKILLs. Each update was repeated "
-        f"with its id until it was acknowledged; {repeats} had been applied before. Then each history was read and "
-        "compared with what was acknowledged. The scores of its items were compared with those of a server that got "
-        "the history in one update.",
+        f"{what_was_written(writers, fire)} while two workers and their supervisor got {fire.kills} SIGKILLs. Each "
+        "update was repeated with its id until it was acknowledged. Then each history was read and compared with what "
+        "was acknowledged. The scores of its items were compared with those of a server that got the history in one "
+        "update.",
         [
-            Claim("acknowledged updates", str(updates), f">= {effort.updates}", updates >= effort.updates),
-            Claim("SIGKILLs", str(kills), f">= {effort.kills}", kills >= effort.kills),
-            Claim("clients that gave up", "; ".join(failures) or "none", "none", not failures),
-            Claim("users with an event lost, doubled or out of order", str(len(wrong)), "none", not wrong),
+            *claims_of_writers(writers, fire, soak.effort, wrong),
             Claim(
                 "worst difference from a clean replay", f"{worst:.1e}", f"<= {TOLERANCE:g}", bool(worst <= TOLERANCE)
             ),
@@ -186,3 +155,57 @@ def _section(
         ("users that are wrong",) if wrong else (),
         [[text] for text in wrong[:20]],
     )
+
+
+class Fire(NamedTuple):
+    """What the writers had to bear."""
+
+    kills: int
+    lost: int  # replies
+
+
+def write_under_fire(
+    server: FaultServer, writers: list[Writer], effort: Effort, enough: Callable[[], bool] = lambda: True
+) -> Fire:
+    """Lets all write until there were so many kills and acknowledged updates, and it is `enough`. Then the server is up
+    again."""
+    over = threading.Event()
+    with ExitStack() as stack:
+        proxy = stack.enter_context(LossyProxy(server.address, share_of(LOST_SHARE, seed=0)))
+        threads = [threading.Thread(target=writer.run, args=(proxy.address, over), daemon=True) for writer in writers]
+        for thread in threads:
+            thread.start()
+        kills = kill_often(server, effort.kills, random.Random(0), enough)
+        while sum(writer.updates for writer in writers) < effort.updates:
+            if not any(thread.is_alive() for thread in threads):
+                break
+            time.sleep(0.1)
+        over.set()
+        for thread in threads:
+            thread.join(20 * START_SECONDS)
+        lost = proxy.lost
+    if not ready(server.address, seconds=START_SECONDS):
+        writers[0].failures.append("the server did not come back")
+    return Fire(kills, lost)
+
+
+def what_was_written(writers: Sequence[Writer], fire: Fire) -> str:
+    """The beginning of a sentence."""
+    updates, repeats = (sum(getattr(writer, name) for writer in writers) for name in ("updates", "repeats"))
+    events = sum(len(times) for writer in writers for times in writer.acknowledged.values())
+    return (
+        f"{len(writers)} clients wrote {updates} updates ({events} events; {repeats} of the updates had been applied "
+        f"when they were sent again) for {USERS} shared users through a proxy that lost {fire.lost} replies,"
+    )
+
+
+def claims_of_writers(writers: Sequence[Writer], fire: Fire, effort: Effort, wrong: Sequence[str]) -> list[Claim]:
+    """`wrong`: as `wrong_histories` has them."""
+    updates = sum(writer.updates for writer in writers)
+    failures = [failure for writer in writers for failure in writer.failures]
+    return [
+        Claim("acknowledged updates", str(updates), f">= {effort.updates}", updates >= effort.updates),
+        Claim("SIGKILLs", str(fire.kills), f">= {effort.kills}", fire.kills >= effort.kills),
+        Claim("clients that gave up", "; ".join(failures) or "none", "none", not failures),
+        Claim("users with an event lost, doubled or out of order", str(len(wrong)), "none", not wrong),
+    ]

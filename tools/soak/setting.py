@@ -67,6 +67,14 @@ class Soak:
             bundles.refit(path, state=bundles.read_manifest(path)["state"] | {"dtype": "float32"})
         return path
 
+    def other_bundle(self) -> Path:
+        """The same for another catalogue: a tenth of the items is gone, and there are as many new ones."""
+        path = self.scratch / "other-bundle"
+        if not path.exists():
+            shutil.copytree(self.exact_bundle(), path)
+            bundles.rename_items(path, max(1, len(self.items()) // 10))
+        return path
+
 
 def demo_bundle(directory: Path) -> Path:
     """A bundle of the tiny preset, trained on generated data as `make demo` does."""

@@ -1,0 +1,124 @@
+"""Commands of `dman-runtime` in processes of their own, and a loop of those that change the bundle of a server."""
+
+from __future__ import annotations
+
+import itertools
+import random
+import subprocess
+import sys
+import threading
+from collections import Counter
+from pathlib import Path
+from typing import Self
+
+from dman_runtime.jobs.generations import list_generations
+from dman_runtime.store.lmdb import LmdbStore
+from tools.faults.bundles import read_manifest
+from tools.faults.servers import ROOT, python_environment, wait_until
+
+JOB_SECONDS = 300.0
+
+
+def start_job(command: str, *options: str | Path) -> subprocess.Popen[str]:
+    """Starts `dman-runtime COMMAND` of this checkout."""
+    return subprocess.Popen(
+        [sys.executable, "-m", "dman_runtime", command, *map(str, options)],
+        cwd=ROOT,
+        env=python_environment(ROOT),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def start_rebuild(bundle: Path, state: Path, *, share: float) -> subprocess.Popen[str]:
+    options = ("--provider", "cpu", "--max-share", f"{share:g}")
+    return start_job("rebuild", "--bundle", bundle, "--state", state, *options)
+
+
+def run_job(command: str, *options: str | Path) -> tuple[int, str]:
+    """The exit status of a command, and what it printed last."""
+    return finished(start_job(command, *options))
+
+
+def finished(job: subprocess.Popen[str], *, seconds: float = JOB_SECONDS) -> tuple[int, str]:
+    """Waits for a job: its exit status, and what it printed last."""
+    try:
+        output, errors = job.communicate(timeout=seconds)
+    except subprocess.TimeoutExpired:
+        job.kill()
+        output, errors = job.communicate()
+        errors += f"\nit took more than {seconds:g} s"
+    return job.returncode, ((errors if job.returncode else output).strip().splitlines() or ["no message"])[-1]
+
+
+def records_of(state: Path, bundle_id: str) -> int:
+    """How many records a store has of a bundle."""
+    with LmdbStore.open(state, readonly=True) as store:
+        return sum(one.records for one in list_generations(store).generations if one.bundle_id == bundle_id)
+
+
+def kill_in_the_middle(job: subprocess.Popen[str], state: Path, bundle_id: str, *, more: int = 1) -> bool:
+    """Kills a rebuild once it has made so many records more. Returns whether it was still running."""
+    enough = records_of(state, bundle_id) + more
+    assert wait_until(lambda: records_of(state, bundle_id) >= enough or job.poll() is not None, seconds=JOB_SECONDS)
+    running = job.poll() is None
+    job.kill()
+    job.communicate()
+    return running
+
+
+class RollOvers:
+    """Changes the bundle of a store's servers and back until the block ends.
+
+    In turns: the new bundle's records are made from nothing, it is activated, the old one's are brought up to date, and
+    it is activated again. Some rebuilds are killed on the way and started again. `done` counts what succeeded, `killed`
+    the killed rebuilds; `failures` has the commands that failed.
+    """
+
+    SHARE = 0.2  # of a core, for a rebuild: it shall last
+
+    def __init__(self, state: Path, old: Path, new: Path) -> None:
+        self._state, self._old, self._new = state, old, new
+        self._over, self._thread = threading.Event(), threading.Thread(target=self._run, daemon=True)
+        self.done, self.killed, self.failures = Counter[str](), 0, list[str]()
+
+    def __enter__(self) -> Self:
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._over.set()
+        self._thread.join()
+
+    def rounds(self) -> int:
+        """How often both bundles were rebuilt and activated."""
+        return min(self.done[f"{command} {which}"] for command in ("rebuild", "activate") for which in ("new", "old"))
+
+    def _run(self) -> None:
+        chooser = random.Random(0)
+        for which, bundle in itertools.cycle({"new": self._new, "old": self._old}.items()):
+            if which == "new":
+                self._do("drop", which, read_manifest(bundle)["bundle_id"], "--state", self._state)
+            while not self._over.is_set() and chooser.random() < 0.5:
+                self._kill_a_rebuild(bundle, chooser)
+            for command, *options in (["rebuild", "--max-share", f"{self.SHARE:g}"], ["activate"]):
+                self._do(command, which, "--bundle", bundle, "--state", self._state, "--provider", "cpu", *options)
+            if self._over.is_set():
+                return
+
+    def _kill_a_rebuild(self, bundle: Path, chooser: random.Random) -> None:
+        job = start_rebuild(bundle, self._state, share=self.SHARE)
+        self._over.wait(chooser.uniform(1, 4))
+        self.killed += job.poll() is None
+        job.kill()
+        job.communicate()
+
+    def _do(self, command: str, which: str, *options: str | Path) -> None:
+        if self._over.is_set():
+            return
+        status, line = run_job(command, *options)
+        if not status:
+            self.done[f"{command} {which}"] += 1
+        elif command != "drop" or self.done["rebuild new"]:  # at first there is nothing to drop
+            self.failures.append(f"{command} {which}: {line}")
