@@ -37,7 +37,7 @@ lint: $(STAMP)
 proto: $(STAMP)  ## regenerate the committed gRPC stubs
 	$(BIN)/python -m grpc_tools.protoc -I. --python_out=. --grpc_python_out=. --mypy_out=. --mypy_grpc_out=. \
 		--plugin=protoc-gen-mypy=$(BIN)/protoc-gen-mypy --plugin=protoc-gen-mypy_grpc=$(BIN)/protoc-gen-mypy_grpc \
-		protos/dman/v1/dman.proto
+		protos/dman/v1/dman.proto protos/dman/v1/admin.proto
 
 docs: $(STAMP)  ## write docs/options.md from the code
 	$(BIN)/python -m tools.options_page

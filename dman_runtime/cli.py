@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from dman_runtime.commands import logs, servers, stores
+from dman_runtime.commands import logs, remote, servers, stores
 from dman_runtime.data.filters import Filters
 from dman_runtime.data.log_options import LogOptions
 from dman_runtime.jobs.partitions import MAX_UNKNOWN
@@ -75,9 +75,24 @@ def _serve_options(p: Parser) -> None:
     )
     p.add_argument("--state-must-exist", action="store_true", help="refuse to start without a state store")
     _access_options(p)
+    _admin_options(p)
     p.flag("--metrics-port", type=int, default=None, help="port for Prometheus metrics; none without it")
     p.flag("--metrics-host", default="127.0.0.1", help="address for Prometheus metrics")
     p.flag("--log-format", choices=["text", "json"], default="text", help="json: one object a line, for log collectors")
+
+
+def _admin_options(p: Parser) -> None:
+    p.flag("--admin-port", type=int, default=None, help="port for the admin service; none without it")
+    p.flag("--admin-host", default="127.0.0.1", help="address for the admin service; beyond loopback as for --host")
+    p.flag(
+        "--admin-socket", type=Path, default=None, help="Unix socket for the admin service, for this system user only"
+    )
+    p.flag(
+        "--admin-root",
+        type=Path,
+        default=None,
+        help="directory of the bundles and backups that callers of the admin service may name; none without it",
+    )
 
 
 def _access_options(p: Parser) -> None:
@@ -96,23 +111,40 @@ def _access_options(p: Parser) -> None:
 
 def _status_options(p: Parser) -> None:
     p.flag("--target", default="localhost:50051", help="address of the server")
+    _caller_options(p)
+    p.flag("--timeout", type=float, default=5.0, help="seconds to wait for the answer")
+    p.add_argument("--json", action="store_true", help="print the status as JSON on the last line")
+
+
+def _caller_options(p: Parser) -> None:
     p.flag("--token-file", type=Path, default=None, help="file that holds a token with the role admin")
     p.flag("--ca", type=Path, default=None, help="who signed the server's certificate, PEM; switches TLS on")
     p.flag("--client-cert", type=Path, default=None, help="certificate for a server that asks for one, PEM")
     p.flag("--client-key", type=Path, default=None, help="private key of the client's certificate, PEM")
-    p.flag("--timeout", type=float, default=5.0, help="seconds to wait for the answer")
-    p.add_argument("--json", action="store_true", help="print the status as JSON on the last line")
+
+
+def _remote_options(p: Parser) -> None:
+    """Of commands that a running server may do. `--target` has no variable: that of `status` would redirect them."""
+    p.add_argument(
+        "--target",
+        default=None,
+        help="address of a server's admin service, which then does this with its own store; paths are of its machine",
+    )
+    _caller_options(p)
+    p.flag("--timeout", type=float, default=86_400.0, help="seconds to wait for the server to do it")
 
 
 def _verify_options(p: Parser) -> None:
     p.flag("--state", type=Path, default=DEFAULT_STATE, help="state directory to read; a server may be using it")
     p.add_argument("--json", action="store_true", help="print the report as JSON on the last line")
+    _remote_options(p)
 
 
 def _backup_options(p: Parser) -> None:
     p.flag("--state", type=Path, default=DEFAULT_STATE, help="state directory to copy; a server may be using it")
     p.flag("--output", type=Path, default=Path("backup"), help="directory to make")
     p.add_argument("--json", action="store_true", help="print the result as JSON on the last line")
+    _remote_options(p)
 
 
 def _restore_options(p: Parser) -> None:
@@ -124,6 +156,7 @@ def _restore_options(p: Parser) -> None:
 def _export_user_options(p: Parser) -> None:
     p.add_argument("user", help="id of the user")
     p.flag("--state", type=Path, default=DEFAULT_STATE, help="state directory to read; a server may be using it")
+    _remote_options(p)
 
 
 def _expire_options(p: Parser) -> None:
@@ -132,6 +165,7 @@ def _expire_options(p: Parser) -> None:
     p.add_argument("--dry-run", action="store_true", help="say how many that are, and delete none")
     _map_option(p)
     p.add_argument("--json", action="store_true", help="print the result as JSON on the last line")
+    _remote_options(p)
 
 
 def _token_options(p: Parser) -> None:
@@ -175,11 +209,13 @@ def _import_options(p: Parser) -> None:
 
 
 def _rebuild_options(p: Parser) -> None:
+    p.set_defaults(progress=None)  # a bar on the terminal
     p.flag("--state", type=Path, default=DEFAULT_STATE, help="state directory; a server may be using it")
     p.flag("--max-share", type=float, default=0.5, help="of one core that the command may use, above 0 up to 1")
     _encoder_options(p)
     _map_option(p)
     p.add_argument("--json", action="store_true", help="print the result as JSON on the last line")
+    _remote_options(p)
 
 
 def _activate_options(p: Parser) -> None:
@@ -189,17 +225,21 @@ def _activate_options(p: Parser) -> None:
     _encoder_options(p)
     _map_option(p)
     p.add_argument("--json", action="store_true", help="print the result as JSON on the last line")
+    _remote_options(p)
 
 
 def _generations_options(p: Parser) -> None:
     p.flag("--state", type=Path, default=DEFAULT_STATE, help="state directory to read; a server may be using it")
     p.add_argument("--json", action="store_true", help="print the list as JSON on the last line")
+    _remote_options(p)
 
 
 def _drop_options(p: Parser) -> None:
     p.add_argument("bundle_id", help="whose states to remove; `dman-runtime generations` lists them")
     p.flag("--state", type=Path, default=DEFAULT_STATE, help="state directory; a server may be using it")
     _map_option(p)
+    p.add_argument("--json", action="store_true", help="print the result as JSON on the last line")
+    _remote_options(p)
 
 
 def _export_log_options(p: Parser) -> None:
@@ -241,7 +281,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _main(argv: Sequence[str] | None) -> int:
     arguments = parser().parse_args(argv)
     configure_logging(verbose=arguments.verbose, json=getattr(arguments, "log_format", "text") == "json")
-    return COMMANDS[arguments.command](arguments)
+    asks = arguments.command in remote.ASKED and arguments.target is not None
+    return remote.ask(arguments) if asks else COMMANDS[arguments.command](arguments)
 
 
 if __name__ == "__main__":

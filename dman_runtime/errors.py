@@ -15,6 +15,7 @@
     ├── NotLoadedError              the server lacks the bundle that is to answer
     ├── RefusedError                the server holds all that it can
     ├── ExpiredError                the caller's deadline has passed
+    ├── JobError                    a job that a remote caller asked for failed, or cannot begin
     ├── StoreError                  the store cannot do what was asked
     │   ├── StoreFullError
     │   ├── StoreMismatchError
@@ -45,7 +46,7 @@ class DmanError(Exception):
             log only, as it may name paths.
     """
 
-    status: ClassVar[str] = "INTERNAL"
+    status: str = "INTERNAL"
     public: ClassVar[str | None] = "internal error"
 
     def __init__(self, cause: str, remedy: str = "", *, parameter: str = "") -> None:
@@ -155,10 +156,23 @@ class ExpiredError(DmanError):
     status, public = "DEADLINE_EXCEEDED", None
 
 
+class JobError(DmanError):
+    """A job that a caller with the role admin asked for failed, or cannot begin: the caller is told why, paths too."""
+
+    status, public = "FAILED_PRECONDITION", None
+
+    @classmethod
+    def failed(cls, *, status: str, cause: str, remedy: str) -> JobError:
+        """The error of a job, with the status that it would have had here."""
+        error = cls(cause, remedy)
+        error.status = status
+        return error
+
+
 class StoreError(DmanError):
     """The store cannot do what was asked."""
 
-    status: ClassVar[str] = "UNAVAILABLE"
+    status = "UNAVAILABLE"
     public: ClassVar[str | None] = "the state store is unavailable"
 
 

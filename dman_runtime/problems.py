@@ -26,6 +26,7 @@ class ClusterStatus:
     ready: int
     restarts: int  # workers that were started again
     problems: tuple[Problem, ...]
+    admin: int | None = None  # slot of the worker that has the admin service; None: none has
 
 
 class Problems:

@@ -1,5 +1,7 @@
 """The Python SDK of DMAN: `Client`, and `AsyncClient` with the same methods as coroutines.
 
+`AdminClient` is for those who look after a server's store.
+
     from sdk import Client
 
     with Client("localhost:50051") as client:
@@ -9,6 +11,19 @@
 It needs grpcio and protobuf only. Every error is a `DmanError`.
 """
 
+from sdk._admin import AdminClient
+from sdk._admin_types import (
+    Activated,
+    BackedUp,
+    Dropped,
+    Expired,
+    GenerationInfo,
+    Generations,
+    Progress,
+    Rebuilt,
+    Rollout,
+    Verified,
+)
 from sdk._client import AsyncClient, Client
 from sdk._exceptions import (
     CallError,
@@ -20,6 +35,7 @@ from sdk._exceptions import (
     ForkError,
     InternalError,
     InvalidArgumentError,
+    JobError,
     PermissionDeniedError,
     ResourceExhaustedError,
     UnauthenticatedError,
@@ -45,7 +61,10 @@ from sdk._types import (
 from sdk._version import __version__
 
 __all__ = [
+    "Activated",
+    "AdminClient",
     "AsyncClient",
+    "BackedUp",
     "CallError",
     "Client",
     "ClientClosedError",
@@ -53,19 +72,27 @@ __all__ = [
     "DeadlineExceededError",
     "DeletedUser",
     "DmanError",
+    "Dropped",
     "Event",
     "EventLoopError",
+    "Expired",
     "ForkError",
+    "GenerationInfo",
+    "Generations",
     "Id",
     "Ids",
     "InternalError",
     "InvalidArgumentError",
     "Items",
+    "JobError",
     "PermissionDeniedError",
     "Problem",
+    "Progress",
+    "Rebuilt",
     "Recommendation",
     "Recommendations",
     "ResourceExhaustedError",
+    "Rollout",
     "Source",
     "Status",
     "Time",
@@ -76,6 +103,7 @@ __all__ = [
     "UpdateResult",
     "User",
     "UserNotFoundError",
+    "Verified",
     "__version__",
 ]
 

@@ -6,6 +6,7 @@ from typing import Any
 
 import grpc
 
+from protos.dman.v1.admin_pb2_grpc import AdminStub
 from protos.dman.v1.dman_pb2_grpc import OperationsStub, RecommenderStub
 from sdk._access import Pem, access
 from sdk._calls import Call, ReplyT, RequestT, ResultT
@@ -19,8 +20,8 @@ _log = logging.getLogger(__name__)
 
 def methods_of(channel: Any) -> dict[str, Any]:
     """What invokes each RPC, by its name."""
-    methods: dict[str, Any] = vars(RecommenderStub(channel)) | vars(OperationsStub(channel))
-    return methods
+    stubs = (RecommenderStub(channel), OperationsStub(channel), AdminStub(channel))
+    return {name: method for stub in stubs for name, method in vars(stub).items()}
 
 
 class ClientBase:

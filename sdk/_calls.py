@@ -4,7 +4,7 @@ Nothing here does I/O. `_client` makes a method from each function, with the sig
 """
 
 import uuid
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Generic, SupportsIndex, TypeVar
 
@@ -29,6 +29,7 @@ class Call(Generic[RequestT, ReplyT, ResultT]):
     repeatable: bool  # sending it twice has the same effect and the same answer as sending it once
     timeout: float | None  # seconds; None for the client's
     request_id: str | None = None  # of an update: its errors carry it
+    receive: Callable[[Iterator[Any]], ReplyT | None] | None = None  # the reply from a stream; None: there is none
 
 
 def update(

@@ -1,4 +1,4 @@
-"""The two clients. They differ only in how they open a channel, call, wait and close."""
+"""The clients for applications. They differ only in how they open a channel, call, wait and close."""
 
 import asyncio
 import os
@@ -25,31 +25,11 @@ class _Opened(NamedTuple):
     methods: dict[str, Any]
 
 
-class Client(ClientBase):
-    """A connection to a DMAN server.
-
-    Create one, keep it, and share it between threads. It holds one channel, which connects at the first call and
-    reconnects by itself. A forked child has a channel of its own, and so has a process that it was pickled to.
-
-        with Client("localhost:50051") as client:
-            client.update(42, [2858, 260])
-            for item in client.recommend(42, k=5):
-                print(item.item_id, item.score, item.title)
-
-    Every failure is a `DmanError`; its docstring shows all errors.
-    """
+class BlockingClient(ClientBase):
+    """What clients share whose methods return results. It holds a channel for each process."""
 
     def _prepare(self) -> None:
         self._channels: dict[int, _Opened] = {}  # by process: a forked child leaves that of its parent alone
-
-    update = blocking(_calls.update)
-    update_many = blocking(_calls.update_many)
-    recommend = blocking(_calls.recommend)
-    recommend_many = blocking(_calls.recommend_many)
-    user = blocking(_calls.user)
-    history = iterating(_history.history)
-    delete_user = blocking(_calls.delete_user)
-    status = blocking(_calls.status)
 
     def close(self) -> None:
         """Closes the connection. Running calls end with ClientClosedError. Closing twice is allowed."""
@@ -93,13 +73,19 @@ class Client(ClientBase):
         with FORKS.running(seconds):
 
             def send() -> ReplyT | None:
-                invoke: grpc.UnaryUnaryMultiCallable[RequestT, ReplyT] = self._open().methods[call.rpc]
-                return invoke(
+                sent = self._open().methods[call.rpc](
                     call.request,
                     timeout=attempts.seconds_left(),
                     metadata=self._metadata,
                     wait_for_ready=self._settings.wait_for_ready,
                 )
+                if call.receive is None:
+                    reply: ReplyT | None = sent
+                    return reply
+                try:
+                    return call.receive(sent)
+                finally:
+                    sent.cancel()  # where it has not ended
 
             return FORKS.watched(send, seconds, call.request_id) if FORKS.unproven else send()
 
@@ -117,6 +103,30 @@ class Client(ClientBase):
                 raise ClientClosedError(request_id=call.request_id) from error
             else:
                 return self._result(call, reply)
+
+
+class Client(BlockingClient):
+    """A connection to a DMAN server.
+
+    Create one, keep it, and share it between threads. It holds one channel, which connects at the first call and
+    reconnects by itself. A forked child has a channel of its own, and so has a process that it was pickled to.
+
+        with Client("localhost:50051") as client:
+            client.update(42, [2858, 260])
+            for item in client.recommend(42, k=5):
+                print(item.item_id, item.score, item.title)
+
+    Every failure is a `DmanError`; its docstring shows all errors.
+    """
+
+    update = blocking(_calls.update)
+    update_many = blocking(_calls.update_many)
+    recommend = blocking(_calls.recommend)
+    recommend_many = blocking(_calls.recommend_many)
+    user = blocking(_calls.user)
+    history = iterating(_history.history)
+    delete_user = blocking(_calls.delete_user)
+    status = blocking(_calls.status)
 
     def _iterate(self, pages: Pages) -> Iterator[Event]:
         while (call := pages.next_call()) is not None:

@@ -21,6 +21,7 @@ class DmanError(Exception):
             ├── ResourceExhaustedError                       message too large, store full, over a limit, overloaded
             ├── UnauthenticatedError                         the token is missing or not valid
             ├── PermissionDeniedError  (also PermissionError)  the token may not do this
+            ├── JobError                                     a job of the admin service cannot be done now
             ├── UnimplementedError                           the server does not know this method
             └── InternalError                                every other failure of a server
 
@@ -137,6 +138,12 @@ class PermissionDeniedError(CallError, PermissionError):
     remedy = "Use a token whose roles allow this method."
 
 
+class JobError(CallError):
+    """A job of the admin service cannot be done now: a bundle cannot be used, or another job of its kind runs."""
+
+    remedy = "Correct that, then call again."
+
+
 class UnimplementedError(CallError):
     """The server does not know this method."""
 
@@ -159,7 +166,7 @@ ERROR_OF_STATUS: dict[grpc.StatusCode, type[DmanError]] = {
     grpc.StatusCode.ALREADY_EXISTS: InternalError,
     grpc.StatusCode.PERMISSION_DENIED: PermissionDeniedError,
     grpc.StatusCode.RESOURCE_EXHAUSTED: ResourceExhaustedError,
-    grpc.StatusCode.FAILED_PRECONDITION: InternalError,
+    grpc.StatusCode.FAILED_PRECONDITION: JobError,
     grpc.StatusCode.ABORTED: ConflictError,
     grpc.StatusCode.OUT_OF_RANGE: InvalidArgumentError,
     grpc.StatusCode.UNIMPLEMENTED: UnimplementedError,

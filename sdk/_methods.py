@@ -19,6 +19,8 @@ R = TypeVar("R")
 class _Runs(Protocol):
     def _run(self, call: Call[Any, Any, R]) -> R: ...
 
+
+class _Iterates(Protocol):
     def _iterate(self, pages: Pages) -> Iterator[Event]: ...
 
 
@@ -28,13 +30,13 @@ class _RunsAsync(Protocol):
     def _iterate(self, pages: Pages) -> AsyncIterator[Event]: ...
 
 
-def blocking(build: Callable[P, Call[Any, Any, R]]) -> Callable[Concatenate[_Runs, P], R]:
-    """A method of Client from the function that builds its call."""
+def blocking(build: Callable[P, Call[Any, Any, R]], owner: str = "Client") -> Callable[Concatenate[_Runs, P], R]:
+    """A method of Client, or of another class that blocks, from the function that builds its call."""
 
     def method(self: _Runs, /, *args: P.args, **kwargs: P.kwargs) -> R:
         return self._run(build(*args, **kwargs))
 
-    _copy_signature(method, build, "Client")
+    _copy_signature(method, build, owner)
     return method
 
 
@@ -50,10 +52,10 @@ def awaitable(
     return method
 
 
-def iterating(build: Callable[P, Pages]) -> Callable[Concatenate[_Runs, P], Iterator[Event]]:
+def iterating(build: Callable[P, Pages]) -> Callable[Concatenate[_Iterates, P], Iterator[Event]]:
     """A method of Client from the function that plans its calls."""
 
-    def method(self: _Runs, /, *args: P.args, **kwargs: P.kwargs) -> Iterator[Event]:
+    def method(self: _Iterates, /, *args: P.args, **kwargs: P.kwargs) -> Iterator[Event]:
         return self._iterate(build(*args, **kwargs))
 
     _copy_signature(method, build, "Client", Iterator[Event])

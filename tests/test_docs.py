@@ -31,6 +31,7 @@ from dman_runtime.serving.prometheus import PrometheusMetrics
 from dman_train import evaluate, export, train
 from dman_train.config import BaselineConfig, DataConfig, ModelConfig, TrainConfig
 from dman_train.presets import BASELINE_PRESETS
+from protos.dman.v1 import admin_pb2
 from protos.dman.v1 import dman_pb2 as pb
 from tools import options_page
 
@@ -38,7 +39,7 @@ OURS = ("sdk", "dman_runtime", "dman_train", "tools")
 GUIDE = (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))  # what a user reads
 DOCUMENTS = (*GUIDE, *(ROOT / name for name in ("ARCHITECTURE.md", "CHANGELOG.md", "SECURITY.md")))
 OPTIONS = ROOT / "docs" / "options.md"
-INTERNAL = {"tools.bench.servers"}  # started by tools.bench, not by people
+INTERNAL = {"tools.bench.servers", "dman_runtime.attended"}  # started by tools.bench and by servers, not by people
 NAMES = [str(document.relative_to(ROOT)) for document in DOCUMENTS]
 
 
@@ -67,7 +68,8 @@ def field_names(*configs: type) -> set[str]:
 
 
 def client_methods() -> set[str]:
-    return {name for name, value in vars(sdk.Client).items() if callable(value) and not name.startswith("_")}
+    members = [member for kind in (sdk.Client, sdk.AdminClient) for member in vars(kind).items()]
+    return {name for name, value in members if callable(value) and not name.startswith("_")}
 
 
 def result_fields() -> set[str]:
@@ -102,9 +104,14 @@ DOCUMENTED: dict[str, Callable[[], set[str]]] = {
     "model fields": lambda: field_names(ModelConfig),
     "training fields": lambda: field_names(TrainConfig),
     "data fields": lambda: field_names(DataConfig),
-    "RPCs": lambda: {method.name for service in pb.DESCRIPTOR.services_by_name.values() for method in service.methods},
+    "RPCs": lambda: {
+        method.name
+        for file in (pb, admin_pb2)
+        for service in file.DESCRIPTOR.services_by_name.values()
+        for method in service.methods
+    },
     "names of the SDK": lambda: {name for name in sdk.__all__ if not name.startswith("__")},
-    "methods of Client": client_methods,
+    "methods of Client and AdminClient": client_methods,
     "fields of the results of the SDK": result_fields,
 }
 

@@ -1,4 +1,4 @@
-"""The way of every call through a worker: who calls, one message, limits, the handler, one reply, one status.
+"""The way of every call through a worker: who calls, one message, limits, the handler, the reply, one status.
 
 All methods are served as streams of raw bytes, which on the wire is the same as single messages. So nothing is received
 before this module asks for it, and a message that does not parse is an answer like any other: gRPC's own deserialisers
@@ -30,6 +30,7 @@ from dman_runtime.waiting import NO_DEADLINE
 
 logger = logging.getLogger(__name__)
 _REFUSALS = ("RESOURCE_EXHAUSTED", "UNAUTHENTICATED", "PERMISSION_DENIED")  # those that metrics count by cause
+Tell = Callable[[Message], Awaitable[None]]
 LARGE_BYTES = 64 << 10  # messages beyond are long requests, and parsed off the event loop
 REST = 2.0  # times as long as a large message took to parse
 
@@ -47,11 +48,12 @@ class Call:
     deadline: float  # of time.monotonic()
     held: Held  # what it holds in memory; a handler adds parts of a large reply
     weight: int  # of its message, as its Method weighs it
+    tell: Tell  # sends a message before the reply, where the method streams
 
 
 @dataclass(frozen=True)
 class Method:
-    """One method that takes one message and gives one reply."""
+    """One method that takes one message and gives one reply; one that streams may send messages before it."""
 
     path: str  # "/package.Service/Method"
     request: type[Message]
@@ -59,6 +61,7 @@ class Method:
     weigh: Callable[[Any], int] = lambda _: 0  # events to encode, or what takes as long
     parse: Callable[[bytes], Any] | None = None  # instead of request.FromString; raises DecodeError, RequestError
     commits: bool = False  # a reply says what has been stored, so it is never refused
+    streams: bool = False
     exempt: bool = False  # from all limits but the one on messages, which are small: probes reach a busy server too
 
 
@@ -88,7 +91,12 @@ class Door(grpc.GenericRpcHandler):
         self._running: set[asyncio.Task[Any]] = set()
         self._stopping = False
         self._handlers: dict[str, grpc.RpcMethodHandler[Any, Any]] = {
-            method.path: grpc.stream_unary_rpc_method_handler(self._behaviour(method)) for method in methods
+            method.path: (
+                grpc.stream_stream_rpc_method_handler(self._streaming(method))
+                if method.streams
+                else grpc.stream_unary_rpc_method_handler(self._behaviour(method))
+            )
+            for method in methods
         }
 
     def service(self, handler_call_details: grpc.HandlerCallDetails) -> grpc.RpcMethodHandler[Any, Any] | None:
@@ -138,6 +146,14 @@ class Door(grpc.GenericRpcHandler):
 
         return behaviour
 
+    def _streaming(self, method: Method) -> Callable[[Any, Context], Awaitable[None]]:
+        behaviour = self._behaviour(method)
+
+        async def streaming(requests: Any, context: Context) -> None:
+            await context.write(await behaviour(requests, context))
+
+        return streaming
+
     async def _reply(self, method: Method, context: Context) -> bytes:
         admission = self._admission
         if self._stopping:
@@ -150,13 +166,14 @@ class Door(grpc.GenericRpcHandler):
         held = Held(admission, caller)
         deadline = NO_DEADLINE if left is None else time.monotonic() + left
         if method.exempt:
-            return await self._exempt(method, body, Call(caller, deadline, held, 0))
+            return await self._exempt(method, body, Call(caller, deadline, held, 0, _tell_nobody))
+        tell = _teller(context) if method.streams else _tell_nobody
         admission.enter()
         try:
             held.add(len(body))
             message = [body]
             del body  # a large message is not kept beside what it is parsed to
-            sent = _serialized(await self._run(method, message, caller, deadline, held))
+            sent = _serialized(await self._run(method, message, caller, deadline, held, tell))
             held.become(len(sent), always=method.commits)
         except BaseException:
             held.release()
@@ -173,14 +190,14 @@ class Door(grpc.GenericRpcHandler):
         return _serialized(await method.run(request, call))
 
     async def _run(
-        self, method: Method, message: list[bytes], caller: str, deadline: float, held: Held
+        self, method: Method, message: list[bytes], caller: str, deadline: float, held: Held, tell: Tell
     ) -> Message | bytes:
         """The reply to a message, which is taken out of its list."""
 
         def weighed(weight: int) -> Call:
             held.add(weight * EVENT_BYTES)
             self._limits.admit(caller, weight)
-            return Call(caller, deadline, held, weight)
+            return Call(caller, deadline, held, weight, tell)
 
         if len(message[0]) > LARGE_BYTES:
             async with self._admission.long(caller):
@@ -239,6 +256,14 @@ class Door(grpc.GenericRpcHandler):
             self._references[kind] = reference
         reference = self._references[kind]
         return status, f"{public}; the server's log has the cause under reference {reference}"
+
+
+async def _tell_nobody(message: Message) -> None:
+    """What a method with a single reply tells before it."""
+
+
+def _teller(context: Context) -> Tell:
+    return lambda message: context.write(message.SerializeToString())
 
 
 def _serialized(reply: Message | bytes) -> bytes:

@@ -6,6 +6,7 @@ import argparse
 from collections.abc import Callable
 from dataclasses import fields
 
+from dman_runtime.commands.steps import server_of
 from dman_runtime.options import print_json
 from dman_runtime.serving.config import ServeConfig
 
@@ -20,14 +21,7 @@ def serve(arguments: argparse.Namespace) -> int:
 def status(arguments: argparse.Namespace) -> int:
     from dman_runtime.jobs.asking import ask_status, format_status
 
-    status = ask_status(
-        arguments.target,
-        token_file=arguments.token_file,
-        ca=arguments.ca,
-        client_cert=arguments.client_cert,
-        client_key=arguments.client_key,
-        timeout=arguments.timeout,
-    )
+    status = ask_status(server_of(arguments))
     print(format_status(status))
     if arguments.json:
         print_json(status)

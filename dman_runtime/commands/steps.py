@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import argparse
+from dataclasses import fields
 from typing import TYPE_CHECKING, Any
 
 from dman_runtime.options import print_json
 
 if TYPE_CHECKING:
+    from dman_runtime.jobs.asking import Server
     from dman_runtime.model.generation import Generation
 
 
@@ -23,3 +25,10 @@ def open_generation(arguments: argparse.Namespace) -> Generation:
     from dman_runtime.model.generation import Generation
 
     return Generation.open(arguments.bundle, provider=arguments.provider, threads=arguments.encoder_threads)
+
+
+def server_of(arguments: argparse.Namespace) -> Server:
+    """The server that a command names."""
+    from dman_runtime.jobs.asking import Server
+
+    return Server(**{field.name: getattr(arguments, field.name) for field in fields(Server)})

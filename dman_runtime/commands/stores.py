@@ -12,6 +12,7 @@ from dman_runtime.errors import UsageError
 from dman_runtime.options import print_json
 
 MAX_IDLE_DAYS = 36_500
+MAX_WAIT_SECONDS = 86_400
 
 
 def verify(arguments: argparse.Namespace) -> int:
@@ -76,7 +77,9 @@ def rebuild(arguments: argparse.Namespace) -> int:
         )
     generation = open_generation(arguments)
     with LmdbStore.open(arguments.state, map_size=arguments.map_size_mib << 20, must_exist=True) as store:
-        result = rebuild_store(Engine(generation, store), path=arguments.state, max_share=arguments.max_share)
+        result = rebuild_store(
+            Engine(generation, store), path=arguments.state, max_share=arguments.max_share, progress=arguments.progress
+        )
     text = f"encoded {result.events} events for {result.rebuilt} records of bundle {generation.bundle_id}"
     content = vars(result) | {"bundle_id": generation.bundle_id}
     return done(arguments, f"{text} in {arguments.state}; {result.summary()}", content)
@@ -89,6 +92,8 @@ def activate(arguments: argparse.Namespace) -> int:
 
     if not 0 < arguments.share <= 1:
         raise UsageError(f"share is {arguments.share}", "choose more than 0, and 1 at most", parameter="share")
+    if not 0 <= arguments.wait <= MAX_WAIT_SECONDS:
+        raise UsageError(f"wait is {arguments.wait}", f"choose 0 to {MAX_WAIT_SECONDS} seconds", parameter="wait")
     generation = open_generation(arguments)
     with LmdbStore.open(arguments.state, map_size=arguments.map_size_mib << 20, must_exist=True) as store:
         Engine(generation, store)  # gives the bundle its numbers
@@ -121,8 +126,8 @@ def drop(arguments: argparse.Namespace) -> int:
 
     with LmdbStore.open(arguments.state, map_size=arguments.map_size_mib << 20, must_exist=True) as store:
         dropped = drop_generation(store, arguments.bundle_id, present(arguments.state))
-    print(f"dropped {dropped} records of bundle {arguments.bundle_id} from {arguments.state}; all histories stay")
-    return 0
+    text = f"dropped {dropped} records of bundle {arguments.bundle_id} from {arguments.state}; all histories stay"
+    return done(arguments, text, {"bundle_id": arguments.bundle_id, "dropped": dropped})
 
 
 def inspect(arguments: argparse.Namespace) -> int:

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from dman_runtime.errors import BundleError, ConflictError, DmanError, UsageError
+from dman_runtime.errors import BundleError, ConflictError, UsageError
 from dman_runtime.presence import Present, present
 from dman_runtime.store.base import StateStore
 from dman_runtime.store.rollout import Rollout
@@ -63,7 +63,7 @@ def activate(
     prepared = _change(store, lambda rollout: _prepared(rollout, bundle_id, members))
     try:
         count = _wait_until_loaded(state, bundle_id, prepared, wait)
-    except DmanError:
+    except BaseException:  # also when interrupted
         _change(store, lambda rollout: rollout._replace(prepared=""))
         raise
     rollout = _change(store, lambda rollout: _answers(rollout, before, bundle_id, share))

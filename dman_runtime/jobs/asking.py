@@ -1,41 +1,60 @@
-"""Asks a running server for its status, as any client would."""
+"""Asks a running server, as any client would."""
 
 from __future__ import annotations
 
 import re
-from dataclasses import asdict
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
+
+import grpc
 
 import sdk
 from dman_runtime.data.untrusted import open_regular
 from dman_runtime.errors import UsageError
 
 MAX_TOKEN_BYTES = 4096
+ClientT = TypeVar("ClientT", sdk.Client, sdk.AdminClient)
+# Of jobs that failed, as the command itself would have.
+_SAID_WHY = (grpc.StatusCode.INVALID_ARGUMENT, grpc.StatusCode.FAILED_PRECONDITION, grpc.StatusCode.INTERNAL)
 
 
-def ask_status(
-    target: str,
-    *,
-    token_file: Path | None = None,
-    ca: Path | None = None,
-    client_cert: Path | None = None,
-    client_key: Path | None = None,
-    timeout: float,
-) -> dict[str, Any]:
-    """The fields of `sdk.Status`. `timeout` is in seconds. Raises UsageError where no status can be had."""
-    try:
-        with sdk.Client(
-            target,
-            timeout=timeout,
-            token=_token(token_file),
-            ca_certificate=ca,
-            client_certificate=client_cert,
-            client_key=client_key,
-        ) as client:
-            return asdict(client.status())
-    except sdk.DmanError as error:
-        raise UsageError(str(error).rstrip("."), parameter="target") from None
+@dataclass(frozen=True)
+class Server:
+    """Where a server is, and how to get in."""
+
+    target: str
+    timeout: float  # seconds for a call
+    token_file: Path | None = None
+    ca: Path | None = None
+    client_cert: Path | None = None
+    client_key: Path | None = None
+
+    @contextmanager
+    def client(self, kind: type[ClientT]) -> Iterator[ClientT]:
+        """A client of this server. Its errors become UsageErrors, of the server's own words where it said why."""
+        try:
+            with kind(
+                self.target,
+                timeout=self.timeout,
+                token=_token(self.token_file),
+                ca_certificate=self.ca,
+                client_certificate=self.client_cert,
+                client_key=self.client_key,
+            ) as client:
+                yield client
+        except sdk.DmanError as error:
+            if error.code in _SAID_WHY and error.details:
+                raise UsageError(error.details) from None
+            raise UsageError(str(error).rstrip("."), parameter="target") from None
+
+
+def ask_status(server: Server) -> dict[str, Any]:
+    """The fields of `sdk.Status`. Raises UsageError where no status can be had."""
+    with server.client(sdk.Client) as client:
+        return asdict(client.status())
 
 
 def _token(file: Path | None) -> str | None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 import shutil
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from itertools import islice
@@ -82,7 +82,13 @@ class Throttle:
         self._used, self._since = time.process_time(), time.monotonic()
 
 
-def rebuild(engine: Engine, *, path: Path | None = None, max_share: float = 1.0) -> RebuildResult:
+def rebuild(
+    engine: Engine,
+    *,
+    path: Path | None = None,
+    max_share: float = 1.0,
+    progress: Callable[[int, int], None] | None = None,
+) -> RebuildResult:
     """Makes the records of the engine's generation cover all histories, in durable commits of some users each.
 
     What servers change in the meantime is looked for again, until little or nothing is left.
@@ -90,11 +96,13 @@ def rebuild(engine: Engine, *, path: Path | None = None, max_share: float = 1.0)
     Args:
         path: Directory of the store, whose disk must have room; None for a store without one.
         max_share: Of one core, 0 < share <= 1.
+        progress: Called with the events that are done, and with all of them, instead of a bar on the terminal.
 
     Raises StoreError; StoreFullError before anything is written where the new records do not fit.
     """
-    throttle, result = Throttle(max_share), RebuildResult()
-    with tqdm(unit="ev", unit_scale=True, desc="rebuild", disable=None) as bar:
+    throttle, result, done, total = Throttle(max_share), RebuildResult(), 0, 0
+    report = progress or (lambda _done, _total: None)
+    with tqdm(unit="ev", unit_scale=True, desc="rebuild", disable=True if progress else None) as bar:
         for number in range(MAX_PASSES):
             work = _work(engine)
             result.users, result.lagging = work.store.users, work.lagging
@@ -102,13 +110,17 @@ def rebuild(engine: Engine, *, path: Path | None = None, max_share: float = 1.0)
                 break
             _require_room(engine, work, path)
             logger.info("%d of %d users need %d events encoded", work.lagging, result.users, work.events)
-            bar.total = (bar.total or 0) + work.events
+            bar.total = total = total + work.events
+            report(done, total)
             for lags in _windows(engine):
                 for batch in _batches(lags):
                     encoded = _rebuild_batch(engine, batch, throttle)
                     result.rebuilt += len(batch)
                     result.events += encoded
-                    bar.update(sum(lag.events for lag in batch))
+                    count = sum(lag.events for lag in batch)
+                    done += count
+                    bar.update(count)
+                    report(done, total)
         else:
             result.lagging = _work(engine).lagging
     return result

@@ -21,13 +21,14 @@ from dman_runtime.api.recommender import RecommenderService
 from dman_runtime.api.standard import Health, Streams
 from dman_runtime.batcher import Batcher
 from dman_runtime.engine import Engine
-from dman_runtime.errors import StoreError
+from dman_runtime.errors import StoreError, UsageError
 from dman_runtime.id_types import remember_id_types
 from dman_runtime.log_lines import RateLimited
 from dman_runtime.metrics import NO_METRICS, Metrics
 from dman_runtime.model.generation import Generation
 from dman_runtime.problems import ClusterStatus, Problems
 from dman_runtime.routing import Router
+from dman_runtime.serving.admin import AdminServer
 from dman_runtime.serving.config import MAX_MESSAGE_BYTES, ServeConfig, cannot_listen, free_port
 from dman_runtime.serving.loader import Loader
 from dman_runtime.serving.monitor import Monitor
@@ -53,6 +54,8 @@ class App:
         """Raises BundleError, EncoderError, InputError, StoreError, and UsageError where the port cannot be had."""
         if not config.share_port:
             free_port(config)  # before the bundle is loaded, and in one line where gRPC writes several
+            if config.admin_port is not None:
+                free_port(config.of_admin(), parameter="admin_port")
         self._config, self._metrics = config, metrics
         self._access = Access.open(config.tokens)
         self._credentials = (
@@ -87,6 +90,7 @@ class App:
         self._service = RecommenderService(
             engine, updates=self._updates, queries=self._queries, bulk=self._bulk, metrics=metrics
         )
+        self._admin = self._make_admin() if config.has_admin else None
         self._monitor = self._make_monitor()
         engine.committed = self._monitor.committed
 
@@ -99,6 +103,15 @@ class App:
             state=config.state,
             problems=self.problems,
             pid=os.getpid(),
+        )
+
+    def _make_admin(self) -> AdminServer:
+        return AdminServer(
+            self._config,
+            access=self._access,
+            credentials=self._credentials,
+            rollout=lambda: self._store.rollout()._asdict(),
+            metrics=self._metrics,
         )
 
     def _make_monitor(self) -> Monitor:
@@ -135,9 +148,30 @@ class App:
         self._server.add_generic_rpc_handlers((self._door, Streams(self._door, self._health, names)))
         self.port = self._bind()
         await self._look()
+        if not config.share_port:
+            await self.administer(True)
         await self._server.start()
         self._looking = asyncio.create_task(self._look_often())
         return self
+
+    async def administer(self, wanted: bool) -> None:
+        """Whether this worker has the admin service, if the server has one. Raises UsageError only at the start."""
+        if self._admin is None or wanted == bool(self._admin.address):
+            return
+        if not wanted:
+            await self._admin.stop()
+            return
+        try:
+            await self._admin.start()
+        except UsageError as error:
+            if not self._config.share_port:
+                raise
+            self._limited.warning("admin", "%s", error)  # the worker that had it may not be quite gone
+
+    @property
+    def admin_address(self) -> str:
+        """Empty where this worker has no admin service."""
+        return self._admin.address if self._admin is not None else ""
 
     @property
     def bundle_id(self) -> str:
@@ -155,6 +189,7 @@ class App:
 
     async def __aexit__(self, *_: object) -> None:
         """Requests under way finish (up to the grace period), what waits is committed, the store is flushed."""
+        await self.administer(False)
         self._looking.cancel()
         with suppress(asyncio.CancelledError):
             await self._looking
@@ -183,7 +218,7 @@ class App:
                 return self._server.add_insecure_port(address)
             return self._server.add_secure_port(address, self._credentials)
         except RuntimeError:
-            raise cannot_listen(self._config, "the port is in use or not allowed") from None
+            raise cannot_listen(self._config, "the port is in use or not allowed", parameter="port") from None
 
     async def _look_often(self) -> None:
         while True:

@@ -42,10 +42,19 @@ class ServeConfig:
     metrics_port: int | None = None  # None: no metrics
     metrics_host: str = "127.0.0.1"
     log_format: LogFormat = "text"
+    admin_port: int | None = None  # None: no admin service on a port; 0: any free one
+    admin_host: str = "127.0.0.1"
+    admin_socket: Path | None = None  # None: no admin service on a Unix socket
+    admin_root: Path | None = None  # what callers of the admin service name is in here; None: they may name nothing
 
     def __post_init__(self) -> None:
-        if not 0 <= self.port <= 65535:
-            raise UsageError(f"port is {self.port}", "choose 0 to 65535", parameter="port")
+        for name in ("port", "admin_port"):
+            if not 0 <= (getattr(self, name) or 0) <= 65535:
+                raise UsageError(f"{name} is {getattr(self, name)}", "choose 0 to 65535", parameter=name)
+        if self.admin_port is not None and self.admin_socket is not None:
+            raise UsageError(
+                "an admin port and an admin socket are both asked for", "choose one", parameter="admin_port"
+            )
         for name in ("workers", "encoder_threads", "max_concurrent", "map_size_mib", "max_in_flight_mib"):
             if getattr(self, name) < 1:
                 raise UsageError(f"{name} is {getattr(self, name)}", "choose 1 or more", parameter=name)
@@ -61,6 +70,21 @@ class ServeConfig:
         return replace(self, port=port, share_port=shared)
 
     @property
+    def has_admin(self) -> bool:
+        return self.admin_port is not None or self.admin_socket is not None
+
+    def of_admin(self) -> ServeConfig:
+        """The same with the host and port of the admin service."""
+        return replace(self, host=self.admin_host, port=self.admin_port or 0, admin_port=None)
+
+    @property
+    def admin_address(self) -> str:
+        """Empty where there is none."""
+        if self.admin_socket is not None:
+            return f"unix:{self.admin_socket}"
+        return self.of_admin().address if self.admin_port is not None else ""
+
+    @property
     def address(self) -> str:
         return f"[{self.host}]:{self.port}" if ":" in self.host else f"{self.host}:{self.port}"
 
@@ -69,7 +93,7 @@ def socket_for(host: str) -> socket.socket:
     return socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET, socket.SOCK_STREAM)
 
 
-def free_port(config: ServeConfig) -> int:
+def free_port(config: ServeConfig, *, parameter: str = "port") -> int:
     """The port to listen on, a free one for 0. Raises UsageError where any server listens, shared or not."""
     try:
         with socket_for(config.host) as probe:
@@ -78,12 +102,12 @@ def free_port(config: ServeConfig) -> int:
             port: int = probe.getsockname()[1]
             return port
     except OSError as error:
-        raise cannot_listen(config, error.strerror or str(error)) from None
+        raise cannot_listen(config, error.strerror or str(error), parameter=parameter) from None
 
 
-def cannot_listen(config: ServeConfig, reason: str) -> UsageError:
+def cannot_listen(config: ServeConfig, reason: str, *, parameter: str) -> UsageError:
     return UsageError(
         f"cannot listen on {config.address}: {reason}",
         "stop the other server or choose another port",
-        parameter="port",
+        parameter=parameter,
     )

@@ -10,6 +10,8 @@ from __future__ import annotations
 import logging
 import socket
 import time
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
 from pathlib import Path
 
 from dman_runtime.access.listening import check_listening, check_tls_options
@@ -20,6 +22,7 @@ from dman_runtime.serving.config import ServeConfig, free_port, socket_for
 from dman_runtime.serving.metrics import supervisor_metrics
 from dman_runtime.serving.slot import Run, Slot, State, Timing
 from dman_runtime.serving.stop import StopRequest
+from dman_runtime.serving.unix_socket import check_socket
 from dman_runtime.serving.worker import announce, serve_one
 
 logger = logging.getLogger(__name__)
@@ -36,27 +39,37 @@ def serve(config: ServeConfig) -> int:
         insecure=config.insecure,
     )
     check_listening(config.host, tls_cert=config.tls_cert, insecure=config.insecure)
+    if config.admin_port is not None:
+        check_listening(config.admin_host, tls_cert=config.tls_cert, insecure=config.insecure)
+    elif config.admin_socket is not None:
+        check_socket(config.admin_socket)
     return _serve_several(config) if config.workers > 1 else serve_one(config, None)
 
 
 def _serve_several(config: ServeConfig) -> int:
     with (
         _reserve_port(config) as holder,
+        _reserve_admin_port(config) as admin_holder,
         StopRequest() as stop,
         supervisor_metrics(config) as (metrics, directory),
     ):
-        port = holder.getsockname()[1]
-        supervisor = Supervisor(
-            config.at_port(port, shared=True), serve_one, metrics=metrics, metrics_directory=directory
-        )
-        supervisor.run(stop)
+        shared = config.at_port(holder.getsockname()[1], shared=True)
+        if admin_holder is not None:
+            shared = replace(shared, admin_port=admin_holder.getsockname()[1])
+        Supervisor(shared, serve_one, metrics=metrics, metrics_directory=directory).run(stop)
     logger.info("stopped")
     return 0
 
 
-def _reserve_port(config: ServeConfig) -> socket.socket:
+def _reserve_admin_port(config: ServeConfig) -> AbstractContextManager[socket.socket | None]:
+    if config.admin_port is None:
+        return nullcontext()
+    return _reserve_port(config.of_admin(), parameter="admin_port")
+
+
+def _reserve_port(config: ServeConfig, *, parameter: str = "port") -> socket.socket:
     """Binds the port without listening, so that it stays ours while workers come and go. Raises UsageError."""
-    port = free_port(config)
+    port = free_port(config, parameter=parameter)
     holder = socket_for(config.host)
     for option in (socket.SO_REUSEADDR, socket.SO_REUSEPORT):
         holder.setsockopt(socket.SOL_SOCKET, option, 1)
@@ -132,7 +145,13 @@ class Supervisor:
             ready=sum(slot.state is State.READY for slot in self.slots),
             restarts=sum(max(0, slot.starts - 1) for slot in self.slots),
             problems=tuple(problems.values()),
+            admin=self._admin() if self.config.has_admin else None,
         )
+
+    def _admin(self) -> int | None:
+        """The slot of the worker that has the admin service: as long as that serves, the same one."""
+        ready = [slot.number for slot in self.slots if slot.state is State.READY]
+        return self.status.admin if self.status.admin in ready else next(iter(ready), None)
 
     def _announce_or_give_up(self) -> None:
         """Once every worker has been ready or has failed for the first time."""
@@ -143,7 +162,7 @@ class Supervisor:
             errors = [slot.error for slot in self.slots if slot.error is not None]
             reason = f"no worker could be started: {self.slots[0].reason}"
             raise errors[0] if errors else UsageError(reason, "see the messages above")
-        announce(first.serves, first.provider, self.config, self.config.port)
+        announce(first.serves, first.provider, self.config, self.config.port, self.config.admin_address)
         self._announced = True
         for slot in self.slots:
             if slot.problem is not None:  # while none was ready, nothing was logged

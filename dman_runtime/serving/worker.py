@@ -47,7 +47,7 @@ async def _serve(config: ServeConfig, pipe: WorkerPipe | None, metrics: Metrics)
     async with app:
         provider = app.generation.graphs.provider
         if pipe is None:
-            announce(app.bundle_id, provider, config, app.port)
+            announce(app.bundle_id, provider, config, app.port, app.admin_address)
             await stop.wait()
         else:
             pipe.ready(app.generation.bundle_id, provider, app.bundle_id)
@@ -56,13 +56,15 @@ async def _serve(config: ServeConfig, pipe: WorkerPipe | None, metrics: Metrics)
                     app.cluster = pipe.receive() or app.cluster
                 except EOFError:  # the supervisor was killed
                     break
+                await app.administer(app.cluster.admin == pipe.assignment.slot)
                 pipe.beat({"requests": app.requests, "problems": [one.name for one in app.problems.now()]})
                 with suppress(TimeoutError):
                     await asyncio.wait_for(stop.wait(), BEAT_SECONDS)
         logger.info("stopping")
 
 
-def announce(bundle_id: str, provider: str, config: ServeConfig, port: int) -> None:
+def announce(bundle_id: str, provider: str, config: ServeConfig, port: int, admin_address: str) -> None:
     address = config.at_port(port).address
     workers = f"{config.workers} worker{'s' if config.workers > 1 else ''}"
-    print(f"serving bundle {bundle_id} on {address} ({provider}, {workers})", flush=True)
+    admin = f", admin service on {admin_address}" if admin_address else ""
+    print(f"serving bundle {bundle_id} on {address} ({provider}, {workers}){admin}", flush=True)

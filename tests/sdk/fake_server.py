@@ -3,12 +3,13 @@
 import dataclasses
 import threading
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import grpc
 
+from protos.dman.v1 import admin_pb2, admin_pb2_grpc
 from protos.dman.v1 import dman_pb2 as pb
 from protos.dman.v1 import dman_pb2_grpc as pb_grpc
 
@@ -49,6 +50,29 @@ STATUS_REPLY = pb.GetStatusReply(
 )
 
 
+ROLLOUT = {"revision": 4, "active": "b2", "trial": "", "share": 0.0, "prepared": "", "bundles": {"b2": "/srv/b2"}}
+ADMIN_REPLIES = {
+    "ListGenerations": admin_pb2.ListGenerationsReply(
+        users=9,
+        generations=[
+            admin_pb2.Generation(number=1, bundle_id="b1", records=9, current=8, bytes=900),
+            admin_pb2.Generation(number=2, bundle_id="b2", records=3, current=3, bytes=300, share=1.0),
+        ],
+        text="9 users",
+    ),
+    "GetRollout": admin_pb2.GetRolloutReply(**ROLLOUT),
+    "Rebuild": admin_pb2.RebuildResult(users=9, rebuilt=8, events=70, lagging=1, bundle_id="b2", text="encoded"),
+    "Activate": admin_pb2.ActivateReply(**ROLLOUT, before="b1", servers=2, text="bundle b2 answers"),
+    "Drop": admin_pb2.DropReply(bundle_id="b1", dropped=9, text="dropped"),
+    "Backup": admin_pb2.BackupReply(path="/srv/backup", bytes=4096, counts={"users": 9, "events": 70}, text="copied"),
+    "ExportUser": b'{"user_id": "42", "events": [], "states": []}',
+    "Expire": admin_pb2.ExpireReply(users=9, expired=2, events=20, untimed=1, before=1000, dry_run=True, text="would"),
+    "Verify": admin_pb2.VerifyReply(
+        path="/srv/state", counts={"users": 9}, problem_count=3, problems=["one", "two"], text="damaged"
+    ),
+}
+
+
 @dataclasses.dataclass
 class Seen:
     rpc: str
@@ -58,7 +82,7 @@ class Seen:
     peer: str
 
 
-class Recorder(pb_grpc.RecommenderServicer, pb_grpc.OperationsServicer):
+class Recorder(pb_grpc.RecommenderServicer, pb_grpc.OperationsServicer, admin_pb2_grpc.AdminServicer):
     """Records what arrives.
 
     Each call takes one step of `script`: a status to fail with, a reply, or a function that may return one of these.
@@ -113,6 +137,23 @@ class Recorder(pb_grpc.RecommenderServicer, pb_grpc.OperationsServicer):
     def GetStatus(self, request: pb.GetStatusRequest, context: Any) -> pb.GetStatusReply:
         return self._answer("GetStatus", request, context, STATUS_REPLY)
 
+    def Rebuild(self, request: admin_pb2.RebuildRequest, context: Any) -> Iterator[admin_pb2.RebuildReply]:
+        for done in (0, 35):
+            yield admin_pb2.RebuildReply(progress=admin_pb2.Progress(done=done, total=70, seconds=0.5 * done))
+        yield admin_pb2.RebuildReply(result=self._answer("Rebuild", request, context, ADMIN_REPLIES["Rebuild"]))
+
+    def ExportUser(self, request: admin_pb2.ExportUserRequest, context: Any) -> Iterator[admin_pb2.ExportUserReply]:
+        document = self._answer("ExportUser", request, context, ADMIN_REPLIES["ExportUser"])
+        yield from (admin_pb2.ExportUserReply(part=part) for part in (document[:7], document[7:]))
+
+
+def _admin_method(name: str) -> Callable[[Recorder, Any, Any], Any]:
+    return lambda self, request, context: self._answer(name, request, context, ADMIN_REPLIES[name])
+
+
+for _name in ADMIN_REPLIES.keys() - {"Rebuild", "ExportUser"}:
+    setattr(Recorder, _name, _admin_method(_name))
+
 
 def _update_reply(request: pb.UpdateRequest) -> pb.UpdateReply:
     count = len(request.events)
@@ -147,6 +188,7 @@ def serve_recorder(
     def register(server: grpc.Server) -> None:
         pb_grpc.add_RecommenderServicer_to_server(recorder, server)
         pb_grpc.add_OperationsServicer_to_server(recorder, server)
+        admin_pb2_grpc.add_AdminServicer_to_server(recorder, server)
 
     return serve(register, address, credentials)
 

@@ -16,6 +16,7 @@ from sdk import (
     DmanError,
     InternalError,
     InvalidArgumentError,
+    JobError,
     PermissionDeniedError,
     ResourceExhaustedError,
     UnauthenticatedError,
@@ -70,7 +71,7 @@ async def test_an_unknown_user_is_not_found(client: Awaited, recorder: Recorder)
         (grpc.StatusCode.UNAUTHENTICATED, UnauthenticatedError, "Create the client with a valid token=."),
         (grpc.StatusCode.PERMISSION_DENIED, PermissionDeniedError, "Use a token whose roles allow this method."),
         (grpc.StatusCode.RESOURCE_EXHAUSTED, ResourceExhaustedError, "send less at a time"),
-        (grpc.StatusCode.FAILED_PRECONDITION, InternalError, "server's log"),
+        (grpc.StatusCode.FAILED_PRECONDITION, JobError, "call again"),
     ],
 )
 @pytest.mark.parametrize(("method", "args"), [("update", ("anna", 1)), ("update_many", ({"anna": 1},))])

@@ -13,6 +13,7 @@ from access_files import write_lines
 from dman_runtime.access.callers import Access, role_for
 from dman_runtime.access.tokens import ROLES, Caller, Role, new_token, token_digest
 from dman_runtime.errors import DmanError, ForbiddenError, InputError, UnauthenticatedError
+from protos.dman.v1 import admin_pb2
 from protos.dman.v1 import dman_pb2 as pb
 
 PEER = "ipv4:127.0.0.1:4711"
@@ -119,11 +120,25 @@ EXPECTED: dict[str, Role] = {
     "/dman.v1.Recommender/BatchUpdate": "write",
     "/dman.v1.Recommender/DeleteUser": "admin",
     "/dman.v1.Operations/GetStatus": "admin",
+    **{
+        f"/dman.v1.Admin/{name}": "admin"
+        for name in (
+            "ListGenerations",
+            "GetRollout",
+            "Rebuild",
+            "Activate",
+            "Drop",
+            "Backup",
+            "ExportUser",
+            "Expire",
+            "Verify",
+        )
+    },
 }
 
 
 def test_every_rpc_of_ours_needs_a_role_and_none_is_forgotten() -> None:
-    services = pb.DESCRIPTOR.services_by_name.values()
+    services = [one for file in (pb, admin_pb2) for one in file.DESCRIPTOR.services_by_name.values()]
     ours = {f"/{service.full_name}/{method.name}" for service in services for method in service.methods}
     assert {method: role_for(method) for method in ours} == EXPECTED
 

@@ -15,7 +15,7 @@ from conftest import running, serve_config
 
 from dman_runtime.access.tokens import new_token
 from dman_runtime.errors import UsageError
-from dman_runtime.jobs.asking import MAX_TOKEN_BYTES, ask_status, format_status
+from dman_runtime.jobs.asking import MAX_TOKEN_BYTES, Server, ask_status, format_status
 from dman_runtime.serving.app import App
 
 TIMEOUT = 30.0
@@ -54,7 +54,7 @@ def guarded(tiny_bundle: Path, tmp_path_factory: pytest.TempPathFactory) -> Iter
 
 def refusal(target: str, **options: Any) -> UsageError:
     with pytest.raises(UsageError) as caught:
-        ask_status(target, **{"timeout": TIMEOUT, **options})
+        ask_status(Server(target, **{"timeout": TIMEOUT, **options}))
     message = str(caught.value)
     assert message == message.strip() and "\n" not in message and not message.endswith(".")
     return caught.value
@@ -65,7 +65,7 @@ def refusal(target: str, **options: Any) -> UsageError:
 
 def test_a_server_without_problems_is_ready(plain: tuple[App, str]) -> None:
     app, target = plain
-    status = ask_status(target, timeout=TIMEOUT)
+    status = ask_status(Server(target, timeout=TIMEOUT))
     assert (status["ready"], list(status["problems"]), status["bundle_id"]) == (True, [], app.generation.bundle_id)
     assert (status["workers"], status["workers_ready"], status["restarts"]) == (1, 1, 0)
     (line,) = format_status(status).splitlines()
@@ -77,7 +77,7 @@ def test_a_server_that_cannot_serve_is_not_ready_and_says_why(plain: tuple[App, 
     app.problems.set("store_gone", "the files were removed; restore them", blocking=True)
     app.problems.set("worker_slow", "it takes long")
     try:
-        status = ask_status(target, timeout=TIMEOUT)
+        status = ask_status(Server(target, timeout=TIMEOUT))
     finally:
         app.problems.set("store_gone", "")
         app.problems.set("worker_slow", "")
@@ -89,7 +89,7 @@ def test_a_server_that_cannot_serve_is_not_ready_and_says_why(plain: tuple[App, 
 
 
 def test_a_server_with_tls_and_tokens_is_asked_with_both(guarded: dict[str, Any]) -> None:
-    status = ask_status(guarded["target"], ca=guarded["ca"], token_file=guarded["admin"], timeout=TIMEOUT)
+    status = ask_status(Server(guarded["target"], ca=guarded["ca"], token_file=guarded["admin"], timeout=TIMEOUT))
     assert status["ready"]
 
 
@@ -101,7 +101,8 @@ def test_a_server_that_wants_a_certificate_gets_one(tiny_bundle: Path, tmp_path:
     (ca := tmp_path / "ca.pem").write_bytes(authority.cert_pem.bytes())
     options = {"tls_cert": cert, "tls_key": key, "tls_client_ca": ca}
     with serving(tiny_bundle, tmp_path / "state", **options) as (_, target):
-        assert ask_status(target, ca=ca, client_cert=client_cert, client_key=client_key, timeout=TIMEOUT)["ready"]
+        server = Server(target, ca=ca, client_cert=client_cert, client_key=client_key, timeout=TIMEOUT)
+        assert ask_status(server)["ready"]
         refusal(target, ca=ca, timeout=2.0)
 
 

@@ -169,7 +169,8 @@ def test_bundle_whose_golden_replay_does_not_repeat_is_refused(
 
 @pytest.mark.parametrize(
     ("name", "value"),
-    [("port", -1), ("port", 65536), ("workers", 0), ("max_in_flight_mib", 0), ("idle_timeout", 0.5),
+    [("port", -1), ("port", 65536), ("admin_port", -1), ("admin_port", 65536),
+     ("workers", 0), ("max_in_flight_mib", 0), ("idle_timeout", 0.5),
      ("encoder_threads", 0), ("max_concurrent", 0),
      ("map_size_mib", 0), ("grace", float("nan")), ("grace", -1.0), ("grace", 3601.0)],
 )  # fmt: skip
@@ -183,6 +184,30 @@ def test_config_with_an_impossible_value_names_the_parameter(tmp_path: Path, nam
 def test_address_puts_ipv6_into_brackets(tmp_path: Path, host: str, address: str) -> None:
     config: ServeConfig = serve_config(tmp_path, tmp_path, host=host).at_port(7, shared=True)
     assert (config.address, config.share_port) == (address, True)
+
+
+def test_admin_service_has_one_address_of_its_own(tmp_path: Path) -> None:
+    assert not serve_config(tmp_path, tmp_path).has_admin
+    by_port = serve_config(tmp_path, tmp_path, port=7, host="0.0.0.0", admin_port=8)
+    assert (by_port.has_admin, by_port.admin_address, by_port.address) == (True, "127.0.0.1:8", "0.0.0.0:7")
+    by_socket = serve_config(tmp_path, tmp_path, admin_socket=tmp_path / "s")
+    assert (by_socket.has_admin, by_socket.admin_address) == (True, f"unix:{tmp_path / 's'}")
+    with pytest.raises(UsageError, match="an admin port and an admin socket are both asked for; choose one"):
+        serve_config(tmp_path, tmp_path, admin_port=8, admin_socket=tmp_path / "s")
+
+
+@pytest.mark.parametrize("workers", ["1", "2"])
+def test_admin_address_that_cannot_be_had_is_refused(tiny_bundle: Path, tmp_path: Path, workers: str) -> None:
+    def refused(*options: str) -> str:
+        return refusal(tiny_bundle, tmp_path / "state", "--workers", workers, *options)
+
+    assert "listening on 0.0.0.0 without TLS" in refused("--admin-port", "0", "--admin-host", "0.0.0.0")
+    with socket.create_server(("127.0.0.1", 0)) as other:
+        message = refused("--admin-port", str(other.getsockname()[1]))
+    assert message.endswith("stop the other server or choose another port (--admin-port)")
+    (tmp_path / "file").touch()
+    assert "there is a file" in refused("--admin-socket", str(tmp_path / "file"))
+    assert not (tmp_path / "state").exists()
 
 
 def test_free_port_is_free_and_a_taken_one_is_refused(tmp_path: Path) -> None:

@@ -114,6 +114,21 @@ def test_all_workers_start_at_once_and_are_announced_in_one_line(
     assert capsys.readouterr().out == "serving bundle one on 127.0.0.1:1 (fake, 3 workers)\n"
 
 
+@pytest.mark.slow
+def test_the_admin_service_stays_with_a_worker_until_that_dies(tmp_path: Path) -> None:
+    config = replace(config_in(tmp_path), admin_port=7)
+    with supervised(config) as supervisor:
+        assert supervisor.status.admin is None
+        until(supervisor, lambda: supervisor.status.ready == 2)
+        first = supervisor.status.admin
+        assert first in (0, 1)
+        until(supervisor, lambda: f"admin={first}" in last_told(config, first))
+        os.kill(pid_of(supervisor, first), signal.SIGKILL)
+        until(supervisor, lambda: supervisor.status.admin == 1 - first)
+        until(supervisor, lambda: supervisor.status.ready == 2)
+        assert supervisor.status.admin == 1 - first  # it does not go back
+
+
 def test_the_supervisor_ends_with_the_reason_when_no_worker_can_be_started(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
