@@ -34,6 +34,7 @@ from dman_runtime.opened import (
 )
 from dman_runtime.projection import Projection
 from dman_runtime.ranking import rank
+from dman_runtime.repeats import NOTHING_ASKED, Asked, Mark, asked_of, marks_of
 from dman_runtime.requests import (
     MAX_EVENTS,
     Answer,
@@ -45,7 +46,6 @@ from dman_runtime.requests import (
     check_query,
     check_update,
     check_user_id,
-    request_hash,
 )
 from dman_runtime.retrieval.base import NO_ITEMS
 from dman_runtime.routing import Router
@@ -54,7 +54,6 @@ from dman_runtime.store.base import Snapshot, StateStore
 logger = logging.getLogger(__name__)
 COMMIT_ATTEMPTS = 50
 _LONGEST_PAUSE = 0.25  # seconds before a conflicting commit is tried again
-NO_REQUEST_IDS: Mapping[str, Sequence[int]] = {}
 
 
 class Engine:
@@ -81,19 +80,19 @@ class Engine:
 
     # -- the path --------------------------------------------------------------------------------------------------
 
-    def open_users(
-        self, user_ids: Sequence[str], request_ids: Mapping[str, Sequence[int]] = NO_REQUEST_IDS
-    ) -> list[OpenUser]:
+    def open_users(self, user_ids: Sequence[str], asked: Mapping[str, Asked] = NOTHING_ASKED) -> list[OpenUser]:
         """Reads users, new ones included. What their records do not cover yet is left to be advanced.
 
-        `request_ids`, by user, are looked up in the same snapshot; those found are `applied` of the user.
+        Request ids and producers, by user, are looked up in the same snapshot: see `OpenUser.has_applied`.
         """
         projections = self._projections(user_ids)
         with self.store.snapshot() as snapshot:
             users = read_users(snapshot, user_ids, projections)
             for user_id, user in zip(user_ids, users, strict=True):
-                if user_id in request_ids:
-                    user.applied = snapshot.applied(user_id, request_ids[user_id])
+                if (of_user := asked.get(user_id)) is not None:
+                    user.applied = snapshot.applied(user_id, of_user.request_ids)
+                    if of_user.producers:
+                        user.sequences = snapshot.sequences(user_id, of_user.producers)
         return users
 
     def append(self, user: OpenUser, numbers: np.ndarray, timestamps: np.ndarray) -> int:
@@ -141,7 +140,7 @@ class Engine:
     def commit(self, users: Sequence[OpenUser]) -> list[str]:
         """Stores advanced users that have changed, all at once. Returns those that somebody else has changed since
         they were opened: if there are any, nothing is stored."""
-        changed = [user for user in users if user.items or user.record_lags]
+        changed = [user for user in users if user.changed]
         if not changed:
             return []
         conflicts = self.store.commit([user.write() for user in changed])
@@ -179,47 +178,28 @@ class Engine:
     def open_updates(self, updates: Sequence[Update], batch_id: str = "") -> OpenUpdates:
         """Opens the users of checked updates and appends the events that are new.
 
-        If any user knows the `batch_id`, all updates are duplicates; else all are new, and every user remembers it.
+        If any user knows the `batch_id`, all updates are duplicates; else every user remembers it, and each update is
+        new, or a repeat by the sequence of its producer.
         """
         user_ids = list(dict.fromkeys(update.user_id for update in updates))
-        batch = request_hash(batch_id) if batch_id else None
-        requests = [
-            batch if batch is not None else request_hash(one.request_id) if one.request_id else None for one in updates
-        ]
-        asked: dict[str, list[int]] = {}
-        for update, request in zip(updates, requests, strict=True):
-            if request is not None:
-                asked.setdefault(update.user_id, []).append(request)
-        users = self.open_users(user_ids, asked)
+        marks = marks_of(updates, batch_id)
+        users = self.open_users(user_ids, asked_of(updates, marks))
         by_id = dict(zip(user_ids, users, strict=True))
-        if batch is not None:
-            duplicate = any(user.applied for user in users)
-            outcomes = [self._apply(by_id[update.user_id], update, duplicate=duplicate) for update in updates]
-            for user in users:
-                user.request_ids = [batch] if user.items else []
-        else:
-            outcomes = [
-                self._apply_once(by_id[update.user_id], update, request)
-                for update, request in zip(updates, requests, strict=True)
-            ]
+        repeated = bool(batch_id) and any(user.applied for user in users)
+        outcomes = [
+            self._apply(by_id[update.user_id], update, mark, repeated=repeated)
+            for update, mark in zip(updates, marks, strict=True)
+        ]
         return OpenUpdates(updates, users, outcomes)
 
-    def _apply_once(self, user: OpenUser, update: Update, request: int | None) -> UpdateOutcome:
-        """Appends an update to its user, unless it has been applied already. `request` is the hash of its id."""
-        if request is None:
-            return self._apply(user, update, duplicate=False)
-        duplicate = request in user.applied or request in user.request_ids
-        if update.item_ids and not duplicate:
-            user.request_ids.append(request)
-        return self._apply(user, update, duplicate=duplicate)
-
-    def _apply(self, user: OpenUser, update: Update, *, duplicate: bool) -> UpdateOutcome:
-        """Appends the events of an update to its user, or of a duplicate none."""
+    def _apply(self, user: OpenUser, update: Update, mark: Mark, *, repeated: bool) -> UpdateOutcome:
+        """Appends the events of an update to its user, or of a repeat none. `repeated`: the batch is one."""
         bundle = user.projection.bundle
         indices, unknown = bundle.items.indices(update.item_ids)
-        if duplicate:
+        if repeated or user.has_applied(mark):
             return UpdateOutcome(bundle, user.event_count, user.history_count, 0, unknown, duplicate=True)
         if update.item_ids:
+            user.remember(mark)
             numbers = self.store.add_items(update.item_ids) if unknown else user.projection.numbers(indices)
             times = np.array(update.timestamps or [0] * len(numbers), np.int64)
             self.append(user, numbers, times)

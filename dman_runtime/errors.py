@@ -22,7 +22,8 @@
     │   ├── StoreUnavailableError
     │   │   ├── StoreDamagedError   stored bytes are not what was written
     │   │   └── StoreGoneError      the files were removed or replaced
-    │   └── TooManyRequestIdsError
+    │   ├── TooManyRequestIdsError
+    │   └── TooManyProducersError
     └── StateError                  a stored record that cannot be used
 
 `dman_train` adds ConfigError and RunError. The library knows no flags: an error names the *parameter* to change, and a
@@ -202,6 +203,12 @@ class StoreGoneError(StoreUnavailableError):
 
 class TooManyRequestIdsError(StoreError):
     """A user has more request ids than can be remembered for a day: nothing was written."""
+
+    status, public = "RESOURCE_EXHAUSTED", None
+
+
+class TooManyProducersError(StoreError):
+    """A user has updates of more producers than are remembered: nothing was written."""
 
     status, public = "RESOURCE_EXHAUSTED", None
 

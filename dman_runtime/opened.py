@@ -14,8 +14,9 @@ from dman_runtime.model.generation import Answering
 from dman_runtime.model.recurrence import Piece, next_piece
 from dman_runtime.model.state import State
 from dman_runtime.projection import Projection
+from dman_runtime.repeats import Mark
 from dman_runtime.requests import Query, Update, UpdateOutcome
-from dman_runtime.store.base import Events, Head, Snapshot, StoredUser, Write
+from dman_runtime.store.base import Events, Head, Snapshot, Step, StoredUser, Write
 
 NEW_USER = Head(version=0, history_count=0, generation=0)
 
@@ -34,6 +35,8 @@ class OpenUser:
     timestamps: list[np.ndarray] = field(default_factory=list)
     request_ids: list[int] = field(default_factory=list)  # of the new events, to be remembered
     applied: Set[int] = frozenset()  # request ids that were asked for, and have been applied before
+    sequences: dict[int, int] = field(default_factory=dict)  # last ones, as stored, of producers asked for
+    advanced: dict[int, int] = field(default_factory=dict)  # last ones of the new events, to be remembered
     replaces: bool = False  # `items` and `timestamps` are the whole history, in place of the stored one
     prepared: Write | None = None  # what a commit changes, once all that was left is in the state
 
@@ -61,6 +64,29 @@ class OpenUser:
         """Events that the model has seen, once this user is advanced."""
         return self.state.event_count + len(self.left)
 
+    @property
+    def changed(self) -> bool:
+        """Whether there is anything to commit."""
+        return bool(self.items or self.record_lags or self.request_ids or self.advanced)
+
+    def has_applied(self, mark: Mark) -> bool:
+        """Whether an update is a repeat, of one before or of one that is on its way."""
+        if mark.request is not None and (
+            mark.request in self.applied or (mark.request in self.request_ids and not mark.of_batch)
+        ):
+            return True
+        if mark.producer is None:
+            return False
+        last = self.advanced.get(mark.producer, self.sequences.get(mark.producer))
+        return last is not None and mark.sequence <= last
+
+    def remember(self, mark: Mark) -> None:
+        """Has the commit remember that an update was applied."""
+        if mark.request is not None and mark.request not in self.request_ids:
+            self.request_ids.append(mark.request)
+        if mark.producer is not None:
+            self.advanced[mark.producer] = mark.sequence
+
     def rebuild(self, history: Events) -> None:
         """Puts a whole history (N) in place of the stored one: all of it is left to be advanced by."""
         (numbers, timestamps), self.replaces, self.prepared = history, True, None
@@ -79,9 +105,19 @@ class OpenUser:
             records = {self.projection.number: self.projection.generation.pack(self.state)}
             items, timestamps = self.new_events
             self.prepared = Write(
-                self.user_id, self.head.version, records, items, timestamps, self.request_ids, replace=self.replaces
+                self.user_id,
+                self.head.version,
+                records,
+                items,
+                timestamps,
+                self.request_ids,
+                replace=self.replaces,
+                sequences=self._steps(),
             )
         return self.prepared
+
+    def _steps(self) -> dict[int, Step]:
+        return {producer: Step(self.sequences.get(producer), last) for producer, last in self.advanced.items()}
 
     @property
     def piece_events(self) -> int:

@@ -17,6 +17,7 @@ Checked = TypeVar("Checked")
 MAX_K = 1000
 MAX_EVENTS = 10_000  # per update, and of what-if events per query
 MAX_REQUEST_ID_BYTES = 128
+MAX_PRODUCER_BYTES = 128
 MAX_REQUEST_EVENTS = 100_000  # in all updates or what-ifs of one request
 MAX_REQUEST_IDS = 100_000  # exclusions and candidates, in all queries of one request
 MAX_LISTED_IDS = 10_000  # exclusions or candidates of one query
@@ -31,6 +32,8 @@ class Update:
     item_ids: Sequence[str]
     timestamps: Sequence[int] = ()  # seconds since the epoch, 0 unknown; empty or one per item
     request_id: str = ""
+    producer: str = ""  # whose order the sequence is of
+    sequence: int | None = None  # 0 to 2^64 - 1, if there is a producer
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,6 +97,7 @@ def check_update(update: Update) -> None:
     if len(update.timestamps) not in (0, len(update.item_ids)):
         raise RequestError("timestamps do not match the items", "send one per item, or none")
     _check_request_id(update.request_id)
+    _check_producer(update)
 
 
 def check_updates(updates: Sequence[Update], batch_id: str = "") -> None:
@@ -142,6 +146,16 @@ def _check_request_id(request_id: str) -> None:
         raise RequestError(f"request_id is longer than {MAX_REQUEST_ID_BYTES} bytes", "use a UUID")
 
 
+def _check_producer(update: Update) -> None:
+    producer, sequence = update.producer, update.sequence
+    if bool(producer) != (sequence is not None):
+        raise RequestError("an update has a producer or a sequence, and not the other", "give both, or none")
+    if len(producer) * 4 > MAX_PRODUCER_BYTES < len(producer.encode()):
+        raise RequestError(f"producer is longer than {MAX_PRODUCER_BYTES} bytes", "name the log and its partition")
+    if sequence is not None and not 0 <= sequence < 1 << 64:
+        raise RequestError(f"sequence is {sequence}", "choose 0 to 2^64 - 1")
+
+
 def check_query(query: Query) -> None:
     """Raises RequestError for a query that can never be answered."""
     if query.user_id is not None:
@@ -162,6 +176,6 @@ def check_user_id(user_id: str) -> None:
         raise RequestError(f"user id {user_id!r:.80} {problem}", RULE)
 
 
-def request_hash(request_id: str) -> int:
-    """The 64 bits that a store remembers of an update's request id."""
-    return int.from_bytes(hashlib.blake2b(request_id.encode(), digest_size=8).digest(), "little")
+def name_hash(name: str) -> int:
+    """The 64 bits that a store remembers of a request id or of a producer."""
+    return int.from_bytes(hashlib.blake2b(name.encode(), digest_size=8).digest(), "little")

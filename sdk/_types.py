@@ -44,7 +44,8 @@ class UpdateResult:
     all stored events of the user: those of items that the bundle does not know (`unknown_item_ids`) are stored too,
     so that a later bundle can use them. `unknown_count` counts those events; where they are many, `unknown_item_ids`
     names only the first ones. `applied` is what this update added to `event_count`. `duplicate` is True when the
-    server already had an update with this request id; then nothing was added.
+    server already had an update with this request id, or had this sequence or a later one of its producer; then
+    nothing was added.
     """
 
     event_count: int

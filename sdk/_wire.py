@@ -44,6 +44,14 @@ def integer(value: object, name: str, *, limit: int = _INT32) -> int:
     return number
 
 
+def natural(value: object, name: str) -> int:
+    """The value as an int of 64 bits without a sign. Raises InvalidArgumentError."""
+    number = integer(value, name, limit=1 << 64)
+    if number < 0:
+        raise InvalidArgumentError(f"{name} is out of range: {number}.")
+    return number
+
+
 def id_texts(ids: Ids, name: str) -> list[str]:
     """One id or several, as texts, in the order given."""
     values = _as_list(ids, name)

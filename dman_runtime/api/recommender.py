@@ -283,6 +283,8 @@ def _update(request: pb.UpdateRequest) -> Update:
         item_ids=[event.item_id for event in request.events],
         timestamps=[event.timestamp for event in request.events],
         request_id=request.request_id,
+        producer=request.producer,
+        sequence=request.sequence if request.HasField("sequence") else None,
     )
 
 

@@ -13,6 +13,7 @@ served are its *generations*; each user has at most one record of each.
 | record | user, generation | bytes that the store does not read |
 | request ids | user | hashes of the ids of applied updates, for a day, also after the user is deleted |
 | catalogue | item number | whether the item is switched off; outlives every bundle |
+| sequences | user, producer | the last one that was applied, for ever, also after the user is deleted |
 | id types | | whether the ids of users and of items are integers or text, once a bundle has decided it |
 
 All methods may be called from many threads. Everything written is durable when a method returns, in stores that are
@@ -23,7 +24,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import NamedTuple, Protocol, Self
 
 import numpy as np
@@ -42,6 +43,13 @@ class Head(NamedTuple):
     version: int  # unique in the store: changes with every commit, and never comes again, even for a re-created user
     history_count: int  # events stored
     generation: int  # that last wrote a record of this user
+
+
+class Step(NamedTuple):
+    """What a write does to the sequence of a producer."""
+
+    before: int | None  # the last one applied to the user before it; None: there is none yet
+    last: int  # the last one of the write: above that, 0 to 2^64 - 1
 
 
 class StoredUser(NamedTuple):
@@ -87,7 +95,8 @@ class Write:
     `items` (N) are item numbers of this store and `timestamps` (N) 64-bit integers: the new events, oldest first; N may
     be 0. `expected_version` is the version that the records were computed from; 0: the user must not exist yet.
     `request_ids` are 64-bit hashes of the ids of the updates that make up this write, none of which was `applied`
-    before. `records` holds new records by generation; those of other generations stay as they are.
+    before. `sequences` holds a step for each producer, by a 64-bit hash, whose updates are among them. `records` holds
+    new records by generation; those of other generations stay as they are.
 
     With `replace`, the events are the whole history, in place of the stored one, which must not be longer. Records of
     generations that `records` lacks are removed, as they are views of the old history. Request ids stay.
@@ -100,14 +109,19 @@ class Write:
     timestamps: NDArray[np.integer]
     request_ids: Sequence[int] = ()
     replace: bool = False
+    sequences: Mapping[int, Step] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
 class StoreStats:
-    """`bytes_used` counts what is live, `file_bytes` also what was freed for reuse; both 0 where unknown."""
+    """`bytes_used` counts what is live, `file_bytes` also what was freed for reuse; both 0 where unknown.
+
+    `producer_users` are the users, deleted ones included, of whom the sequences of producers are kept.
+    """
 
     users: int
     items: int
+    producer_users: int = 0
     bytes_used: int = 0
     file_bytes: int = 0
     map_size: int = 0
@@ -150,6 +164,12 @@ class Snapshot(Protocol):
         older ones, also where the user was deleted since.
 
         Whoever commits new ids asks here in the snapshot that gave the version.
+        """
+        ...
+
+    def sequences(self, user_id: str, producers: Collection[int]) -> dict[int, int]:
+        """The last sequences of some producers that commits of the user have carried, also where the user was deleted
+        since. A producer without any is not in the answer.
         """
         ...
 
@@ -220,11 +240,12 @@ class StateStore(Snapshot, Protocol):
     def commit(self, writes: Sequence[Write]) -> list[str]:
         """Stores all writes at once. Returns the users whose version is not the expected one: if there are any,
         nothing is stored, and the caller reads those again. A new user one of whose request ids was applied in an
-        earlier life counts as such.
+        earlier life counts as such, and so does a user one of whose producers is not where its step begins.
 
-        ValueError for unusable events, a user named twice, or a history replaced by a shorter one; StoreFullError where
-        there is no room; TooManyRequestIdsError where a user has more request ids than can be remembered (documented by
-        the store, and never below 100,000 in 6 hours). Nothing is stored then either.
+        ValueError for unusable events, a step that does not go forward, a user named twice, or a history replaced by a
+        shorter one; StoreFullError where there is no room; TooManyRequestIdsError where a user has more request ids
+        than can be remembered (documented by the store, and never below 100,000 in 6 hours); TooManyProducersError
+        where a user has more producers than that (never below 4,096). Nothing is stored then either.
         """
         ...
 
@@ -233,7 +254,8 @@ class StateStore(Snapshot, Protocol):
 
         With an `expected_version`, a user who has another one is left alone, and None is returned.
 
-        The request ids stay until they expire, so that a retry that comes late does not bring the user back.
+        The request ids stay until they expire, so that a retry that comes late does not bring the user back, and the
+        sequences of producers stay for ever, so that a log that is read again does not.
         """
         ...
 
@@ -305,3 +327,7 @@ class ReadsBySnapshot:
     def applied(self, user_id: str, request_ids: Collection[int]) -> set[int]:
         with self.snapshot() as snapshot:
             return snapshot.applied(user_id, request_ids)
+
+    def sequences(self, user_id: str, producers: Collection[int]) -> dict[int, int]:
+        with self.snapshot() as snapshot:
+            return snapshot.sequences(user_id, producers)

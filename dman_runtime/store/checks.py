@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
 
 from dman_runtime.data.ids import INTEGER, RULE, TEXT, id_problem
-from dman_runtime.store.base import UNKNOWN, IdTypes, Write
+from dman_runtime.errors import TooManyProducersError
+from dman_runtime.store.base import UNKNOWN, IdTypes, Step, Write
+
+MAX_PRODUCERS = 4096  # of one user
 
 
 def checked_id(text: str) -> str:
@@ -49,6 +52,9 @@ def checked_writes(writes: Sequence[Write], item_count: int) -> None:
         checked_id(write.user_id)
         if any(generation < 1 for generation in write.records):
             raise ValueError(f"generations are numbered from 1, not {sorted(write.records)}")
+        for before, last in write.sequences.values():
+            if not (-1 if before is None else before) < last < 1 << 64:
+                raise ValueError(f"a sequence cannot go from {before} to {last}")
         items, timestamps = np.asarray(write.items), np.asarray(write.timestamps)
         if items.ndim != 1 or items.shape != timestamps.shape:
             raise ValueError(f"items {items.shape} and timestamps {timestamps.shape} must be two lists of one length")
@@ -58,3 +64,17 @@ def checked_writes(writes: Sequence[Write], item_count: int) -> None:
             raise ValueError(f"items ({items.dtype}) must be integers and timestamps ({timestamps.dtype}) fit 64 bits")
         if items.max() >= item_count or (items.dtype.kind == "i" and items.min() < 0):
             raise ValueError(f"item numbers must be 0 to {item_count - 1}, not {items.min()} to {items.max()}")
+
+
+def differ(found: Mapping[int, int], steps: Mapping[int, Step]) -> bool:
+    """Whether some producer, of whom the last sequences are `found`, is not where a step of it begins."""
+    return any(found.get(producer) != step.before for producer, step in steps.items())
+
+
+def check_producers(user_id: str, sequences: Mapping[int, int]) -> None:
+    """Raises TooManyProducersError."""
+    if len(sequences) > MAX_PRODUCERS:
+        raise TooManyProducersError(
+            f"user {user_id!r:.80} has updates of more than {MAX_PRODUCERS} producers",
+            "name producers after logs or their partitions, not after processes or runs, or send a request_id instead",
+        )

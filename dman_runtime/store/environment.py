@@ -38,6 +38,7 @@ class Environment:
         self.path, self.readonly = path, readonly
         self.databases: dict[str, lmdb._Database] = {}
         self.legacy = False  # values of format 3 may be there
+        self.store_id = ""
         self._env: lmdb.Environment | None = env
         self._files, self._pid = files, os.getpid()
         self._page_size = env.stat()["psize"]
@@ -60,7 +61,7 @@ class Environment:
                 files.check_whole()
                 opened = cls(_open(path, map_size, readonly=readonly), path, files, readonly=readonly)
                 try:
-                    store_id = opened._open_databases(expected, refusal)
+                    opened._open_databases(expected, refusal)
                     files.watch()
                     opened.free_stale_readers()
                 except BaseException:
@@ -70,11 +71,11 @@ class Environment:
                 files.close()
                 raise
         if expected is None and not readonly:
-            write_marker(path, store_id)
+            write_marker(path, opened.store_id)
         return opened
 
-    def _open_databases(self, expected: str | None, refusal: StoreError | None) -> str:
-        """Opens the databases, creates or upgrades them if need be, and returns the id of the store.
+    def _open_databases(self, expected: str | None, refusal: StoreError | None) -> None:
+        """Opens the databases, and creates or upgrades them if need be.
 
         Other processes that open the environment wait meanwhile, so that only one creates the databases.
         """
@@ -109,7 +110,7 @@ class Environment:
         if upgrading:
             logger.info("upgraded the state store %s from format %d to %d", self.path, OLD_FORMAT, FORMAT_VERSION)
         self.legacy = "upgraded_from" in info
-        return str(info["store_id"])
+        self.store_id = str(info["store_id"])
 
     def _open_database(self, name: str, txn: lmdb.Transaction, *, create: bool) -> lmdb._Database:
         # A handle that is opened in a reader's transaction would end with it.

@@ -1,4 +1,5 @@
-"""The embedded store: durable, on LMDB. Values are laid out in `history` and `request_ids`.
+"""The embedded store: durable, on LMDB. Values are laid out in `history`, `request_ids` and
+`producers`.
 
 | database | key | value |
 |---|---|---|
@@ -11,6 +12,7 @@ first is generation 1; what user ids and item ids are; which bundle serves whom 
 | history | user id, `\\0`, chunk number u32 big-endian | chunk of events |
 | catalogue | kind, item number | which items are switched off: `lmdb_catalogue` |
 | requests | period u32 big-endian, user id, `\\0`, request id u64 big-endian | checksum |
+| producers | keyed hash of the user id | the last sequence of each producer |
 
 Head and record are neighbours in one B-tree, because each further B-tree that a commit touches costs about 14 % more.
 The version of a user is the number of the transaction that wrote it. Any number of threads and processes may read and
@@ -33,7 +35,7 @@ from numpy.typing import NDArray
 
 from dman_runtime.store.base import IdTypes, RankingView, ReadsBySnapshot, StoredRecord, StoreStats, Write
 from dman_runtime.store.catalogue import NOTHING_STANDS, Catalogue, Standing
-from dman_runtime.store.checks import checked_id, checked_numbers, checked_types, checked_writes
+from dman_runtime.store.checks import checked_id, checked_numbers, checked_types, checked_writes, differ
 from dman_runtime.store.environment import Environment
 from dman_runtime.store.history import MAX_HEAD_BYTES, DamagedError, version_of
 from dman_runtime.store.lmdb_absence import check_nothing_left
@@ -55,6 +57,7 @@ from dman_runtime.store.lmdb_layout import (
 )
 from dman_runtime.store.lmdb_reads import LmdbSnapshot, read_records
 from dman_runtime.store.lmdb_users import delete_user, put_user
+from dman_runtime.store.producers import find_sequences, producers_key, put_sequences
 from dman_runtime.store.request_ids import find_requests, has_expired, sweep
 from dman_runtime.store.rollout import Rollout, checked_rollout
 
@@ -225,11 +228,13 @@ class LmdbStore(ReadsBySnapshot):
                 for user, write, head in zip(users, writes, heads, strict=True)
                 if (0 if head is None else version_of(head)) != write.expected_version
                 or (head is None and self._came_before(txn, user, write, now))
+                or (write.sequences and differ(self._sequences(txn, user), write.sequences))
             ]
             if not conflicts:
                 new_bytes = sum(
                     put_user(txn, self._databases, write, head, now) for write, head in zip(writes, heads, strict=True)
                 )
+                new_bytes += sum(self._put_sequences(txn, write) for write in writes if write.sequences)
                 self._env.keep_reserve(txn, new_bytes)
         return conflicts
 
@@ -247,6 +252,14 @@ class LmdbStore(ReadsBySnapshot):
         """Whether a new user was there since the write was prepared, took one of its updates, and was deleted."""
         ids, requests = write.request_ids, self._databases.requests
         return bool(ids and find_requests(txn, requests, user, ids, now=now, last=None))
+
+    def _sequences(self, txn: lmdb.Transaction, user: bytes) -> dict[int, int]:
+        return find_sequences(txn, self._databases.producers, producers_key(user, self._env.store_id))
+
+    def _put_sequences(self, txn: lmdb.Transaction, write: Write) -> int:
+        key = producers_key(write.user_id.encode(), self._env.store_id)
+        assert self._databases.producers is not None
+        return put_sequences(txn, self._databases.producers, key, write.sequences, user_id=write.user_id)
 
     def delete(self, user_id: str, *, expected_version: int | None = None) -> int | None:
         """As in `StateStore`. Later commits reuse the freed pages; until then the bytes remain in the file."""
@@ -281,7 +294,9 @@ class LmdbStore(ReadsBySnapshot):
         users = sum(1 for _ in self.scan())
         with self._env.read() as reading:
             items, live = item_count(reading.txn, self._databases), self._env.live_bytes(reading.txn)
-        return StoreStats(users, items, live, self._env.file_bytes_on_disk(), self._env.map_size)
+            producers = self._databases.producers
+            producer_users = 0 if producers is None else reading.txn.stat(producers)["entries"]
+        return StoreStats(users, items, producer_users, live, self._env.file_bytes_on_disk(), self._env.map_size)
 
     def used_and_file_bytes(self) -> tuple[int, int]:
         """Bytes of live pages, and of the file: what there is to watch, without counting users."""

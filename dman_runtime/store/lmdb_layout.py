@@ -39,13 +39,14 @@ class Databases(NamedTuple):
     requests: lmdb._Database
     legacy: bool
     catalogue: lmdb._Database | None = None  # of a store that is only read, if no release that knows it has written it
+    producers: lmdb._Database | None = None  # likewise
 
     @classmethod
     def of(cls, handles: Mapping[str, lmdb._Database], *, legacy: bool) -> Self:
         return cls(**handles, legacy=legacy)
 
 
-LATER_NAMES = ("catalogue",)  # stores of format 4 may lack them; whoever opens one for writing adds them
+LATER_NAMES = ("catalogue", "producers")  # stores of format 4 may lack them; who opens one for writing adds them
 NAMES = tuple(name for name in Databases._fields if name != "legacy")
 
 

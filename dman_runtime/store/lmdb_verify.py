@@ -44,6 +44,7 @@ from dman_runtime.store.lmdb_layout import (
     user_of,
 )
 from dman_runtime.store.marker import missing
+from dman_runtime.store.producers import unpack_sequences
 from dman_runtime.store.request_ids import is_sound
 
 MAX_PROBLEMS = 100  # that are named; more are counted
@@ -117,6 +118,7 @@ def verify_contents(store: LmdbStore, problems: Problems) -> dict[str, int]:
     contents.check_users()
     contents.check_leftovers()
     contents.check_request_ids()
+    contents.check_producers()
     return contents.counts
 
 
@@ -124,7 +126,7 @@ class _Contents:
     def __init__(self, env: Environment, databases: Databases, problems: Problems) -> None:
         self._env, self._databases, self._problems = env, databases, problems
         names = ("generations", "items", "items_off", "users", "events", "records", "seen_sets", "request_ids")
-        self.counts = dict.fromkeys(names, 0)
+        self.counts = dict.fromkeys((*names, "producers"), 0)
 
     def _pieces(self, database: lmdb._Database) -> Iterator[tuple[lmdb.Transaction, Entries]]:
         """All entries in order, some at a time with the transaction that they are read in."""
@@ -253,6 +255,17 @@ class _Contents:
                 self.counts["request_ids"] += 1
                 if not is_sound(key, bytes(value)):
                     self._problems.add(f"request id {_shown(key)}: it is damaged")
+
+    # -- sequences -------------------------------------------------------------------------------------------------
+
+    def check_producers(self) -> None:
+        """The sequences of producers; they are counted by user and producer."""
+        if self._databases.producers is None:
+            return
+        for _, entries in self._pieces(self._databases.producers):
+            for key, value in entries:
+                with self._problems.of(f"entry {key.hex()}"):
+                    self.counts["producers"] += len(unpack_sequences(key, value))
 
 
 def _shown(key: bytes) -> str:

@@ -28,12 +28,21 @@ from dman_runtime.store.base import (
     Write,
 )
 from dman_runtime.store.catalogue import Catalogue, Standing
-from dman_runtime.store.checks import check_replacement, checked_id, checked_numbers, checked_types, checked_writes
+from dman_runtime.store.checks import (
+    check_producers,
+    check_replacement,
+    checked_id,
+    checked_numbers,
+    checked_types,
+    checked_writes,
+    differ,
+)
 from dman_runtime.store.rollout import NO_ROLLOUT, Rollout, checked_rollout
 
 MAX_IDS, _PERIOD_SECONDS = 100_000, 6 * 3600  # request ids of one user in a period
 _NO_HEAD = Head(0, 0, 0)
 Ids = Mapping[int, float]  # when each request id was applied
+Sequences = Mapping[int, int]  # the last one of each producer
 
 
 @dataclass(frozen=True)
@@ -53,8 +62,15 @@ class _User:
 class MemorySnapshot:
     """A `Snapshot` of dictionaries that nobody changes any more."""
 
-    def __init__(self, numbers: dict[str, int], users: dict[str, _User], ids: dict[str, Ids], now: float) -> None:
-        self._numbers, self._users, self._ids, self._now = numbers, users, ids, now
+    def __init__(
+        self,
+        numbers: dict[str, int],
+        users: dict[str, _User],
+        ids: dict[str, Ids],
+        sequences: dict[str, Sequences],
+        now: float,
+    ) -> None:
+        self._numbers, self._users, self._ids, self._sequences, self._now = numbers, users, ids, sequences, now
 
     def find_items(self, item_ids: Sequence[str]) -> NDArray[np.int64]:
         return np.array([self._numbers.get(checked_id(item_id), -1) for item_id in item_ids], np.int64)
@@ -93,6 +109,10 @@ class MemorySnapshot:
         times = self._ids.get(checked_id(user_id), {})
         return {one for one in request_ids if one in times and times[one] >= self._now - REMEMBER_SECONDS}
 
+    def sequences(self, user_id: str, producers: Collection[int]) -> dict[int, int]:
+        found = self._sequences.get(checked_id(user_id), {})
+        return {producer: found[producer] for producer in producers if producer in found}
+
 
 class MemoryStore(ReadsBySnapshot):
     """A `StateStore` without a disk. One lock guards everything: every call is one moment."""
@@ -105,13 +125,16 @@ class MemoryStore(ReadsBySnapshot):
         self._catalogue = Catalogue()
         self._users: dict[str, _User] = {}
         self._ids: dict[str, Ids] = {}  # by user, also of deleted ones
+        self._sequences: dict[str, Sequences] = {}  # by user, also of deleted ones
         self._last_version = 0
         self._closed = False
 
     @contextmanager
     def snapshot(self) -> Iterator[MemorySnapshot]:
         with self._open():
-            snapshot = MemorySnapshot(self._numbers.copy(), self._users.copy(), self._ids.copy(), self._clock())
+            snapshot = MemorySnapshot(
+                self._numbers.copy(), self._users.copy(), self._ids.copy(), self._sequences.copy(), self._clock()
+            )
         yield snapshot
 
     def add_items(self, item_ids: Sequence[str]) -> NDArray[np.uint32]:
@@ -182,13 +205,17 @@ class MemoryStore(ReadsBySnapshot):
             conflicts = [
                 write.user_id
                 for write, found in zip(writes, versions, strict=True)
-                if found != write.expected_version or (not found and self.applied(write.user_id, write.request_ids))
+                if found != write.expected_version
+                or (not found and self.applied(write.user_id, write.request_ids))
+                or differ(self._sequences.get(write.user_id, {}), write.sequences)
             ]
             if not conflicts and writes:
                 for write in writes:
                     check_replacement(write, len(self._users.get(write.user_id, _User()).items))
                 ids = {write.user_id: self._ids_with(write) for write in writes if write.request_ids}
+                sequences = {write.user_id: self._sequences_with(write) for write in writes if write.sequences}
                 self._ids.update(ids)
+                self._sequences.update(sequences)
                 self._last_version += 1
                 for write in writes:
                     self._put(write)
@@ -205,6 +232,12 @@ class MemoryStore(ReadsBySnapshot):
                 "send several events in one update, or wait",
             )
         return ids
+
+    def _sequences_with(self, write: Write) -> Sequences:
+        """The sequences of a user after the steps of a write. Raises TooManyProducersError."""
+        after = {**self._sequences.get(write.user_id, {}), **{one: step.last for one, step in write.sequences.items()}}
+        check_producers(write.user_id, after)
+        return after
 
     def _put(self, write: Write) -> None:
         user = self._users.get(write.user_id, _User())
@@ -240,7 +273,7 @@ class MemoryStore(ReadsBySnapshot):
 
     def stats(self) -> StoreStats:
         with self._open():
-            return StoreStats(len(self._users), len(self._numbers))
+            return StoreStats(len(self._users), len(self._numbers), len(self._sequences))
 
     def maintain(self) -> int:
         with self._open():

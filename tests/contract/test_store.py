@@ -25,6 +25,7 @@ from dman_runtime.store.base import (
     IdTypes,
     Snapshot,
     StateStore,
+    Step,
     StoredRecord,
     StoredUser,
     Write,
@@ -52,10 +53,13 @@ def write(
     first_time: int = 1000,
     request_ids: Any = (),
     replace: bool = False,
+    sequences: dict[int, Step] | None = None,
 ) -> Write:
     """Events at the times first_time, first_time + 1, ..."""
-    times = first_time + np.arange(len(items))
-    return Write(user_id, expected_version, records or {}, np.array(items, np.uint32), times, request_ids, replace)
+    numbers, times = np.array(items, np.uint32), first_time + np.arange(len(items))
+    return Write(
+        user_id, expected_version, records or {}, numbers, times, request_ids, replace, sequences=sequences or {}
+    )
 
 
 def get(store: StateStore, user_id: str, generation: int = 1) -> StoredUser | None:
@@ -88,6 +92,7 @@ def everything(store: StateStore) -> dict[str, Any]:
             as_lists(store.history(user_id)),
             store.seen(user_id).tolist(),
             store.applied(user_id, range(1000)),
+            store.sequences(user_id, range(10)),
         )
         for user_id in sorted(store.scan())
     }
@@ -999,7 +1004,10 @@ def fill(store: StateStore) -> None:
     store.remember_id_types(IdTypes(TEXT, INTEGER))
     assert store.set_rollout(ROLLOUT)
     assert store.switch_items([2, 5], off=True) == 2
-    batch = [write(user, 0, np.resize(items, 70), records={1: b"1", 2: b"2"}, request_ids=[9]) for user in "abc"]
+    batch = [
+        write(user, 0, np.resize(items, 70), records={1: b"1", 2: b"2"}, request_ids=[9], sequences={1: Step(None, 7)})
+        for user in "abc"
+    ]
     assert store.commit(batch) == []
     store.delete("c")
 
@@ -1034,6 +1042,12 @@ WRITES: dict[str, Callable[[StateStore], object]] = {
         [
             write("a", version_of(store, "a"), [1, 2] * 40, records={1: b"new"}, request_ids=[1, 2], replace=True),
             write("b", version_of(store, "b"), [3] * 70, records={2: b"new"}, replace=True),
+        ]
+    ),
+    "sequences": lambda store: store.commit(
+        [
+            write("a", version_of(store, "a"), [1] * 3, sequences={1: Step(7, 9), 2: Step(None, 0)}),
+            write("new", 0, [2] * 3, sequences={1: Step(None, 2**64 - 1)}),
         ]
     ),
     "delete": lambda store: store.delete("a"),

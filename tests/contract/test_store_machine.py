@@ -23,7 +23,7 @@ from hypothesis.stateful import (
 )
 
 from dman_runtime.errors import TooManyRequestIdsError
-from dman_runtime.store.base import REMEMBER_SECONDS, Head, StateStore, Write
+from dman_runtime.store.base import REMEMBER_SECONDS, Head, StateStore, Step, Write
 from dman_runtime.store.history import CHUNK_EVENTS, RECENT_IDS
 
 USERS = ("a", "ab", "ü", "z" * 400)
@@ -52,9 +52,15 @@ class Model:
     bundles: list[str] = field(default_factory=list)
     users: dict[str, Known] = field(default_factory=dict)
     ids: dict[str, dict[int, float]] = field(default_factory=lambda: {user_id: {} for user_id in USERS})  # and when
+    sequences: dict[str, dict[int, int]] = field(default_factory=lambda: {user_id: {} for user_id in USERS})
 
     def commit(self, writes: list[Write], now: float) -> list[str]:
-        conflicts = [w.user_id for w in writes if w.expected_version != self.version_of(w.user_id)]
+        conflicts = [
+            w.user_id
+            for w in writes
+            if w.expected_version != self.version_of(w.user_id)
+            or any(self.sequences[w.user_id].get(one) != step.before for one, step in w.sequences.items())
+        ]
         for write in [] if conflicts else writes:
             user = self.users.setdefault(write.user_id, Known())
             user.version = -1  # a new one, that the store chooses
@@ -62,6 +68,7 @@ class Model:
                 user.events, user.records = [], {}
             user.events += zip(np.asarray(write.items).tolist(), np.asarray(write.timestamps).tolist(), strict=True)
             self.ids[write.user_id] |= dict.fromkeys(write.request_ids, now)
+            self.sequences[write.user_id] |= {one: step.last for one, step in write.sequences.items()}
             user.records |= write.records
             user.generation = max(write.records, default=user.generation)
         return conflicts
@@ -75,6 +82,8 @@ EVENT_COUNTS = [0, 1, 2, CHUNK_EVENTS - 1, CHUNK_EVENTS, CHUNK_EVENTS, EVENTS]
 RECORDS = [{}, {1: b"one"}, {2: b"two"}, {1: b"ONE", 300: b""}, {2: b"long" * 1500}]
 REQUEST_ID_COUNTS = [0, 1, RECENT_IDS // 2, RECENT_IDS + 3]
 REPLACE = [False, False, True]
+SEQUENCES = ["none", "none", "none", "right", "right", "wrong"]
+PRODUCERS = (1, 2, 2**64 - 1)
 ID_LIMIT = 40  # request ids of a user in 6 hours
 HOUR = 3600
 
@@ -87,19 +96,20 @@ class Change(NamedTuple):
     records: dict[int, bytes]
     request_ids: int
     replace: bool
+    sequences: str
     seed: int
 
     @classmethod
     def of(cls, number: int) -> Change:
         """The change with a number: one number is drawn much faster than five parts."""
         choices = []
-        for options in (VERSIONS, EVENT_COUNTS, RECORDS, REQUEST_ID_COUNTS, REPLACE):
+        for options in (VERSIONS, EVENT_COUNTS, RECORDS, REQUEST_ID_COUNTS, REPLACE, SEQUENCES):
             number, index = divmod(number, len(options))
             choices.append(options[index])
         return cls(*choices, seed=number)
 
 
-batches = st.dictionaries(st.sampled_from(USERS), st.integers(0, 2**22).map(Change.of), min_size=1, max_size=3)
+batches = st.dictionaries(st.sampled_from(USERS), st.integers(0, 2**25).map(Change.of), min_size=1, max_size=3)
 positions = st.integers(0, 3 * EVENTS)
 
 
@@ -197,7 +207,7 @@ class StoreMachine(RuleBasedStateMachine):
     def crash_in_a_commit(self, batch: dict[str, Change], percent: int) -> None:
         writes = self.writes(batch)
         puts = [len(w.records) + len(w.items) // CHUNK_EVENTS + (len(w.request_ids) > RECENT_IDS) * 3 for w in writes]
-        steps = sum(puts) + 2 * len(puts) + 2 + 2 * sum(write.replace for write in writes)
+        steps = sum(puts) + 2 * len(puts) + 2 + sum(2 * write.replace + bool(write.sequences) for write in writes)
         self.crash(
             steps * percent // 100,
             lambda: self.store.commit(writes),
@@ -273,6 +283,7 @@ class StoreMachine(RuleBasedStateMachine):
             ids = model.ids[user_id]
             applied = store.applied(user_id, [*ids, 1, 2, 3])
             assert {one for one, when in ids.items() if when >= self.latest - REMEMBER_SECONDS} <= applied <= set(ids)
+            assert store.sequences(user_id, PRODUCERS) == model.sequences[user_id]
             assert pairs(store.history(user_id)) == events
             assert store.seen(user_id).tolist() == seen
             assert (view is None) == (known is None)
@@ -301,8 +312,19 @@ class StoreMachine(RuleBasedStateMachine):
                 order = random.permutation(len(old) + len(items))
                 items = np.concatenate([old[:, 0].astype(np.uint32), items])[order]
                 times = np.concatenate([old[:, 1].astype(np.int64), times])[order]
-            writes.append(Write(user_id, version, change.records, items, times, new, change.replace))
+            steps = self.steps(user_id, change.sequences, random)
+            writes.append(Write(user_id, version, change.records, items, times, new, change.replace, sequences=steps))
         return writes
+
+    def steps(self, user_id: str, kind: str, random: np.random.Generator) -> dict[int, Step]:
+        """Of some producers, from where they are, or from somewhere else."""
+        steps = {}
+        for producer in random.choice(PRODUCERS, 2, replace=False).tolist() if kind != "none" else ():
+            before = self.model.sequences[user_id].get(producer)
+            if kind == "wrong":
+                before = None if before is not None else 0
+            steps[producer] = Step(before, (-1 if before is None else before) + int(random.integers(1, 4)))
+        return steps
 
     def has_many_ids(self, writes: list[Write]) -> bool:
         """Whether there may be a user of whom more request ids than the limit move within 6 hours.

@@ -30,7 +30,7 @@ from dman_runtime.model.generation import Generation
 from dman_runtime.model.recurrence import Graphs
 from dman_runtime.model.state import State
 from dman_runtime.opened import OpenUser, catch_up_updates
-from dman_runtime.requests import MAX_EVENTS, MAX_K, Answer, Query, Update, UpdateOutcome, check_update, request_hash
+from dman_runtime.requests import MAX_EVENTS, MAX_K, Answer, Query, Update, UpdateOutcome, check_update, name_hash
 from dman_runtime.retrieval.base import Hits
 from dman_runtime.store.base import StateStore, StoredUser, Write
 from dman_train.model import DMAN
@@ -1147,7 +1147,7 @@ def test_only_records_that_do_not_cover_the_history_are_caught_up(engine: Engine
     assert stored(engine, "u") == before
 
 
-def test_request_hash_is_pinned_and_tells_ids_apart() -> None:
+def test_name_hash_is_pinned_and_tells_ids_apart() -> None:
     stored_hash = bytes.fromhex("40f89e395b66422f")  # printf a | b2sum -l 64; another hash needs a new store format
-    assert request_hash("a") == int.from_bytes(stored_hash, "little")
-    assert len({request_hash(str(i)) for i in range(10_000)}) == 10_000
+    assert name_hash("a") == int.from_bytes(stored_hash, "little")
+    assert len({name_hash(str(i)) for i in range(10_000)}) == 10_000

@@ -45,6 +45,53 @@ async def test_update_reports_a_duplicate(client: Awaited, recorder: Recorder) -
     assert recorder.request.request_id == "order-17"
 
 
+async def test_update_of_a_producer_has_its_sequence_and_no_request_id_of_ours(
+    client: Awaited, recorder: Recorder
+) -> None:
+    await client.update("anna", 1, producer="orders/3", sequence=np.uint64(2**64 - 1))
+    request = recorder.request
+    assert (request.producer, request.sequence, request.request_id) == ("orders/3", 2**64 - 1, "")
+    await client.update("anna", 1, producer="orders/3", sequence=0, request_id="mine")
+    assert recorder.request.HasField("sequence") and recorder.request.request_id == "mine"
+    await client.update("anna", 1)
+    assert not recorder.request.HasField("sequence") and recorder.request.request_id
+
+
+async def test_updates_of_a_producer_have_a_sequence_each(client: Awaited, recorder: Recorder) -> None:
+    await client.update_many([("anna", 1), ("bob", [2, 3]), ("anna", 4)], producer="orders", sequences=range(7, 10))
+    batch = recorder.request
+    assert [(one.producer, one.sequence) for one in batch.updates] == [("orders", 7), ("orders", 8), ("orders", 9)]
+    assert batch.request_id == ""
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"producer": "p"}, "go together"),
+        ({"sequence": 0}, "go together"),
+        ({"producer": "", "sequence": 0}, "producer must not be empty"),
+        ({"producer": "p", "sequence": -1}, "sequence is out of range"),
+        ({"producer": "p", "sequence": 2**64}, "sequence is out of range"),
+        ({"producer": "p", "sequence": True}, "must be an integer"),
+        ({"producer": "p", "sequence": 1.0}, "must be an integer"),
+    ],
+)
+async def test_producer_and_sequence_that_cannot_be_are_refused(
+    client: Awaited, recorder: Recorder, options: dict[str, Any], words: str
+) -> None:
+    with pytest.raises(InvalidArgumentError, match=words):
+        await client.update("anna", 1, **options)
+    many = options | {"sequences": [options["sequence"]]} if "sequence" in options else options
+    with pytest.raises(InvalidArgumentError):
+        await client.update_many({"anna": 1}, **{name: value for name, value in many.items() if name != "sequence"})
+    assert not recorder.seen
+
+
+async def test_sequences_are_as_many_as_updates(client: Awaited) -> None:
+    with pytest.raises(InvalidArgumentError, match="one for each update: 1 for 2"):
+        await client.update_many({"anna": 1, "bob": 2}, producer="p", sequences=[1])
+
+
 async def test_update_many_answers_in_order(client: Awaited, recorder: Recorder) -> None:
     for updates in ({"anna": [1, 2, 3], "bob": 4}, iter([("anna", [1, 2, 3]), ("bob", Event(4))])):
         results = await client.update_many(updates)

@@ -71,12 +71,21 @@ class UpdateRequest(_message.Message):
     USER_ID_FIELD_NUMBER: _builtins.int
     EVENTS_FIELD_NUMBER: _builtins.int
     REQUEST_ID_FIELD_NUMBER: _builtins.int
+    PRODUCER_FIELD_NUMBER: _builtins.int
+    SEQUENCE_FIELD_NUMBER: _builtins.int
     user_id: _builtins.str
     """1 to 400 bytes of UTF-8 without control characters."""
     request_id: _builtins.str
     """Any text up to 128 bytes that names this update. An update of the user with the same id is not applied again within
     24 hours, so a retry is safe, also after the user was deleted. Empty: no check.
     """
+    producer: _builtins.str
+    """Any text up to 128 bytes that names a source of updates with an order of their own, such as a log and its partition:
+    an update whose sequence is at or below the last one of its producer that was applied to the user is a repeat, for
+    ever, also after the user was deleted. A user has at most 4,096 producers. Empty: no check.
+    """
+    sequence: _builtins.int
+    """Where the update is in the order of its producer; present if and only if that is. It may leave numbers out."""
     @_builtins.property
     def events(self) -> _containers.RepeatedCompositeFieldContainer[Global___Event]:
         """Oldest first. An item that occurs again is a new event. Events of items that the bundle does not know are stored
@@ -90,12 +99,16 @@ class UpdateRequest(_message.Message):
         user_id: _builtins.str = ...,
         events: _abc.Iterable[Global___Event] | None = ...,
         request_id: _builtins.str = ...,
+        producer: _builtins.str = ...,
+        sequence: _builtins.int | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_sequence", b"_sequence", "sequence", b"sequence"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["events", b"events", "request_id", b"request_id", "user_id", b"user_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_sequence", b"_sequence", "events", b"events", "producer", b"producer", "request_id", b"request_id", "sequence", b"sequence", "user_id", b"user_id"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    def WhichOneof(self, oneof_group: _Never) -> None: ...
+    _WhichOneofReturnType__sequence: _TypeAlias = _typing.Literal["sequence"]  # noqa: Y015
+    _WhichOneofArgType__sequence: _TypeAlias = _typing.Literal["_sequence", b"_sequence"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__sequence) -> _WhichOneofReturnType__sequence | None: ...
 
 Global___UpdateRequest: _TypeAlias = UpdateRequest  # noqa: Y015
 
@@ -116,7 +129,7 @@ class UpdateReply(_message.Message):
     applied: _builtins.int
     """Events of this request that are new and that the bundle knows."""
     duplicate: _builtins.bool
-    """True when request_id had been applied before; `applied` is then 0."""
+    """True when request_id had been applied before, or the sequence of the producer passed; `applied` is then 0."""
     history_count: _builtins.int
     """Events of the user that are stored, this update included."""
     unknown_count: _builtins.int
@@ -151,7 +164,9 @@ class BatchUpdateRequest(_message.Message):
     UPDATES_FIELD_NUMBER: _builtins.int
     REQUEST_ID_FIELD_NUMBER: _builtins.int
     request_id: _builtins.str
-    """As in UpdateRequest, for the whole batch: it is applied once, or not at all."""
+    """As in UpdateRequest, for the whole batch: it is applied once, or not at all. Updates may have producers beside it:
+    of a batch that is applied, those are left out that are repeats by their sequence.
+    """
     @_builtins.property
     def updates(self) -> _containers.RepeatedCompositeFieldContainer[Global___UpdateRequest]:
         """Their request_id is only allowed where the batch has none."""

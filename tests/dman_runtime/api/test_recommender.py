@@ -28,7 +28,7 @@ from dman_runtime.batcher import Batcher
 from dman_runtime.engine import Engine
 from dman_runtime.errors import StoreUnavailableError
 from dman_runtime.model.generation import Generation
-from dman_runtime.requests import MAX_BATCH, MAX_EVENTS, MAX_K, MAX_LISTED_IDS, MAX_REQUEST_ID_BYTES
+from dman_runtime.requests import MAX_BATCH, MAX_EVENTS, MAX_K, MAX_LISTED_IDS, MAX_PRODUCER_BYTES, MAX_REQUEST_ID_BYTES
 from dman_runtime.serving.app import App
 from dman_runtime.store.base import Write
 from dman_runtime.store.lmdb import LmdbStore
@@ -113,6 +113,9 @@ def test_k_is_10_when_absent_and_may_be_1_or_1000(stub: RecommenderStub) -> None
 TOO_MUCH: dict[str, tuple[str, Any, str]] = {
     "events": ("Update", update_request("u", *["1"] * (MAX_EVENTS + 1)), f"{MAX_EVENTS} at a time"),
     "request id": ("Update", update_request("u", 1, request_id="r" * 129), f"{MAX_REQUEST_ID_BYTES} bytes"),
+    "producer": ("Update", update_request("u", 1, producer="p" * 129, sequence=1), f"{MAX_PRODUCER_BYTES} bytes"),
+    "producer alone": ("Update", update_request("u", 1, producer="p"), "give both, or none"),
+    "sequence alone": ("Update", update_request("u", 1, sequence=0), "give both, or none"),
     "what-if events": (
         "Recommend",
         pb.RecommendRequest(what_if_events=[pb.Event(item_id="1")] * (MAX_EVENTS + 1)),
@@ -266,6 +269,16 @@ def test_batches_answer_in_order_and_apply_same_user_updates_in_order(stub: Reco
     assert [answer.event_count for answer in answers] == [3, 0, 1]
     assert stub.BatchUpdate(pb.BatchUpdateRequest()).replies == []
     assert stub.BatchRecommend(pb.BatchRecommendRequest()).replies == []
+
+
+def test_updates_of_a_producer_are_applied_once_also_with_sequence_0(stub: RecommenderStub) -> None:
+    first = update_request("of a log", 5, producer="log", sequence=0)
+    assert [stub.Update(first).duplicate for _ in range(2)] == [False, True]
+    batch = pb.BatchUpdateRequest(updates=[first, update_request("of a log", 6, producer="log", sequence=1)])
+    assert [reply.duplicate for reply in stub.BatchUpdate(batch).replies] == [True, False]
+    stub.DeleteUser(pb.DeleteUserRequest(user_id="of a log"))
+    assert [reply.duplicate for reply in stub.BatchUpdate(batch).replies] == [True, True]
+    refused(stub.GetUser, pb.GetUserRequest(user_id="of a log"), grpc.StatusCode.NOT_FOUND)
 
 
 def test_what_takes_long_to_convert_is_converted_on_the_bulk_thread(

@@ -14,9 +14,10 @@ from dman_runtime.data.ids import INTEGER, TEXT
 from dman_runtime.errors import StoreUnavailableError
 from dman_runtime.jobs.verifying import format_report, verify_store
 from dman_runtime.store import lmdb_verify
-from dman_runtime.store.base import IdTypes, Write
+from dman_runtime.store.base import IdTypes, Step, Write
 from dman_runtime.store.history import CHUNK_EVENTS, StoredHead, add_seen, pack_head, seed_of, unpack_head, unpack_seen
 from dman_runtime.store.lmdb import LmdbStore
+from dman_runtime.store.producers import producers_key
 from dman_runtime.store.rollout import Rollout
 
 EVENTS = 2 * CHUNK_EVENTS + 3
@@ -38,7 +39,8 @@ def path(tmp_path: Path) -> Path:
         store.set_rollout(Rollout(1, "bundle", bundles={"bundle": "/bundle"}))
         for user_id in (*USERS, "deleted"):
             events = events_of(user_id)
-            store.commit([Write(user_id, 0, {1: b"one", 2: bytes(9000)}, events, events, range(40))])
+            records, steps = {1: b"one", 2: bytes(9000)}, {7: Step(None, 5)} if len(events) else {}
+            store.commit([Write(user_id, 0, records, events, events, range(40), sequences=steps)])
         store.delete("deleted")
     return tmp_path / "state"
 
@@ -74,7 +76,7 @@ def test_sound_store_is_sound_and_counted(path: Path) -> None:
     assert report.problems == () and report.sound and report.exit_status == 0
     assert report.counts == {
         "generations": 1, "items": 100, "items_off": 2, "users": 3, "events": 2 * EVENTS, "records": 6, "seen_sets": 2,
-        "request_ids": 3 * 24 + 40,
+        "request_ids": 3 * 24 + 40, "producers": 3,
     }  # fmt: skip
     assert format_report(report).splitlines()[-1] == f"the state store {path} is sound"
     assert json.loads(json.dumps(report.as_dict()))["sound"] is True
@@ -143,6 +145,17 @@ def test_damage_is_named(path: Path, name: str) -> None:
     assert last.startswith(f"the state store {path} is damaged (") and last.endswith("; restore a backup")
     assert set(report.problems) <= set(lines)
     assert not any("'b'" in problem for problem in report.problems)  # nobody else is concerned
+
+
+def test_damaged_sequences_of_a_producer_are_found(path: Path) -> None:
+    with LmdbStore.open(path, readonly=True) as store:
+        key = producers_key(b"a", store._env.store_id)
+    put(path, "producers", key, flipped)
+    problem = f"entry {key.hex()}: the sequences of a user's producers are damaged"
+    assert verify_store(path).problems == (problem,)
+    put(path, "producers", key, flipped)
+    put(path, "producers", b"another key 1234", lambda _: bytes(20))
+    assert [text.partition(": ")[2] for text in verify_store(path).problems] == [problem.partition(": ")[2]]
 
 
 def test_seen_set_of_other_items_is_found(path: Path) -> None:
