@@ -27,7 +27,7 @@ from dman_runtime.engine import COMMIT_ATTEMPTS, Engine, conflict_pause
 from dman_runtime.errors import ConflictError, StoppedError
 from dman_runtime.metrics import NO_METRICS, Metrics
 from dman_runtime.opened import OpenUser, catch_up_updates
-from dman_runtime.requests import Answer, Query, Update, UpdateOutcome, check_query, check_updates
+from dman_runtime.requests import NOT_LATE, Answer, Query, Update, UpdateOutcome, check_query, check_updates
 from dman_runtime.waiting import NO_DEADLINE, Job
 
 logger = logging.getLogger(__name__)
@@ -285,6 +285,8 @@ class Batcher:
             assert job.opened is not None
             for outcome in job.opened.outcomes:
                 self._metrics.applied(outcome.applied, int(outcome.duplicate), outcome.unknown_count)
+                if outcome.late is not NOT_LATE:
+                    self._metrics.late(*outcome.late)
             job.finish(job.opened.outcomes)
 
     def _again(self, job: Job, conflicts: set[str]) -> None:

@@ -73,6 +73,12 @@ def _serve_options(p: Parser) -> None:
         default=128,
         help="MiB of messages and replies that one worker holds; more get RESOURCE_EXHAUSTED",
     )
+    p.flag(
+        "--late-events",
+        choices=["arrival", "drop", "place"],
+        default="arrival",
+        help="events of before the end of their user's history: take them as they arrive, drop them, or place by time",
+    )
     p.add_argument("--state-must-exist", action="store_true", help="refuse to start without a state store")
     _access_options(p)
     _admin_options(p)

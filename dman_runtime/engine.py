@@ -18,6 +18,7 @@ from contextlib import suppress
 import numpy as np
 
 from dman_runtime.errors import ConflictError, RequestError, StateError, StoreFullError
+from dman_runtime.late import LateEvents, Placed, late_ones, place
 from dman_runtime.merging import Merged, joined_events, merge_events
 from dman_runtime.model.bundle import Bundle
 from dman_runtime.model.events import NO_EVENTS
@@ -37,7 +38,9 @@ from dman_runtime.ranking import rank
 from dman_runtime.repeats import NOTHING_ASKED, Asked, Mark, asked_of, marks_of
 from dman_runtime.requests import (
     MAX_EVENTS,
+    NOT_LATE,
     Answer,
+    LateOutcome,
     Query,
     Update,
     UpdateOutcome,
@@ -59,15 +62,17 @@ _LONGEST_PAUSE = 0.25  # seconds before a conflicting commit is tried again
 class Engine:
     """Serves generations over one store. On threads see `Encoder`: one at a time on CUDA."""
 
-    def __init__(self, generation: Generation, store: StateStore, *, follows: bool = False) -> None:
+    def __init__(
+        self, generation: Generation, store: StateStore, *, follows: bool = False, late_events: LateEvents = "arrival"
+    ) -> None:
         """Gives the bundle's items their numbers, and the bundle its generation, where the store lacks them.
 
         An engine that `follows` serves what the roll-out of the store says, as far as its router has loaded it; else it
-        serves this generation.
+        serves this generation. `late_events` says what becomes of events of updates that come late (`late`).
         """
         self.store, self.projection = store, Projection(generation, store)
         self.router = Router(self.projection, store)
-        self._follows = follows
+        self._follows, self._late_events = follows, late_events
         self.committed: Callable[[], None] = lambda: None  # called after every commit that stored something
 
     def _projections(self, user_ids: Sequence[str | None]) -> Sequence[Projection]:
@@ -95,31 +100,22 @@ class Engine:
                         user.sequences = snapshot.sequences(user_id, of_user.producers)
         return users
 
-    def append(self, user: OpenUser, numbers: np.ndarray, timestamps: np.ndarray) -> int:
-        """Appends events (N) to what will be stored; returns how many of them the model knows."""
-        known = user.projection.known_events((numbers, timestamps))
-        user.prepared = None
-        user.items.append(numbers)
-        user.timestamps.append(timestamps)
-        user.left += known
-        return len(known)
-
     def merge(self, user: OpenUser, numbers: np.ndarray, timestamps: np.ndarray, *, keep_order: bool = False) -> Merged:
-        """Like `append`, for events (N), oldest first, that the history may hold already, or that belong before its
-        end: the new ones go to their places by time (`merging`).
+        """Like `OpenUser.append`, for events (N), oldest first, that the history may hold already, or that belong
+        before its end: the new ones go to their places by time (`merging`).
 
         Where that is not behind the history, all of it is left to be advanced again, and will be replaced.
         """
         if not user.history_count:
-            return Merged(len(numbers), self.append(user, numbers, timestamps), rebuilt=False)
+            return Merged(len(numbers), user.append(numbers, timestamps), rebuilt=False)
         assert user.user_id is not None
         history = user.new_events
-        if not user.replaces:  # read at a later moment than the head: if it has changed since, so has the version
-            stored = self.store.history(user.user_id, 0, user.head.history_count)
+        if user.kept:  # read at a later moment than the head: if it has changed since, so has the version
+            stored = self.store.history(user.user_id, 0, user.kept)
             history = joined_events(stored, history)
         added, whole = merge_events(history, (numbers, timestamps), keep_order=keep_order)
         if whole is None:
-            known = self.append(user, *added) if len(added[0]) else 0
+            known = user.append(*added) if len(added[0]) else 0
         else:
             known = len(user.projection.known_indices(added[0]))
             user.rebuild(whole)
@@ -194,16 +190,34 @@ class Engine:
 
     def _apply(self, user: OpenUser, update: Update, mark: Mark, *, repeated: bool) -> UpdateOutcome:
         """Appends the events of an update to its user, or of a repeat none. `repeated`: the batch is one."""
-        bundle = user.projection.bundle
-        indices, unknown = bundle.items.indices(update.item_ids)
-        if repeated or user.has_applied(mark):
+        bundle, item_ids = user.projection.bundle, update.item_ids
+        times = np.array(update.timestamps or [0] * len(item_ids), np.int64)
+        duplicate, dropped = repeated or user.has_applied(mark), 0
+        if self._late_events == "drop" and not duplicate:
+            late = late_ones(user, times, self.store)
+            dropped, times = int(late.sum()), times[~late]
+            item_ids = [item_id for item_id, one in zip(item_ids, late, strict=True) if not one]
+        indices, unknown = bundle.items.indices(item_ids)
+        if duplicate:
             return UpdateOutcome(bundle, user.event_count, user.history_count, 0, unknown, duplicate=True)
         if update.item_ids:
             user.remember(mark)
-            numbers = self.store.add_items(update.item_ids) if unknown else user.projection.numbers(indices)
-            times = np.array(update.timestamps or [0] * len(numbers), np.int64)
-            self.append(user, numbers, times)
-        return UpdateOutcome(bundle, user.event_count, user.history_count, len(indices), unknown, duplicate=False)
+        placed = Placed()
+        if item_ids:
+            numbers = self.store.add_items(item_ids) if unknown else user.projection.numbers(indices)
+            if self._late_events == "place":
+                placed = place(user, (numbers, times), self.store)
+            else:
+                user.append(numbers, times)
+        return UpdateOutcome(
+            bundle,
+            user.event_count,
+            user.history_count,
+            len(indices) - placed.deferred,
+            unknown,
+            False,
+            LateOutcome(dropped, *placed) if dropped or placed.late else NOT_LATE,
+        )
 
     # -- recommendations -------------------------------------------------------------------------------------------
 
@@ -314,6 +328,7 @@ class Engine:
             state_bytes=len(stored.record or b""),
             recent_item_ids=recent_item_ids,
             recent_timestamps=timestamps.tolist(),
+            deferred_events=user.state.lacking,
         )
 
     def delete(self, user_id: str) -> int | None:

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from dman_runtime.model.times import filled_times
 from dman_runtime.store.base import Events
 
-_FIRST = np.iinfo(np.int64).min  # before every time
+BEFORE_ALL = np.iinfo(np.int64).min  # a time before every other
 
 
 class Merged(NamedTuple):
@@ -76,8 +76,8 @@ def merge_events(history: Events, events: Events, *, keep_order: bool = False) -
     """
     new = unrecognised(history, events)
     added = events[0][new], events[1][new]
-    stored = filled_times(history[1], _FIRST)
-    newest = stored.max(initial=_FIRST)
+    stored = filled_times(history[1], BEFORE_ALL)
+    newest = stored.max(initial=BEFORE_ALL)
     times = filled_times(added[1], first_known(added[1], newest))
     if keep_order:
         stored, times = np.maximum.accumulate(stored), np.maximum.accumulate(times)

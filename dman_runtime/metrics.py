@@ -26,6 +26,9 @@ class Metrics:
     def applied(self, events: int, duplicates: int, unknown: int) -> None:
         """Stored: known events; updates that had been applied before; events of items that the bundle does not know."""
 
+    def late(self, dropped: int, placed: int, deferred: int) -> None:
+        """Late events: not stored; stored in their places; those of them that wait for their record to be made anew."""
+
     def fallback(self, answers: int = 1) -> None:
         """Recommendations by popularity, as nothing is known about the user."""
 

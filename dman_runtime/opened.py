@@ -37,7 +37,7 @@ class OpenUser:
     applied: Set[int] = frozenset()  # request ids that were asked for, and have been applied before
     sequences: dict[int, int] = field(default_factory=dict)  # last ones, as stored, of producers asked for
     advanced: dict[int, int] = field(default_factory=dict)  # last ones of the new events, to be remembered
-    replaces: bool = False  # `items` and `timestamps` are the whole history, in place of the stored one
+    replace_from: int | None = None  # `items` and `timestamps` are in place of the stored events from there on
     prepared: Write | None = None  # what a commit changes, once all that was left is in the state
 
     @classmethod
@@ -53,7 +53,12 @@ class OpenUser:
     @property
     def history_count(self) -> int:
         """Events stored, once this user is committed."""
-        return (0 if self.replaces else self.head.history_count) + sum(map(len, self.items))
+        return self.kept + sum(map(len, self.items))
+
+    @property
+    def kept(self) -> int:
+        """Stored events that stay: those before `items`."""
+        return self.head.history_count if self.replace_from is None else self.replace_from
 
     @property
     def new_events(self) -> Events:
@@ -87,11 +92,38 @@ class OpenUser:
         if mark.producer is not None:
             self.advanced[mark.producer] = mark.sequence
 
+    def append(self, numbers: np.ndarray, timestamps: np.ndarray) -> int:
+        """Appends events (N) to what will be stored; returns how many of them the model knows."""
+        known = self.projection.known_events((numbers, timestamps))
+        self.prepared = None
+        self.items.append(numbers)
+        self.timestamps.append(timestamps)
+        self.left += known
+        return len(known)
+
+    def put_from(self, start: int, events: Events) -> None:
+        """Puts events (N) in place of those of the history from a position on, the new ones included."""
+        if start >= self.kept:
+            items, timestamps = self.new_events
+            events = (
+                _joined([items[: start - self.kept], events[0]], np.uint32),
+                _joined([timestamps[: start - self.kept], events[1]], np.int64),
+            )
+        else:
+            self.replace_from = start
+        (numbers, moments), self.prepared = events, None
+        self.items, self.timestamps = [numbers], [moments]
+
+    def renew(self, history: Events) -> None:
+        """Has the record made anew from a whole history (N)."""
+        self.state, self.left = self.projection.empty(), self.projection.known_events(history)
+        self.record_lags, self.prepared = True, None
+
     def rebuild(self, history: Events) -> None:
         """Puts a whole history (N) in place of the stored one: all of it is left to be advanced by."""
-        (numbers, timestamps), self.replaces, self.prepared = history, True, None
-        self.items, self.timestamps = [numbers], [timestamps]
-        self.state, self.left = self.projection.empty(), self.projection.known_events(history)
+        self.put_from(0, history)
+        self.replace_from = 0
+        self.renew(history)
 
     def write(self) -> Write:
         """What a commit of this user, advanced by all that was left, changes.
@@ -111,7 +143,7 @@ class OpenUser:
                 items,
                 timestamps,
                 self.request_ids,
-                replace=self.replaces,
+                replace_from=self.replace_from,
                 sequences=self._steps(),
             )
         return self.prepared

@@ -48,6 +48,11 @@ class Projection:
         indices = self._indices.take(numbers, mode="clip")  # the last one is -1
         return indices[indices >= 0]
 
+    def knows(self, numbers: np.ndarray) -> np.ndarray:
+        """Which item numbers (N) the bundle knows."""
+        known: np.ndarray = self._indices.take(numbers, mode="clip") >= 0
+        return known
+
     def known_events(self, events: Events) -> KnownEvents:
         """Those of items that the bundle knows, in order."""
         known = (indices := self._indices.take(events[0], mode="clip")) >= 0

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import NamedTuple, TypeVar
 
 import numpy as np
 
@@ -36,6 +36,17 @@ class Update:
     sequence: int | None = None  # 0 to 2^64 - 1, if there is a producer
 
 
+class LateOutcome(NamedTuple):
+    """What became of the events of an update that came late."""
+
+    dropped: int = 0  # not stored
+    placed: int = 0  # stored in their places
+    deferred: int = 0  # of those: the model sees them when the record is made anew
+
+
+NOT_LATE = LateOutcome()
+
+
 @dataclass(frozen=True, slots=True)
 class UpdateOutcome:
     bundle: Bundle  # whose model the numbers are of
@@ -44,6 +55,7 @@ class UpdateOutcome:
     applied: int  # events of this update that the model has seen
     unknown_item_ids: list[str]  # stored, but unknown to the model
     duplicate: bool
+    late: LateOutcome = NOT_LATE
 
     @property
     def unknown_count(self) -> int:
@@ -84,6 +96,7 @@ class UserInfo:
     state_bytes: int
     recent_item_ids: list[str]  # (n) oldest first
     recent_timestamps: list[int]  # (n)
+    deferred_events: int = 0  # that the model knows, and sees when the record is made anew
 
 
 def check_update(update: Update) -> None:

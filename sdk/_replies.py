@@ -45,6 +45,9 @@ def update_result(reply: pb.UpdateReply) -> UpdateResult:
         unknown_item_ids=tuple(reply.unknown_item_ids),
         unknown_count=reply.unknown_count,
         duplicate=reply.duplicate,
+        dropped_late=reply.dropped_late,
+        placed_late=reply.placed_late,
+        deferred_late=reply.deferred_late,
         bundle_id=reply.bundle_id,
     )
 
@@ -76,6 +79,7 @@ def user(reply: pb.GetUserReply) -> User:
         user_id=reply.user_id,
         event_count=reply.event_count,
         history_count=reply.history_count,
+        deferred_events=reply.deferred_events,
         segment_fill=reply.segment_fill,
         absorbed_segments=reply.absorbed_segments,
         state_bytes=reply.state_bytes,

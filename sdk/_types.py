@@ -46,6 +46,10 @@ class UpdateResult:
     names only the first ones. `applied` is what this update added to `event_count`. `duplicate` is True when the
     server already had an update with this request id, or had this sequence or a later one of its producer; then
     nothing was added.
+
+    A server may treat late events, of before the end of the history, by a rule of its own: `dropped_late` events were
+    not stored, and `placed_late` events were put into their places by time. `deferred_late` of those are seen by the
+    model when the user's state is made anew.
     """
 
     event_count: int
@@ -55,6 +59,9 @@ class UpdateResult:
     unknown_count: int
     duplicate: bool
     bundle_id: str
+    dropped_late: int = 0
+    placed_late: int = 0
+    deferred_late: int = 0
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -114,7 +121,8 @@ class User:
 
     `event_count` counts the events that the model has seen, `history_count` all stored events, also those of items
     that the bundle does not know. `segment_fill` events are in the open segment, and `absorbed_segments` segments
-    are in the memory. `state_bytes` is the size of the state record without the history.
+    are in the memory. `state_bytes` is the size of the state record without the history. `deferred_events` came late
+    and are seen by the model when the user's state is made anew.
     """
 
     user_id: str
@@ -125,6 +133,7 @@ class User:
     state_bytes: int
     recent_events: tuple[Event, ...]
     bundle_id: str
+    deferred_events: int = 0
 
 
 @dataclasses.dataclass(frozen=True, slots=True)

@@ -149,6 +149,7 @@ class RecommenderService:
             bundle_id=info.bundle.bundle_id,
             event_count=info.event_count,
             history_count=info.history_count,
+            deferred_events=info.deferred_events,
             segment_fill=info.segment_fill,
             absorbed_segments=info.absorbed_segments,
             state_bytes=info.state_bytes,
@@ -199,6 +200,9 @@ class RecommenderService:
             unknown_count=len(outcome.unknown_item_ids),
             duplicate=outcome.duplicate,
             history_count=outcome.history_count,
+            dropped_late=outcome.late.dropped,
+            placed_late=outcome.late.placed,
+            deferred_late=outcome.late.deferred,
         )
 
     def _batch_reply(self, answers: Sequence[Answer], names: _Names) -> bytes:

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from dman_runtime.errors import UsageError
-from dman_runtime.model.record import HEADER_BYTES, covered_events
+from dman_runtime.model.record import HEADER_BYTES, covered_events, lacks_events
 from dman_runtime.presence import Present
 from dman_runtime.store.base import StateStore
 
@@ -18,7 +18,7 @@ class GenerationInfo:
     number: int
     bundle_id: str
     records: int = 0  # users who have one
-    current: int = 0  # of those: records that cover the history
+    current: int = 0  # of those: records that cover the history and lack no event of it
     bytes: int = 0
     share: float = 0.0  # of the users that it was activated for
 
@@ -41,7 +41,7 @@ def list_generations(store: StateStore) -> Generations:
         if (info := found.get(record.generation)) is None:  # added since the list was read
             continue
         info.records += 1
-        info.current += covered_events(record.start) == record.history_count
+        info.current += covered_events(record.start) == record.history_count and not lacks_events(record.start)
         info.bytes += record.size
     return Generations(store.stats().users, list(found.values()))
 

@@ -76,6 +76,7 @@ def inspect_user(bundle_path: Path, state: Path, user_id: str) -> dict[str, Any]
         "history_count": count,
         "version": user.head.version,
         "record_is_current": not user.record_lags,
+        "deferred_events": user.state.lacking,
         "state_bytes": len(generation.pack(user.state)),
         "context_positions": user.state.context_length,
         "user_embedding_norm": float(np.linalg.norm(user.state.user_embedding)),

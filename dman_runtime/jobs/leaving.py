@@ -10,7 +10,7 @@ import numpy as np
 
 from dman_runtime.data.ids import id_problem
 from dman_runtime.errors import UsageError
-from dman_runtime.model.record import HEADER_BYTES, covered_events
+from dman_runtime.model.record import HEADER_BYTES, covered_events, lacking_events
 from dman_runtime.store.base import StateStore
 
 DAY = 24 * 3600  # seconds
@@ -54,7 +54,12 @@ def user_document(store: StateStore, user_id: str) -> dict[str, Any]:
             {"item_id": item_id, "timestamp": time} for item_id, time in zip(item_ids, times.tolist(), strict=True)
         ],
         "states": [
-            {"bundle_id": bundle_id, "bytes": len(record), "covered_events": covered_events(record[:HEADER_BYTES])}
+            {
+                "bundle_id": bundle_id,
+                "bytes": len(record),
+                "covered_events": covered_events(record[:HEADER_BYTES]),
+                "deferred_events": lacking_events(record),
+            }
             for bundle_id, record in records.items()
         ],
     }

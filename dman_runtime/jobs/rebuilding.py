@@ -1,7 +1,7 @@
 """Encodes all histories of a store under a bundle, while a server may serve another one over it.
 
-A user's record is done when it covers the history, so an interrupted rebuild goes on where it was, and what servers
-change meanwhile is found by looking again.
+A user's record is done when it covers the history and lacks no event of it, so an interrupted rebuild goes on where it
+was, and what servers change meanwhile is found by looking again.
 """
 
 from __future__ import annotations
@@ -46,11 +46,14 @@ class RebuildResult:
         """For people, beside users and events."""
         if not self.lagging:
             return "all records cover their histories"
-        return f"{self.lagging} of {self.users} users changed meanwhile, and are caught up when they are first touched"
+        return (
+            f"{self.lagging} of {self.users} users changed meanwhile, and are caught up when they are first touched, "
+            "or by the next rebuild where late events came"
+        )
 
 
 class _Lag(NamedTuple):
-    """A user whose record does not cover the history."""
+    """A user whose record does not cover the history, or lacks late events of it."""
 
     user_id: str
     events: int  # to be encoded, as far as the history says it
@@ -148,7 +151,8 @@ def _lag(engine: Engine, user_id: str, stored: StoredUser) -> _Lag | None:
     """None for a user whose record is current."""
     count, covered = stored.head.history_count, 0
     with suppress(StateError):  # it will be made anew
-        covered = read_head(stored.record, engine.projection.bundle).history_count if stored.record else 0
+        head = read_head(stored.record, engine.projection.bundle) if stored.record else None
+        covered = head.history_count if head and not head.lacks else 0
     if covered == count:
         return None
     size = record_bytes(count, engine.projection.bundle.manifest.state)
@@ -195,7 +199,7 @@ def _rebuild_batch(engine: Engine, batch: Sequence[_Lag], throttle: Throttle) ->
 
     A user whom servers keep changing is left lagging after many attempts.
     """
-    users, count = [_Encoding(user) for user in engine.open_users([lag.user_id for lag in batch])], 0
+    users, count = [_Encoding(user) for user in _open(engine, [lag.user_id for lag in batch])], 0
     for attempt in range(COMMIT_ATTEMPTS):
         for user in users:
             count += user.begin()
@@ -207,10 +211,19 @@ def _rebuild_batch(engine: Engine, batch: Sequence[_Lag], throttle: Throttle) ->
             break
         time.sleep(conflict_pause(attempt))
         changed = [user for user in users if user.open.user_id in conflicts]
-        for user, again in zip(changed, engine.open_users([str(user.open.user_id) for user in changed]), strict=True):
+        for user, again in zip(changed, _open(engine, [str(user.open.user_id) for user in changed]), strict=True):
             user.reopen(again)
     throttle.rest()
     return count
+
+
+def _open(engine: Engine, user_ids: Sequence[str]) -> list[OpenUser]:
+    """Users whose records will lack nothing. A history that has changed since its user was opened fails the commit."""
+    users = engine.open_users(user_ids)
+    for user_id, user in zip(user_ids, users, strict=True):
+        if user.state.lacking:
+            user.renew(engine.store.history(user_id, 0, user.head.history_count))
+    return users
 
 
 class _Encoding:

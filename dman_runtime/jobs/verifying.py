@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from dman_runtime.model.record import lacks_events
 from dman_runtime.store.lmdb import LmdbStore
 from dman_runtime.store.lmdb_verify import MAX_PROBLEMS, Problems, verify_contents, verify_structure
 
@@ -48,6 +49,8 @@ def verify_store(path: Path) -> VerifyReport:
     if not problems.count:
         with LmdbStore.open(path, readonly=True) as store:
             counts = verify_contents(store, problems)
+            if not problems.count:
+                counts["records_lacking_late_events"] = sum(lacks_events(one.start) for one in store.records(1))
     return VerifyReport(str(path), counts, problems.count, tuple(problems.first))
 
 

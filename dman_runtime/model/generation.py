@@ -83,7 +83,9 @@ class Generation:
     def answer_bytes(self) -> int:
         """How much of a record `read_for_answer` takes."""
         shape = self.bundle.manifest.state
-        return record.max_record_bytes(shape) if shape.answers_read_states else record.head_bytes(shape)
+        if shape.answers_read_states:
+            return record.max_record_bytes(shape) + record.LACKING_BYTES
+        return record.head_bytes(shape)
 
     def read_for_answer(self, stored: bytes) -> Answering:
         """What an answer is made from: of most models the head of a record is enough. Raises StateError."""

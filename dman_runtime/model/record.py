@@ -19,6 +19,7 @@ with the most context there is: 40 positions, before the event that closes a seg
     sketch          1796 B    only if the model counts returns: u32 r, u32 [r] item indices, float32 [r, H] counts,
                               u32 [r] events since the last one of the item
     last times       512 B    if it does both: i64 [r] seconds of the last one of the item
+    lacking            4 B    only in format 3: u32 events that came after their segment was closed, and are left out
 
 A model that neither sees requests nor counts returns closes a segment one event earlier: 39 positions.
 """
@@ -38,12 +39,14 @@ from dman_runtime.model.rounding import from_steps, to_steps
 from dman_runtime.model.sketch import EMPTY, HALF_LIVES, Sketch
 from dman_runtime.model.state import State, absorbed_segments, context_length
 
-RECORD_FORMAT = 2
+RECORD_FORMAT, LACKING_FORMAT = 2, 3  # of records that lack nothing, and of those that lack events
 _HEADER, _CHECKSUM = struct.Struct("<BBHI8sQQ"), struct.Struct("<I")
 HEADER_BYTES = _HEADER.size + _CHECKSUM.size
 _DTYPE_CODES = {"float16": 1, "float32": 2}
 _COUNTS = 4 * len(HALF_LIVES)  # bytes of an item of the sketch
-_MAX_AGE = (1 << 32) - 1
+_MAX_AGE = _MAX_LACKING = (1 << 32) - 1
+_LACKING = struct.Struct("<I")
+LACKING_BYTES = _LACKING.size
 _REMEDY = "make it anew from the history"
 
 
@@ -55,6 +58,7 @@ class RecordHead(NamedTuple):
     user_embedding: np.ndarray  # (D) float32, a view
     context_length: int
     dtype_code: int
+    lacks: bool  # events of the history, until it is made anew
 
 
 def head_bytes(shape: StateShape) -> int:
@@ -63,8 +67,9 @@ def head_bytes(shape: StateShape) -> int:
 
 
 def max_record_bytes(shape: StateShape) -> int:
-    """Bytes of the largest record: before a segment closes, with a memory."""
-    return _record_bytes(shape, shape.context_limit - (not shape.answers_read_states), shape.sketch_items, memory=True)
+    """Bytes of the largest record that lacks nothing: before a segment closes, with a memory."""
+    positions = shape.context_limit - (not shape.answers_read_states)
+    return _record_bytes(shape, positions, shape.sketch_items, memory=True)
 
 
 def record_bytes(event_count: int, shape: StateShape) -> int:
@@ -101,14 +106,15 @@ def read_head(record: bytes, bundle: Bundle) -> RecordHead:
     if len(record) < end:
         raise StateError("a state record is truncated", _REMEDY)
     version, dtype, context, vocabulary, bundle_id, events, history = _HEADER.unpack_from(record)
-    if version != RECORD_FORMAT:
+    if version not in (RECORD_FORMAT, LACKING_FORMAT):
         raise StateError(f"a state record has format {version}, this runtime reads {RECORD_FORMAT}", _REMEDY)
     if bundle_id.hex() != bundle.bundle_id or vocabulary != bundle.manifest.vocabulary:
         raise StateError(f"a state record was written by bundle {bundle_id.hex()}, not {bundle.bundle_id}", _REMEDY)
     (expected,) = _CHECKSUM.unpack_from(record, _HEADER.size)
     if zlib.crc32(record[HEADER_BYTES:end], zlib.crc32(record[: _HEADER.size])) != expected:
         raise StateError("a state record is damaged", _REMEDY)
-    return RecordHead(events, history, np.frombuffer(record, "<f4", width, HEADER_BYTES), context, dtype)
+    embedding = np.frombuffer(record, "<f4", width, HEADER_BYTES)
+    return RecordHead(events, history, embedding, context, dtype, version == LACKING_FORMAT)
 
 
 def covered_events(record: bytes) -> int | None:
@@ -116,9 +122,19 @@ def covered_events(record: bytes) -> int | None:
 
     None of what it says is checked.
     """
-    if len(record) < HEADER_BYTES or record[0] != RECORD_FORMAT:
+    if len(record) < HEADER_BYTES or record[0] not in (RECORD_FORMAT, LACKING_FORMAT):
         return None
     return int(_HEADER.unpack_from(record)[-1])
+
+
+def lacks_events(start: bytes) -> bool:
+    """Whether a record, from its first byte on, lacks events of the history that it covers."""
+    return start[:1] == bytes([LACKING_FORMAT])
+
+
+def lacking_events(record: bytes) -> int:
+    """How many those are. Nothing of the record is checked."""
+    return _LACKING.unpack(record[-_LACKING.size :])[0] if lacks_events(record) and len(record) > 4 else 0
 
 
 def unpack(record: bytes, bundle: Bundle) -> State:
@@ -151,6 +167,7 @@ def view(record: bytes, bundle: Bundle) -> State:
     sketch_at = times_at + (9 + 9 * count if shape.sees_times else 0)
     rows = _sketch_rows(record, sketch_at, shape)
     end = sketch_at + (4 + rows * _sketch_row(shape) if shape.sketch_items else 0)
+    end += _LACKING.size if head.lacks else 0
     (checksum,) = _CHECKSUM.unpack_from(record, recent_at - _CHECKSUM.size)
     intact = end == len(record) and zlib.crc32(memoryview(record)[recent_at:]) == checksum
     if not intact or head.dtype_code != _DTYPE_CODES[shape.dtype] or count != context_length(head.event_count, shape):
@@ -175,6 +192,7 @@ def view(record: bytes, bundle: Bundle) -> State:
         last_is_known=shape.sees_times and record[sketch_at - 1] == 1,
         sketch=_unpack_sketch(record, sketch_at + 4, rows, shape) if rows else EMPTY,
         stored=record[:recent_at],
+        lacking=lacking_events(record) if head.lacks else 0,
     )
 
 
@@ -229,7 +247,7 @@ def pack(state: State, bundle: Bundle) -> bytes:
     """The record of a state."""
     count = state.context_length
     header = _HEADER.pack(
-        RECORD_FORMAT,
+        LACKING_FORMAT if state.lacking else RECORD_FORMAT,
         _DTYPE_CODES[state.shape.dtype],
         count,
         bundle.manifest.vocabulary,
@@ -253,6 +271,8 @@ def pack(state: State, bundle: Bundle) -> bytes:
         parts += [len(items).to_bytes(4, "little"), items.astype("<u4").tobytes(), counts.astype("<f4").tobytes()]
         parts.append(ages.clip(max=_MAX_AGE).astype("<u4").tobytes())
         parts.append(times.astype("<i8").tobytes() if state.shape.sees_times else b"")
+    if state.lacking:
+        parts.append(_LACKING.pack(min(state.lacking, _MAX_LACKING)))
     tail = b"".join(parts)
     embedding = state.user_embedding.astype("<f4").tobytes() + _CHECKSUM.pack(zlib.crc32(tail))
     return header + _CHECKSUM.pack(zlib.crc32(embedding, zlib.crc32(header))) + embedding + tail

@@ -120,7 +120,7 @@ def _encode(pieces: Sequence[Piece], *, bundle: Bundle, graphs: Graphs) -> None:
             state.last_time, state.last_is_known = int(state.times[end - 1]), bool(events.times[-1])
         state.hidden[:, begin:end] = hidden[row, 1:, : lengths[row]]
         state.user_embedding = embeddings[row]
-        state.event_count += lengths[row]
+        state.event_count, state.cut = state.event_count + lengths[row], False
 
 
 def _context_before(state: State) -> int:
@@ -132,7 +132,7 @@ def _context_before(state: State) -> int:
 def _close_full(states: Sequence[State], *, bundle: Bundle, graphs: Graphs) -> None:
     """Closes the open segment of each state where it is full."""
     shape = states[0].shape
-    full = [state for state in states if state.event_count and state.event_count % shape.segment_length == 0]
+    full = [one for one in states if one.event_count and not one.event_count % shape.segment_length and not one.cut]
     if shape.closed == "int8" and shape.recurrent:
         for state in full:
             end = min(state.event_count, shape.context_limit)

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from dman_runtime.model.bundle import Bundle, StateShape
-from dman_runtime.model.events import KnownEvents
+from dman_runtime.model.events import NO_EVENTS, KnownEvents
 from dman_runtime.model.sketch import EMPTY, Sketch, counted
 
 
@@ -57,6 +57,8 @@ class State:
         b""  # the hidden states of the closed segment in steps, as in a record; empty: to be made from `hidden`
     )
     stored: bytes = b""  # head of the record that this is a view of, which no other state has; empty if it may change
+    lacking: int = 0  # events that the model knows and has not seen: their segments were closed when they came
+    cut: bool = False  # has no event of the open segment, which began, and before which all is closed
 
     @classmethod
     def empty(cls, bundle: Bundle) -> State:
@@ -84,8 +86,29 @@ class State:
     @property
     def open_events(self) -> KnownEvents:
         """Those of the open segment; at unknown times for a model that sees none."""
+        if self.cut:
+            return NO_EVENTS
         part = slice(self.context_length - self.segment_fill, self.context_length)
         return KnownEvents(self.recent[part], self.times[part])
+
+    @property
+    def closed_events(self) -> int:
+        """Those before the open segment."""
+        return self.event_count if self.cut else self.event_count - self.segment_fill
+
+    @property
+    def can_be_cut(self) -> bool:
+        """Not where the time of the last closed event is needed, and no longer here."""
+        return self.shape.recurrent or not self.shape.sees_times or not self.closed_events
+
+    def cut_back(self) -> None:
+        """Takes out the events of the open segment, for others to be encoded: memory, sketch and the closed segment of
+        the context have not seen them, and stay."""
+        begin, closed = self.context_length - self.segment_fill, self.closed_events
+        if self.shape.sees_times:
+            self.last_time = int(self.times[begin - 1]) if begin else 0
+        self.event_count, self.stored = closed, b""
+        self.cut = self.shape.answers_read_states and closed > 0
 
     def counts(self) -> Sketch:
         """What the user may come back to, as it is now."""

@@ -79,7 +79,7 @@ class App:
             ClusterStatus(config.workers, 1, 0, ()),  # until the supervisor says more
             config.port,
         )
-        engine = Engine(self.generation, self._store, follows=True)
+        engine = Engine(self.generation, self._store, follows=True, late_events=config.late_events)
         self._router, self._loader = engine.router, self._make_loader(engine.router)
         self._loader.load()
         self._updates = Batcher(engine, metrics=metrics)

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Literal
 from dman_runtime.errors import UsageError
 
 if TYPE_CHECKING:
+    from dman_runtime.late import LateEvents
     from dman_runtime.model.encoder import Provider
 
 MAX_MESSAGE_BYTES = 16 << 20
@@ -46,6 +47,7 @@ class ServeConfig:
     admin_host: str = "127.0.0.1"
     admin_socket: Path | None = None  # None: no admin service on a Unix socket
     admin_root: Path | None = None  # what callers of the admin service name is in here; None: they may name nothing
+    late_events: LateEvents = "arrival"  # what becomes of events of before the end of their user's history
 
     def __post_init__(self) -> None:
         for name in ("port", "admin_port"):

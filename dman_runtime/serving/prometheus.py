@@ -56,6 +56,7 @@ class PrometheusMetrics(Metrics):
         self._commit = self._histogram("commit_duration_seconds", "Time of a durable commit", COMMIT_SECONDS)
         self._events = self._counter("applied_events", "Events stored that the bundle knows")
         self._unknown = self._counter("unknown_events", "Events stored of items that the bundle does not know")
+        self._late = self._counter("late_events", "Events of before the end of their history, by outcome", "outcome")
         self._duplicates = self._counter("duplicate_updates", "Updates that had been applied before")
 
     def _define_state(self) -> None:
@@ -105,6 +106,11 @@ class PrometheusMetrics(Metrics):
             self._duplicates.inc(duplicates)
         if unknown:
             self._unknown.inc(unknown)
+
+    def late(self, dropped: int, placed: int, deferred: int) -> None:
+        for outcome, events in (("dropped", dropped), ("placed", placed - deferred), ("deferred", deferred)):
+            if events:
+                self._late.labels(outcome).inc(events)
 
     def fallback(self, answers: int = 1) -> None:
         self._fallback.inc(answers)

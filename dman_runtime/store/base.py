@@ -98,8 +98,9 @@ class Write:
     before. `sequences` holds a step for each producer, by a 64-bit hash, whose updates are among them. `records` holds
     new records by generation; those of other generations stay as they are.
 
-    With `replace`, the events are the whole history, in place of the stored one, which must not be longer. Records of
-    generations that `records` lacks are removed, as they are views of the old history. Request ids stay.
+    With `replace_from`, the events stand in place of the stored ones from that position on, which must not be more; 0
+    replaces the whole history. Records of generations that `records` lacks are removed, as they are views of the old
+    history. Request ids and sequences stay.
     """
 
     user_id: str
@@ -108,7 +109,7 @@ class Write:
     items: NDArray[np.integer]
     timestamps: NDArray[np.integer]
     request_ids: Sequence[int] = ()
-    replace: bool = False
+    replace_from: int | None = None
     sequences: Mapping[int, Step] = field(default_factory=dict)
 
 

@@ -37,10 +37,14 @@ def checked_types(types: IdTypes) -> IdTypes:
 
 
 def check_replacement(write: Write, stored_events: int) -> None:
-    """ValueError where a write would shorten a history."""
-    if write.replace and len(write.items) < stored_events:
+    """ValueError where a write would shorten a history, or leave a gap in it."""
+    if write.replace_from is None:
+        return
+    replaced = stored_events - write.replace_from
+    if not 0 <= write.replace_from <= stored_events or len(write.items) < replaced:
         raise ValueError(
-            f"user {write.user_id!r:.80} has {stored_events} events; {len(write.items)} cannot replace them"
+            f"user {write.user_id!r:.80} has {stored_events} events; "
+            f"{len(write.items)} cannot replace {replaced} of them"
         )
 
 

@@ -50,6 +50,14 @@ def read_head(txn: lmdb.Transaction, databases: Databases, user: bytes) -> Store
     return unpack_head(value, seed_of(user), databases.legacy)
 
 
+def read_chunk(txn: lmdb.Transaction, databases: Databases, user: bytes, seed: int, chunk: int) -> NDArray[np.void]:
+    """A piece of a history that its head counts. Raises DamagedError."""
+    value = txn.get(numbered_key(user, chunk), db=databases.history)
+    if value is None:
+        raise DamagedError("a history is shorter than its head says")
+    return unpack_chunk(value, seed, chunk, databases.legacy)
+
+
 def read_seen(txn: lmdb.Transaction, databases: Databases, user: bytes) -> Bytes:
     """The set of a user who has chunks. Raises DamagedError."""
     value = txn.get(user, db=databases.seen)
@@ -157,18 +165,12 @@ class LmdbSnapshot(ReadTransaction):
         full = count // CHUNK_EVENTS  # chunks
         first, last = start // CHUNK_EVENTS, min(-(-stop // CHUNK_EVENTS), full)
         seed = seed_of(user)
-        parts = [self._chunk(user, seed, chunk) for chunk in range(first, last)]
+        parts = [read_chunk(self.txn, self._databases, user, seed, chunk) for chunk in range(first, last)]
         if stop > full * CHUNK_EVENTS:
             parts.append(found.tail)
         offset = min(first, full) * CHUNK_EVENTS
         events = np.concatenate(parts)[start - offset : stop - offset]
         return events["item"].astype(np.uint32), events["timestamp"].astype(np.int64)
-
-    def _chunk(self, user: bytes, seed: int, chunk: int) -> NDArray[np.void]:
-        value = self.txn.get(numbered_key(user, chunk), db=self._databases.history)
-        if value is None:
-            raise DamagedError("a history is shorter than its head says")
-        return unpack_chunk(value, seed, chunk, self._databases.legacy)
 
     def seen(self, user_id: str) -> NDArray[np.uint32]:
         user = checked_id(user_id).encode()

@@ -12,6 +12,7 @@ from dman_runtime.store.base import Head, Write
 from dman_runtime.store.checks import check_replacement
 from dman_runtime.store.history import (
     CHUNK_EVENTS,
+    EVENT,
     RECENT_IDS,
     DamagedError,
     Spilled,
@@ -28,7 +29,7 @@ from dman_runtime.store.history import (
 )
 from dman_runtime.store.lmdb_absence import check_no_user
 from dman_runtime.store.lmdb_layout import HEAD_SUFFIX, Databases, numbered_key, user_of
-from dman_runtime.store.lmdb_reads import NO_SEEN, read_seen
+from dman_runtime.store.lmdb_reads import NO_SEEN, read_chunk, read_seen
 from dman_runtime.store.request_ids import MAX_IDS, spill, spilled_of_nobody
 
 _NO_EVENTS = events_of(NO_SEEN, NO_SEEN)
@@ -46,10 +47,10 @@ def put_user(txn: lmdb.Transaction, databases: Databases, write: Write, head: by
     else:
         before = unpack_head(head, seed, databases.legacy)
     count, tail = before.head.history_count, before.tail
-    if write.replace:  # the new chunks cover the old ones, as the history does not become shorter
+    if write.replace_from is not None:  # the new chunks cover the old ones, as the history does not become shorter
         check_replacement(write, count)
         _drop_records(txn, databases, user, kept=write.records)
-        count, tail = 0, _NO_EVENTS
+        count, tail = write.replace_from, _cut(txn, databases, user, before, write.replace_from, write.items)
     chunks, tail = split_events(tail, events_of(write.items, write.timestamps))
     put = _put_chunks(txn, databases, user, count, chunks) if len(chunks) else 0
     recent, spilled = before.recent_ids, before.spilled
@@ -61,6 +62,32 @@ def put_user(txn: lmdb.Transaction, databases: Databases, write: Write, head: by
     for number, value in values.items():
         txn.put(numbered_key(user, number), value, db=databases.users)
     return put + sum(map(len, values.values()))
+
+
+def _cut(
+    txn: lmdb.Transaction,
+    databases: Databases,
+    user: bytes,
+    before: StoredHead,
+    start: int,
+    items: NDArray[np.integer],
+) -> NDArray[np.void]:
+    """The events that stay, but for those in full chunks, of a history that is replaced by `items` from `start` on.
+
+    The seen set keeps the items that are replaced and come again: they are in the new chunks, or in the new tail.
+    """
+    seed = seed_of(user)
+    first, full = start // CHUNK_EVENTS, before.head.history_count // CHUNK_EVENTS
+    last = full if first else min(full, bool(start))  # from the first chunk on, all of the set is made anew
+    chunks = [read_chunk(txn, databases, user, seed, number) for number in range(first, last)]
+    events = np.frombuffer(b"".join(part.tobytes() for part in (*chunks, before.tail)), EVENT)
+    kept, replaced = np.split(events, [start - first * CHUNK_EVENTS])
+    if first and not np.isin(replaced["item"], items).all():
+        kept_chunks = [read_chunk(txn, databases, user, seed, number)["item"] for number in range(first)]
+        seen = add_seen(None, np.unique(np.concatenate(kept_chunks)), seed, databases.legacy)
+        assert seen is not None
+        txn.put(user, seen, db=databases.seen)
+    return kept
 
 
 def _put_chunks(txn: lmdb.Transaction, databases: Databases, user: bytes, count: int, events: NDArray[np.void]) -> int:

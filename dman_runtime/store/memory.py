@@ -241,8 +241,8 @@ class MemoryStore(ReadsBySnapshot):
 
     def _put(self, write: Write) -> None:
         user = self._users.get(write.user_id, _User())
-        if write.replace:
-            user = _User(user.head)
+        if (start := write.replace_from) is not None:
+            user = _User(user.head, user.items[:start], user.timestamps[:start])
         items = user.items + tuple(np.asarray(write.items).tolist())
         timestamps = user.timestamps + tuple(np.asarray(write.timestamps).tolist())
         generation = max(write.records, default=user.head.generation)

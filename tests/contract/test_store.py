@@ -52,13 +52,13 @@ def write(
     records: dict[int, bytes] | None = None,
     first_time: int = 1000,
     request_ids: Any = (),
-    replace: bool = False,
+    replace_from: int | None = None,
     sequences: dict[int, Step] | None = None,
 ) -> Write:
     """Events at the times first_time, first_time + 1, ..."""
     numbers, times = np.array(items, np.uint32), first_time + np.arange(len(items))
     return Write(
-        user_id, expected_version, records or {}, numbers, times, request_ids, replace, sequences=sequences or {}
+        user_id, expected_version, records or {}, numbers, times, request_ids, replace_from, sequences=sequences or {}
     )
 
 
@@ -527,7 +527,7 @@ def test_replaced_history_is_the_new_one_and_no_other(store: StateStore, before:
     old, new = items[np.arange(before) % 7], items[100 + np.arange(after) % 9]
     store.commit([write("a", items=old), write("ab", items=old), write("b", items=old)])
     others = {user: everything(store)[user] for user in ("ab", "b")}
-    assert store.commit([write("a", version_of(store, "a"), new, first_time=7, replace=True)]) == []
+    assert store.commit([write("a", version_of(store, "a"), new, first_time=7, replace_from=0)]) == []
     assert as_lists(store.history("a")) == (new.tolist(), list(range(7, 7 + after)))
     assert store.seen("a").tolist() == sorted(set(new.tolist()))
     view = store.ranking_view("a", 1, 1)
@@ -540,16 +540,71 @@ def test_replaced_history_is_the_new_one_and_no_other(store: StateStore, before:
     assert store.seen("a").tolist() == sorted({*new.tolist(), *items[:40].tolist()})
 
 
+ENDS = [(b, s, a) for b, s, a in product(BORDERS, BORDERS, BORDERS) if s <= b <= a]
+
+
+@pytest.mark.parametrize("kept", [True, False], ids=["same items", "other items"])
+def test_history_that_is_replaced_from_a_position_on_keeps_what_is_before(store: StateStore, kept: bool) -> None:
+    """The replaced events come again in another order with more, or others stand there."""
+    items = items_for(store, 200)
+    for number, (before, start, after) in enumerate(ENDS):
+        old, user = items[(np.arange(before) * 7) % 40], f"user {number}"
+        store.commit([write(user, items=old, records={1: b"one", 2: b"two"}, request_ids=[3])])
+        new = items[100 + np.arange(after - start) % 9]
+        if kept:
+            new = np.concatenate(
+                [items[199:200][: after - before], old[start:][::-1], new[: max(0, after - before - 1)]]
+            )
+        assert len(new) == after - start
+        again = write(user, version_of(store, user), new, first_time=7, records={2: b"new"}, replace_from=start)
+        assert store.commit([again]) == []
+        expected = [*old[:start].tolist(), *new.tolist()]
+        assert as_lists(store.history(user)) == (expected, [*range(1000, 1000 + start), *range(7, 7 + after - start)])
+        assert store.seen(user).tolist() == sorted(set(expected))
+        view = store.ranking_view(user, 1, 1)
+        assert view is not None and set(view.seen.tolist()) == set(expected)
+        assert [found and found.record for found in (get(store, user, n) for n in (1, 2))] == [None, b"new"]
+        assert store.applied(user, [3]) == {3}
+        store.commit([write(user, version_of(store, user), items[:33])])
+        assert store.seen(user).tolist() == sorted({*expected, *items[:33].tolist()})
+
+
+def test_history_is_replaced_at_its_end_without_touching_the_rest(durable: Harness) -> None:
+    """A late event costs the chunks behind its place, not the history."""
+    with durable.open() as store:
+        items = items_for(store)
+        store.commit([write("a", items=np.resize(items, 3200 + 20))])
+        steps = list[int]()
+        with durable.at_step(10**9, lambda: None):
+            for position in (3210, 3199, 3180, 0):
+                before = durable._steps_left  # type: ignore[attr-defined]
+                rest = store.history("a", position)[0]
+                store.commit([write("a", version_of(store, "a"), [*rest, 1], replace_from=position)])
+                steps.append(before - durable._steps_left)  # type: ignore[attr-defined]
+        assert steps[0] < steps[1] <= steps[2] < 10 and steps[3] > 100
+
+
+@pytest.mark.parametrize(("start", "count"), [(-1, 50), (41, 1), (39, 0), (0, 39)])
+def test_history_is_not_replaced_from_nowhere_or_by_less(store: StateStore, start: int, count: int) -> None:
+    items = items_for(store)
+    store.commit([write("a", items=items[:40])])
+    before = everything(store)
+    with pytest.raises(ValueError, match="has 40 events"):
+        store.commit([write("a", version_of(store, "a"), items[:count], replace_from=start)])
+    assert everything(store) == before
+    assert store.commit([write("a", version_of(store, "a"), items[:1], replace_from=39)]) == []
+
+
 def test_replaced_history_drops_the_records_of_the_old_one(store: StateStore) -> None:
     items = items_for(store)
     records = {1: b"one", 2: b"two", 300: b"three"}
     store.commit([write(user, items=items[:40], records=records) for user in ("a", "ab", "b")])
-    store.commit([write("a", version_of(store, "a"), items[:50], records={2: b"new"}, replace=True)])
+    store.commit([write("a", version_of(store, "a"), items[:50], records={2: b"new"}, replace_from=0)])
     assert [user and user.record for user in (get(store, "a", number) for number in records)] == [None, b"new", None]
     assert head_of(store, "a").generation == 2
     for user in ("ab", "b"):
         assert [found and found.record for found in (get(store, user, n) for n in records)] == list(records.values())
-    store.commit([write("ab", version_of(store, "ab"), items[:50], replace=True)])
+    store.commit([write("ab", version_of(store, "ab"), items[:50], replace_from=0)])
     assert [user and user.record for user in (get(store, "ab", number) for number in records)] == [None] * 3
     assert head_of(store, "ab").generation == 300  # that wrote last
     assert store.drop_records(300) == 1
@@ -559,9 +614,9 @@ def test_replaced_history_keeps_the_request_ids(store: StateStore) -> None:
     items = items_for(store)
     for one in range(40):  # more than a head holds
         store.commit([write("a", version_of(store, "a"), items[:1], request_ids=[one])])
-    store.commit([write("a", version_of(store, "a"), items, request_ids=[100], replace=True)])
+    store.commit([write("a", version_of(store, "a"), items, request_ids=[100], replace_from=0)])
     assert store.applied("a", range(200)) == {*range(40), 100}
-    store.commit([write("a", version_of(store, "a"), items, replace=True)])
+    store.commit([write("a", version_of(store, "a"), items, replace_from=0)])
     assert store.applied("a", range(200)) == {*range(40), 100}
 
 
@@ -573,13 +628,13 @@ def test_replacement_of_another_version_stores_nothing(store: StateStore) -> Non
     before = everything(store)
     for version in (old, 0):
         batch = [
-            write("a", version, items, replace=True),
-            write("b", version_of(store, "b"), items, replace=True),
-            write("gone", old, items, replace=True),
+            write("a", version, items, replace_from=0),
+            write("b", version_of(store, "b"), items, replace_from=0),
+            write("gone", old, items, replace_from=0),
         ]
         assert sorted(store.commit(batch)) == ["a", "gone"]
         assert everything(store) == before
-    assert store.commit([write("new", 0, items[:40], replace=True)]) == []  # nothing is a history too
+    assert store.commit([write("new", 0, items[:40], replace_from=0)]) == []  # nothing is a history too
     assert store.history("new")[0].tolist() == items[:40].tolist()
 
 
@@ -588,9 +643,12 @@ def test_history_is_not_replaced_by_a_shorter_one(store: StateStore, before: int
     items = items_for(store)
     store.commit([write("a", items=items[:before], records={1: b"x"}), write("b", items=items[:before])])
     unchanged = everything(store)
-    with pytest.raises(ValueError, match=f"user 'a' has {before} events; {after} cannot replace them"):
+    with pytest.raises(ValueError, match=f"user 'a' has {before} events; {after} cannot replace {before} of them"):
         store.commit(
-            [write("b", version_of(store, "b"), items), write("a", version_of(store, "a"), items[:after], replace=True)]
+            [
+                write("b", version_of(store, "b"), items),
+                write("a", version_of(store, "a"), items[:after], replace_from=0),
+            ]
         )
     assert everything(store) == unchanged
 
@@ -600,7 +658,7 @@ def test_snapshot_sees_the_history_that_was_replaced_meanwhile(store: StateStore
     store.commit([write(user, items=items[:70], records={1: b"old"}) for user in "ab"])
     before = readings(store)
     with store.snapshot() as snapshot:
-        store.commit([write("a", version_of(store, "a"), items[::-1], replace=True)])
+        store.commit([write("a", version_of(store, "a"), items[::-1], replace_from=0)])
         assert readings(snapshot) == before
     assert readings(store) != before
 
@@ -1040,8 +1098,8 @@ WRITES: dict[str, Callable[[StateStore], object]] = {
     ),
     "replace": lambda store: store.commit(
         [
-            write("a", version_of(store, "a"), [1, 2] * 40, records={1: b"new"}, request_ids=[1, 2], replace=True),
-            write("b", version_of(store, "b"), [3] * 70, records={2: b"new"}, replace=True),
+            write("a", version_of(store, "a"), [1, 2] * 40, records={1: b"new"}, request_ids=[1, 2], replace_from=0),
+            write("b", version_of(store, "b"), [3] * 70, records={2: b"new"}, replace_from=0),
         ]
     ),
     "sequences": lambda store: store.commit(
@@ -1049,6 +1107,9 @@ WRITES: dict[str, Callable[[StateStore], object]] = {
             write("a", version_of(store, "a"), [1] * 3, sequences={1: Step(7, 9), 2: Step(None, 0)}),
             write("new", 0, [2] * 3, sequences={1: Step(None, 2**64 - 1)}),
         ]
+    ),
+    "replace the end": lambda store: store.commit(
+        [write("a", version_of(store, "a"), [1, 2] * 9, records={1: b"new"}, replace_from=60)]
     ),
     "delete": lambda store: store.delete("a"),
     "add_items": lambda store: store.add_items(["new-1", "a", "new-2", "new-3"]),

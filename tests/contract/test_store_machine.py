@@ -64,8 +64,8 @@ class Model:
         for write in [] if conflicts else writes:
             user = self.users.setdefault(write.user_id, Known())
             user.version = -1  # a new one, that the store chooses
-            if write.replace:
-                user.events, user.records = [], {}
+            if write.replace_from is not None:
+                user.events, user.records = user.events[: write.replace_from], {}
             user.events += zip(np.asarray(write.items).tolist(), np.asarray(write.timestamps).tolist(), strict=True)
             self.ids[write.user_id] |= dict.fromkeys(write.request_ids, now)
             self.sequences[write.user_id] |= {one: step.last for one, step in write.sequences.items()}
@@ -81,7 +81,7 @@ VERSIONS = ["right"] * 10 + ["zero", "stale"]
 EVENT_COUNTS = [0, 1, 2, CHUNK_EVENTS - 1, CHUNK_EVENTS, CHUNK_EVENTS, EVENTS]
 RECORDS = [{}, {1: b"one"}, {2: b"two"}, {1: b"ONE", 300: b""}, {2: b"long" * 1500}]
 REQUEST_ID_COUNTS = [0, 1, RECENT_IDS // 2, RECENT_IDS + 3]
-REPLACE = [False, False, True]
+REPLACE = ["nothing", "nothing", "nothing", "all", "the end", "the end by others"]
 SEQUENCES = ["none", "none", "none", "right", "right", "wrong"]
 PRODUCERS = (1, 2, 2**64 - 1)
 ID_LIMIT = 40  # request ids of a user in 6 hours
@@ -95,7 +95,7 @@ class Change(NamedTuple):
     events: int
     records: dict[int, bytes]
     request_ids: int
-    replace: bool
+    replace: str
     sequences: str
     seed: int
 
@@ -109,7 +109,7 @@ class Change(NamedTuple):
         return cls(*choices, seed=number)
 
 
-batches = st.dictionaries(st.sampled_from(USERS), st.integers(0, 2**25).map(Change.of), min_size=1, max_size=3)
+batches = st.dictionaries(st.sampled_from(USERS), st.integers(0, 2**26).map(Change.of), min_size=1, max_size=3)
 positions = st.integers(0, 3 * EVENTS)
 
 
@@ -207,7 +207,12 @@ class StoreMachine(RuleBasedStateMachine):
     def crash_in_a_commit(self, batch: dict[str, Change], percent: int) -> None:
         writes = self.writes(batch)
         puts = [len(w.records) + len(w.items) // CHUNK_EVENTS + (len(w.request_ids) > RECENT_IDS) * 3 for w in writes]
-        steps = sum(puts) + 2 * len(puts) + 2 + sum(2 * write.replace + bool(write.sequences) for write in writes)
+        steps = (
+            sum(puts)
+            + 2 * len(puts)
+            + 2
+            + sum(2 * (write.replace_from is not None) + bool(write.sequences) for write in writes)
+        )
         self.crash(
             steps * percent // 100,
             lambda: self.store.commit(writes),
@@ -307,19 +312,25 @@ class StoreMachine(RuleBasedStateMachine):
             request_ids = random.integers(0, 2**64 - 1, change.request_ids, np.uint64, endpoint=True).tolist()
             applied = self.store.applied(user_id, request_ids)  # the same number gives the same ids: a retry
             new = [one for one in request_ids if one not in applied]
-            if change.replace and user_id in self.model.users:
+            start = None
+            if change.replace != "nothing" and user_id in self.model.users:
                 old = np.array(self.model.users[user_id].events, object).reshape(-1, 2)
-                order = random.permutation(len(old) + len(items))
-                items = np.concatenate([old[:, 0].astype(np.uint32), items])[order]
-                times = np.concatenate([old[:, 1].astype(np.int64), times])[order]
+                start = 0 if change.replace == "all" else int(random.integers(0, len(old), endpoint=True))
+                order = random.permutation(len(old) - start + len(items))
+                replaced = old[start:, 0].astype(np.uint32)
+                if change.replace == "the end by others":
+                    replaced = random.choice(some, len(replaced)).astype(np.uint32)
+                items = np.concatenate([replaced, items])[order]
+                times = np.concatenate([old[start:, 1].astype(np.int64), times])[order]
             steps = self.steps(user_id, change.sequences, random)
-            writes.append(Write(user_id, version, change.records, items, times, new, change.replace, sequences=steps))
+            writes.append(Write(user_id, version, change.records, items, times, new, start, sequences=steps))
         return writes
 
     def steps(self, user_id: str, kind: str, random: np.random.Generator) -> dict[int, Step]:
         """Of some producers, from where they are, or from somewhere else."""
         steps = {}
-        for producer in random.choice(PRODUCERS, 2, replace=False).tolist() if kind != "none" else ():
+        for index in random.permutation(len(PRODUCERS))[:2] if kind != "none" else ():
+            producer = PRODUCERS[index]
             before = self.model.sequences[user_id].get(producer)
             if kind == "wrong":
                 before = None if before is not None else 0

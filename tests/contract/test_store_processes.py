@@ -28,7 +28,7 @@ def commit(store, number):
     (merged,) = store.get_many(["merged"], 1)
     every = np.arange(40 * number + 40)[::-1]
     version = merged.head.version if merged else 0
-    writes.append(Write("merged", version, {1: b"%d" % number}, every % 50, every, [number], replace=True))
+    writes.append(Write("merged", version, {1: b"%d" % number}, every % 50, every, [number], replace_from=0))
     assert store.commit(writes) == []
 
 for line in sys.stdin:

@@ -556,7 +556,7 @@ def test_commit_names_the_users_that_others_have_changed_and_stores_nothing(engi
     update(engine, "u", [1])
     users = engine.open_users(["u", "v"])
     for user in users:
-        engine.append(user, engine.store.find_items(ids([2])), np.array([7]))
+        user.append(engine.store.find_items(ids([2])), np.array([7]))
     engine.advance(users)
     update(engine, "u", [3])
     assert engine.commit(users) == ["u"]
@@ -609,10 +609,10 @@ def test_merges_before_a_commit_follow_each_other(engine: Engine) -> None:
     timed(engine, "u", [1, 2, 3], [10, 20, 30])
     (user,) = engine.open_users(["u"])
     numbers = engine.store.find_items(ids(range(20))).astype(np.uint32)
-    engine.append(user, numbers[[4]], np.array([40]))
+    user.append(numbers[[4]], np.array([40]))
     assert engine.merge(user, numbers[[5, 4]], np.array([35, 40])) == Merged(1, 1, rebuilt=True)
     assert (user.history_count, user.event_count) == (5, 5)
-    engine.append(user, numbers[[6]], np.array([50]))
+    user.append(numbers[[6]], np.array([50]))
     assert engine.merge(user, numbers[[7, 6, 1]], np.array([5, 50, 10])) == Merged(1, 1, rebuilt=True)
     assert (user.history_count, user.event_count) == (7, 7)
     engine.advance([user])

@@ -38,6 +38,14 @@ async def test_update_returns_what_the_server_did(client: Awaited) -> None:
     )
 
 
+async def test_update_reports_what_became_of_late_events(client: Awaited, recorder: Recorder) -> None:
+    recorder.script.append(pb.UpdateReply(dropped_late=1, placed_late=5, deferred_late=2))
+    result = await client.update("anna", "alien")
+    assert (result.dropped_late, result.placed_late, result.deferred_late) == (1, 5, 2)
+    recorder.script.append(pb.GetUserReply(deferred_events=3))
+    assert (await client.user("anna")).deferred_events == 3
+
+
 async def test_update_reports_a_duplicate(client: Awaited, recorder: Recorder) -> None:
     recorder.script.append(pb.UpdateReply(duplicate=True, event_count=3))
     result = await client.update("anna", "alien", request_id="order-17")
@@ -52,9 +60,10 @@ async def test_update_of_a_producer_has_its_sequence_and_no_request_id_of_ours(
     request = recorder.request
     assert (request.producer, request.sequence, request.request_id) == ("orders/3", 2**64 - 1, "")
     await client.update("anna", 1, producer="orders/3", sequence=0, request_id="mine")
-    assert recorder.request.HasField("sequence") and recorder.request.request_id == "mine"
     await client.update("anna", 1)
-    assert not recorder.request.HasField("sequence") and recorder.request.request_id
+    with_both, with_neither = recorder.seen[1].request, recorder.seen[2].request
+    assert with_both.HasField("sequence") and with_both.request_id == "mine"
+    assert not with_neither.HasField("sequence") and with_neither.request_id
 
 
 async def test_updates_of_a_producer_have_a_sequence_each(client: Awaited, recorder: Recorder) -> None:

@@ -49,7 +49,9 @@ class Event(_message.Message):
     item_id: _builtins.str
     """1 to 400 bytes of UTF-8 without control characters, where it is stored."""
     timestamp: _builtins.int
-    """Seconds since the epoch; 0 when unknown. Kept in the history; order is the order of arrival."""
+    """Seconds since the epoch; 0 when unknown. Kept in the history; the order is that of arrival, unless the server drops
+    late events or places them by time.
+    """
     def __init__(
         self,
         *,
@@ -123,17 +125,30 @@ class UpdateReply(_message.Message):
     DUPLICATE_FIELD_NUMBER: _builtins.int
     HISTORY_COUNT_FIELD_NUMBER: _builtins.int
     UNKNOWN_COUNT_FIELD_NUMBER: _builtins.int
+    DROPPED_LATE_FIELD_NUMBER: _builtins.int
+    PLACED_LATE_FIELD_NUMBER: _builtins.int
+    DEFERRED_LATE_FIELD_NUMBER: _builtins.int
     bundle_id: _builtins.str
     event_count: _builtins.int
     """Events of the user that the bundle knows, this update included."""
     applied: _builtins.int
-    """Events of this request that are new and that the bundle knows."""
+    """Events of this request that are new and that the bundle knows, without the dropped and the deferred ones below."""
     duplicate: _builtins.bool
     """True when request_id had been applied before, or the sequence of the producer passed; `applied` is then 0."""
     history_count: _builtins.int
     """Events of the user that are stored, this update included."""
     unknown_count: _builtins.int
     """Events of this request that the bundle does not know, also those that unknown_item_ids leaves out."""
+    dropped_late: _builtins.int
+    """A server may drop late events, or place them by time. Late is an event whose time is known and before that of the
+    end of the history. Those that were dropped, and are not stored.
+    """
+    placed_late: _builtins.int
+    """Those that were stored in their places, among earlier events."""
+    deferred_late: _builtins.int
+    """Of those, the ones that change no recommendation yet, as older events of the user are closed: they take effect when
+    the user's state is made anew.
+    """
     @_builtins.property
     def unknown_item_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
         """Ids of this request that the bundle does not know; where they are many, only the first ones."""
@@ -148,10 +163,13 @@ class UpdateReply(_message.Message):
         duplicate: _builtins.bool = ...,
         history_count: _builtins.int = ...,
         unknown_count: _builtins.int = ...,
+        dropped_late: _builtins.int = ...,
+        placed_late: _builtins.int = ...,
+        deferred_late: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["applied", b"applied", "bundle_id", b"bundle_id", "duplicate", b"duplicate", "event_count", b"event_count", "history_count", b"history_count", "unknown_count", b"unknown_count", "unknown_item_ids", b"unknown_item_ids"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["applied", b"applied", "bundle_id", b"bundle_id", "deferred_late", b"deferred_late", "dropped_late", b"dropped_late", "duplicate", b"duplicate", "event_count", b"event_count", "history_count", b"history_count", "placed_late", b"placed_late", "unknown_count", b"unknown_count", "unknown_item_ids", b"unknown_item_ids"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -438,6 +456,7 @@ class GetUserReply(_message.Message):
     RECENT_EVENTS_FIELD_NUMBER: _builtins.int
     INTEGER_ITEM_IDS_FIELD_NUMBER: _builtins.int
     HISTORY_COUNT_FIELD_NUMBER: _builtins.int
+    DEFERRED_EVENTS_FIELD_NUMBER: _builtins.int
     user_id: _builtins.str
     bundle_id: _builtins.str
     event_count: _builtins.int
@@ -451,6 +470,8 @@ class GetUserReply(_message.Message):
     integer_item_ids: _builtins.bool
     history_count: _builtins.int
     """Events of the user that are stored."""
+    deferred_events: _builtins.int
+    """Of those, late events that the bundle knows and that take effect when the user's state is made anew."""
     @_builtins.property
     def recent_events(self) -> _containers.RepeatedCompositeFieldContainer[Global___Event]:
         """Oldest first."""
@@ -467,10 +488,11 @@ class GetUserReply(_message.Message):
         recent_events: _abc.Iterable[Global___Event] | None = ...,
         integer_item_ids: _builtins.bool = ...,
         history_count: _builtins.int = ...,
+        deferred_events: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["absorbed_segments", b"absorbed_segments", "bundle_id", b"bundle_id", "event_count", b"event_count", "history_count", b"history_count", "integer_item_ids", b"integer_item_ids", "recent_events", b"recent_events", "segment_fill", b"segment_fill", "state_bytes", b"state_bytes", "user_id", b"user_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["absorbed_segments", b"absorbed_segments", "bundle_id", b"bundle_id", "deferred_events", b"deferred_events", "event_count", b"event_count", "history_count", b"history_count", "integer_item_ids", b"integer_item_ids", "recent_events", b"recent_events", "segment_fill", b"segment_fill", "state_bytes", b"state_bytes", "user_id", b"user_id"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -507,8 +529,8 @@ Global___GetHistoryRequest: _TypeAlias = GetHistoryRequest  # noqa: Y015
 
 @_typing.final
 class GetHistoryReply(_message.Message):
-    """Updates append, and move no event to another position. Who deletes a user, or imports older events of one, does. To
-    notice that between two calls, ask again for the last events of the call before, and compare.
+    """Updates append, and move no event to another position. Who deletes a user, or imports older events of one, does, and
+    so does a server that places late events. To notice that between two calls, ask again for the last events of the call before, and compare.
     """
 
     DESCRIPTOR: _descriptor.Descriptor

@@ -49,7 +49,7 @@ def test_user_shows_the_state_and_the_last_events(
     (expected,) = exact.replay([events_of([item - 1 for item, _ in histories[user]])])
     assert (shown["user_id"], shown["bundle_id"]) == (str(user), exact.bundle_id)
     assert (shown["event_count"], shown["history_count"]) == (len(events) - 1, len(events))
-    assert shown["record_is_current"] is True
+    assert shown["record_is_current"] is True and shown["deferred_events"] == 0
     assert shown["state_bytes"] == len(exact.pack(expected))
     assert shown["context_positions"] == expected.context_length
     assert shown["user_embedding_norm"] == pytest.approx(np.linalg.norm(expected.user_embedding), rel=1e-4)

@@ -148,7 +148,7 @@ def test_history_that_was_put_in_order_meanwhile_is_encoded_anew(
             (stored,) = store.get_many(["5"], 1)
             assert stored is not None
             items, times = store.history("5")
-            assert store.commit([Write("5", stored.head.version, {}, items[::-1], times, replace=True)]) == []
+            assert store.commit([Write("5", stored.head.version, {}, items[::-1], times, replace_from=0)]) == []
 
     new = Engine(renamed, HookedStore(store, reverse))
     assert rebuild(new).lagging == 0

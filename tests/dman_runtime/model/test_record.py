@@ -20,14 +20,18 @@ from dman_runtime.model.bundle import Bundle, StateShape
 from dman_runtime.model.generation import Generation
 from dman_runtime.model.record import (
     HEADER_BYTES,
+    LACKING_BYTES,
     RECORD_FORMAT,
     covered_events,
     head_bytes,
+    lacking_events,
+    lacks_events,
     max_record_bytes,
     pack,
     read_head,
     record_bytes,
     unpack,
+    view,
 )
 from dman_runtime.model.recurrence import advance
 from dman_runtime.model.state import State, absorbed_segments
@@ -148,6 +152,23 @@ def test_what_a_record_covers_is_read_without_its_bundle(bundle: Bundle, states:
         assert covered_events(pack(state, bundle)[:HEADER_BYTES]) == state.history_count
     record = pack(states[0], bundle)
     assert covered_events(record[: HEADER_BYTES - 1]) is covered_events(b"\x09" + record[1:]) is None
+
+
+def test_record_that_lacks_events_says_how_many_and_is_else_the_same(bundle: Bundle, states: list[State]) -> None:
+    for state in states:
+        before = pack(state, bundle)
+        record = pack(replace(state, lacking=7), bundle)
+        assert (record[0], len(record)) == (3, len(before) + LACKING_BYTES)
+        assert (lacks_events(before), lacks_events(record)) == (False, True)
+        assert (lacking_events(before), lacking_events(record)) == (0, 7)
+        assert covered_events(record[:HEADER_BYTES]) == state.history_count
+        assert read_head(record, bundle).lacks and not read_head(before, bundle).lacks
+        for read in (unpack, view):
+            assert read(record, bundle).lacking == 7 and read(before, bundle).lacking == 0
+        assert pack(replace(unpack(record, bundle), lacking=0), bundle) == before
+        for broken in (record[:-1], record[:-LACKING_BYTES], b"\2" + record[1:], record + b"\0"):
+            whole_refused(broken, bundle)
+    assert lacking_events(pack(replace(states[-1], lacking=2**40), bundle)) == 2**32 - 1
 
 
 def test_records_hold_no_more_than_their_model_needs(bundle: Bundle, states: list[State]) -> None:

@@ -47,6 +47,26 @@ def test_reflection_lists_the_service(channel: grpc.Channel) -> None:
     assert "dman.v1.Recommender" in listed and "grpc.health.v1.Health" in listed
 
 
+def test_late_events_are_treated_as_the_server_was_told(tiny_bundle: Path, tmp_path: Path) -> None:
+    found = {}
+    for policy in ("arrival", "drop", "place"):
+        config = serve_config(tiny_bundle, tmp_path / policy, late_events=policy)
+        with running(App(config)) as app, grpc.insecure_channel(f"127.0.0.1:{app.port}") as opened:
+            stub = RecommenderStub(opened)
+            events = [pb.Event(item_id=str(number), timestamp=100 * number) for number in range(1, 14)]
+            stub.Update(pb.UpdateRequest(user_id="u", events=events), timeout=30)
+            late = [pb.Event(item_id="20", timestamp=1250), pb.Event(item_id="21", timestamp=150)]
+            reply = stub.Update(pb.UpdateRequest(user_id="u", events=late), timeout=30)
+            user = stub.GetUser(pb.GetUserRequest(user_id="u", recent_events=3), timeout=30)
+            counts = reply.applied, reply.dropped_late, reply.placed_late, reply.deferred_late
+            found[policy] = counts, user.deferred_events, [event.item_id for event in user.recent_events]
+    assert found == {
+        "arrival": ((2, 0, 0, 0), 0, ["13", "20", "21"]),
+        "drop": ((0, 2, 0, 0), 0, ["11", "12", "13"]),
+        "place": ((1, 0, 2, 1), 1, ["12", "20", "13"]),
+    }
+
+
 @pytest.mark.slow
 def test_closing_app_says_not_serving_and_stores_what_it_accepted(tiny_bundle: Path, tmp_path: Path) -> None:
     app = App(serve_config(tiny_bundle, tmp_path / "state", grace=30.0))

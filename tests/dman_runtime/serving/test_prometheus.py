@@ -56,6 +56,7 @@ def use_everything(metrics: Metrics) -> None:
     metrics.turn(3, 70)
     metrics.commit(0.0004)
     metrics.applied(5, 1, 2)
+    metrics.late(1, 5, 2)
     metrics.fallback()
     metrics.fallback(4)
     metrics.queue_depth(7)
@@ -71,6 +72,9 @@ def use_everything(metrics: Metrics) -> None:
 
 
 EXPECTED = {
+    'dman_late_events_total{outcome="dropped"}': 1,
+    'dman_late_events_total{outcome="placed"}': 3,
+    'dman_late_events_total{outcome="deferred"}': 2,
     'dman_request_duration_seconds_bucket{le="0.002",method="Update",status="OK"}': 0,
     'dman_request_duration_seconds_bucket{le="0.005",method="Update",status="OK"}': 1,
     'dman_request_duration_seconds_bucket{le="30.0",method="Update",status="OK"}': 1,
@@ -112,7 +116,7 @@ def test_every_method_changes_what_it_names() -> None:
 def test_no_metrics_takes_the_same_calls_and_the_counting_one_overrides_all_of_them() -> None:
     use_everything(NO_METRICS)
     methods = {name for name, _ in inspect.getmembers(Metrics, inspect.isfunction)}
-    assert len(methods) == 15 and methods <= set(vars(PrometheusMetrics))
+    assert len(methods) == 16 and methods <= set(vars(PrometheusMetrics))
     for name in methods:
         assert inspect.signature(getattr(Metrics, name)) == inspect.signature(getattr(PrometheusMetrics, name))
 
