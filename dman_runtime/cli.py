@@ -27,6 +27,7 @@ def parser() -> Parser:
     _verify_options(_plain_command(commands, "verify", "read everything in a state store and list what is damaged"))
     _backup_options(_plain_command(commands, "backup", "copy a state store, also of a running server, and check it"))
     _restore_options(_plain_command(commands, "restore", "put a backup where a state store belongs"))
+    _compact_options(_plain_command(commands, "compact", "write a state store anew, without traces of deleted users"))
     _export_user_options(_plain_command(commands, "export-user", "print all that is stored of a user, as JSON"))
     _expire_options(_plain_command(commands, "expire", "delete the users who have been idle for long"))
     _token_options(_plain_command(commands, "token", "make a token for a caller"))
@@ -156,6 +157,12 @@ def _backup_options(p: Parser) -> None:
 def _restore_options(p: Parser) -> None:
     p.flag("--backup", type=Path, default=Path("backup"), help="directory that `dman-runtime backup` made")
     p.flag("--state", type=Path, default=DEFAULT_STATE, help="state directory to make; it must be empty or missing")
+    p.add_argument("--json", action="store_true", help="print the result as JSON on the last line")
+
+
+def _compact_options(p: Parser) -> None:
+    p.flag("--state", type=Path, default=DEFAULT_STATE, help="state directory; no process may use it")
+    _map_option(p)
     p.add_argument("--json", action="store_true", help="print the result as JSON on the last line")
 
 

@@ -217,8 +217,8 @@ def test_what_answers_requests_knows_the_interface_of_stores_and_no_store() -> N
     }
     assert found == {}
     assert importers("dman_runtime", "dman_runtime.store.lmdb") == {
-        "commands.logs", "commands.stores", "jobs.backup", "jobs.inspecting", "jobs.verifying", "serving.app",
-        "store.lmdb_verify",
+        "commands.logs", "commands.stores", "jobs.backup", "jobs.compacting", "jobs.inspecting", "jobs.verifying",
+        "serving.app", "store.lmdb_compact", "store.lmdb_verify",
     }  # fmt: skip
     assert importers("dman_runtime", "dman_runtime.store.memory") == set()  # for tests
 

@@ -39,6 +39,13 @@ def restore(arguments: argparse.Namespace) -> int:
     return done(arguments, f"restored {arguments.backup} to {copied.summary()}", vars(copied))
 
 
+def compact(arguments: argparse.Namespace) -> int:
+    from dman_runtime.jobs.compacting import compact as compact_store
+
+    result = compact_store(arguments.state, map_size=arguments.map_size_mib << 20)
+    return done(arguments, f"compacted {arguments.state}: {result.summary()}", vars(result))
+
+
 def export_user(arguments: argparse.Namespace) -> int:
     from dman_runtime.jobs.leaving import document_text, user_document
     from dman_runtime.store.lmdb import LmdbStore
@@ -152,6 +159,7 @@ COMMANDS: dict[str, Callable[[argparse.Namespace], int]] = {
     "verify": verify,
     "backup": backup,
     "restore": restore,
+    "compact": compact,
     "export-user": export_user,
     "expire": expire,
     "rebuild": rebuild,

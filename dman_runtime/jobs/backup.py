@@ -43,9 +43,11 @@ def backup(state: Path, output: Path) -> Copied:
     """
     if output.exists():
         raise UsageError(f"{output} exists", "name a new directory for each backup", parameter="output")
-    with LmdbStore.open(state, readonly=True) as store, _copying(output) as partial:
+    with LmdbStore.open(state, readonly=True) as store, copying(output) as partial:
         store.copy_to(partial)
-        return _checked(partial, output, "the store, or the disk of the backup, is damaged: run verify on the store")
+        return checked_copy(
+            partial, output, "the store, or the disk of the backup, is damaged: run verify on the store"
+        )
 
 
 def restore(source: Path, state: Path) -> Copied:
@@ -58,17 +60,22 @@ def restore(source: Path, state: Path) -> Copied:
     report = verify_store(source)
     if not report.sound:
         raise StoreDamagedError(f"the backup {format_report(report)}", "restore another one", parameter="backup")
-    with _copying(state) as partial:
+    with copying(state) as partial:
         shutil.copyfile(source / DATA, partial / DATA)
-        copied = _checked(partial, state, "the disk is damaged: the backup itself was sound")
+        copied = checked_copy(partial, state, "the disk is damaged: the backup itself was sound")
         if state.exists():  # an empty mount point, which cannot be replaced
             (partial / DATA).rename(state / DATA)
             sync(state)
         return copied
 
 
+def partial_directories(path: Path) -> list[Path]:
+    """What `copying` has left in an existing directory where it was killed."""
+    return sorted(path.glob(".*.partial"))
+
+
 @contextmanager
-def _copying(path: Path) -> Iterator[Path]:
+def copying(path: Path) -> Iterator[Path]:
     """A directory beside `path`, or in it if it exists, which is gone afterwards unless it was renamed."""
     partial = (path if path.exists() else path.parent) / f".{path.name}.{uuid.uuid4().hex}.partial"
     with store_errors(path, 0, readonly=True):
@@ -82,7 +89,7 @@ def _copying(path: Path) -> Iterator[Path]:
             shutil.rmtree(partial, ignore_errors=True)
 
 
-def _checked(partial: Path, path: Path, remedy: str) -> Copied:
+def checked_copy(partial: Path, path: Path, remedy: str) -> Copied:
     """Syncs a copy and reads everything in it."""
     (partial / DATA).chmod(0o600)
     sync(partial / DATA)

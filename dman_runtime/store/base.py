@@ -6,7 +6,7 @@ served are its *generations*; each user has at most one record of each.
 
 | what | key | holds |
 |---|---|---|
-| items | external id | item number: append-only, from 0, never reused |
+| items | external id | item number, from 0; it never goes to another item while a history or a process may hold it |
 | head | user | version, number of events, the generation that wrote a record last |
 | history | user | (item number, time) of every event |
 | seen | user | the item numbers of the history, as a set |

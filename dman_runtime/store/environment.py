@@ -14,13 +14,29 @@ from pathlib import Path
 from typing import Any, NoReturn, Self
 
 import lmdb
-from lmdb.verify import verify
 
-from dman_runtime.errors import StoreError, StoreMismatchError
-from dman_runtime.store.files import StoreFiles, check_directory, has_data, map_size_to_read, stored_map_size, sync
+from dman_runtime.errors import StoreError, StoreMismatchError, StoreUnavailableError
+from dman_runtime.store.files import (
+    StoreFiles,
+    check_directory,
+    check_length,
+    continue_versions,
+    has_data,
+    map_size_to_read,
+    stored_map_size,
+    sync_names,
+)
 from dman_runtime.store.history import DamagedError
 from dman_runtime.store.lmdb_errors import disk_is_full, store_errors
-from dman_runtime.store.lmdb_layout import FORMAT_VERSION, LATER_NAMES, NAMES, OLD_FORMAT, read_info, write_info
+from dman_runtime.store.lmdb_layout import (
+    FORMAT_VERSION,
+    LATER_NAMES,
+    NAMES,
+    OLD_FORMAT,
+    hash_key_of,
+    read_info,
+    write_info,
+)
 from dman_runtime.store.marker import absent, check_id, read_marker, write_marker
 
 _MAX_READERS = 2048  # concurrent read transactions of all processes
@@ -39,6 +55,7 @@ class Environment:
         self.databases: dict[str, lmdb._Database] = {}
         self.legacy = False  # values of format 3 may be there
         self.store_id = ""
+        self.hash_key = b""  # of the users in the keys of request ids
         self._env: lmdb.Environment | None = env
         self._files, self._pid = files, os.getpid()
         self._page_size = env.stat()["psize"]
@@ -46,7 +63,7 @@ class Environment:
         self.map_size = stored_map_size(path, self._page_size) if readonly else env.info()["map_size"]
 
     @classmethod
-    def open(cls, path: Path, *, map_size: int, readonly: bool, must_exist: bool) -> Self:
+    def open(cls, path: Path, *, map_size: int, readonly: bool, must_exist: bool, alone: bool = False) -> Self:
         """Opens the store in the directory `path`; `LmdbStore.open` says what the options mean. Raises StoreError."""
         with store_errors(path, map_size, readonly=readonly):
             check_directory(path)
@@ -58,11 +75,15 @@ class Environment:
                 path.mkdir(mode=0o700, parents=True, exist_ok=True)
             files = StoreFiles.claim(path, readonly=readonly)
             try:
+                if alone and not files.alone:
+                    raise StoreUnavailableError(
+                        f"other processes have the state store {path} open", "stop them, then try again"
+                    )
                 files.check_whole()
                 opened = cls(_open(path, map_size, readonly=readonly), path, files, readonly=readonly)
                 try:
                     opened._open_databases(expected, refusal)
-                    files.watch()
+                    files.watch(share=not alone)
                     opened.free_stale_readers()
                 except BaseException:
                     opened.close()
@@ -81,7 +102,7 @@ class Environment:
         """
         env = self._environment()
         with env.begin(write=not self.readonly) as txn:
-            _check_length(env, self.path)
+            check_length(env, self.path)
             new = not txn.stat()["entries"]
             if new and refusal:
                 raise refusal
@@ -105,12 +126,13 @@ class Environment:
                     with suppress(lmdb.NotFoundError):
                         self.databases[name] = env.open_db(name.encode(), create=False)
         if new:
-            _sync_names(self.path)
+            sync_names(self.path)
             logger.info("created the state store %s", self.path)
         if upgrading:
             logger.info("upgraded the state store %s from format %d to %d", self.path, OLD_FORMAT, FORMAT_VERSION)
         self.legacy = "upgraded_from" in info
         self.store_id = str(info["store_id"])
+        self.hash_key = hash_key_of(info)
 
     def _open_database(self, name: str, txn: lmdb.Transaction, *, create: bool) -> lmdb._Database:
         # A handle that is opened in a reader's transaction would end with it.
@@ -199,6 +221,11 @@ class Environment:
         """Raises StoreError, which names the directory."""
         with store_errors(directory, 0, readonly=True):
             self._environment().copy(str(directory), compact=True)
+            self.continue_versions(directory)
+
+    def continue_versions(self, copy: Path) -> None:
+        """Lets a copy, which nobody has open, give no version that was given here before it was made."""
+        continue_versions(copy, self._page_size, after=self._environment().info()["last_txnid"])
 
     def check(self) -> None:
         """StoreGoneError if the files are no longer the ones that were opened."""
@@ -307,19 +334,3 @@ def _open(path: Path, map_size: int, *, readonly: bool) -> lmdb.Environment:
         max_readers=_MAX_READERS, readonly=readonly, create=False, mode=0o700, readahead=False,
         sync=True, metasync=True, writemap=False, map_async=False,
     )  # fmt: skip
-
-
-def _sync_names(path: Path) -> None:
-    """LMDB syncs the file; its name is ours to sync."""
-    for directory in (path, path.resolve().parent):
-        sync(directory)
-
-
-def _check_length(env: lmdb.Environment, path: Path) -> None:
-    """Refuse a truncated file: a read behind its end would kill the process by SIGBUS.
-
-    LMDB may leave out unused pages at the end, so a short file is looked at in full: slow, and rare.
-    """
-    size = (path / "data.mdb").stat().st_size
-    if size < (env.info()["last_pgno"] + 1) * env.stat()["psize"] and (problems := verify(str(path))):  # type: ignore[no-untyped-call]
-        raise lmdb.CorruptedError(f"data.mdb is truncated: {problems[0]}")

@@ -13,6 +13,7 @@ import fcntl
 import os
 import struct
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import NoReturn
 
@@ -24,6 +25,7 @@ from dman_runtime.errors import StoreGoneError, StoreUnavailableError
 _MAGIC, _DATA_FORMAT = struct.pack("=I", 0xBEEFC0DE), struct.pack("=I", 1)  # how LMDB 0.9 marks its file
 # How LMDB describes its file at the start of its first two pages: magic, format, map size, last page, transaction.
 _META = struct.Struct("=16xII8xQ96xQQ")
+_TRANSACTION = struct.Struct("=Q")
 _GROWTH = 64 << 20  # bytes that a file may grow by until a reader maps it again
 _BUSY, _GONE = {errno.EWOULDBLOCK, errno.EAGAIN, errno.EACCES}, {errno.ENOENT, errno.ENOTDIR, errno.ESTALE}
 _CHECKED_BYTES = 64 << 20  # of larger files the structure is not checked when they are opened
@@ -48,12 +50,23 @@ class StoreFiles:
         Raises OSError, and StoreUnavailableError where others use the store with a `lock.mdb` that was removed.
         """
         flags = os.O_RDONLY if readonly else os.O_RDWR | os.O_CREAT
-        descriptor = os.open(path / "data.mdb", flags | os.O_CLOEXEC, 0o600)
-        try:
-            return cls(path, descriptor, alone=_lock(path, descriptor))
-        except BaseException:
-            os.close(descriptor)
-            raise
+        while True:
+            descriptor = os.open(path / "data.mdb", flags | os.O_CLOEXEC, 0o600)
+            try:
+                files = cls(path, descriptor, alone=_lock(path, descriptor))
+                if not files._was_replaced():
+                    return files
+            except BaseException:
+                os.close(descriptor)
+                raise
+            files.close()  # a compaction has put another file there while this process waited for the lock
+
+    def _was_replaced(self) -> bool:
+        own = os.fstat(self._descriptor)
+        with suppress(OSError):  # `watch` says what is wrong with a file that has gone
+            found = Path(self._data).stat()
+            return (found.st_dev, found.st_ino) != (own.st_dev, own.st_ino)
+        return False
 
     def check_whole(self) -> None:
         """lmdb.Error for what LMDB should not be let near, StoreUnavailableError for another format of LMDB.
@@ -75,12 +88,12 @@ class StoreFiles:
         if self.alone and data.stat().st_size <= _CHECKED_BYTES and (problems := verify(str(self._path))):  # type: ignore[no-untyped-call]
             raise lmdb.CorruptedError(f"data.mdb: {problems[0]}")
 
-    def watch(self) -> None:
-        """Remembers which files these are. From now on `check` compares, and others may open the store."""
+    def watch(self, *, share: bool = True) -> None:
+        """Remembers which files these are. From now on `check` compares, and others may open the store, if `share`."""
         own, lock = os.fstat(self._descriptor), Path(self._lock).stat()
         self._identity = {self._data: (own.st_dev, own.st_ino), self._lock: (lock.st_dev, lock.st_ino)}
         self.check()
-        if self.alone:
+        if self.alone and share:
             fcntl.flock(self._descriptor, fcntl.LOCK_SH)
             self.alone = False
 
@@ -148,6 +161,20 @@ def stored_map_size(path: Path, page_size: int) -> int:
     return map_size
 
 
+def continue_versions(path: Path, page_size: int, *, after: int) -> None:
+    """Lets the transactions of a copy, which nobody has open, have numbers above `after`; on disk on return.
+
+    LMDB counts anew in a copy, and the versions of users are numbers of transactions.
+    """
+    with (path / "data.mdb").open("r+b") as file:
+        counts = [_META.unpack(os.pread(file.fileno(), _META.size, page * page_size))[-1] for page in (0, 1)]
+        newest = counts.index(max(counts))
+        number = max(after, *counts) + 1
+        number += (number + newest) % 2  # an even one stands in the first page, an odd one in the second
+        os.pwrite(file.fileno(), _TRANSACTION.pack(number), newest * page_size + _META.size - _TRANSACTION.size)
+        os.fsync(file.fileno())
+
+
 def has_data(path: Path) -> bool:
     """Whether there is a store, or was one: `data.mdb` is empty where a creation was interrupted."""
     data = path / "data.mdb"
@@ -182,7 +209,8 @@ def _lock(path: Path, descriptor: int) -> bool:
     except OSError:
         return False  # a file system without such locks: nothing is known of others
     raise StoreUnavailableError(
-        f"another process has been opening the state store {path} for {_PATIENCE:.0f} s", "see what it does, or stop it"
+        f"another process has kept the state store {path} to itself for {_PATIENCE:.0f} s",
+        "wait until its compaction is over, or see what it does",
     )
 
 
@@ -203,3 +231,19 @@ def sync(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def sync_names(path: Path) -> None:
+    """LMDB syncs the file; its name is ours to sync."""
+    for directory in (path, path.resolve().parent):
+        sync(directory)
+
+
+def check_length(env: lmdb.Environment, path: Path) -> None:
+    """Refuse a truncated file: a read behind its end would kill the process by SIGBUS.
+
+    LMDB may leave out unused pages at the end, so a short file is looked at in full: slow, and rare.
+    """
+    size = (path / "data.mdb").stat().st_size
+    if size < (env.info()["last_pgno"] + 1) * env.stat()["psize"] and (problems := verify(str(path))):  # type: ignore[no-untyped-call]
+        raise lmdb.CorruptedError(f"data.mdb is truncated: {problems[0]}")

@@ -11,7 +11,7 @@ first is generation 1; what user ids and item ids are; which bundle serves whom 
 | seen | user id | set of item numbers |
 | history | user id, `\\0`, chunk number u32 big-endian | chunk of events |
 | catalogue | kind, item number | which items are switched off: `lmdb_catalogue` |
-| requests | period u32 big-endian, user id, `\\0`, request id u64 big-endian | checksum |
+| requests | period u32 big-endian, hash of the user id (16 bytes), request id u64 big-endian | checksum |
 | producers | keyed hash of the user id | the last sequence of each producer |
 
 Head and record are neighbours in one B-tree, because each further B-tree that a commit touches costs about 14 % more.
@@ -40,7 +40,7 @@ from dman_runtime.store.environment import Environment
 from dman_runtime.store.history import MAX_HEAD_BYTES, DamagedError, version_of
 from dman_runtime.store.lmdb_absence import check_nothing_left
 from dman_runtime.store.lmdb_catalogue import put_switches, read_catalogue, read_revision
-from dman_runtime.store.lmdb_items import append_items, item_count
+from dman_runtime.store.lmdb_items import append_items, free_numbers, item_count
 from dman_runtime.store.lmdb_layout import (
     HEAD_SUFFIX,
     NOTHING_SET,
@@ -72,7 +72,7 @@ class LmdbStore(ReadsBySnapshot):
 
     def __init__(self, environment: Environment, *, clock: Callable[[], float] = time.time) -> None:
         self._env, self._clock = environment, clock
-        self._databases = Databases.of(environment.databases, legacy=environment.legacy)
+        self._databases = Databases.of(environment.databases, legacy=environment.legacy, hash_key=environment.hash_key)
         self._rollout = NOTHING_SET  # as it was read last
         self._standing = (-1, NOTHING_STANDS)  # with the number of the transaction that left it
 
@@ -84,6 +84,7 @@ class LmdbStore(ReadsBySnapshot):
         map_size: int = DEFAULT_MAP_SIZE,
         readonly: bool = False,
         must_exist: bool = False,
+        alone: bool = False,
         clock: Callable[[], float] = time.time,
     ) -> LmdbStore:
         """Opens the store in the directory `path`, and creates it where there is none (not if `readonly` or
@@ -91,10 +92,13 @@ class LmdbStore(ReadsBySnapshot):
 
         `map_size` in bytes bounds the file, unless the file is larger already; use the same in every process. A
         readonly store writes nothing, maps no more than the file holds, and may be opened while a server has it open.
+        With `alone`, no other process may have it open, nor open it before it is closed.
         `clock` gives seconds since 1970.
         Raises StoreMismatchError, StoreFullError or StoreUnavailableError.
         """
-        environment = Environment.open(Path(path), map_size=map_size, readonly=readonly, must_exist=must_exist)
+        environment = Environment.open(
+            Path(path), map_size=map_size, readonly=readonly, must_exist=must_exist, alone=alone
+        )
         return cls(environment, clock=clock)
 
     @property
@@ -109,9 +113,8 @@ class LmdbStore(ReadsBySnapshot):
             unknown = np.flatnonzero(found < 0)
             with self._env.write() as txn:
                 items = [item_ids[position].encode() for position in unknown.tolist()]
-                count = item_count(txn, self._databases)
-                found[unknown] = append_items(txn, self._databases, items)
-                if item_count(txn, self._databases) > count:
+                found[unknown], added = append_items(txn, self._databases, items)
+                if added:
                     self._env.keep_reserve(txn, 0)
         return found.astype(np.uint32)
 
@@ -250,8 +253,8 @@ class LmdbStore(ReadsBySnapshot):
 
     def _came_before(self, txn: lmdb.Transaction, user: bytes, write: Write, now: float) -> bool:
         """Whether a new user was there since the write was prepared, took one of its updates, and was deleted."""
-        ids, requests = write.request_ids, self._databases.requests
-        return bool(ids and find_requests(txn, requests, user, ids, now=now, last=None))
+        ids = write.request_ids
+        return bool(ids and find_requests(txn, self._databases, user, ids, now=now, last=None))
 
     def _sequences(self, txn: lmdb.Transaction, user: bytes) -> dict[int, int]:
         return find_sequences(txn, self._databases.producers, producers_key(user, self._env.store_id))
@@ -293,7 +296,8 @@ class LmdbStore(ReadsBySnapshot):
         """As in `StateStore`; users are counted one by one."""
         users = sum(1 for _ in self.scan())
         with self._env.read() as reading:
-            items, live = item_count(reading.txn, self._databases), self._env.live_bytes(reading.txn)
+            items = item_count(reading.txn, self._databases) - len(free_numbers(reading.txn, self._databases))
+            live = self._env.live_bytes(reading.txn)
             producers = self._databases.producers
             producer_users = 0 if producers is None else reading.txn.stat(producers)["entries"]
         return StoreStats(users, items, producer_users, live, self._env.file_bytes_on_disk(), self._env.map_size)

@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import struct
 import zlib
@@ -24,11 +25,13 @@ NUMBER = struct.Struct(">I")  # in keys, so that they are in order
 HEAD_SUFFIX = b"\0" + NUMBER.pack(0)
 _CHECK = struct.Struct("<I")
 _MAX_META = 1 << 20  # bytes of a value
+_MAX_HASH_KEY = 64  # bytes: the most that BLAKE2b takes
 _ID_TYPES, _ROLLOUT = "the entry that says what the ids are", "the entry that says which bundles serve"
 
 
 class Databases(NamedTuple):
-    """The handles of the databases, and whether values of format 3 may be among what they hold."""
+    """The handles of the databases, whether values of format 3 may be among what they hold, and how request ids name
+    their user."""
 
     meta: lmdb._Database
     items: lmdb._Database
@@ -38,16 +41,25 @@ class Databases(NamedTuple):
     history: lmdb._Database
     requests: lmdb._Database
     legacy: bool
+    hash_key: bytes
     catalogue: lmdb._Database | None = None  # of a store that is only read, if no release that knows it has written it
     producers: lmdb._Database | None = None  # likewise
 
     @classmethod
-    def of(cls, handles: Mapping[str, lmdb._Database], *, legacy: bool) -> Self:
-        return cls(**handles, legacy=legacy)
+    def of(cls, handles: Mapping[str, lmdb._Database], *, legacy: bool, hash_key: bytes) -> Self:
+        return cls(**handles, legacy=legacy, hash_key=hash_key)
+
+    def owner(self, user: bytes) -> bytes:
+        """What stands for a user in the key of a request id, which outlives the user: a hash, or in a store of an
+        earlier release that was never compacted, the id and byte 0."""
+        if not self.hash_key:
+            return user + b"\0"
+        return hashlib.blake2b(user, digest_size=OWNER_BYTES, key=self.hash_key).digest()
 
 
 LATER_NAMES = ("catalogue", "producers")  # stores of format 4 may lack them; who opens one for writing adds them
-NAMES = tuple(name for name in Databases._fields if name != "legacy")
+NAMES = tuple(name for name in Databases._fields if name not in ("legacy", "hash_key"))
+OWNER_BYTES = 16  # of a hash
 
 
 def numbered_key(user: bytes, number: int) -> bytes:
@@ -110,14 +122,26 @@ def read_info(txn: lmdb.Transaction, meta: lmdb._Database) -> dict[str, Any]:
 
 
 def write_info(txn: lmdb.Transaction, meta: lmdb._Database, *, upgraded_from: int | None = None) -> None:
-    """Describes a new or an upgraded store, and gives it an id."""
+    """Describes a new or an upgraded store, which has no request ids yet, and gives it an id."""
     info: dict[str, Any] = {"format_version": FORMAT_VERSION, "store_id": str(uuid4())}
     if upgraded_from is not None:
         info["upgraded_from"] = upgraded_from
-    txn.put(b"info", json.dumps(info | {"checksum": _info_checksum(info)}).encode(), db=meta)
+    txn.put(b"info", pack_info(info | HASHED), db=meta)
 
 
-def _info_checksum(info: dict[str, Any]) -> int:
+HASHED = {"hashed_owners": True}  # in the description of a store whose request ids name their users by hashes
+
+
+def hash_key_of(info: Mapping[str, Any]) -> bytes:
+    """The key of the hashes of users, which no other store has; empty where users are not hashed."""
+    return str(info["store_id"]).encode()[:_MAX_HASH_KEY] if info.get("hashed_owners") else b""
+
+
+def pack_info(info: Mapping[str, Any]) -> bytes:
+    return json.dumps({**info, "checksum": _info_checksum(info)}).encode()
+
+
+def _info_checksum(info: Mapping[str, Any]) -> int:
     return zlib.crc32(json.dumps(info, sort_keys=True).encode())
 
 

@@ -193,7 +193,7 @@ class LmdbSnapshot(ReadTransaction):
             if not last:
                 return known
         others = asked - known
-        return known | find_requests(self.txn, self._databases.requests, user, others, now=self._clock(), last=last)
+        return known | find_requests(self.txn, self._databases, user, others, now=self._clock(), last=last)
 
     def sequences(self, user_id: str, producers: Collection[int]) -> dict[int, int]:
         key = producers_key(checked_id(user_id).encode(), self._env.store_id)

@@ -43,7 +43,7 @@ def put_user(txn: lmdb.Transaction, databases: Databases, write: Write, head: by
     user = write.user_id.encode()
     seed = seed_of(user)
     if head is None:
-        before = StoredHead(Head(0, 0, 0), _NO_EVENTS, spilled=spilled_of_nobody(txn, databases.requests, user, now))
+        before = StoredHead(Head(0, 0, 0), _NO_EVENTS, spilled=spilled_of_nobody(txn, databases, user, now))
     else:
         before = unpack_head(head, seed, databases.legacy)
     count, tail = before.head.history_count, before.tail
@@ -124,7 +124,7 @@ def _remember(
         return recent, before.spilled
     kept = new[-RECENT_IDS:]
     moved = recent[: -len(kept)]
-    return kept, spill(txn, databases.requests, user, moved, before=before.spilled, now=now, limit=MAX_IDS)
+    return kept, spill(txn, databases, user, moved, before=before.spilled, now=now, limit=MAX_IDS)
 
 
 def delete_user(txn: lmdb.Transaction, databases: Databases, user: bytes, now: float) -> int | None:
@@ -151,7 +151,7 @@ def _spill_recent(
     except DamagedError:
         return
     if found and found.recent_ids:
-        spill(txn, databases.requests, user, found.recent_ids, before=found.spilled, now=now)
+        spill(txn, databases, user, found.recent_ids, before=found.spilled, now=now)
 
 
 def _delete_prefix(txn: lmdb.Transaction, database: lmdb._Database, prefix: bytes) -> int:

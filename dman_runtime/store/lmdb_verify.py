@@ -30,7 +30,7 @@ from dman_runtime.store.history import (
 from dman_runtime.store.lmdb import LmdbStore
 from dman_runtime.store.lmdb_catalogue import check_entry, read_catalogue
 from dman_runtime.store.lmdb_errors import store_errors
-from dman_runtime.store.lmdb_items import checked_item, checked_number, item_count
+from dman_runtime.store.lmdb_items import checked_number, is_free, item_count, key_of
 from dman_runtime.store.lmdb_layout import (
     HEAD_SUFFIX,
     NOTHING_SET,
@@ -157,18 +157,18 @@ class _Contents:
                 with self._problems.of(f"item {key.hex()}"):
                     if key != NUMBER.pack(count):
                         raise DamagedError(f"item {count} is missing")
-                    item = checked_item(txn, databases, count, value)
-                    other = txn.get(item.encode(), db=databases.item_numbers)
-                    if other is None or checked_number(txn, databases, item.encode(), other) != count:
+                    item = key_of(txn, databases, count, value)
+                    other = txn.get(item, db=databases.item_numbers)
+                    if other is None or checked_number(txn, databases, item, other) != count:
                         raise DamagedError("the item has no number, or another one")
+                    self.counts["items"] += not is_free(count, value)
                 count += 1
-        self.counts["items"] = count
         for txn, entries in self._pieces(databases.item_numbers):
             for key, value in entries:
                 with self._problems.of(f"item {_shown(key)}"):
                     number = checked_number(txn, databases, key, value)
                     other = txn.get(NUMBER.pack(number), db=databases.items)
-                    if other is None or checked_item(txn, databases, number, other).encode() != key:
+                    if other is None or key_of(txn, databases, number, other) != key:
                         raise DamagedError("the number of the item is that of another one")
 
     def check_catalogue(self) -> None:
@@ -255,7 +255,7 @@ class _Contents:
         for _, entries in self._pieces(self._databases.requests):
             for key, value in entries:
                 self.counts["request_ids"] += 1
-                if not is_sound(key, bytes(value)):
+                if not is_sound(self._databases, key, bytes(value)):
                     self._problems.add(f"request id {_shown(key)}: it is damaged")
 
     # -- sequences -------------------------------------------------------------------------------------------------

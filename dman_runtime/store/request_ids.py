@@ -3,7 +3,10 @@
 A head keeps the last few ids of its user. When it is full they are *spilled* into the database `requests`, under the
 period of PERIOD_SECONDS in which that happens:
 
-    period u32 big-endian, user id, byte 0, id u64 big-endian  ->  CRC-32 of the key, u32 little-endian
+    period u32 big-endian, owner, id u64 big-endian  ->  CRC-32 of the key, u32 little-endian
+
+The owner is a hash of the user id, so that nothing here names a user who was deleted; in stores of earlier releases it
+is the id and byte 0.
 
 The last KEPT_PERIODS periods before the present one are kept, so an id is remembered for at least REMEMBER_SECONDS.
 Older ones are one range at the front of the database, that whoever spills next removes a part of. The ids of a
@@ -18,13 +21,14 @@ from __future__ import annotations
 
 import struct
 import zlib
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 
 import lmdb
 
 from dman_runtime.errors import TooManyRequestIdsError
 from dman_runtime.store.base import REMEMBER_SECONDS
 from dman_runtime.store.history import DamagedError, Spilled
+from dman_runtime.store.lmdb_layout import OWNER_BYTES, Databases
 
 PERIOD_SECONDS = 6 * 3600
 KEPT_PERIODS = REMEMBER_SECONDS // PERIOD_SECONDS
@@ -45,36 +49,30 @@ def period_to_spill(now: float, last: int) -> int:
 
 
 def find_requests(
-    txn: lmdb.Transaction,
-    requests: lmdb._Database,
-    user: bytes,
-    ids: Collection[int],
-    *,
-    now: float,
-    last: int | None,
+    txn: lmdb.Transaction, databases: Databases, user: bytes, ids: Collection[int], *, now: float, last: int | None
 ) -> set[int]:
     """Those of some ids that are remembered here. `last` is the last period of the user; None: not known."""
-    period = period_of(now)
+    requests, owner, period = databases.requests, databases.owner(user), period_of(now)
     if last is None:  # no head: a new user, or a deleted one
         last = period + KEPT_PERIODS if txn.stat(requests)["entries"] else 0
     periods = range(period - KEPT_PERIODS, min(last, period + KEPT_PERIODS) + 1)
-    return {one for one in ids if any(_holds(txn, requests, _key(each, user, one)) for each in periods)}
+    return {one for one in ids if any(_holds(txn, requests, request_key(each, owner, one)) for each in periods)}
 
 
 def _holds(txn: lmdb.Transaction, requests: lmdb._Database, key: bytes) -> bool:
     value = txn.get(key, db=requests)
-    if value is not None and value != _CHECKSUM.pack(zlib.crc32(key)):
+    if value is not None and value != request_value(key):
         raise DamagedError("a request id is damaged")
     return value is not None
 
 
-def spilled_of_nobody(txn: lmdb.Transaction, requests: lmdb._Database, user: bytes, now: float) -> Spilled:
+def spilled_of_nobody(txn: lmdb.Transaction, databases: Databases, user: bytes, now: float) -> Spilled:
     """Where the ids of a user without a head are: what the deletion of an earlier life has left."""
-    period = period_of(now)
-    if txn.stat(requests)["entries"]:
-        with txn.cursor(db=requests) as cursor:
+    period, owner = period_of(now), databases.owner(user)
+    if txn.stat(databases.requests)["entries"]:
+        with txn.cursor(db=databases.requests) as cursor:
             for each in range(period + KEPT_PERIODS, period - KEPT_PERIODS - 1, -1):
-                prefix, count = _PERIOD.pack(each) + user + b"\0", 0
+                prefix, count = _PERIOD.pack(each) + owner, 0
                 found = cursor.set_range(prefix)
                 while found and bytes(cursor.key()).startswith(prefix):
                     count, found = count + 1, cursor.next()
@@ -85,7 +83,7 @@ def spilled_of_nobody(txn: lmdb.Transaction, requests: lmdb._Database, user: byt
 
 def spill(
     txn: lmdb.Transaction,
-    requests: lmdb._Database,
+    databases: Databases,
     user: bytes,
     ids: Collection[int],
     *,
@@ -101,10 +99,11 @@ def spill(
             f"user {user.decode()!r:.80} has more than {limit} updates with a request id in 6 hours",
             "send several events in one update, or wait",
         )
+    owner = databases.owner(user)
     for one in ids:
-        key = _key(period, user, one)
-        txn.put(key, _CHECKSUM.pack(zlib.crc32(key)), db=requests)
-    sweep(txn, requests, now, SWEPT_PER_COMMIT)
+        key = request_key(period, owner, one)
+        txn.put(key, request_value(key), db=databases.requests)
+    sweep(txn, databases.requests, now, SWEPT_PER_COMMIT)
     return Spilled(period, count)
 
 
@@ -128,10 +127,21 @@ def oldest_kept(now: float) -> bytes:
     return _PERIOD.pack(period_of(now) - KEPT_PERIODS)
 
 
-def is_sound(key: bytes, value: bytes) -> bool:
+def is_sound(databases: Databases, key: bytes, value: bytes) -> bool:
     """Whether an entry is what was put here."""
-    return len(key) > 13 and key[-9] == 0 and value == _CHECKSUM.pack(zlib.crc32(key))
+    owner = key[_PERIOD.size : -_ID.size]
+    whole = len(owner) == OWNER_BYTES if databases.hash_key else len(owner) > 1 and owner.endswith(b"\0")
+    return whole and value == request_value(key)
 
 
-def _key(period: int, user: bytes, one: int) -> bytes:
-    return _PERIOD.pack(period) + user + b"\0" + _ID.pack(one)
+def with_owner(key: bytes, owner: Callable[[bytes], bytes]) -> bytes:
+    """A key that holds the id of its user, with what stands for the user elsewhere."""
+    return key[: _PERIOD.size] + owner(key[_PERIOD.size : -_ID.size - 1]) + key[-_ID.size :]
+
+
+def request_key(period: int, owner: bytes, one: int) -> bytes:
+    return _PERIOD.pack(period) + owner + _ID.pack(one)
+
+
+def request_value(key: bytes) -> bytes:
+    return _CHECKSUM.pack(zlib.crc32(key))

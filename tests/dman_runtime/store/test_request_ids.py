@@ -18,6 +18,7 @@ from dman_runtime.store.request_ids import KEPT_PERIODS, MAX_IDS, PERIOD_SECONDS
 
 NONE = np.zeros(0, np.int64)
 PERIOD = 80_000  # a moment
+USERS = ("a", "b", "c0", "c1", "c2", "c3", "gone")
 
 
 class Clock:
@@ -46,10 +47,11 @@ def add(store: LmdbStore, user_id: str, *ids: int) -> None:
 def spilled(store: LmdbStore) -> dict[tuple[int, str], list[int]]:
     """The ids in the database, by period and user."""
     found: dict[tuple[int, str], list[int]] = {}
+    owners = {store._databases.owner(user.encode()): user for user in USERS}
     with store._env.read() as reading, reading.txn.cursor(db=store._databases.requests) as cursor:
         for key, value in cursor:
-            assert request_ids.is_sound(bytes(key), bytes(value))
-            place = int.from_bytes(key[:4], "big"), bytes(key[4:-9]).decode()
+            assert request_ids.is_sound(store._databases, bytes(key), bytes(value))
+            place = int.from_bytes(key[:4], "big"), owners[bytes(key[4:-8])]
             found.setdefault(place, []).append(int.from_bytes(key[-8:], "big"))
     return found
 
@@ -180,7 +182,8 @@ def test_periods_are_those_of_the_clock_and_never_below_zero() -> None:
 def test_damaged_id_is_reported(store: LmdbStore) -> None:
     add(store, "a", *range(20))
     with store._env.write() as txn:
-        txn.put(PERIOD.to_bytes(4, "big") + b"a\0" + bytes(8), b"1234", db=store._databases.requests)
+        key = request_ids.request_key(PERIOD, store._databases.owner(b"a"), 0)
+        txn.put(key, b"1234", db=store._databases.requests)
     with pytest.raises(StoreDamagedError, match="request id is damaged"):
         store.applied("a", [0])
     assert store.applied("a", [1, 2]) == {1, 2}
