@@ -143,6 +143,10 @@ def _remote_options(p: Parser) -> None:
 
 def _verify_options(p: Parser) -> None:
     p.flag("--state", type=Path, default=DEFAULT_STATE, help="state directory to read; a server may be using it")
+    p.flag("--bundle", type=Path, default=None, help="read the states of this bundle, too, and replay some")
+    p.flag(
+        "--sample", type=int, default=100, help="users whose histories are replayed, drawn by chance; needs --bundle"
+    )
     p.add_argument("--json", action="store_true", help="print the report as JSON on the last line")
     _remote_options(p)
 

@@ -63,14 +63,20 @@ class Engine:
     """Serves generations over one store. On threads see `Encoder`: one at a time on CUDA."""
 
     def __init__(
-        self, generation: Generation, store: StateStore, *, follows: bool = False, late_events: LateEvents = "arrival"
+        self,
+        generation: Generation,
+        store: StateStore,
+        *,
+        follows: bool = False,
+        late_events: LateEvents = "arrival",
+        reads_only: bool = False,
     ) -> None:
         """Gives the bundle's items their numbers, and the bundle its generation, where the store lacks them.
 
         An engine that `follows` serves what the roll-out of the store says, as far as its router has loaded it; else it
         serves this generation. `late_events` says what becomes of events of updates that come late (`late`).
         """
-        self.store, self.projection = store, Projection(generation, store)
+        self.store, self.projection = store, Projection(generation, store, reads_only=reads_only)
         self.router = Router(self.projection, store)
         self._follows, self._late_events = follows, late_events
         self.committed: Callable[[], None] = lambda: None  # called after every commit that stored something

@@ -41,8 +41,8 @@ class Metrics:
     def requests_in_flight(self, requests: int) -> None:
         """Calls that this worker has accepted and not answered now."""
 
-    def store(self, bytes_used: int, file_bytes: int) -> None:
-        """The size of the store now: what it uses, and its file."""
+    def store(self, bytes_used: int, file_bytes: int, map_bytes: int) -> None:
+        """The size of the store now: what it uses, its file, and what the file may grow to."""
 
     def stale_readers(self, cleared: int) -> None:
         """Reader slots of dead processes that were cleared."""

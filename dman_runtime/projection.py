@@ -27,15 +27,20 @@ class ReadState(NamedTuple):
 class Projection:
     """Turns histories, which are item numbers, into states of one generation, and back into records."""
 
-    def __init__(self, generation: Generation, store: StateStore) -> None:
-        """Gives the bundle's items their numbers, and the bundle its generation, where the store lacks them."""
+    def __init__(self, generation: Generation, store: StateStore, *, reads_only: bool = False) -> None:
+        """Gives the bundle's items their numbers, and the bundle its generation, where the store lacks them.
+
+        One that `reads_only` gives no numbers: items that the store lacks are in no history.
+        """
         self.generation, self.bundle = generation, generation.bundle
         item_ids = self.bundle.items.item_ids
         numbers = store.find_items(item_ids)
-        self._numbers = store.add_items(item_ids) if (numbers < 0).any() else numbers.astype(np.uint32)  # (V)
+        if (numbers < 0).any() and not reads_only:
+            numbers = store.add_items(item_ids).astype(np.int64)
+        self._numbers = numbers.astype(np.uint32)  # (V)
         # Item index by item number; -1, also at the end, for numbers that the bundle does not know.
-        self._indices = np.full(int(self._numbers.max(initial=0)) + 2, -1, np.int64)
-        self._indices[self._numbers] = np.arange(len(self._numbers))
+        self._indices = np.full(int(numbers.max(initial=0)) + 2, -1, np.int64)
+        self._indices[numbers[numbers >= 0]] = np.flatnonzero(numbers >= 0)
         known = store.generations()
         self.number = known.get(self.bundle.bundle_id) or store.add_generation(self.bundle.bundle_id)
 

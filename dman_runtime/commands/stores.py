@@ -5,11 +5,16 @@ from __future__ import annotations
 import argparse
 import json
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING
 
 from dman_runtime.commands.steps import done, open_generation
 from dman_runtime.errors import UsageError
 from dman_runtime.options import print_json
+
+if TYPE_CHECKING:
+    from dman_runtime.store.lmdb import LmdbStore
+    from dman_runtime.store.lmdb_verify import Problems
 
 MAX_IDLE_DAYS = 36_500
 MAX_WAIT_SECONDS = 86_400
@@ -18,11 +23,21 @@ MAX_WAIT_SECONDS = 86_400
 def verify(arguments: argparse.Namespace) -> int:
     from dman_runtime.jobs.verifying import format_report, verify_store
 
-    report = verify_store(arguments.state)
+    if arguments.sample < 0:
+        raise UsageError(f"sample is {arguments.sample}", "choose 0 or more", parameter="sample")
+    report = verify_store(arguments.state, _records_check(arguments) if arguments.bundle else None)
     print(format_report(report))
     if arguments.json:
         print_json(report.as_dict())
     return report.exit_status
+
+
+def _records_check(arguments: argparse.Namespace) -> Callable[[LmdbStore, Problems], Mapping[str, int]]:
+    from dman_runtime.jobs.replaying import verify_records
+    from dman_runtime.model.generation import Generation
+
+    generation = Generation.open(arguments.bundle, provider="cpu")
+    return lambda store, problems: verify_records(store, generation, problems, sample=arguments.sample)
 
 
 def backup(arguments: argparse.Namespace) -> int:

@@ -94,7 +94,6 @@ def checked_copy(partial: Path, path: Path, remedy: str) -> Copied:
     (partial / DATA).chmod(0o600)
     sync(partial / DATA)
     report = verify_store(partial)
-    (partial / "lock.mdb").unlink(missing_ok=True)
     sync(partial)
     if not report.sound:
         raise StoreDamagedError(f"the copy of the store is not sound: {format_report(report)}", remedy)

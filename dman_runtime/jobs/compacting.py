@@ -35,7 +35,7 @@ class Compacted:
         read = ", ".join(f"{count} {name.replace('_', ' ')}" for name, count in self.counts.items())
         return (
             f"{self.bytes / 1e6:,.1f} MB instead of {self.bytes_before / 1e6:,.1f} MB in {self.seconds:.1f} s; "
-            f"{self.freed_items} items that no history has are gone; read back: {read}"
+            f"items that no history has: {self.freed_items} removed; read back: {read}"
         )
 
 

@@ -56,7 +56,7 @@ def inspect_user(bundle_path: Path, state: Path, user_id: str) -> dict[str, Any]
                 f"name one of these bundles: {', '.join(store.generations()) or 'none yet'}",
                 parameter="bundle",
             )
-        engine = Engine(generation, store)
+        engine = Engine(generation, store, reads_only=True)
         (user,) = engine.open_users([user_id])
         if not user.head.version:
             raise UsageError(f"no user {user_id!r} in {state}", "check the id", parameter="user")

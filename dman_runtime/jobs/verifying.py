@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -37,11 +37,13 @@ class VerifyReport:
         return vars(self) | {"counts": dict(self.counts), "problems": list(self.problems), "sound": self.sound}
 
 
-def verify_store(path: Path) -> VerifyReport:
-    """Checks the pages of the file, then every value and how they belong together.
+def verify_store(
+    path: Path, check_more: Callable[[LmdbStore, Problems], Mapping[str, int]] | None = None
+) -> VerifyReport:
+    """Checks the pages of the file, then every value and how they belong together; then what `check_more` does.
 
-    If the pages are damaged, values are not read: LMDB trusts its pages, and could crash. Raises StoreError for what
-    cannot be opened at all.
+    What is damaged ends it there: LMDB trusts its pages, and could crash. Raises StoreError for what cannot be opened
+    at all.
     """
     problems = Problems()
     verify_structure(path, problems)
@@ -51,6 +53,8 @@ def verify_store(path: Path) -> VerifyReport:
             counts = verify_contents(store, problems)
             if not problems.count:
                 counts["records_lacking_late_events"] = sum(lacks_events(one.start) for one in store.records(1))
+            if check_more is not None and not problems.count:
+                counts |= check_more(store, problems)
     return VerifyReport(str(path), counts, problems.count, tuple(problems.first))
 
 

@@ -120,7 +120,7 @@ class App:
             state=self._config.state,
             check_store=self._store.check,
             maintain_store=self._store.maintain,
-            store_bytes=self._store.used_and_file_bytes,
+            store_sizes=self._store.sizes,
             bundle_changed=self._bundles_changed,
             reload_tokens=self._access.reload,
             busy_since=(self._updates.busy_since, self._queries.busy_since),

@@ -17,6 +17,7 @@ ROOM_SECONDS = 5.0  # or for so long, once a commit succeeds: some fit for a whi
 HANGING_SECONDS = 5.0  # a look at the disk that takes longer
 MAINTAIN_SECONDS = 1.0  # the store is maintained between turns, and beside shorter ones
 MIN_FREE_BYTES = 64 << 20
+FILLING, NEARLY_FULL = 0.8, 0.95  # of the map in use
 
 
 class Monitor:
@@ -29,18 +30,18 @@ class Monitor:
         state: Path,
         check_store: Callable[[], None],
         maintain_store: Callable[[], int],
-        store_bytes: Callable[[], tuple[int, int]],
+        store_sizes: Callable[[], tuple[int, int, int]],
         bundle_changed: Callable[[], str],
         reload_tokens: Callable[[], DmanError | None],
         busy_since: Sequence[Callable[[], float | None]],
         metrics: Metrics = NO_METRICS,
     ) -> None:
-        """The callables: `check_store` raises StoreError; `store_bytes` gives what is in use and the size of the file;
-        `busy_since` say since when (time.monotonic()) a batcher's turn has run.
+        """The callables: `check_store` raises StoreError; `store_sizes` gives the bytes in use, those of the file, and
+        those of the map; `busy_since` say since when (time.monotonic()) a batcher's turn has run.
         """
         self._problems, self._state = problems, state
         self._check_store, self._maintain_store = check_store, maintain_store
-        self._store_bytes = store_bytes
+        self._store_sizes = store_sizes
         self._bundle_changed, self._reload_tokens, self._busy_since = bundle_changed, reload_tokens, busy_since
         self._metrics = metrics
         self._full_at = -FULL_SECONDS
@@ -97,8 +98,19 @@ class Monitor:
         tokens = self._reload_tokens()
         self._problems.set("tokens_unusable", str(tokens) if tokens else "")
         self._check_store()
-        self._metrics.store(*self._store_bytes())
+        used, file, size = self._store_sizes()
+        self._metrics.store(used, file, size)
+        self._look_at_map(used, size)
         self._look_at_disk(now)
+
+    def _look_at_map(self, used: int, size: int) -> None:
+        detail = (
+            f"the state store uses {used / size:.0%} of its map of {size >> 20} MiB; restart all that use it, which "
+            "makes it larger, or delete users or states"
+        )
+        nearly = used >= NEARLY_FULL * size
+        self._problems.set("store_nearly_full", detail if nearly else "")
+        self._problems.set("store_filling", detail if used >= FILLING * size and not nearly else "")
 
     def _look_at_disk(self, now: float) -> None:
         if now - self._full_at < (ROOM_SECONDS if self._has_room else FULL_SECONDS):

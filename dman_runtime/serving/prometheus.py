@@ -62,6 +62,7 @@ class PrometheusMetrics(Metrics):
     def _define_state(self) -> None:
         self._used = self._gauge("store_used_bytes", "Bytes of the store in use", mode="livemax")
         self._file = self._gauge("store_file_bytes", "Size of the store's file", mode="livemax")
+        self._map = self._gauge("store_map_bytes", "Largest size of the store's file", mode="livemax")
         self._stale = self._counter("stale_readers_cleared", "Reader slots of dead processes that were cleared")
         self._restarts = self._counter("worker_restarts", "Workers that were started again")
         self._workers = self._gauge("workers", "Workers asked for", mode="livemax")
@@ -124,9 +125,10 @@ class PrometheusMetrics(Metrics):
     def requests_in_flight(self, requests: int) -> None:
         self._requests_in_flight.set(requests)
 
-    def store(self, bytes_used: int, file_bytes: int) -> None:
+    def store(self, bytes_used: int, file_bytes: int, map_bytes: int) -> None:
         self._used.set(bytes_used)
         self._file.set(file_bytes)
+        self._map.set(map_bytes)
 
     def stale_readers(self, cleared: int) -> None:
         self._stale.inc(cleared)

@@ -58,9 +58,10 @@ class Environment:
         self.hash_key = b""  # of the users in the keys of request ids
         self._env: lmdb.Environment | None = env
         self._files, self._pid = files, os.getpid()
+        self._made_lock = False  # only to read, so it is removed again
         self._page_size = env.stat()["psize"]
         # A reader maps less than the file may grow to.
-        self.map_size = stored_map_size(path, self._page_size) if readonly else env.info()["map_size"]
+        self.map_size = stored_map_size(path) if readonly else env.info()["map_size"]
 
     @classmethod
     def open(cls, path: Path, *, map_size: int, readonly: bool, must_exist: bool, alone: bool = False) -> Self:
@@ -80,9 +81,12 @@ class Environment:
                         f"other processes have the state store {path} open", "stop them, then try again"
                     )
                 files.check_whole()
+                asked, map_size = map_size, map_size if readonly else files.map_size(map_size)
+                makes_lock = readonly and not (path / "lock.mdb").exists()
                 opened = cls(_open(path, map_size, readonly=readonly), path, files, readonly=readonly)
+                opened._made_lock = makes_lock
                 try:
-                    opened._open_databases(expected, refusal)
+                    opened._open_databases(expected, refusal, grown=map_size > asked and files.alone)
                     files.watch(share=not alone)
                     opened.free_stale_readers()
                 except BaseException:
@@ -95,7 +99,7 @@ class Environment:
             write_marker(path, opened.store_id)
         return opened
 
-    def _open_databases(self, expected: str | None, refusal: StoreError | None) -> None:
+    def _open_databases(self, expected: str | None, refusal: StoreError | None, *, grown: bool) -> None:
         """Opens the databases, and creates or upgrades them if need be.
 
         Other processes that open the environment wait meanwhile, so that only one creates the databases.
@@ -117,6 +121,8 @@ class Environment:
             if upgrading:
                 write_info(txn, meta, upgraded_from=OLD_FORMAT)
                 info = read_info(txn, meta)
+            if grown:  # for others to see
+                txn.put(b"info", bytes(txn.get(b"info", b"", db=meta)), db=meta)
             for name in NAMES[1:]:
                 if name not in LATER_NAMES:
                     self._open_database(name, txn, create=new or (upgrading and name == "requests"))
@@ -128,6 +134,8 @@ class Environment:
         if new:
             sync_names(self.path)
             logger.info("created the state store %s", self.path)
+        if grown:
+            logger.info("the state store %s now has a map of %d MiB", self.path, self.map_size >> 20)
         if upgrading:
             logger.info("upgraded the state store %s from format %d to %d", self.path, OLD_FORMAT, FORMAT_VERSION)
         self.legacy = "upgraded_from" in info
@@ -225,7 +233,7 @@ class Environment:
 
     def continue_versions(self, copy: Path) -> None:
         """Lets a copy, which nobody has open, give no version that was given here before it was made."""
-        continue_versions(copy, self._page_size, after=self._environment().info()["last_txnid"])
+        continue_versions(copy, after=self._environment().info()["last_txnid"])
 
     def check(self) -> None:
         """StoreGoneError if the files are no longer the ones that were opened."""
@@ -260,7 +268,7 @@ class Environment:
         env, self._env = self._env, None
         if env is not None and self._pid == os.getpid():
             env.close()
-            self._files.close()
+            self._files.close(leaves_lock=not self._made_lock)
 
     def _environment(self) -> lmdb.Environment:
         if self._pid != os.getpid():

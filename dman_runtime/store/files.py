@@ -15,7 +15,7 @@ import struct
 import time
 from contextlib import suppress
 from pathlib import Path
-from typing import NoReturn
+from typing import NamedTuple, NoReturn
 
 import lmdb
 from lmdb.verify import verify
@@ -23,10 +23,11 @@ from lmdb.verify import verify
 from dman_runtime.errors import StoreGoneError, StoreUnavailableError
 
 _MAGIC, _DATA_FORMAT = struct.pack("=I", 0xBEEFC0DE), struct.pack("=I", 1)  # how LMDB 0.9 marks its file
-# How LMDB describes its file at the start of its first two pages: magic, format, map size, last page, transaction.
-_META = struct.Struct("=16xII8xQ96xQQ")
-_TRANSACTION = struct.Struct("=Q")
+# How LMDB describes its file at the start of its first two pages, which it writes in turns: magic, format, map size,
+# page size, last page, transaction.
+_META, _TRANSACTION = struct.Struct("=16xII8xQI92xQQ"), struct.Struct("=Q")
 _GROWTH = 64 << 20  # bytes that a file may grow by until a reader maps it again
+_FILLED = 0.8  # of the map that a file may fill when a writer opens it
 _BUSY, _GONE = {errno.EWOULDBLOCK, errno.EAGAIN, errno.EACCES}, {errno.ENOENT, errno.ENOTDIR, errno.ESTALE}
 _CHECKED_BYTES = 64 << 20  # of larger files the structure is not checked when they are opened
 _PATIENCE, _PAUSE, _TRIES = 60.0, 0.02, 5  # seconds for another process to open the store; between tries; for lock.mdb
@@ -88,6 +89,22 @@ class StoreFiles:
         if self.alone and data.stat().st_size <= _CHECKED_BYTES and (problems := verify(str(self._path))):  # type: ignore[no-untyped-call]
             raise lmdb.CorruptedError(f"data.mdb: {problems[0]}")
 
+    def map_size(self, asked: int) -> int:
+        """Bytes that a writer maps: `asked`, or more where the file fills most of that.
+
+        It is made larger by who has the store alone. Others take what that one has: with less, they could not read what
+        it adds.
+        """
+        size = (self._path / "data.mdb").stat().st_size
+        if size <= _FILLED * asked:
+            return asked
+        if not self.alone:
+            return max(asked, stored_map_size(self._path))
+        larger = asked
+        while size > _FILLED * larger:
+            larger *= 2
+        return larger
+
     def watch(self, *, share: bool = True) -> None:
         """Remembers which files these are. From now on `check` compares, and others may open the store, if `share`."""
         own, lock = os.fstat(self._descriptor), Path(self._lock).stat()
@@ -138,10 +155,13 @@ class StoreFiles:
             "mount its volume or restore it, then restart every process",
         )
 
-    def close(self) -> None:
-        """A second call does nothing."""
+    def close(self, *, leaves_lock: bool = True) -> None:
+        """A second call does nothing. `leaves_lock`: `lock.mdb` stays, also if nobody else uses the store."""
         descriptor, self._descriptor = self._descriptor, -1
         if descriptor >= 0:
+            with suppress(OSError):
+                if not leaves_lock and _locked(descriptor, fcntl.LOCK_EX):
+                    Path(self._lock).unlink(missing_ok=True)
             os.close(descriptor)
 
 
@@ -150,28 +170,41 @@ def map_size_to_read(path: Path) -> int:
     return (path / "data.mdb").stat().st_size + _GROWTH
 
 
-def stored_map_size(path: Path, page_size: int) -> int:
+def stored_map_size(path: Path) -> int:
     """The map size in bytes that the last writer had: what the file may grow to, or has grown to already."""
     with (path / "data.mdb").open("rb") as file:
-        newest, map_size = -1, 0
-        for page in (0, page_size):  # LMDB writes the two in turns
-            _, _, size, _, transaction = _META.unpack(os.pread(file.fileno(), _META.size, page))
-            if transaction > newest:
-                newest, map_size = transaction, size
-    return map_size
+        newest = max(_read_metas(file.fileno()), key=lambda meta: meta.transaction)
+    return newest.map_size
 
 
-def continue_versions(path: Path, page_size: int, *, after: int) -> None:
+class _Meta(NamedTuple):
+    magic: int
+    format: int
+    map_size: int
+    page_size: int
+    last_page: int
+    transaction: int
+
+
+def _read_metas(descriptor: int) -> list[_Meta]:
+    """Of the first page and of the second one."""
+    first = _Meta(*_META.unpack(os.pread(descriptor, _META.size, 0)))
+    return [first, _Meta(*_META.unpack(os.pread(descriptor, _META.size, first.page_size)))]
+
+
+def continue_versions(path: Path, *, after: int) -> None:
     """Lets the transactions of a copy, which nobody has open, have numbers above `after`; on disk on return.
 
     LMDB counts anew in a copy, and the versions of users are numbers of transactions.
     """
     with (path / "data.mdb").open("r+b") as file:
-        counts = [_META.unpack(os.pread(file.fileno(), _META.size, page * page_size))[-1] for page in (0, 1)]
+        metas = _read_metas(file.fileno())
+        counts = [meta.transaction for meta in metas]
         newest = counts.index(max(counts))
         number = max(after, *counts) + 1
         number += (number + newest) % 2  # an even one stands in the first page, an odd one in the second
-        os.pwrite(file.fileno(), _TRANSACTION.pack(number), newest * page_size + _META.size - _TRANSACTION.size)
+        end = newest * metas[0].page_size + _META.size
+        os.pwrite(file.fileno(), _TRANSACTION.pack(number), end - _TRANSACTION.size)
         os.fsync(file.fileno())
 
 

@@ -90,8 +90,9 @@ class LmdbStore(ReadsBySnapshot):
         """Opens the store in the directory `path`, and creates it where there is none (not if `readonly` or
         `must_exist`). One of format 3 is upgraded when it is opened for writing.
 
-        `map_size` in bytes bounds the file, unless the file is larger already; use the same in every process. A
-        readonly store writes nothing, maps no more than the file holds, and may be opened while a server has it open.
+        `map_size` in bytes bounds the file; use the same in every process. If four fifths of it are filled, the first
+        process that opens the store takes a multiple of it, and the others do as it does. A readonly store writes
+        nothing, maps no more than the file holds, and may be opened while a server has it open.
         With `alone`, no other process may have it open, nor open it before it is closed.
         `clock` gives seconds since 1970.
         Raises StoreMismatchError, StoreFullError or StoreUnavailableError.
@@ -302,10 +303,10 @@ class LmdbStore(ReadsBySnapshot):
             producer_users = 0 if producers is None else reading.txn.stat(producers)["entries"]
         return StoreStats(users, items, producer_users, live, self._env.file_bytes_on_disk(), self._env.map_size)
 
-    def used_and_file_bytes(self) -> tuple[int, int]:
-        """Bytes of live pages, and of the file: what there is to watch, without counting users."""
+    def sizes(self) -> tuple[int, int, int]:
+        """Bytes of live pages, of the file, and of the map: what there is to watch, without counting users."""
         with self._env.read() as reading:
-            return self._env.live_bytes(reading.txn), self._env.file_bytes_on_disk()
+            return self._env.live_bytes(reading.txn), self._env.file_bytes_on_disk(), self._env.map_size
 
     def copy_to(self, directory: Path) -> None:
         """Copies the live pages of one moment to a `data.mdb` in an existing directory."""

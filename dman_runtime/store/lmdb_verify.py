@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
+from typing import Any
 
 import lmdb
 import numpy as np
@@ -98,8 +99,9 @@ def _page_problems(path: Path) -> list[str]:
 def _page_problems_of_a_snapshot(path: Path) -> list[str]:
     found: list[str] = []
     for _ in range(3):  # the newest description of the file may change while it is read
-        map_size = map_size_to_read(path)
-        with lmdb.open(str(path), lib_version=0, map_size=map_size, readonly=True, create=False) as env, env.begin():
+        options: dict[str, Any] = {"map_size": map_size_to_read(path), "readonly": True, "create": False}
+        options["lock"] = (path / "lock.mdb").exists()  # else nobody writes
+        with lmdb.open(str(path), lib_version=0, **options) as env, env.begin():
             found = _page_problems(path)
         if not found:
             break

@@ -345,5 +345,5 @@ def test_command_says_what_was_done(state: Path, capsys: pytest.CaptureFixture[s
     assert main(["compact", "--state", str(state), "--json"]) == 0
     text, last = capsys.readouterr().out.strip().splitlines()
     assert text.startswith(f"compacted {state}: 0.1 MB instead of ")
-    assert "2 items that no history has are gone; read back: 3 generations, 59 items" in text
+    assert "items that no history has: 2 removed; read back: 3 generations, 59 items" in text
     assert json.loads(last)["freed_items"] == 2

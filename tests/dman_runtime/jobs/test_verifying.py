@@ -224,3 +224,24 @@ def test_store_that_a_server_writes_to_is_sound(path: Path, monkeypatch: pytest.
     assert process.poll() is None, "it stopped before the checks did"
     (path / "stop").touch()
     assert int(finish(process)) > 20
+
+
+def test_verifying_leaves_no_file_in_a_copy(path: Path, tmp_path: Path) -> None:
+    copy = tmp_path / "copy"
+    copy.mkdir()
+    (copy / "data.mdb").write_bytes((path / "data.mdb").read_bytes())
+    assert verify_store(copy).sound
+    assert [file.name for file in copy.iterdir()] == ["data.mdb"]
+    with LmdbStore.open(copy, map_size=64 << 20) as store:  # whoever uses it keeps the lock
+        store.check()
+        lock = (copy / "lock.mdb").stat().st_ino
+        reader = start(READ, copy)
+        assert finish(reader) == "3\n"
+        store.check()
+        assert (copy / "lock.mdb").stat().st_ino == lock
+
+
+READ = """
+with LmdbStore.open(sys.argv[1], readonly=True) as store:
+    print(len(list(store.scan())))
+"""

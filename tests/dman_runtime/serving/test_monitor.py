@@ -47,6 +47,7 @@ class World:
         self.maintained: Callable[[], int] = lambda: 3
         self.now = 1000.0
         self.free = 1 << 40
+        self.used = 1
         monkeypatch.setattr(module.time, "monotonic", lambda: self.now)
         monkeypatch.setattr(module.os, "statvfs", self._statvfs)
         self.monitor = Monitor(
@@ -54,7 +55,7 @@ class World:
             state=state,
             check_store=lambda: self.store(),  # noqa: PLW0108  # tests put another one there
             maintain_store=lambda: self.maintained(),  # noqa: PLW0108
-            store_bytes=lambda: (1, 2),
+            store_sizes=lambda: (self.used, 900, 1000),
             bundle_changed=lambda: self.bundle_changed,
             reload_tokens=lambda: self.tokens,
             busy_since=[lambda: self.busy_since[0], lambda: self.busy_since[1]],
@@ -211,3 +212,14 @@ def test_a_look_that_hangs_is_a_problem_and_turns_are_still_watched(world: World
     world.busy_since[0] = None
     world.monitor.look_at_clock()
     assert world.problems.now() == []
+
+
+def test_store_that_fills_its_map_is_a_problem_before_it_is_full(world: World) -> None:
+    found = []
+    for world.used in (799, 800, 949, 950, 1000, 800, 1):
+        found.append(world.found())
+    filling, nearly = ["store_filling"], ["store_nearly_full"]
+    assert found == [[], filling, filling, nearly, nearly, filling, []]
+    world.used = 960
+    world.found()
+    assert world.problems.now()[0].detail.startswith("the state store uses 96% of its map of 0 MiB; restart all")

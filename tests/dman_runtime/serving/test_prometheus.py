@@ -62,7 +62,7 @@ def use_everything(metrics: Metrics) -> None:
     metrics.queue_depth(7)
     metrics.bytes_in_flight(1000)
     metrics.requests_in_flight(8)
-    metrics.store(2000, 4096)
+    metrics.store(2000, 4096, 8192)
     metrics.stale_readers(2)
     metrics.unparsable(3)
     metrics.restarts(1)
@@ -149,8 +149,8 @@ def test_a_server_of_one_process_ready_is_one_worker_of_one() -> None:
 def test_workers_add_up_and_their_gauges_end_with_them_and_their_counters_do_not(tmp_path: Path) -> None:
     for writer in ("0", "1", "supervisor"):
         renew_files(tmp_path, writer)
-    record(tmp_path, "0", "metrics.call('Update', 'OK', 0.003); metrics.queue_depth(3); metrics.store(10, 50)")
-    record(tmp_path, "1", "metrics.call('Update', 'OK', 0.004); metrics.queue_depth(4); metrics.store(11, 50)")
+    record(tmp_path, "0", "metrics.call('Update', 'OK', 0.003); metrics.queue_depth(3); metrics.store(10, 50, 90)")
+    record(tmp_path, "1", "metrics.call('Update', 'OK', 0.004); metrics.queue_depth(4); metrics.store(11, 50, 90)")
     record(tmp_path, "supervisor", "metrics.workers(2, 2); metrics.problems(['worker_down'])")
     calls = 'dman_request_duration_seconds_count{method="Update",status="OK"}'
     found = total(tmp_path)

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import re
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import lmdb
 import numpy as np
 import pytest
-from contract.processes import finish, say, start
+from contract.processes import Process, finish, say, start
 from lmdb.verify import verify
 
 from dman_runtime.errors import StoreDamagedError, StoreError, StoreFullError, StoreMismatchError, StoreUnavailableError
@@ -246,6 +248,79 @@ def test_store_grown_by_another_process_asks_for_one_map_size(tmp_path: Path) ->
         assert caught.value.parameter == "map_size_mib"
     with LmdbStore.open(tmp_path / "state", map_size=MIB) as store:  # the file is larger: it wins
         assert record_of(store, "a") == b"record" and store.stats().map_size > 8 * MIB
+
+
+# -- a map that grows ------------------------------------------------------------------------------------------------
+
+
+def fill_map(path: Path) -> None:
+    """Fills most of a map of 2 MiB."""
+    with open_with_items(path, map_size=2 * MIB) as store, suppress(StoreFullError):
+        for number in range(200):
+            store.commit([write(f"user-{number}", record=bytes(10_000))])
+
+
+def test_map_that_is_nearly_full_grows_when_the_store_is_opened(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    fill_map(tmp_path / "state")
+    with caplog.at_level(logging.INFO), LmdbStore.open(tmp_path / "state", map_size=2 * MIB) as store:
+        assert store.sizes()[2] == 4 * MIB
+        assert store.commit([write("later", record=bytes(800_000))]) == []
+    assert f"the state store {tmp_path / 'state'} now has a map of 4 MiB" in caplog.messages
+    with LmdbStore.open(tmp_path / "state", map_size=MIB) as store:
+        assert store.sizes()[2] == 4 * MIB
+    with LmdbStore.open(tmp_path / "state", map_size=8 * MIB) as store:
+        assert store.sizes()[2] == 8 * MIB
+    assert problems(tmp_path / "state") == []
+
+
+ADD_MUCH = """
+    with LmdbStore.open(sys.argv[1], map_size=2 << 20) as store:
+        print(store.sizes()[2], flush=True)
+        for line in sys.stdin:
+            try:
+                users = [f"{line.strip()}-{number}" for number in range(8)]
+                print(store.commit([Write(user, 0, {1: bytes(10_000)}, [], []) for user in users]), flush=True)
+            except StoreFullError:
+                print("full", flush=True)
+"""
+
+
+def answer(process: Process, line: str) -> str:
+    say(process, line)
+    assert process.stdout is not None
+    return process.stdout.readline().strip()
+
+
+@pytest.mark.slow
+def test_processes_that_open_a_store_whose_map_has_grown_write_side_by_side(tmp_path: Path) -> None:
+    fill_map(tmp_path / "state")
+    processes = [start(ADD_MUCH, tmp_path / "state") for _ in range(3)]
+    for process in processes:
+        assert process.stdout is not None and process.stdout.readline() == f"{4 * MIB}\n"
+    found = [[answer(process, f"{number}-{round_}") for round_ in range(3)] for number, process in enumerate(processes)]
+    assert found == [["[]"] * 3] * 3  # behind the first two MiB, and each reads what the others have added
+    for process in processes:
+        assert finish(process) == ""
+    assert problems(tmp_path / "state") == []
+
+
+@pytest.mark.slow
+def test_map_stays_as_it_is_while_others_use_the_store(tmp_path: Path) -> None:
+    """They could not read what is added behind the end of theirs."""
+    path = tmp_path / "state"
+    open_with_items(path, map_size=2 * MIB).close()
+    first = start(ADD_MUCH, path)
+    assert first.stdout is not None and first.stdout.readline() == f"{2 * MIB}\n"
+    number = 0
+    while answer(first, f"first-{number}") == "[]":
+        number += 1
+    second = start(ADD_MUCH, path)
+    assert second.stdout is not None and second.stdout.readline() == f"{2 * MIB}\n"
+    assert answer(second, "second") == "full" and answer(first, "again") == "full"
+    assert [finish(process) for process in (first, second)] == ["", ""]
+    assert problems(path) == []
 
 
 READ_WHILE_IT_GROWS = """

@@ -187,7 +187,7 @@ def test_store_without_a_catalogue_is_read_as_one_without_changes_and_gets_one_w
             txn.drop(catalogue)
     with LmdbStore.open(path, readonly=True) as store:
         assert (store.standing(), store.catalogue().off.tolist()) == (NOTHING_STANDS, [])
-        assert store.used_and_file_bytes()[0] > 0
+        assert store.sizes()[0] > 0
     with LmdbStore.open(path) as store:
         assert store.standing() == NOTHING_STANDS
         assert store.switch_items([4], off=True) == 1
