@@ -56,7 +56,7 @@ def compact(state: Path, *, map_size: int) -> Compacted:
                 shutil.rmtree(leftover)
         before = (state / DATA).stat().st_size
         with copying(state) as partial:
-            freed = rewrite(store, partial).freed
+            freed = rewrite(store, partial)
             copied = checked_copy(partial, state, "the store, or its disk, is damaged: run verify on it")
             _replace(state, partial)
     return Compacted(before, copied.bytes, freed, time.monotonic() - began, copied.counts)

@@ -8,7 +8,6 @@ history has are left out, and request ids name their users by hashes.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 
@@ -29,17 +28,10 @@ _BATCH = 1000  # entries of a transaction: some MB of records
 Entry = tuple[bytes, bytes]
 
 
-@dataclass(frozen=True)
-class Rewritten:
-    """What was left out."""
-
-    freed: int  # numbers of items that no history has any more
-
-
-def rewrite(store: LmdbStore, directory: Path) -> Rewritten:
+def rewrite(store: LmdbStore, directory: Path) -> int:
     """Writes all of a store that is open `alone` into a new `data.mdb` in an existing directory.
 
-    Raises StoreError.
+    Returns how many items are left out, as no history has them. Raises StoreError.
     """
     env, databases = store._env, store._databases
     with store_errors(env.path, env.map_size, readonly=False), env.read() as reading:
@@ -54,7 +46,7 @@ def rewrite(store: LmdbStore, directory: Path) -> Rewritten:
         finally:
             copy.close()
     env.continue_versions(directory)
-    return Rewritten(freed)
+    return freed
 
 
 class _Copy:
