@@ -7,14 +7,14 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from dman_runtime.commands import logs, remote, servers, stores
+from dman_runtime.commands import items, logs, remote, servers, stores
 from dman_runtime.data.filters import Filters
 from dman_runtime.data.log_options import LogOptions
 from dman_runtime.jobs.partitions import MAX_UNKNOWN
 from dman_runtime.options import Parser, configure_logging, run_command
 
 DEFAULT_BUNDLE, DEFAULT_STATE, DEFAULT_LOG = Path("bundle"), Path("state"), Path("data/log.csv")
-COMMANDS = servers.COMMANDS | stores.COMMANDS | logs.COMMANDS
+COMMANDS = servers.COMMANDS | stores.COMMANDS | items.COMMANDS | logs.COMMANDS
 DEFAULT_MAP_SIZE_MIB = 64 << 10  # of address space; the disk holds only what is used
 
 
@@ -36,6 +36,7 @@ def parser() -> Parser:
     _activate_options(_command(commands, "activate", "let another bundle answer, in running servers too"))
     _generations_options(_plain_command(commands, "generations", "list the bundles that a state store has states of"))
     _drop_options(_plain_command(commands, "drop", "remove the states of a bundle that is no longer served"))
+    _items_options(_plain_command(commands, "items", "switch items off and on, in running servers too, or list them"))
     _export_log_options(_plain_command(commands, "export-log", "write all histories as a log, to train on or import"))
     _score_options(_command(commands, "score", "write the top K of every user in a log to a Parquet file"))
     _evaluate_options(_command(commands, "evaluate", "leave-one-out metrics of a bundle on a log"))
@@ -257,6 +258,16 @@ def _drop_options(p: Parser) -> None:
     _map_option(p)
     p.add_argument("--json", action="store_true", help="print the result as JSON on the last line")
     _remote_options(p)
+
+
+def _items_options(p: Parser) -> None:
+    p.add_argument("action", choices=["off", "on", "list"], help="what to do; list: those that are off, one id a line")
+    p.add_argument("ids", nargs="*", help="ids of items, right behind that word; one with a dash goes behind --")
+    p.flag("--file", type=Path, default=None, help="more of them: a .txt file with one id a line, or a table of items")
+    p.flag("--item-column", default="item_id", help="column of the ids in such a table")
+    p.flag("--state", type=Path, default=DEFAULT_STATE, help="state directory; servers may be using it")
+    _map_option(p)
+    p.add_argument("--json", action="store_true", help="print the result as JSON on the last line")
 
 
 def _export_log_options(p: Parser) -> None:

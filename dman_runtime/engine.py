@@ -12,12 +12,13 @@ from __future__ import annotations
 import logging
 import random
 import time
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import suppress
 
 import numpy as np
 
-from dman_runtime.errors import ConflictError, RequestError, StateError, StoreFullError
+from dman_runtime.assortment import Assortment
+from dman_runtime.errors import ConflictError, RequestError, StoreFullError
 from dman_runtime.late import LateEvents, Placed, late_ones, place
 from dman_runtime.merging import Merged, joined_events, merge_events
 from dman_runtime.model.bundle import Bundle
@@ -31,9 +32,9 @@ from dman_runtime.opened import (
     by_projection,
     catch_up_updates,
     read_users,
-    what_if_events,
 )
 from dman_runtime.projection import Projection
+from dman_runtime.queries import open_query, plain_answer
 from dman_runtime.ranking import rank
 from dman_runtime.repeats import NOTHING_ASKED, Asked, Mark, asked_of, marks_of
 from dman_runtime.requests import (
@@ -50,9 +51,8 @@ from dman_runtime.requests import (
     check_update,
     check_user_id,
 )
-from dman_runtime.retrieval.base import NO_ITEMS
 from dman_runtime.routing import Router
-from dman_runtime.store.base import Snapshot, StateStore
+from dman_runtime.store.base import StateStore
 
 logger = logging.getLogger(__name__)
 COMMIT_ATTEMPTS = 50
@@ -84,6 +84,13 @@ class Engine:
     def _projections(self, user_ids: Sequence[str | None]) -> Sequence[Projection]:
         """Which generation serves each of some users."""
         return self.router.of(user_ids) if self._follows else [self.projection] * len(user_ids)
+
+    def _offers(self, user_ids: Sequence[str | None]) -> Iterator[tuple[Projection, Assortment]]:
+        """The same, with the items that each may recommend now."""
+        standing = self.router.standing()
+        served = self.router.of(user_ids, standing.rollout) if self._follows else [self.projection] * len(user_ids)
+        for projection in served:
+            yield projection, projection.assortment(standing.catalogue_revision)
 
     def bundle_of(self, user_id: str) -> Bundle:
         """The bundle that serves a user."""
@@ -246,27 +253,11 @@ class Engine:
 
         This decides the latency of a server.
         """
-        special = query.what_if or query.exclude or query.candidates is not None
+        special = query.what_if or query.exclude or query.candidates is not None or query.diversity
         if query.user_id is None or special:
             return None
-        (projection,) = self._projections((query.user_id,))
-        generation = projection.generation
-        if not generation.answers_anywhere:
-            return None
-        check_query(query)
-        view = self.store.ranking_view(query.user_id, projection.number, generation.answer_bytes)
-        if view is None or view.record is None:
-            return None
-        try:
-            user = generation.read_for_answer(view.record)
-        except StateError:
-            return None
-        if user.history_count != view.history_count or not user.event_count:
-            return None
-        seen = NO_ITEMS if query.include_seen else projection.known_indices(view.seen)
-        embedding, added = generation.asked((user,), (query.at,))
-        (best,) = generation.retriever.search(embedding, query.k, exclude=(seen,), added=added)
-        return Answer(generation.bundle, best.items, best.scores, False, user.event_count, [])
+        ((projection, offered),) = self._offers((query.user_id,))
+        return plain_answer(query, self.store, projection, offered)
 
     def open_queries(self, queries: Sequence[Query], *, catch_up: bool = True) -> list[OpenQuery]:
         """Reads what queries need. Those that have a `user` need it advanced before `answer`.
@@ -277,32 +268,9 @@ class Engine:
         for query in queries:
             check_query(query)
         opened = []
-        for query, projection in zip(queries, self._projections([query.user_id for query in queries]), strict=True):
+        for query, (projection, offered) in zip(queries, self._offers([one.user_id for one in queries]), strict=True):
             with self.store.snapshot() as snapshot:  # the user's state and seen items are of one moment
-                opened.append(self._opened(query, projection, snapshot, catch_up))
-        return opened
-
-    def _opened(self, query: Query, projection: Projection, snapshot: Snapshot, catch_up: bool) -> OpenQuery:
-        generation = projection.generation
-        what_if, unknown = what_if_events(query, generation.bundle.items)
-        opened = OpenQuery(query, projection, NO_ITEMS, 0, None, None, what_if, unknown)
-        user_id, found = query.user_id, None
-        view = None if user_id is None else snapshot.ranking_view(user_id, projection.number, generation.answer_bytes)
-        if view is not None:
-            opened.seen = projection.known_indices(view.seen)
-            with suppress(StateError):  # a damaged record is made anew
-                found = generation.read_for_answer(view.record) if view.record is not None else None
-        lags = view is not None and (found is None or found.history_count != view.history_count)
-        if lags and catch_up:
-            opened.lags = True
-        elif lags or len(what_if):
-            opened.user = OpenUser.anonymous(projection)
-            if view is not None and user_id is not None:
-                (opened.user,) = read_users(snapshot, [user_id], [projection])
-            opened.user.left += what_if
-            opened.event_count = opened.user.event_count
-        elif found is not None:
-            opened.record, opened.event_count = found, found.event_count
+                opened.append(open_query(query, projection, offered, snapshot, catch_up=catch_up))
         return opened
 
     def answer(self, opened: Sequence[OpenQuery]) -> list[Answer]:

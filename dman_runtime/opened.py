@@ -8,6 +8,7 @@ from typing import Self, TypeVar
 
 import numpy as np
 
+from dman_runtime.model.attributes import Field
 from dman_runtime.model.bundle import Items
 from dman_runtime.model.events import NO_EVENTS, KnownEvents
 from dman_runtime.model.generation import Answering
@@ -16,6 +17,7 @@ from dman_runtime.model.state import State
 from dman_runtime.projection import Projection
 from dman_runtime.repeats import Mark
 from dman_runtime.requests import Query, Update, UpdateOutcome
+from dman_runtime.retrieval.base import Allowed
 from dman_runtime.store.base import Events, Head, Snapshot, Step, StoredUser, Write
 
 NEW_USER = Head(version=0, history_count=0, generation=0)
@@ -196,6 +198,8 @@ class OpenQuery:
     user: OpenUser | None  # to be advanced: by what-if events, or because the record lags
     what_if: KnownEvents
     unknown: list[str]
+    allowed: Allowed | None = None  # the items that the query may get; None: all
+    fields: Sequence[Field] = ()  # one for each of its rules
     lags: bool = False  # the user's record does not cover the history: catch up first, then open the query again
 
 

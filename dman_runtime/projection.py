@@ -7,7 +7,9 @@ from typing import NamedTuple
 
 import numpy as np
 
+from dman_runtime.assortment import Assortment
 from dman_runtime.errors import StateError
+from dman_runtime.model.attributes import Attributes
 from dman_runtime.model.events import NO_EVENTS, KnownEvents
 from dman_runtime.model.generation import Generation
 from dman_runtime.model.state import State
@@ -41,6 +43,7 @@ class Projection:
         # Item index by item number; -1, also at the end, for numbers that the bundle does not know.
         self._indices = np.full(int(numbers.max(initial=0)) + 2, -1, np.int64)
         self._indices[numbers[numbers >= 0]] = np.flatnonzero(numbers >= 0)
+        self._store, self._assortment = store, Assortment(Attributes(self.bundle.items.attributes))
         known = store.generations()
         self.number = known.get(self.bundle.bundle_id) or store.add_generation(self.bundle.bundle_id)
 
@@ -57,6 +60,15 @@ class Projection:
         """Which item numbers (N) the bundle knows."""
         known: np.ndarray = self._indices.take(numbers, mode="clip") >= 0
         return known
+
+    def assortment(self, revision: int) -> Assortment:
+        """Which items may be recommended, at this revision of the catalogue or a later one. Raises StoreError."""
+        found = self._assortment
+        if found.revision < revision:
+            catalogue = self._store.catalogue()
+            off = self.known_indices(catalogue.off)
+            found = self._assortment = Assortment(found.attributes, revision=catalogue.revision, off=off)
+        return found
 
     def known_events(self, events: Events) -> KnownEvents:
         """Those of items that the bundle knows, in order."""

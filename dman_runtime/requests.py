@@ -10,7 +10,9 @@ from typing import NamedTuple, TypeVar
 import numpy as np
 
 from dman_runtime.data.ids import RULE, id_problem
+from dman_runtime.diversity import Rule, check_rules
 from dman_runtime.errors import RequestError
+from dman_runtime.item_filters import Filter, check_filter, count_parts
 from dman_runtime.model.bundle import Bundle
 
 Checked = TypeVar("Checked")
@@ -19,7 +21,7 @@ MAX_EVENTS = 10_000  # per update, and of what-if events per query
 MAX_REQUEST_ID_BYTES = 128
 MAX_PRODUCER_BYTES = 128
 MAX_REQUEST_EVENTS = 100_000  # in all updates or what-ifs of one request
-MAX_REQUEST_IDS = 100_000  # exclusions and candidates, in all queries of one request
+MAX_REQUEST_IDS = 100_000  # exclusions, candidates and values of filters, in all queries of one request
 MAX_LISTED_IDS = 10_000  # exclusions or candidates of one query
 MAX_BATCH = 1000  # updates or queries in one request
 
@@ -74,6 +76,8 @@ class Query:
     what_if: Sequence[str] = ()
     what_if_times: Sequence[int] = ()  # seconds since the epoch, 0 unknown; empty or one per item
     at: int | None = None  # seconds since the epoch: the time that the answer is for; None: unknown
+    filter: Filter | None = None  # the items that may be recommended; None: all
+    diversity: Sequence[Rule] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -130,13 +134,15 @@ def check_queries(queries: Sequence[Query]) -> None:
 
 
 def check_size(parts: int, events: int, listed: int = 0) -> None:
-    """Raises RequestError where a request is too much. `listed` are its exclusions and candidates."""
+    """Raises RequestError where a request is too much. `listed` are its exclusions, candidates and filters' values."""
     if parts > MAX_BATCH:
         raise RequestError(f"{parts} requests in one batch", f"send at most {MAX_BATCH} at a time")
     if events > MAX_REQUEST_EVENTS:
         raise RequestError(f"{events} events in one request", f"send at most {MAX_REQUEST_EVENTS} at a time")
     if listed > MAX_REQUEST_IDS:
-        raise RequestError(f"{listed} exclusions and candidates in one request", f"send at most {MAX_REQUEST_IDS}")
+        raise RequestError(
+            f"{listed} exclusions, candidates and values of filters in one request", f"send at most {MAX_REQUEST_IDS}"
+        )
 
 
 def named(which: str, check: Callable[[Checked], object], value: Checked) -> None:
@@ -182,6 +188,15 @@ def check_query(query: Query) -> None:
     for name, listed in (("exclude", query.exclude), ("candidate", query.candidates or ())):
         if len(listed) > MAX_LISTED_IDS:
             raise RequestError(f"{len(listed)} {name}_item_ids", f"send at most {MAX_LISTED_IDS}")
+    if query.filter is not None:
+        check_filter(query.filter)
+    if query.diversity:
+        check_rules(query.diversity, MAX_K)
+
+
+def passes(query: Query) -> int:
+    """How often all items are looked at for a query, beside its search."""
+    return len(query.diversity) + (0 if query.filter is None else count_parts(query.filter))
 
 
 def check_user_id(user_id: str) -> None:

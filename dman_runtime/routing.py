@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from dman_runtime.errors import NotLoadedError
 from dman_runtime.projection import Projection
 from dman_runtime.store.base import StateStore
+from dman_runtime.store.catalogue import Standing
 from dman_runtime.store.rollout import NO_ROLLOUT, Rollout
 
 
@@ -41,13 +42,22 @@ class Router:
 
     def rollout(self) -> Rollout:
         """What servers with this bundle follow now; NO_ROLLOUT where it takes no part. Raises StoreError."""
-        found = self._store.rollout()
-        self._rollout = found if self.own.bundle.bundle_id in found.bundles else NO_ROLLOUT
-        return self._rollout
+        return self.standing().rollout
 
-    def of(self, user_ids: Sequence[str | None]) -> Sequence[Projection]:
-        """The projection that serves each of some users now. Raises NotLoadedError, StoreError."""
-        rollout = self.rollout()
+    def standing(self) -> Standing:
+        """The roll-out, as above, and the revision of the catalogue. Raises StoreError."""
+        found = self._store.standing()
+        if self.own.bundle.bundle_id not in found.rollout.bundles:
+            found = Standing(NO_ROLLOUT, found.catalogue_revision)
+        self._rollout = found.rollout
+        return found
+
+    def of(self, user_ids: Sequence[str | None], rollout: Rollout | None = None) -> Sequence[Projection]:
+        """The projection that serves each of some users, by the roll-out of now where none is given.
+
+        Raises NotLoadedError, StoreError.
+        """
+        rollout = self.rollout() if rollout is None else rollout
         if not rollout.active:
             return [self.own] * len(user_ids)
         if not rollout.trial:

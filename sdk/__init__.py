@@ -43,6 +43,7 @@ from sdk._exceptions import (
     UnimplementedError,
     UserNotFoundError,
 )
+from sdk._filters import Diversity, Filter, between, has
 from sdk._times import Time, Unit
 from sdk._types import (
     DeletedUser,
@@ -71,11 +72,13 @@ __all__ = [
     "ConflictError",
     "DeadlineExceededError",
     "DeletedUser",
+    "Diversity",
     "DmanError",
     "Dropped",
     "Event",
     "EventLoopError",
     "Expired",
+    "Filter",
     "ForkError",
     "GenerationInfo",
     "Generations",
@@ -105,6 +108,8 @@ __all__ = [
     "UserNotFoundError",
     "Verified",
     "__version__",
+    "between",
+    "has",
 ]
 
 # Tracebacks and help() then name a class as it is imported: sdk.UserNotFoundError.

@@ -11,6 +11,7 @@ from typing import Any, Generic, SupportsIndex, TypeVar
 from protos.dman.v1 import dman_pb2 as pb
 from sdk import _replies, _wire
 from sdk._exceptions import InvalidArgumentError
+from sdk._filters import Diversity, Filter, diversity_messages, filter_message
 from sdk._times import Time, Unit, checked_unit, whole_seconds
 from sdk._types import DeletedUser, Id, Ids, Items, Recommendations, Status, UpdateResult, User
 
@@ -140,6 +141,8 @@ def recommend(
     candidates: Ids | None = None,
     what_if: Items = (),
     at: Time | None = None,
+    filter: Filter | None = None,
+    diversity: Diversity | Iterable[Diversity] = (),
     timeout: float | None = None,
 ) -> Call[pb.RecommendRequest, pb.RecommendReply, Recommendations]:
     """The best items for a user, best first; for a user without events, the most popular ones.
@@ -153,13 +156,15 @@ def recommend(
         candidates: Rank these items only; None ranks all.
         what_if: Events on top of the user's history, as for `update`, for this answer only: nothing is stored.
         at: The moment that the answer is for; None: now. Only a model that sees times uses it.
+        filter: Which items may be recommended, by their attributes; also among popular items. See `has` and `between`.
+        diversity: How many of the first items may have the same value of an attribute; up to 4 such rules.
         timeout: Seconds for the whole call, retries included; the client's by default.
 
     Raises:
         InvalidArgumentError: An argument is not valid, or `candidates` is empty.
         CallError: The call failed, after retries if the server was unavailable.
     """
-    request = _recommend_request(k, exclude, include_seen, candidates, what_if, at)
+    request = _recommend_request(k, exclude, include_seen, candidates, what_if, at, filter, diversity)
     if user_id is not None:
         request.user_id = _wire.id_text(user_id, "user_id")
     return Call("Recommend", request, _replies.recommendations, True, timeout)
@@ -174,6 +179,8 @@ def recommend_many(
     candidates: Ids | None = None,
     what_if: Items = (),
     at: Time | None = None,
+    filter: Filter | None = None,
+    diversity: Diversity | Iterable[Diversity] = (),
     timeout: float | None = None,
 ) -> Call[pb.BatchRecommendRequest, pb.BatchRecommendReply, list[Recommendations]]:
     """The best items for each of several users, in one round trip.
@@ -186,6 +193,8 @@ def recommend_many(
         candidates: Rank these items only; None ranks all.
         what_if: Events on top of each user's history, for this answer only: nothing is stored.
         at: The moment that the answers are for; None: now.
+        filter: Which items may be recommended; see `recommend`.
+        diversity: How many of the first items may have the same value of an attribute; see `recommend`.
         timeout: Seconds for the whole call, retries included; the client's by default.
 
     Returns:
@@ -195,7 +204,7 @@ def recommend_many(
         InvalidArgumentError: An argument is not valid, or `candidates` is empty.
         CallError: The call failed, after retries if the server was unavailable.
     """
-    template = _recommend_request(k, exclude, include_seen, candidates, what_if, at)
+    template = _recommend_request(k, exclude, include_seen, candidates, what_if, at, filter, diversity)
     batch = pb.BatchRecommendRequest()
     for user_id in _wire.id_texts(user_ids, "user_ids"):
         request = batch.requests.add()
@@ -307,7 +316,14 @@ def _pairs(updates: Mapping[Any, Items] | Iterable[tuple[Id, Items]]) -> list[tu
 
 
 def _recommend_request(
-    k: SupportsIndex, exclude: Ids, include_seen: bool, candidates: Ids | None, what_if: Items, at: Time | None
+    k: SupportsIndex,
+    exclude: Ids,
+    include_seen: bool,
+    candidates: Ids | None,
+    what_if: Items,
+    at: Time | None,
+    filter: Filter | None,
+    diversity: Diversity | Iterable[Diversity],
 ) -> pb.RecommendRequest:
     request = pb.RecommendRequest(
         k=_wire.integer(k, "k"),
@@ -316,6 +332,8 @@ def _recommend_request(
         candidate_item_ids=() if candidates is None else _wire.id_texts(candidates, "candidates"),
         what_if_events=_wire.events(what_if, name="what_if"),
         at=None if at is None else whole_seconds(at, "at", None),
+        filter=filter_message(filter),
+        diversity=diversity_messages(diversity),
     )
     if candidates is not None and not request.candidate_item_ids:
         raise InvalidArgumentError("candidates must not be empty; None ranks all items.")

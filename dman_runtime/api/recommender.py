@@ -13,6 +13,7 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from typing import Any, NamedTuple, TypeVar
 
+from dman_runtime.api.conditions import filter_of, filter_size, rules_of
 from dman_runtime.api.door import LARGE_BYTES, Call, Method, rest_since
 from dman_runtime.batcher import Batcher
 from dman_runtime.engine import Engine
@@ -32,6 +33,7 @@ from dman_runtime.requests import (
     check_update,
     check_updates,
     check_user_id,
+    passes,
 )
 from protos.dman.v1 import dman_pb2 as pb
 
@@ -42,6 +44,7 @@ MAX_NAMED_BYTES = 1 << 20  # of unknown item ids that one reply names
 FEW = 200  # ids or events that are handled on the event loop
 INLINE_ITEMS = 100_000  # catalogues up to here are searched on the event loop
 _CHUNK_QUERIES, _CHUNK_IDS = 64, 10_000  # of a BatchRecommend that are answered together
+_IDS_PER_PASS = 100  # listed ids that a pass over all items counts as
 Result = TypeVar("Result")
 
 
@@ -178,9 +181,9 @@ class RecommenderService:
         return pb.DeleteUserReply(bundle_id=bundle_id, existed=deleted is not None, event_count=deleted or 0)
 
     def _at_once(self, query: Query) -> Answer | None:
-        """The answer to a query that needs no graph; None for others."""
+        """The answer to a query that needs no graph and no pass over all attributes; None for others."""
         answer = self._engine.plain_answer(query)
-        if answer is None and not query.what_if:
+        if answer is None and not query.what_if and query.filter is None and not query.diversity:
             opened = self._engine.open_queries([query])
             if not opened[0].lags:
                 (answer,) = self._engine.answer(opened)
@@ -293,15 +296,18 @@ def _update(request: pb.UpdateRequest) -> Update:
 
 
 def _query(request: pb.RecommendRequest) -> Query:
+    k = request.k if request.HasField("k") else DEFAULT_K
     return Query(
         user_id=request.user_id or None,
-        k=request.k if request.HasField("k") else DEFAULT_K,
+        k=k,
         include_seen=request.include_seen,
         exclude=request.exclude_item_ids,
         candidates=request.candidate_item_ids or None,
         what_if=[event.item_id for event in request.what_if_events] if request.what_if_events else (),
         what_if_times=[event.timestamp for event in request.what_if_events] if request.what_if_events else (),
         at=request.at if request.HasField("at") else int(time.time()),
+        filter=filter_of(request.filter) if request.HasField("filter") else None,
+        diversity=rules_of(request.diversity, k) if request.diversity else (),
     )
 
 
@@ -321,19 +327,25 @@ def _weight_of_updates(updates: Sequence[pb.UpdateRequest]) -> int:
 
 
 def _weight_of_queries(queries: Sequence[pb.RecommendRequest]) -> int:
-    """Events to encode, and one for each query: ranking takes about as long. Raises RequestError as above."""
+    """Events to encode, and one for each query, filter and rule: ranking, and a pass over all items, take about as
+    long. Raises RequestError as above."""
     events = sum([len(query.what_if_events) for query in queries])
     listed = sum([len(query.exclude_item_ids) + len(query.candidate_item_ids) for query in queries])
+    conditions = sum([len(query.diversity) for query in queries])
+    for query in queries:
+        if query.HasField("filter"):
+            parts, values = filter_size(query.filter)
+            conditions, listed = conditions + parts, listed + values
     check_size(len(queries), events, listed)
-    return len(queries) + events
+    return len(queries) + events + conditions
 
 
 def _chunks(queries: Sequence[Query]) -> list[list[Query]]:
-    """Few enough queries, with few enough listed ids, to be answered together."""
+    """Few enough queries, with few enough listed ids and passes over all items, to be answered together."""
     chunks: list[list[Query]] = []
     ids = 0
     for query in queries:
-        listed = len(query.exclude) + len(query.candidates or ())
+        listed = len(query.exclude) + len(query.candidates or ()) + _IDS_PER_PASS * passes(query)
         if not chunks or len(chunks[-1]) >= _CHUNK_QUERIES or ids + listed > _CHUNK_IDS:
             chunks.append([])
             ids = 0

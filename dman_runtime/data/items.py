@@ -38,6 +38,43 @@ def read_items(path: str | Path, *, item_column: str = "item_id", title_column: 
     return _items(tables, tables.names, item_column, title_column)
 
 
+def read_item_ids(path: str | Path, *, item_column: str = "item_id") -> list[str]:
+    """External item ids in file order: of a `.txt` file one a line, of others those of a table as `read_items` takes.
+
+    Blanks around ids are taken off, and empty lines left out. Raises InputError.
+    """
+    source = Source(str(path), Path(path))
+    if source.name.endswith(".dat"):
+        return list(_movielens_items(path))
+    if source.name.endswith(".txt"):
+        return _listed_ids(source)
+    tables = open_tables(path)
+    item_column = _item_column(tables, item_column)
+    return [
+        item_id
+        for rows in tables.batches([item_column])
+        for item_id in _ids(rows, rows.batch[item_column], item_column)
+    ]
+
+
+def _listed_ids(source: Source) -> list[str]:
+    with source.open() as (stream, _):
+        content = stream.read()
+    try:
+        lines = content.decode("utf-8-sig").split("\n")
+    except UnicodeDecodeError:
+        raise source.error("is not UTF-8", "write it as UTF-8, one id a line") from None
+    found = []
+    for number, line in enumerate(lines, start=1):
+        if item_id := line.strip(BLANKS + "\r"):
+            if problem := id_problem(item_id):
+                raise source.error(
+                    f"line {number}: the id {quoted(item_id)} {problem}", f"{RULE}, or remove such lines"
+                )
+            found.append(item_id)
+    return found
+
+
 def _item_column(tables: Tables, wanted: str) -> str:
     known = candidates(tables, "item")
     found = next((name for name in (wanted, OWN_NAMES["item"]) if name in tables.names), None)

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple, Protocol
+from dataclasses import dataclass
+from typing import NamedTuple, Protocol, Self
 
 import numpy as np
 
 NO_ITEMS = np.zeros(0, np.int64)
+FEW = 8  # where at most one item in so many is allowed, they are listed too: scoring only those is cheaper
 
 
 class Hits(NamedTuple):
@@ -24,6 +26,24 @@ class Added(NamedTuple):
     scores: np.ndarray  # (n) float
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class Allowed:
+    """The only items that may appear. Make one with `Allowed.of`; queries that share one are searched together."""
+
+    mask: np.ndarray  # (V) bool
+    items: np.ndarray | None  # (n) int64 item indices, ascending: the same, if they are few
+
+    @classmethod
+    def of(cls, mask: np.ndarray) -> Self:
+        few = np.count_nonzero(mask) * FEW <= len(mask)
+        return cls(mask, np.flatnonzero(mask) if few else None)
+
+    @property
+    def size(self) -> int:
+        """Bytes."""
+        return int(self.mask.nbytes + (0 if self.items is None else self.items.nbytes))
+
+
 class Retriever(Protocol):
     """Always a batch: one user is B = 1. Thread-safe."""
 
@@ -34,6 +54,7 @@ class Retriever(Protocol):
         *,
         exclude: Sequence[np.ndarray],
         candidates: Sequence[np.ndarray | None] | None = None,
+        allowed: Sequence[Allowed | None] | None = None,
         added: Sequence[Added | None] | None = None,
     ) -> list[Hits]:
         """The k best items for each of (B, D) user embeddings, by inner product and `added`; ties by item index.
@@ -43,6 +64,7 @@ class Retriever(Protocol):
             k: At least 1.
             exclude: B x (e) item indices that must not appear; may hold repeats.
             candidates: B x None or (c) item indices: the only ones that may appear. None: no user has any.
+            allowed: B x None or the only items that may appear; where there are candidates, those in both.
 
         An item whose score is not finite never appears.
         """

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from dman_runtime.retrieval.base import NO_ITEMS, Added, Hits
+from dman_runtime.retrieval.base import NO_ITEMS, Added, Allowed, Hits
 
 GROUP = 16  # scores whose maximum stands for them in the first pass of `top_k`
 SCORES_PER_BLOCK = 4 << 20  # scores held at a time: 16 MB
@@ -46,9 +46,18 @@ def _lower_bound(scores: np.ndarray, k: int) -> np.floating[Any]:
 
 
 def search_scores(
-    scores: np.ndarray, k: int, *, exclude: np.ndarray = NO_ITEMS, candidates: np.ndarray | None = None
+    scores: np.ndarray,
+    k: int,
+    *,
+    exclude: np.ndarray = NO_ITEMS,
+    candidates: np.ndarray | None = None,
+    allowed: Allowed | None = None,
 ) -> Hits:
-    """`top_k` over (V) scores of all items, limited to `candidates` when given. Does not change `scores`."""
+    """`top_k` over (V) scores of all items, limited to `candidates` and `allowed` when given. Does not change them."""
+    if candidates is None and allowed is not None:
+        candidates = np.flatnonzero(allowed.mask) if allowed.items is None else allowed.items
+    elif candidates is not None:
+        candidates = _among(candidates, allowed)
     if candidates is None:
         return top_k(scores.copy(), k, exclude=exclude)
     candidates = np.setdiff1d(candidates, exclude)  # sorted and distinct, so that ties break as in the full search
@@ -78,26 +87,76 @@ class ExactRetriever:
         *,
         exclude: Sequence[np.ndarray],
         candidates: Sequence[np.ndarray | None] | None = None,
+        allowed: Sequence[Allowed | None] | None = None,
         added: Sequence[Added | None] | None = None,
     ) -> list[Hits]:
-        """As in `Retriever`. One matrix product for a block of users without candidates."""
+        """As in `Retriever`. One matrix product for a block of users without candidates who may get the same items."""
+        none = [None] * len(users)
+        allowed, added = allowed or none, added or none
         if len(users) == 1 and not candidates:
-            scores = users[0] @ self._by_dimension
-            _add(scores, added[0] if added else None)
-            return [top_k(scores, k, exclude=exclude[0])]
+            return [self._search_together(users, k, exclude, allowed[0], added)[0]]
         hits: dict[int, Hits] = {}
-        for row, limit in enumerate(candidates or ()):
+        groups: dict[Allowed | None, list[int]] = {}  # rows that are searched together
+        for row, limit in enumerate(candidates or none):
+            one = allowed[row]
             if limit is not None:
-                hits[row] = self._search_candidates(users[row], k, exclude[row], limit, added[row] if added else None)
-        rows = [row for row in range(len(users)) if row not in hits]
-        step = max(1, SCORES_PER_BLOCK // max(1, len(self._table)))
-        for start in range(0, len(rows), step):
-            block = rows[start : start + step]
-            chosen = users if len(block) == len(users) else users[block]
-            for row, scores in zip(block, self.scores(chosen), strict=True):
-                _add(scores, added[row] if added else None)
-                hits[row] = top_k(scores, k, exclude=exclude[row])
+                hits[row] = self._search_candidates(users[row], k, exclude[row], _among(limit, one), added[row])
+            else:
+                groups.setdefault(one, []).append(row)
+        for one, rows in groups.items():
+            searched = len(self._table) if one is None or one.items is None else len(one.items)
+            step = max(1, SCORES_PER_BLOCK // max(1, searched))
+            for start in range(0, len(rows), step):
+                block = rows[start : start + step]
+                found = self._search_together(
+                    users if len(block) == len(users) else users[block],
+                    k,
+                    [exclude[row] for row in block],
+                    one,
+                    [added[row] for row in block],
+                )
+                hits.update(zip(block, found, strict=True))
         return [hits[row] for row in range(len(users))]
+
+    def _search_together(
+        self,
+        users: np.ndarray,
+        k: int,
+        exclude: Sequence[np.ndarray],
+        allowed: Allowed | None,
+        added: Sequence[Added | None],
+    ) -> list[Hits]:
+        """(B, D) users who may get the same items, but for those that each of them excludes."""
+        if allowed is not None and allowed.items is not None:
+            return self._search_few(users, k, exclude, allowed, allowed.items, added)
+        found = []
+        for scores, left_out, more in zip(self.scores(users), exclude, added, strict=True):
+            if more is not None:
+                scores[more.items] += more.scores
+            if allowed is not None:
+                np.copyto(scores, -np.inf, where=~allowed.mask)
+            found.append(top_k(scores, k, exclude=left_out))
+        return found
+
+    def _search_few(
+        self,
+        users: np.ndarray,
+        k: int,
+        exclude: Sequence[np.ndarray],
+        allowed: Allowed,
+        items: np.ndarray,
+        added: Sequence[Added | None],
+    ) -> list[Hits]:
+        """Scores only the (n) items that are allowed."""
+        found = []
+        for scores, left_out, more in zip(users @ self._table[items].T, exclude, added, strict=True):
+            if more is not None:
+                inside = allowed.mask[more.items]
+                scores[np.searchsorted(items, more.items[inside])] += more.scores[inside]
+            positions = np.searchsorted(items, left_out[allowed.mask[left_out]])
+            chosen, best = top_k(scores, k, exclude=positions)
+            found.append(Hits(items[chosen], best))
+        return found
 
     def _search_candidates(
         self, user: np.ndarray, k: int, exclude: np.ndarray, candidates: np.ndarray, added: Added | None
@@ -111,6 +170,5 @@ class ExactRetriever:
         return Hits(candidates[chosen], best)
 
 
-def _add(scores: np.ndarray, added: Added | None) -> None:
-    if added is not None:
-        scores[added.items] += added.scores
+def _among(candidates: np.ndarray, allowed: Allowed | None) -> np.ndarray:
+    return candidates if allowed is None else candidates[allowed.mask[candidates]]

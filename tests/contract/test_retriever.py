@@ -15,7 +15,7 @@ from contract.retrievers import RETRIEVERS
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from dman_runtime.retrieval.base import NO_ITEMS, Added, Hits, Retriever
+from dman_runtime.retrieval.base import FEW, NO_ITEMS, Added, Allowed, Hits, Retriever
 
 Make = Callable[[np.ndarray], Retriever]
 
@@ -290,3 +290,109 @@ def test_search_with_added_scores_is_a_plain_sort(make: Make, count: int) -> Non
         expected = np.argsort(-scores, kind="stable")[:25]
         assert hits.items.tolist() == expected.tolist()
         assert hits.scores.tolist() == scores[expected].tolist()
+
+
+# -- what is allowed ---------------------------------------------------------------------------------------------------
+
+
+def allowed_of(items: list[int] | np.ndarray, vocabulary: int = len(ITEMS)) -> Allowed:
+    mask = np.zeros(vocabulary, bool)
+    mask[items] = True
+    return Allowed.of(mask)
+
+
+def test_few_items_that_are_allowed_are_listed() -> None:
+    for count in (0, 1, 10, 100 // FEW, 100 // FEW + 1, 100):
+        allowed = allowed_of(list(range(count)), 100)
+        assert (allowed.items is not None) == (count * FEW <= 100)
+        assert allowed.items is None or allowed.items.tolist() == list(range(count))
+        assert allowed.size == 100 + (0 if allowed.items is None else 8 * count)
+
+
+@pytest.mark.parametrize(
+    ("allowed", "exclude", "candidates", "items"),
+    [
+        ([0, 1, 2, 3, 4, 5], [], None, [4, 0, 2, 5, 1, 3]),
+        ([1, 3, 5], [], None, [5, 1, 3]),
+        ([1, 3, 5], [5, 5, 4], None, [1, 3]),
+        ([3], [], None, [3]),
+        ([3], [3], None, []),
+        ([], [], None, []),
+        ([1, 3, 5], [], [5, 4, 5, 1], [5, 1]),
+        ([1, 3, 5], [1], [5, 4, 1], [5]),
+        ([1, 3], [], [5, 4], []),
+        ([1, 3], [], [], []),
+    ],
+)
+def test_only_what_is_allowed_appears(
+    make: Make, allowed: list[int], exclude: list[int], candidates: list[int] | None, items: list[int]
+) -> None:
+    table = np.concatenate([ITEMS, np.full((100, 2), 9, np.float32)])  # better ones, so that the allowed are few
+    for vocabulary in (len(ITEMS), len(table)):
+        (hits,) = make(table[:vocabulary]).search(
+            np.array([EAST], np.float32),
+            6,
+            exclude=[np.array(exclude, np.int64)],
+            candidates=[indices(candidates)],
+            allowed=[allowed_of(allowed, vocabulary)],
+        )
+        assert hits.items.tolist() == items
+        assert hits.scores.tolist() == [ITEMS[item] @ EAST for item in items]
+
+
+@pytest.mark.slow
+@settings(deadline=None, max_examples=150, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    seed=st.integers(0, 2**32),
+    vocabulary=st.integers(1, 300),
+    users=st.integers(1, 12),
+    k=st.integers(1, 60),
+    shares=st.lists(st.sampled_from([0.0, 0.01, 0.1, 0.5, 1.0]), min_size=1, max_size=3),
+)
+def test_search_among_what_is_allowed_is_a_sort_of_its_scores(
+    make: Make, seed: int, vocabulary: int, users: int, k: int, shares: list[float]
+) -> None:
+    """Users share what they are allowed, have their own, or none; with exclusions, candidates and added scores."""
+    random = np.random.default_rng(seed)
+    table = random.integers(-9, 10, (vocabulary, 3)).astype(np.float32)
+    queries = random.integers(-3, 4, (users, 3)).astype(np.float32)
+    kinds = [None, *(Allowed.of(random.random(vocabulary) < share) for share in shares)]
+    allowed = [kinds[int(random.integers(0, len(kinds)))] for _ in range(users)]
+    exclude = [some_indices(random, vocabulary) for _ in range(users)]
+    candidates = [some_indices(random, vocabulary) if random.random() < 0.3 else None for _ in range(users)]
+    chosen = [random.choice(vocabulary, int(random.integers(0, vocabulary + 1)), replace=False) for _ in range(users)]
+    added = [
+        Added(items, random.integers(-9, 10, len(items)).astype(float)) if random.random() < 0.5 else None
+        for items in chosen
+    ]
+    found = make(table).search(queries, k, exclude=exclude, candidates=candidates, allowed=allowed, added=added)
+    for row, hits in enumerate(found):
+        scores = table.astype(float) @ queries[row].astype(float)
+        if (more := added[row]) is not None:
+            scores[more.items] += more.scores
+        left = np.ones(vocabulary, bool) if allowed[row] is None else allowed[row].mask.copy()
+        left[exclude[row]] = False
+        if (limit := candidates[row]) is not None:
+            left &= np.isin(np.arange(vocabulary), limit)
+        items = np.flatnonzero(left)
+        expected = items[np.argsort(-scores[items], kind="stable")][:k]
+        assert_found(hits, (expected.tolist(), scores[expected].tolist()))
+
+
+def test_what_is_allowed_is_not_changed(make: Make) -> None:
+    allowed = [allowed_of([1, 3, 5]), allowed_of([0])]
+    for _ in range(2):
+        found = make(ITEMS).search(np.array([EAST, EAST], np.float32), 6, exclude=[NO_ITEMS] * 2, allowed=allowed)
+        assert [hits.items.tolist() for hits in found] == [[5, 1, 3], [0]]
+        for hits in found:
+            hits.items[:] = -1
+
+
+def test_item_that_is_allowed_and_has_no_finite_score_never_appears(make: Make) -> None:
+    table = np.ones((64, 1), np.float32)
+    table[[3, 4], 0] = np.nan, np.inf
+    for items in ([3, 4, 5], list(range(60))):
+        (hits,) = make(table).search(
+            np.ones((1, 1), np.float32), 3, exclude=[NO_ITEMS], allowed=[allowed_of(items, 64)]
+        )
+        assert hits.items.tolist() == ([5] if len(items) == 3 else [0, 1, 2])

@@ -224,6 +224,157 @@ class BatchUpdateReply(_message.Message):
 Global___BatchUpdateReply: _TypeAlias = BatchUpdateReply  # noqa: Y015
 
 @_typing.final
+class Filter(_message.Message):
+    """Which items may be recommended, by their attributes in the bundle. Exact: what it leaves out takes no place. A value of
+    an attribute is a text; an attribute that holds a list matches if one of its values does. Attributes that no item of
+    the bundle has are INVALID_ARGUMENT. At most 8 levels deep, 64 filters in one, and 10000 values in all of them.
+    """
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    @_typing.final
+    class In(_message.Message):
+        """Items whose attribute has one of the values; none where there are no values."""
+
+        DESCRIPTOR: _descriptor.Descriptor
+
+        FIELD_FIELD_NUMBER: _builtins.int
+        VALUES_FIELD_NUMBER: _builtins.int
+        field: _builtins.str
+        @_builtins.property
+        def values(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+            """Compared as they are. They hold no "|", which separates the values of a list."""
+
+        def __init__(
+            self,
+            *,
+            field: _builtins.str = ...,
+            values: _abc.Iterable[_builtins.str] | None = ...,
+        ) -> None: ...
+        _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+        def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+        _ClearFieldArgType: _TypeAlias = _typing.Literal["field", b"field", "values", b"values"]  # noqa: Y015
+        def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+        def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+    @_typing.final
+    class Range(_message.Message):
+        """Items whose attribute is a number from min to max, both included. Values that are no numbers never match."""
+
+        DESCRIPTOR: _descriptor.Descriptor
+
+        FIELD_FIELD_NUMBER: _builtins.int
+        MIN_FIELD_NUMBER: _builtins.int
+        MAX_FIELD_NUMBER: _builtins.int
+        field: _builtins.str
+        min: _builtins.float
+        max: _builtins.float
+        def __init__(
+            self,
+            *,
+            field: _builtins.str = ...,
+            min: _builtins.float | None = ...,
+            max: _builtins.float | None = ...,
+        ) -> None: ...
+        _HasFieldArgType: _TypeAlias = _typing.Literal["_max", b"_max", "_min", b"_min", "max", b"max", "min", b"min"]  # noqa: Y015
+        def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+        _ClearFieldArgType: _TypeAlias = _typing.Literal["_max", b"_max", "_min", b"_min", "field", b"field", "max", b"max", "min", b"min"]  # noqa: Y015
+        def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+        _WhichOneofReturnType__max: _TypeAlias = _typing.Literal["max"]  # noqa: Y015
+        _WhichOneofArgType__max: _TypeAlias = _typing.Literal["_max", b"_max"]  # noqa: Y015
+        _WhichOneofReturnType__min: _TypeAlias = _typing.Literal["min"]  # noqa: Y015
+        _WhichOneofArgType__min: _TypeAlias = _typing.Literal["_min", b"_min"]  # noqa: Y015
+        @_typing.overload
+        def WhichOneof(self, oneof_group: _WhichOneofArgType__max) -> _WhichOneofReturnType__max | None: ...
+        @_typing.overload
+        def WhichOneof(self, oneof_group: _WhichOneofArgType__min) -> _WhichOneofReturnType__min | None: ...
+
+    @_typing.final
+    class Parts(_message.Message):
+        DESCRIPTOR: _descriptor.Descriptor
+
+        FILTERS_FIELD_NUMBER: _builtins.int
+        @_builtins.property
+        def filters(self) -> _containers.RepeatedCompositeFieldContainer[Global___Filter]: ...
+        def __init__(
+            self,
+            *,
+            filters: _abc.Iterable[Global___Filter] | None = ...,
+        ) -> None: ...
+        _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+        def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+        _ClearFieldArgType: _TypeAlias = _typing.Literal["filters", b"filters"]  # noqa: Y015
+        def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+        def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+    IN_FIELD_NUMBER: _builtins.int
+    RANGE_FIELD_NUMBER: _builtins.int
+    ALL_FIELD_NUMBER: _builtins.int
+    ANY_FIELD_NUMBER: _builtins.int
+    NOT_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def range(self) -> Global___Filter.Range: ...
+    @_builtins.property
+    def all(self) -> Global___Filter.Parts:
+        """Items that all of the filters leave; all items where there are none."""
+
+    @_builtins.property
+    def any(self) -> Global___Filter.Parts:
+        """Items that at least one of the filters leaves; no item where there are none."""
+
+    def __init__(
+        self,
+        *,
+        range: Global___Filter.Range | None = ...,
+        all: Global___Filter.Parts | None = ...,
+        any: Global___Filter.Parts | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["all", b"all", "any", b"any", "in", b"in", "kind", b"kind", "not", b"not", "range", b"range"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["all", b"all", "any", b"any", "in", b"in", "kind", b"kind", "not", b"not", "range", b"range"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType_kind: _TypeAlias = _typing.Literal["in", "range", "all", "any", "not"]  # noqa: Y015
+    _WhichOneofArgType_kind: _TypeAlias = _typing.Literal["kind", b"kind"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType_kind) -> _WhichOneofReturnType_kind | None: ...
+
+Global___Filter: _TypeAlias = Filter  # noqa: Y015
+
+@_typing.final
+class Diversity(_message.Message):
+    """At most `at_most` of the first `first` items of a reply have the same value of an attribute. An item with several
+    values counts for each; items without the attribute are not limited. Each place gets the best item that breaks no
+    rule there, so a reply is shorter than k only where no other item is left that may stand in the next place.
+    """
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    FIELD_FIELD_NUMBER: _builtins.int
+    AT_MOST_FIELD_NUMBER: _builtins.int
+    FIRST_FIELD_NUMBER: _builtins.int
+    field: _builtins.str
+    """An attribute that items of the bundle have."""
+    at_most: _builtins.int
+    """1 or more."""
+    first: _builtins.int
+    """1 to 1000; k of the request when absent."""
+    def __init__(
+        self,
+        *,
+        field: _builtins.str = ...,
+        at_most: _builtins.int = ...,
+        first: _builtins.int | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_first", b"_first", "first", b"first"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_first", b"_first", "at_most", b"at_most", "field", b"field", "first", b"first"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__first: _TypeAlias = _typing.Literal["first"]  # noqa: Y015
+    _WhichOneofArgType__first: _TypeAlias = _typing.Literal["_first", b"_first"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__first) -> _WhichOneofReturnType__first | None: ...
+
+Global___Diversity: _TypeAlias = Diversity  # noqa: Y015
+
+@_typing.final
 class RecommendRequest(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -234,6 +385,8 @@ class RecommendRequest(_message.Message):
     CANDIDATE_ITEM_IDS_FIELD_NUMBER: _builtins.int
     WHAT_IF_EVENTS_FIELD_NUMBER: _builtins.int
     AT_FIELD_NUMBER: _builtins.int
+    FILTER_FIELD_NUMBER: _builtins.int
+    DIVERSITY_FIELD_NUMBER: _builtins.int
     user_id: _builtins.str
     """Empty for an anonymous user, who is described by what_if_events alone."""
     k: _builtins.int
@@ -252,6 +405,14 @@ class RecommendRequest(_message.Message):
     def what_if_events(self) -> _containers.RepeatedCompositeFieldContainer[Global___Event]:
         """Events applied on top of the stored state for this request only; never stored."""
 
+    @_builtins.property
+    def filter(self) -> Global___Filter:
+        """Also for popular items. Items that are switched off at the server are never recommended."""
+
+    @_builtins.property
+    def diversity(self) -> _containers.RepeatedCompositeFieldContainer[Global___Diversity]:
+        """At most 4."""
+
     def __init__(
         self,
         *,
@@ -262,10 +423,12 @@ class RecommendRequest(_message.Message):
         candidate_item_ids: _abc.Iterable[_builtins.str] | None = ...,
         what_if_events: _abc.Iterable[Global___Event] | None = ...,
         at: _builtins.int | None = ...,
+        filter: Global___Filter | None = ...,
+        diversity: _abc.Iterable[Global___Diversity] | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_at", b"_at", "_k", b"_k", "at", b"at", "k", b"k"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_at", b"_at", "_k", b"_k", "at", b"at", "filter", b"filter", "k", b"k"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_at", b"_at", "_k", b"_k", "at", b"at", "candidate_item_ids", b"candidate_item_ids", "exclude_item_ids", b"exclude_item_ids", "include_seen", b"include_seen", "k", b"k", "user_id", b"user_id", "what_if_events", b"what_if_events"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_at", b"_at", "_k", b"_k", "at", b"at", "candidate_item_ids", b"candidate_item_ids", "diversity", b"diversity", "exclude_item_ids", b"exclude_item_ids", "filter", b"filter", "include_seen", b"include_seen", "k", b"k", "user_id", b"user_id", "what_if_events", b"what_if_events"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__at: _TypeAlias = _typing.Literal["at"]  # noqa: Y015
     _WhichOneofArgType__at: _TypeAlias = _typing.Literal["_at", b"_at"]  # noqa: Y015

@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
+from dman_runtime.retrieval.base import Allowed
 from dman_runtime.retrieval.exact import GROUP, SCORES_PER_BLOCK, ExactRetriever, search_scores, top_k
 
 
@@ -55,3 +56,14 @@ def test_search_holds_no_more_scores_at_a_time_than_a_block(monkeypatch: pytest.
     found = retriever.search(np.ones((10, 1), np.float32), 2, exclude=[np.array([row]) for row in range(10)])
     assert rows == [4, 4, 2]
     assert [hits.items.tolist() for hits in found[:3]] == [[1, 2], [0, 2], [0, 1]]
+
+
+@pytest.mark.parametrize("allowed", [[], [2], [0, 2, 3, 5, 7, 9]])
+@pytest.mark.parametrize("candidates", [None, [3, 2, 2, 8]])
+def test_search_scores_keeps_to_what_is_allowed(allowed: list[int], candidates: list[int] | None) -> None:
+    scores, mask = np.arange(10.0) % 4, np.zeros(10, bool)
+    mask[allowed] = True
+    limit = None if candidates is None else np.array(candidates)
+    found = search_scores(scores, 3, exclude=np.array([3]), candidates=limit, allowed=Allowed.of(mask))
+    left = [item for item in allowed if item != 3 and (candidates is None or item in candidates)]
+    assert found.items.tolist() == sorted(left, key=lambda item: (-scores[item], item))[:3]

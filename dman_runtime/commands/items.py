@@ -1,0 +1,46 @@
+"""What the commands do that change the items of a store. Heavy imports wait until a command needs them."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable
+
+from dman_runtime.commands.steps import done
+from dman_runtime.errors import UsageError
+from dman_runtime.options import print_json
+
+
+def items(arguments: argparse.Namespace) -> int:
+    if arguments.action == "list":
+        return _list(arguments)
+    from dman_runtime.data.items import read_item_ids
+    from dman_runtime.jobs.switching import switch
+    from dman_runtime.store.lmdb import LmdbStore
+
+    item_ids = list(arguments.ids)
+    if arguments.file is not None:
+        item_ids += read_item_ids(arguments.file, item_column=arguments.item_column)
+    elif not item_ids:
+        raise UsageError(f"no items to switch {arguments.action}", "give their ids, or a file that lists them")
+    off = arguments.action == "off"
+    with LmdbStore.open(arguments.state, map_size=arguments.map_size_mib << 20, must_exist=True) as store:
+        result = switch(store, item_ids, off=off)
+    done(arguments, result.summary(off=off), vars(result))
+    return 1 if result.unknown else 0
+
+
+def _list(arguments: argparse.Namespace) -> int:
+    from dman_runtime.jobs.switching import switched_off
+    from dman_runtime.store.lmdb import LmdbStore
+
+    if arguments.ids or arguments.file is not None:
+        raise UsageError("`items list` takes no ids", "it lists all items that are switched off")
+    with LmdbStore.open(arguments.state, readonly=True) as store:
+        item_ids = switched_off(store)
+    print("".join(f"{item_id}\n" for item_id in item_ids), end="", flush=True)
+    if arguments.json:
+        print_json({"off": item_ids})
+    return 0
+
+
+COMMANDS: dict[str, Callable[[argparse.Namespace], int]] = {"items": items}
