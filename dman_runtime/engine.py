@@ -222,6 +222,8 @@ class Engine:
                 placed = place(user, (numbers, times), self.store)
             else:
                 user.append(numbers, times)
+        if update.shown:
+            user.show(self.store.add_items(update.shown), update.shown_seconds)
         return UpdateOutcome(
             bundle,
             user.event_count,

@@ -36,6 +36,7 @@ class OpenUser:
     items: list[np.ndarray] = field(default_factory=list)  # item numbers of new events, oldest first
     timestamps: list[np.ndarray] = field(default_factory=list)
     request_ids: list[int] = field(default_factory=list)  # of the new events, to be remembered
+    shown: list[Events] = field(default_factory=list)  # item numbers, and for how many seconds each counts
     applied: Set[int] = frozenset()  # request ids that were asked for, and have been applied before
     sequences: dict[int, int] = field(default_factory=dict)  # last ones, as stored, of producers asked for
     advanced: dict[int, int] = field(default_factory=dict)  # last ones of the new events, to be remembered
@@ -74,7 +75,7 @@ class OpenUser:
     @property
     def changed(self) -> bool:
         """Whether there is anything to commit."""
-        return bool(self.items or self.record_lags or self.request_ids or self.advanced)
+        return bool(self.items or self.shown or self.record_lags or self.request_ids or self.advanced)
 
     def has_applied(self, mark: Mark) -> bool:
         """Whether an update is a repeat, of one before or of one that is on its way."""
@@ -102,6 +103,11 @@ class OpenUser:
         self.timestamps.append(timestamps)
         self.left += known
         return len(known)
+
+    def show(self, numbers: np.ndarray, seconds: int) -> None:
+        """Has items (N) count as shown to the user, for so long from the commit on."""
+        self.shown.append((numbers, np.full(len(numbers), seconds, np.int64)))
+        self.prepared = None
 
     def put_from(self, start: int, events: Events) -> None:
         """Puts events (N) in place of those of the history from a position on, the new ones included."""
@@ -136,8 +142,11 @@ class OpenUser:
         if self.prepared is None:
             assert self.user_id is not None and not len(self.left)
             self.state.history_count = self.history_count
-            records = {self.projection.number: self.projection.generation.pack(self.state)}
+            records: dict[int, bytes] = {}
+            if self.items or self.record_lags:
+                records[self.projection.number] = self.projection.generation.pack(self.state)
             items, timestamps = self.new_events
+            shown, seconds = [one[0] for one in self.shown], [one[1] for one in self.shown]
             self.prepared = Write(
                 self.user_id,
                 self.head.version,
@@ -147,6 +156,7 @@ class OpenUser:
                 self.request_ids,
                 replace_from=self.replace_from,
                 sequences=self._steps(),
+                shown=(_joined(shown, np.uint32), _joined(seconds, np.int64)),
             )
         return self.prepared
 

@@ -57,6 +57,8 @@ def open_query(
         opened.seen = projection.known_indices(view.seen)
         with suppress(StateError):  # a damaged record is made anew
             found = generation.read_for_answer(view.record) if view.record is not None else None
+    elif user_id is not None:
+        opened.seen = projection.known_indices(snapshot.shown(user_id)[0])
     lags = view is not None and (found is None or found.history_count != view.history_count)
     if lags and catch_up:
         opened.lags = True

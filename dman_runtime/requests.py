@@ -14,6 +14,7 @@ from dman_runtime.diversity import Rule, check_rules
 from dman_runtime.errors import RequestError
 from dman_runtime.item_filters import Filter, check_filter, count_parts
 from dman_runtime.model.bundle import Bundle
+from dman_runtime.store.base import MAX_SHOWN
 
 Checked = TypeVar("Checked")
 MAX_K = 1000
@@ -21,14 +22,15 @@ MAX_EVENTS = 10_000  # per update, and of what-if events per query
 MAX_REQUEST_ID_BYTES = 128
 MAX_PRODUCER_BYTES = 128
 MAX_REQUEST_EVENTS = 100_000  # in all updates or what-ifs of one request
-MAX_REQUEST_IDS = 100_000  # exclusions, candidates and values of filters, in all queries of one request
+MAX_REQUEST_IDS = 100_000  # exclusions, candidates, values of filters and shown items, in all parts of one request
 MAX_LISTED_IDS = 10_000  # exclusions or candidates of one query
 MAX_BATCH = 1000  # updates or queries in one request
+SHOWN_SECONDS, MAX_SHOWN_SECONDS = 3600, 30 * 24 * 3600
 
 
 @dataclass(frozen=True, slots=True)
 class Update:
-    """New events of one user, oldest first."""
+    """New events of one user, oldest first, and what the user was shown."""
 
     user_id: str
     item_ids: Sequence[str]
@@ -36,6 +38,8 @@ class Update:
     request_id: str = ""
     producer: str = ""  # whose order the sequence is of
     sequence: int | None = None  # 0 to 2^64 - 1, if there is a producer
+    shown: Sequence[str] = ()  # items that the user was shown, which are no events
+    shown_seconds: int = SHOWN_SECONDS  # for how long they are left out of the user's recommendations
 
 
 class LateOutcome(NamedTuple):
@@ -108,7 +112,11 @@ def check_update(update: Update) -> None:
     check_user_id(update.user_id)
     if len(update.item_ids) > MAX_EVENTS:
         raise RequestError(f"{len(update.item_ids)} events in one update", f"send at most {MAX_EVENTS} at a time")
-    for item_id in update.item_ids:
+    if len(update.shown) > MAX_SHOWN:
+        raise RequestError(f"{len(update.shown)} shown_item_ids in one update", f"send at most {MAX_SHOWN}")
+    if not 1 <= update.shown_seconds <= MAX_SHOWN_SECONDS:
+        raise RequestError(f"shown_seconds is {update.shown_seconds}", f"choose 1 to {MAX_SHOWN_SECONDS}")
+    for item_id in (*update.item_ids, *update.shown):
         if (problem := id_problem(item_id)) is not None:
             raise RequestError(f"item id {item_id!r:.80} {problem}", RULE)
     if len(update.timestamps) not in (0, len(update.item_ids)):
@@ -119,7 +127,8 @@ def check_update(update: Update) -> None:
 
 def check_updates(updates: Sequence[Update], batch_id: str = "") -> None:
     """`check_update` for a batch. Raises RequestError, which names the update."""
-    check_size(len(updates), sum(len(update.item_ids) for update in updates))
+    listed = sum(len(update.shown) for update in updates)
+    check_size(len(updates), sum(len(update.item_ids) for update in updates), listed)
     check_batch_id(batch_id, updates)
     for position, update in enumerate(updates):
         named(f"updates[{position}]", check_update, update)
@@ -134,7 +143,7 @@ def check_queries(queries: Sequence[Query]) -> None:
 
 
 def check_size(parts: int, events: int, listed: int = 0) -> None:
-    """Raises RequestError where a request is too much. `listed` are its exclusions, candidates and filters' values."""
+    """Raises RequestError where a request is too much. `listed` are its other ids and values."""
     if parts > MAX_BATCH:
         raise RequestError(f"{parts} requests in one batch", f"send at most {MAX_BATCH} at a time")
     if events > MAX_REQUEST_EVENTS:

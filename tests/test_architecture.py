@@ -111,7 +111,7 @@ LAYERS = {
     "item_filters": {"errors", "model"},
     "diversity": {"errors", "item_filters", "model", "retrieval"},
     "assortment": {"item_filters", "model", "retrieval"},
-    "requests": {"data", "diversity", "errors", "item_filters", "model"},
+    "requests": {"data", "diversity", "errors", "item_filters", "model", "store"},
     "retrieval": set(),
     "model": {"data", "errors", "retrieval"},
     "store": {"data", "errors"},

@@ -22,6 +22,7 @@ from dman_runtime.history import history_page
 from dman_runtime.metrics import NO_METRICS, Metrics
 from dman_runtime.requests import (
     MAX_EVENTS,
+    SHOWN_SECONDS,
     Answer,
     Query,
     Update,
@@ -37,8 +38,7 @@ from dman_runtime.requests import (
 )
 from protos.dman.v1 import dman_pb2 as pb
 
-SERVICE_NAME = "dman.v1.Recommender"
-DEFAULT_K = 10
+SERVICE_NAME, DEFAULT_K = "dman.v1.Recommender", 10
 MAX_REPLY_BYTES = 16 << 20
 MAX_NAMED_BYTES = 1 << 20  # of unknown item ids that one reply names
 FEW = 200  # ids or events that are handled on the event loop
@@ -72,18 +72,12 @@ class RecommenderService:
                 commits=name in ("Update", "BatchUpdate", "DeleteUser"),
             )
 
+        query = pb.RecommendRequest
         return [
             method("Update", pb.UpdateRequest, lambda request: _weight_of_updates([request])),
-            method(
-                "BatchUpdate", pb.BatchUpdateRequest, lambda batch: _weight_of_updates(batch.parts), pb.UpdateRequest
-            ),
-            method("Recommend", pb.RecommendRequest, lambda request: _weight_of_queries([request])),
-            method(
-                "BatchRecommend",
-                pb.BatchRecommendRequest,
-                lambda batch: _weight_of_queries(batch.parts),
-                pb.RecommendRequest,
-            ),
+            method("BatchUpdate", pb.BatchUpdateRequest, lambda one: _weight_of_updates(one.parts), pb.UpdateRequest),
+            method("Recommend", query, lambda request: _weight_of_queries([request])),
+            method("BatchRecommend", pb.BatchRecommendRequest, lambda one: _weight_of_queries(one.parts), query),
             method("GetUser", pb.GetUserRequest, lambda request: max(0, request.recent_events) // 100),
             method("GetHistory", pb.GetHistoryRequest, lambda request: max(0, _limit(request)) // 100),
             method("DeleteUser", pb.DeleteUserRequest, lambda _: 1),
@@ -93,7 +87,7 @@ class RecommenderService:
 
     async def Update(self, request: pb.UpdateRequest, call: Call) -> pb.UpdateReply:
         update = _update(request)
-        await self._on(self._bulk, len(update.item_ids) > FEW, check_update, update)
+        await self._on(self._bulk, len(update.item_ids) + len(update.shown) > FEW, check_update, update)
         (outcome,) = await _result(self._updates.submit_updates([update], deadline=call.deadline))
         return self._update_reply(outcome, _Names())
 
@@ -292,6 +286,8 @@ def _update(request: pb.UpdateRequest) -> Update:
         request_id=request.request_id,
         producer=request.producer,
         sequence=request.sequence if request.HasField("sequence") else None,
+        shown=request.shown_item_ids,
+        shown_seconds=request.shown_seconds if request.HasField("shown_seconds") else SHOWN_SECONDS,
     )
 
 
@@ -322,7 +318,7 @@ def _no_user(user_id: str) -> UserNotFoundError:
 def _weight_of_updates(updates: Sequence[pb.UpdateRequest]) -> int:
     """Events to encode. Raises RequestError where they are too many to be converted."""
     events = sum([len(update.events) for update in updates])
-    check_size(len(updates), events)
+    check_size(len(updates), events, sum([len(update.shown_item_ids) for update in updates]))
     return events
 
 

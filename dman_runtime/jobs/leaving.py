@@ -39,10 +39,11 @@ def user_document(store: StateStore, user_id: str) -> dict[str, Any]:
     generations = store.generations()
     with store.snapshot() as snapshot:
         (stored,) = snapshot.get_many([user_id], 0)  # no generation has this number
-        if stored is None:
+        shown, until = snapshot.shown(user_id)
+        if stored is None and not len(shown):
             raise UsageError(f"no user {user_id!r}", "check the id, and that this is its store")
         items, times = snapshot.history(user_id)
-        item_ids = snapshot.item_ids(items)
+        item_ids, shown_ids = snapshot.item_ids(items), snapshot.item_ids(shown)
         records = {
             bundle_id: found.record
             for bundle_id, number in generations.items()
@@ -61,6 +62,9 @@ def user_document(store: StateStore, user_id: str) -> dict[str, Any]:
                 "deferred_events": lacking_events(record),
             }
             for bundle_id, record in records.items()
+        ],
+        "shown": [
+            {"item_id": item_id, "until": moment} for item_id, moment in zip(shown_ids, until.tolist(), strict=True)
         ],
     }
 

@@ -11,6 +11,7 @@ served are its *generations*; each user has at most one record of each.
 | history | user | (item number, time) of every event |
 | seen | user | the item numbers of the history, as a set |
 | record | user, generation | bytes that the store does not read |
+| shown | user | the items that the user was shown lately, and until when that counts |
 | request ids | user | hashes of the ids of applied updates, for a day, also after the user is deleted |
 | catalogue | item number | whether the item is switched off; outlives every bundle |
 | sequences | user, producer | the last one that was applied, for ever, also after the user is deleted |
@@ -34,7 +35,9 @@ from dman_runtime.store.catalogue import Catalogue, Standing
 from dman_runtime.store.rollout import Rollout
 
 REMEMBER_SECONDS = 24 * 3600  # the id of an applied update is remembered at least so long
+MAX_SHOWN = 1000  # items of one user that were shown and count
 Events = tuple[NDArray[np.uint32], NDArray[np.int64]]  # item numbers (N) and timestamps (N), oldest first
+NOTHING_SHOWN: Events = (np.zeros(0, np.uint32), np.zeros(0, np.int64))
 
 
 class Head(NamedTuple):
@@ -74,7 +77,7 @@ class RankingView(NamedTuple):
 
     history_count: int
     record: bytes | None  # its first bytes, as many as were asked for
-    seen: NDArray[np.uint32]  # item numbers of the whole history, in no order; some may come twice
+    seen: NDArray[np.uint32]  # item numbers of the whole history, and `shown` ones; in no order, some may come twice
 
 
 class IdTypes(NamedTuple):
@@ -98,6 +101,10 @@ class Write:
     before. `sequences` holds a step for each producer, by a 64-bit hash, whose updates are among them. `records` holds
     new records by generation; those of other generations stay as they are.
 
+    `shown` (M) are item numbers, and for how many seconds from the commit on each counts as shown, the latest last. Of
+    all that count, the MAX_SHOWN latest stay. A write of nothing else leaves head and version as they are, and makes no
+    user.
+
     With `replace_from`, the events stand in place of the stored ones from that position on, which must not be more; 0
     replaces the whole history. Records of generations that `records` lacks are removed, as they are views of the old
     history. Request ids and sequences stay.
@@ -111,6 +118,12 @@ class Write:
     request_ids: Sequence[int] = ()
     replace_from: int | None = None
     sequences: Mapping[int, Step] = field(default_factory=dict)
+    shown: Events = NOTHING_SHOWN
+
+    @property
+    def only_shows(self) -> bool:
+        changes = self.items, self.records, self.request_ids, self.sequences
+        return len(self.shown[0]) > 0 and self.replace_from is None and not any(map(len, changes))
 
 
 @dataclass(frozen=True)
@@ -158,6 +171,12 @@ class Snapshot(Protocol):
 
     def seen(self, user_id: str) -> NDArray[np.uint32]:
         """The distinct item numbers (N) of the history, ascending; empty for an unknown user."""
+        ...
+
+    def shown(self, user_id: str) -> Events:
+        """The items that the user, known or not, was shown and that still count, distinct and the latest last; and the
+        seconds since 1970 until which each counts.
+        """
         ...
 
     def applied(self, user_id: str, request_ids: Collection[int]) -> set[int]:
@@ -251,7 +270,7 @@ class StateStore(Snapshot, Protocol):
         ...
 
     def delete(self, user_id: str, *, expected_version: int | None = None) -> int | None:
-        """Removes head, history, seen set and all records; the number of events removed, or None if unknown.
+        """Removes head, history, seen set, all records and what was shown; how many events, or None if unknown.
 
         With an `expected_version`, a user who has another one is left alone, and None is returned.
 
@@ -277,7 +296,7 @@ class StateStore(Snapshot, Protocol):
 
     def maintain(self) -> int:
         """What a server does every few seconds: frees the snapshots of dead processes, whose number it returns, and
-        some of the expired request ids."""
+        some of the expired request ids and of what was shown long ago."""
         ...
 
     def flush(self) -> None:
@@ -291,44 +310,3 @@ class StateStore(Snapshot, Protocol):
     def __enter__(self) -> Self: ...
 
     def __exit__(self, *exc_info: object) -> None: ...
-
-
-class ReadsBySnapshot:
-    """The reading methods of a store, each in a snapshot of its own."""
-
-    def snapshot(self) -> AbstractContextManager[Snapshot]:
-        raise NotImplementedError
-
-    def find_items(self, item_ids: Sequence[str]) -> NDArray[np.int64]:
-        with self.snapshot() as snapshot:
-            return snapshot.find_items(item_ids)
-
-    def item_ids(self, numbers: Sequence[int] | NDArray[np.integer]) -> list[str]:
-        with self.snapshot() as snapshot:
-            return snapshot.item_ids(numbers)
-
-    def get_many(
-        self, user_ids: Sequence[str], generation: int, record_bytes: int | None = None
-    ) -> list[StoredUser | None]:
-        with self.snapshot() as snapshot:
-            return snapshot.get_many(user_ids, generation, record_bytes)
-
-    def ranking_view(self, user_id: str, generation: int, record_bytes: int) -> RankingView | None:
-        with self.snapshot() as snapshot:
-            return snapshot.ranking_view(user_id, generation, record_bytes)
-
-    def history(self, user_id: str, start: int = 0, stop: int | None = None) -> Events:
-        with self.snapshot() as snapshot:
-            return snapshot.history(user_id, start, stop)
-
-    def seen(self, user_id: str) -> NDArray[np.uint32]:
-        with self.snapshot() as snapshot:
-            return snapshot.seen(user_id)
-
-    def applied(self, user_id: str, request_ids: Collection[int]) -> set[int]:
-        with self.snapshot() as snapshot:
-            return snapshot.applied(user_id, request_ids)
-
-    def sequences(self, user_id: str, producers: Collection[int]) -> dict[int, int]:
-        with self.snapshot() as snapshot:
-            return snapshot.sequences(user_id, producers)

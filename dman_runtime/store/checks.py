@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -59,15 +60,20 @@ def checked_writes(writes: Sequence[Write], item_count: int) -> None:
         for before, last in write.sequences.values():
             if not (-1 if before is None else before) < last < 1 << 64:
                 raise ValueError(f"a sequence cannot go from {before} to {last}")
-        items, timestamps = np.asarray(write.items), np.asarray(write.timestamps)
-        if items.ndim != 1 or items.shape != timestamps.shape:
-            raise ValueError(f"items {items.shape} and timestamps {timestamps.shape} must be two lists of one length")
-        if not len(items):
-            continue
-        if items.dtype.kind not in "iu" or not np.can_cast(timestamps.dtype, np.int64):
-            raise ValueError(f"items ({items.dtype}) must be integers and timestamps ({timestamps.dtype}) fit 64 bits")
-        if items.max() >= item_count or (items.dtype.kind == "i" and items.min() < 0):
-            raise ValueError(f"item numbers must be 0 to {item_count - 1}, not {items.min()} to {items.max()}")
+        _check_events(write.items, write.timestamps, item_count)
+        _check_events(*write.shown, item_count)
+
+
+def _check_events(numbers: NDArray[Any], times: NDArray[Any], item_count: int) -> None:
+    items, timestamps = np.asarray(numbers), np.asarray(times)
+    if items.ndim != 1 or items.shape != timestamps.shape:
+        raise ValueError(f"items {items.shape} and timestamps {timestamps.shape} must be two lists of one length")
+    if not len(items):
+        return
+    if items.dtype.kind not in "iu" or not np.can_cast(timestamps.dtype, np.int64):
+        raise ValueError(f"items ({items.dtype}) must be integers and timestamps ({timestamps.dtype}) fit 64 bits")
+    if items.max() >= item_count or (items.dtype.kind == "i" and items.min() < 0):
+        raise ValueError(f"item numbers must be 0 to {item_count - 1}, not {items.min()} to {items.max()}")
 
 
 def differ(found: Mapping[int, int], steps: Mapping[int, Step]) -> bool:

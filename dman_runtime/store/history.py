@@ -7,6 +7,7 @@ spilled count u32, r x u64, *tail*, CRC-32 u32 |
 | chunk | layout u8 (1), CHUNK_EVENTS events, CRC-32 u32 |
 | seen | kind u8 (2 numbers, 3 bitmap), length n u32 of what follows, n bytes, CRC-32 u32 |
 | record | check u32, the record as it was given |
+| shown | layout u8 (1), events whose timestamps are the seconds until which each item counts, CRC-32 u32 |
 
 An event is (u32 item number, i64 timestamp). The tail holds the events that do not fill a chunk yet, so that most
 updates write the head only. `seen` covers the chunks; the items of the tail are seen as well. Its numbers are sorted
@@ -41,7 +42,8 @@ _LEGACY_NUMBERS, _LEGACY_BITMAP, _NUMBERS, _BITMAP = range(4)  # first byte of a
 _TAIL_AT = _HEAD.size + _SPILLED.size  # where a head has no recent ids
 _MIN_HEAD_BYTES = _HEAD.size + CHECKSUM.size
 MAX_HEAD_BYTES = _TAIL_AT + 8 * RECENT_IDS + (CHUNK_EVENTS - 1) * EVENT.itemsize + CHECKSUM.size
-_CHUNK_TAG, _SEEN_TAG, RECORD_TAG = 0x6E756863, 0x6E656573, 0x64636572  # keep apart what one user has
+# These keep apart what one user has.
+_CHUNK_TAG, _SEEN_TAG, RECORD_TAG, _SHOWN_TAG = 0x6E756863, 0x6E656573, 0x64636572, 0x6E776873
 _RESIDUE = 0x2144DF1C  # the CRC-32 of any bytes with their CRC-32 behind them, whatever it started from
 _MASK = 0xFFFFFFFF
 _EMPTY = np.zeros(0, np.uint8)
@@ -236,6 +238,21 @@ def _seen_content(value: Bytes, seed: int, legacy: bool) -> tuple[bool, NDArray[
     if not bitmap and (size - begin) % 4:
         raise DamagedError("a set of seen items is unreadable")
     return bitmap, np.frombuffer(value, np.uint8, size - begin, begin)
+
+
+# -- shown items -------------------------------------------------------------------------------------------------------
+
+
+def pack_shown(events: NDArray[np.void], seed: int) -> bytes:
+    return _with_checksum(bytes([_LAYOUT]) + events.tobytes(), seed ^ _SHOWN_TAG)
+
+
+def unpack_shown(value: Bytes, seed: int) -> NDArray[np.void]:
+    """(N) EVENT. Raises DamagedError."""
+    size = len(value) - 5
+    if size < 0 or size % EVENT.itemsize or value[0] != _LAYOUT or zlib.crc32(value, seed ^ _SHOWN_TAG) != _RESIDUE:
+        raise DamagedError("what a user was shown is damaged")
+    return np.frombuffer(value, EVENT, size // EVENT.itemsize, 1)
 
 
 # -- records -----------------------------------------------------------------------------------------------------------

@@ -11,6 +11,7 @@ first is generation 1; what user ids and item ids are; which bundle serves whom 
 | seen | user id | set of item numbers |
 | history | user id, `\\0`, chunk number u32 big-endian | chunk of events |
 | catalogue | kind, item number | which items are switched off: `lmdb_catalogue` |
+| shown | user id | the items that the user was shown, and until when each counts |
 | requests | period u32 big-endian, hash of the user id (16 bytes), request id u64 big-endian | checksum |
 | producers | keyed hash of the user id | the last sequence of each producer |
 
@@ -33,7 +34,8 @@ import lmdb
 import numpy as np
 from numpy.typing import NDArray
 
-from dman_runtime.store.base import IdTypes, RankingView, ReadsBySnapshot, StoredRecord, StoreStats, Write
+from dman_runtime.store.base import IdTypes, RankingView, StoredRecord, StoreStats, Write
+from dman_runtime.store.by_snapshot import ReadsBySnapshot
 from dman_runtime.store.catalogue import NOTHING_STANDS, Catalogue, Standing
 from dman_runtime.store.checks import checked_id, checked_numbers, checked_types, checked_writes, differ
 from dman_runtime.store.environment import Environment
@@ -45,17 +47,16 @@ from dman_runtime.store.lmdb_layout import (
     HEAD_SUFFIX,
     NOTHING_SET,
     Databases,
-    decoded,
     numbered_key,
     read_generations,
     read_id_types,
     read_rollout,
-    user_of,
     write_generations,
     write_id_types,
     write_rollout,
 )
-from dman_runtime.store.lmdb_reads import LmdbSnapshot, read_records
+from dman_runtime.store.lmdb_reads import LmdbSnapshot, read_records, users_from
+from dman_runtime.store.lmdb_shown import drop_expired, expired_users
 from dman_runtime.store.lmdb_users import delete_user, put_user
 from dman_runtime.store.producers import find_sequences, producers_key, put_sequences
 from dman_runtime.store.request_ids import find_requests, has_expired, sweep
@@ -74,6 +75,7 @@ class LmdbStore(ReadsBySnapshot):
         self._env, self._clock = environment, clock
         self._databases = Databases.of(environment.databases, legacy=environment.legacy, hash_key=environment.hash_key)
         self._rollout = NOTHING_SET  # as it was read last
+        self._swept_to = b""  # what users were shown is swept from here on
         self._standing = (-1, NOTHING_STANDS)  # with the number of the transaction that left it
 
     @classmethod
@@ -206,7 +208,7 @@ class LmdbStore(ReadsBySnapshot):
         start = b"\0"
         while True:
             with self._env.read() as reading, reading.txn.cursor(db=self._databases.users) as cursor:
-                found = list(islice(_users(cursor, start), _SCAN_USERS))
+                found = list(islice(users_from(cursor, start), _SCAN_USERS))
             yield from (text for user, text in found if crc32(user) % partitions == partition)
             if len(found) < _SCAN_USERS:
                 return
@@ -291,7 +293,17 @@ class LmdbStore(ReadsBySnapshot):
                         break
                 with self._env.write() as txn:
                     sweep(txn, self._databases.requests, self._clock(), _SWEPT_PER_SWEEP)
+            self._sweep_shown()
         return stale
+
+    def _sweep_shown(self) -> None:
+        """Looks at some users, and the next time at the next ones."""
+        now = self._clock()
+        with self._env.read() as reading:
+            *users, self._swept_to = expired_users(reading.txn, self._databases, self._swept_to, now, _SWEPT_PER_SWEEP)
+        if users:
+            with self._env.write() as txn:
+                drop_expired(txn, self._databases, users, now)
 
     def stats(self) -> StoreStats:
         """As in `StateStore`; users are counted one by one."""
@@ -324,18 +336,3 @@ class LmdbStore(ReadsBySnapshot):
 
     def __exit__(self, *exc_info: object) -> None:
         self.close()
-
-
-def _users(cursor: lmdb.Cursor, start: bytes) -> Iterator[tuple[bytes, str]]:
-    """The users from a key on, in bytes and as text. DamagedError where one has no head, or keys are out of order."""
-    last_user, last_key = b"", b""
-    for view in cursor.iternext(values=False) if cursor.set_range(start) else ():
-        key = bytes(view)
-        user, number = user_of(key)
-        if key <= last_key:
-            raise DamagedError("keys are out of order")
-        if number == 0:
-            yield user, decoded(user)
-        elif user != last_user:
-            raise DamagedError("a user's head is missing")
-        last_user, last_key = user, key

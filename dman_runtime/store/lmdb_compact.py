@@ -22,6 +22,7 @@ from dman_runtime.store.lmdb_catalogue import read_catalogue
 from dman_runtime.store.lmdb_errors import store_errors
 from dman_runtime.store.lmdb_items import checked_item, is_free, item_count, put_free, put_item
 from dman_runtime.store.lmdb_layout import HASHED, NAMES, NUMBER, Databases, hash_key_of, pack_info, read_info, user_of
+from dman_runtime.store.lmdb_shown import unpacked
 from dman_runtime.store.request_ids import request_value, with_owner
 
 _BATCH = 1000  # entries of a transaction: some MB of records
@@ -109,7 +110,7 @@ class _Copy:
         return freed
 
     def _used_items(self) -> np.ndarray:
-        """Whether any history has an item, or the catalogue says something of it, by its number (N) bool.
+        """Whether any history has an item, a user was shown it, or it is switched off, by its number (N) bool.
 
         Raises DamagedError.
         """
@@ -122,9 +123,12 @@ class _Copy:
             user, number = user_of(key)
             if number == 0:
                 _mark(used, unpack_head(value, seed_of(user), legacy).tail["item"])
+        for user, value in self._entries(self._old.shown):
+            _mark(used, unpacked(user, value)[0])
         return used
 
-    def _entries(self, database: lmdb._Database) -> Iterator[Entry]:
+    def _entries(self, database: lmdb._Database | None) -> Iterator[Entry]:
+        assert database is not None  # a store that is open to be written has all of them
         with self._txn.cursor(db=database) as cursor:
             for key, value in cursor:
                 yield bytes(key), bytes(value)

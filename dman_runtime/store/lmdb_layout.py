@@ -42,8 +42,10 @@ class Databases(NamedTuple):
     requests: lmdb._Database
     legacy: bool
     hash_key: bytes
-    catalogue: lmdb._Database | None = None  # of a store that is only read, if no release that knows it has written it
-    producers: lmdb._Database | None = None  # likewise
+    # None for a store that is only read, if no release that knows them has written it:
+    catalogue: lmdb._Database | None = None
+    producers: lmdb._Database | None = None
+    shown: lmdb._Database | None = None
 
     @classmethod
     def of(cls, handles: Mapping[str, lmdb._Database], *, legacy: bool, hash_key: bytes) -> Self:
@@ -57,7 +59,11 @@ class Databases(NamedTuple):
         return hashlib.blake2b(user, digest_size=OWNER_BYTES, key=self.hash_key).digest()
 
 
-LATER_NAMES = ("catalogue", "producers")  # stores of format 4 may lack them; who opens one for writing adds them
+LATER_NAMES = (
+    "catalogue",
+    "producers",
+    "shown",
+)  # stores of format 4 may lack them; who opens one for writing adds them
 NAMES = tuple(name for name in Databases._fields if name not in ("legacy", "hash_key"))
 OWNER_BYTES = 16  # of a hash
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import suppress
 from zlib import crc32
 
@@ -32,9 +32,11 @@ from dman_runtime.store.history import (
 )
 from dman_runtime.store.lmdb_absence import check_no_user
 from dman_runtime.store.lmdb_items import find_ids, find_numbers, item_count
-from dman_runtime.store.lmdb_layout import HEAD_SUFFIX, Databases, numbered_key, user_of
+from dman_runtime.store.lmdb_layout import HEAD_SUFFIX, Databases, decoded, numbered_key, user_of
+from dman_runtime.store.lmdb_shown import read_shown, unpacked
 from dman_runtime.store.producers import find_sequences, producers_key
 from dman_runtime.store.request_ids import find_requests
+from dman_runtime.store.shown import still_shown
 
 NO_SEEN = np.zeros(0, np.uint32)
 
@@ -131,6 +133,8 @@ class LmdbSnapshot(ReadTransaction):
             seen = np.concatenate([chunks, seen])
         else:
             seen = seen.copy()
+        if databases.shown is not None and (shown := self.txn.get(user, db=databases.shown)) is not None:
+            seen = np.concatenate([seen, still_shown(unpacked(user, shown), self._clock())[0]])
         value = self.txn.get(numbered_key(user, generation), db=databases.users) if generation > 0 else None
         if value is None:
             return RankingView(history_count, None, seen)
@@ -182,6 +186,10 @@ class LmdbSnapshot(ReadTransaction):
         chunks = unpack_seen(read_seen(self.txn, self._databases, user), seed_of(user), self._databases.legacy)
         return np.union1d(chunks, found.tail["item"]).astype(np.uint32)
 
+    def shown(self, user_id: str) -> Events:
+        user = checked_id(user_id).encode()
+        return still_shown(read_shown(self.txn, self._databases, user), self._clock())
+
     def applied(self, user_id: str, request_ids: Collection[int]) -> set[int]:
         if not request_ids:
             return set()
@@ -199,3 +207,18 @@ class LmdbSnapshot(ReadTransaction):
         key = producers_key(checked_id(user_id).encode(), self._env.store_id)
         found = find_sequences(self.txn, self._databases.producers, key) if producers else {}
         return {producer: found[producer] for producer in producers if producer in found}
+
+
+def users_from(cursor: lmdb.Cursor, start: bytes) -> Iterator[tuple[bytes, str]]:
+    """The users from a key on, in bytes and as text. DamagedError where one has no head, or keys are out of order."""
+    last_user, last_key = b"", b""
+    for view in cursor.iternext(values=False) if cursor.set_range(start) else ():
+        key = bytes(view)
+        user, number = user_of(key)
+        if key <= last_key:
+            raise DamagedError("keys are out of order")
+        if number == 0:
+            yield user, decoded(user)
+        elif user != last_user:
+            raise DamagedError("a user's head is missing")
+        last_user, last_key = user, key

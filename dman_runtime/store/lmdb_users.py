@@ -1,4 +1,7 @@
-"""How the LMDB store writes one user: head, history, seen set, records and request ids. `lmdb` has the layout."""
+"""How the LMDB store writes one user: head, history, seen set, records, request ids, what was shown.
+
+`lmdb` has the layout.
+"""
 
 from __future__ import annotations
 
@@ -30,6 +33,7 @@ from dman_runtime.store.history import (
 from dman_runtime.store.lmdb_absence import check_no_user
 from dman_runtime.store.lmdb_layout import HEAD_SUFFIX, Databases, numbered_key, user_of
 from dman_runtime.store.lmdb_reads import NO_SEEN, read_chunk, read_seen
+from dman_runtime.store.lmdb_shown import put_shown
 from dman_runtime.store.request_ids import MAX_IDS, spill, spilled_of_nobody
 
 _NO_EVENTS = events_of(NO_SEEN, NO_SEEN)
@@ -41,6 +45,9 @@ def put_user(txn: lmdb.Transaction, databases: Databases, write: Write, head: by
     Raises ValueError, DamagedError and TooManyRequestIdsError, with a part of it put.
     """
     user = write.user_id.encode()
+    shown = put_shown(txn, databases, user, write.shown, now) if len(write.shown[0]) else 0
+    if write.only_shows:
+        return shown
     seed = seed_of(user)
     if head is None:
         before = StoredHead(Head(0, 0, 0), _NO_EVENTS, spilled=spilled_of_nobody(txn, databases, user, now))
@@ -61,7 +68,7 @@ def put_user(txn: lmdb.Transaction, databases: Databases, write: Write, head: by
     values |= {number: pack_record(record, seed, number) for number, record in write.records.items()}
     for number, value in values.items():
         txn.put(numbered_key(user, number), value, db=databases.users)
-    return put + sum(map(len, values.values()))
+    return shown + put + sum(map(len, values.values()))
 
 
 def _cut(
@@ -134,6 +141,8 @@ def delete_user(txn: lmdb.Transaction, databases: Databases, user: bytes, now: f
     _spill_recent(txn, databases, user, head, now)
     removed = [_delete_prefix(txn, database, user + b"\0") for database in (databases.users, databases.history)]
     removed.append(int(txn.delete(user, db=databases.seen)))
+    assert databases.shown is not None
+    txn.delete(user, db=databases.shown)
     if head is None:
         if not any(removed):
             check_no_user(txn, databases, user)

@@ -44,6 +44,7 @@ from dman_runtime.store.lmdb_layout import (
     read_rollout,
     user_of,
 )
+from dman_runtime.store.lmdb_shown import unpacked
 from dman_runtime.store.marker import missing
 from dman_runtime.store.producers import unpack_sequences
 from dman_runtime.store.request_ids import is_sound
@@ -119,6 +120,7 @@ def verify_contents(store: LmdbStore, problems: Problems) -> dict[str, int]:
     contents.check_catalogue()
     contents.check_users()
     contents.check_leftovers()
+    contents.check_shown()
     contents.check_request_ids()
     contents.check_producers()
     return contents.counts
@@ -127,8 +129,8 @@ def verify_contents(store: LmdbStore, problems: Problems) -> dict[str, int]:
 class _Contents:
     def __init__(self, env: Environment, databases: Databases, problems: Problems) -> None:
         self._env, self._databases, self._problems = env, databases, problems
-        names = ("generations", "items", "items_off", "users", "events", "records", "seen_sets", "request_ids")
-        self.counts = dict.fromkeys((*names, "producers"), 0)
+        names = "generations items items_off users events records seen_sets users_shown_items request_ids producers"
+        self.counts = dict.fromkeys(names.split(), 0)
 
     def _pieces(self, database: lmdb._Database) -> Iterator[tuple[lmdb.Transaction, Entries]]:
         """All entries in order, some at a time with the transaction that they are read in."""
@@ -250,6 +252,19 @@ class _Contents:
                     with self._problems.of(f"entry {_shown(key)}"):
                         if txn.get(owner(key) + HEAD_SUFFIX, db=databases.users) is None:
                             raise DamagedError("it belongs to a user without a head")
+
+    def check_shown(self) -> None:
+        if self._databases.shown is None:
+            return
+        for txn, entries in self._pieces(self._databases.shown):
+            for key, value in entries:
+                self.counts["users_shown_items"] += 1
+                with self._problems.of(f"shown to {_shown(key)}"):
+                    items, _ = unpacked(key, value)
+                    if id_problem(decoded(key)):
+                        raise DamagedError("the id of the user is damaged")
+                    if len(items) and int(items.max()) >= item_count(txn, self._databases):
+                        raise DamagedError("an item without an id was shown")
 
     # -- request ids -----------------------------------------------------------------------------------------------
 

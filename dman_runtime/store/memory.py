@@ -15,18 +15,19 @@ from numpy.typing import NDArray
 
 from dman_runtime.errors import StoreError, TooManyRequestIdsError
 from dman_runtime.store.base import (
+    NOTHING_SHOWN,
     REMEMBER_SECONDS,
     UNKNOWN_TYPES,
     Events,
     Head,
     IdTypes,
     RankingView,
-    ReadsBySnapshot,
     StoredRecord,
     StoredUser,
     StoreStats,
     Write,
 )
+from dman_runtime.store.by_snapshot import ReadsBySnapshot
 from dman_runtime.store.catalogue import Catalogue, Standing
 from dman_runtime.store.checks import (
     check_producers,
@@ -38,6 +39,7 @@ from dman_runtime.store.checks import (
     differ,
 )
 from dman_runtime.store.rollout import NO_ROLLOUT, Rollout, checked_rollout
+from dman_runtime.store.shown import joined_shown, still_shown
 
 MAX_IDS, _PERIOD_SECONDS = 100_000, 6 * 3600  # request ids of one user in a period
 _NO_HEAD = Head(0, 0, 0)
@@ -68,9 +70,11 @@ class MemorySnapshot:
         users: dict[str, _User],
         ids: dict[str, Ids],
         sequences: dict[str, Sequences],
+        shown: dict[str, Events],
         now: float,
     ) -> None:
-        self._numbers, self._users, self._ids, self._sequences, self._now = numbers, users, ids, sequences, now
+        self._numbers, self._users, self._ids, self._sequences = numbers, users, ids, sequences
+        self._shown, self._now = shown, now
 
     def find_items(self, item_ids: Sequence[str]) -> NDArray[np.int64]:
         return np.array([self._numbers.get(checked_id(item_id), -1) for item_id in item_ids], np.int64)
@@ -92,7 +96,7 @@ class MemorySnapshot:
         if user is None:
             return None
         record = user.records.get(generation)
-        seen = np.array(user.items, np.uint32)
+        seen = np.concatenate([np.array(user.items, np.uint32), self.shown(user_id)[0]])
         return RankingView(user.head.history_count, None if record is None else record[:record_bytes], seen)
 
     def history(self, user_id: str, start: int = 0, stop: int | None = None) -> Events:
@@ -104,6 +108,9 @@ class MemorySnapshot:
 
     def seen(self, user_id: str) -> NDArray[np.uint32]:
         return np.unique(self.history(user_id)[0])
+
+    def shown(self, user_id: str) -> Events:
+        return still_shown(self._shown.get(checked_id(user_id), NOTHING_SHOWN), self._now)
 
     def applied(self, user_id: str, request_ids: Collection[int]) -> set[int]:
         times = self._ids.get(checked_id(user_id), {})
@@ -126,15 +133,15 @@ class MemoryStore(ReadsBySnapshot):
         self._users: dict[str, _User] = {}
         self._ids: dict[str, Ids] = {}  # by user, also of deleted ones
         self._sequences: dict[str, Sequences] = {}  # by user, also of deleted ones
+        self._shown: dict[str, Events] = {}  # by user, also of unknown ones
         self._last_version = 0
         self._closed = False
 
     @contextmanager
     def snapshot(self) -> Iterator[MemorySnapshot]:
         with self._open():
-            snapshot = MemorySnapshot(
-                self._numbers.copy(), self._users.copy(), self._ids.copy(), self._sequences.copy(), self._clock()
-            )
+            copies = self._numbers.copy(), self._users.copy(), self._ids.copy(), self._sequences.copy()
+            snapshot = MemorySnapshot(*copies, self._shown.copy(), self._clock())
         yield snapshot
 
     def add_items(self, item_ids: Sequence[str]) -> NDArray[np.uint32]:
@@ -240,6 +247,11 @@ class MemoryStore(ReadsBySnapshot):
         return after
 
     def _put(self, write: Write) -> None:
+        if len(write.shown[0]):
+            before = self._shown.get(write.user_id, NOTHING_SHOWN)
+            self._shown[write.user_id] = joined_shown(before, write.shown, self._clock())
+        if write.only_shows:
+            return
         user = self._users.get(write.user_id, _User())
         if (start := write.replace_from) is not None:
             user = _User(user.head, user.items[:start], user.timestamps[:start])
@@ -255,6 +267,7 @@ class MemoryStore(ReadsBySnapshot):
             if user is not None and expected_version not in (None, user.head.version):
                 return None
             self._users.pop(user_id, None)
+            self._shown.pop(user_id, None)
         return None if user is None else len(user.items)
 
     def scan(self, partition: int = 0, partitions: int = 1) -> Iterator[str]:
@@ -279,6 +292,7 @@ class MemoryStore(ReadsBySnapshot):
         with self._open():
             oldest = self._clock() - REMEMBER_SECONDS
             self._ids = {user: ids for user, ids in self._ids.items() if max(ids.values()) >= oldest}
+            self._shown = {user: shown for user, shown in self._shown.items() if shown[1].max() > self._clock()}
         return 0
 
     def flush(self) -> None:

@@ -261,3 +261,17 @@ async def test_a_reply_that_makes_no_sense_is_an_internal_error(
     recorder.script.append(reply)
     with pytest.raises(InternalError, match="unreadable reply"):
         await getattr(client, method)(*args)
+
+
+async def test_shown_items_are_sent_with_events_and_alone(client: Awaited, recorder: Recorder) -> None:
+    await client.update("anna", shown=[1, "b"], request_id="r")
+    await client.update("anna", "c", shown="b", shown_seconds=np.int64(60), request_id="s")
+    alone, together = (seen.request for seen in recorder.seen)
+    assert alone == pb.UpdateRequest(user_id="anna", shown_item_ids=["1", "b"], request_id="r")
+    assert together == pb.UpdateRequest(
+        user_id="anna", events=[pb.Event(item_id="c")], shown_item_ids=["b"], shown_seconds=60, request_id="s"
+    )
+    with pytest.raises(InvalidArgumentError, match=r"shown\[0\] must be str or int"):
+        await client.update("anna", shown=[None])
+    with pytest.raises(InvalidArgumentError, match="shown_seconds must be an integer"):
+        await client.update("anna", shown=1, shown_seconds=1.5)

@@ -75,6 +75,8 @@ class UpdateRequest(_message.Message):
     REQUEST_ID_FIELD_NUMBER: _builtins.int
     PRODUCER_FIELD_NUMBER: _builtins.int
     SEQUENCE_FIELD_NUMBER: _builtins.int
+    SHOWN_ITEM_IDS_FIELD_NUMBER: _builtins.int
+    SHOWN_SECONDS_FIELD_NUMBER: _builtins.int
     user_id: _builtins.str
     """1 to 400 bytes of UTF-8 without control characters."""
     request_id: _builtins.str
@@ -88,11 +90,20 @@ class UpdateRequest(_message.Message):
     """
     sequence: _builtins.int
     """Where the update is in the order of its producer; present if and only if that is. It may leave numbers out."""
+    shown_seconds: _builtins.int
+    """For how long: 1 to 2592000 (30 days); 3600 when absent. Of an item that is shown again, the later end counts."""
     @_builtins.property
     def events(self) -> _containers.RepeatedCompositeFieldContainer[Global___Event]:
         """Oldest first. An item that occurs again is a new event. Events of items that the bundle does not know are stored
         for a later bundle, change no recommendation of this one, and are named in the reply. An empty list changes nothing
         and creates no user.
+        """
+
+    @_builtins.property
+    def shown_item_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """Items that the user was shown: they are left out of the user's recommendations for a time, unless include_seen is
+        set. They are no events: they enter no history, train nothing and move no state. The latest 1000 of a user count.
+        An update may hold nothing else; then it creates no user, and a repeat begins the time anew.
         """
 
     def __init__(
@@ -103,14 +114,21 @@ class UpdateRequest(_message.Message):
         request_id: _builtins.str = ...,
         producer: _builtins.str = ...,
         sequence: _builtins.int | None = ...,
+        shown_item_ids: _abc.Iterable[_builtins.str] | None = ...,
+        shown_seconds: _builtins.int | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_sequence", b"_sequence", "sequence", b"sequence"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_sequence", b"_sequence", "_shown_seconds", b"_shown_seconds", "sequence", b"sequence", "shown_seconds", b"shown_seconds"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_sequence", b"_sequence", "events", b"events", "producer", b"producer", "request_id", b"request_id", "sequence", b"sequence", "user_id", b"user_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_sequence", b"_sequence", "_shown_seconds", b"_shown_seconds", "events", b"events", "producer", b"producer", "request_id", b"request_id", "sequence", b"sequence", "shown_item_ids", b"shown_item_ids", "shown_seconds", b"shown_seconds", "user_id", b"user_id"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__sequence: _TypeAlias = _typing.Literal["sequence"]  # noqa: Y015
     _WhichOneofArgType__sequence: _TypeAlias = _typing.Literal["_sequence", b"_sequence"]  # noqa: Y015
+    _WhichOneofReturnType__shown_seconds: _TypeAlias = _typing.Literal["shown_seconds"]  # noqa: Y015
+    _WhichOneofArgType__shown_seconds: _TypeAlias = _typing.Literal["_shown_seconds", b"_shown_seconds"]  # noqa: Y015
+    @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__sequence) -> _WhichOneofReturnType__sequence | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__shown_seconds) -> _WhichOneofReturnType__shown_seconds | None: ...
 
 Global___UpdateRequest: _TypeAlias = UpdateRequest  # noqa: Y015
 

@@ -76,7 +76,7 @@ def test_sound_store_is_sound_and_counted(path: Path) -> None:
     assert report.problems == () and report.sound and report.exit_status == 0
     assert report.counts == {
         "generations": 1, "items": 100, "items_off": 2, "users": 3, "events": 2 * EVENTS, "records": 6, "seen_sets": 2,
-        "request_ids": 3 * 24 + 40, "producers": 3, "records_lacking_late_events": 0,
+        "users_shown_items": 0, "request_ids": 3 * 24 + 40, "producers": 3, "records_lacking_late_events": 0,
     }  # fmt: skip
     assert format_report(report).splitlines()[-1] == f"the state store {path} is sound"
     assert json.loads(json.dumps(report.as_dict()))["sound"] is True

@@ -28,6 +28,7 @@ from dman_runtime.store.history import (
     pack_chunk,
     pack_head,
     pack_record,
+    pack_shown,
     read_head_only,
     read_ids,
     read_tail,
@@ -37,6 +38,7 @@ from dman_runtime.store.history import (
     unpack_chunk,
     unpack_head,
     unpack_seen,
+    unpack_shown,
     version_of,
 )
 
@@ -358,3 +360,25 @@ def test_events_fill_chunks_in_order_and_the_rest_is_the_tail(tail: int, new: in
     full, rest = split_events(events(tail), events(new, first=tail))
     assert len(full) == (tail + new) // CHUNK_EVENTS * CHUNK_EVENTS and len(rest) == (tail + new) % CHUNK_EVENTS
     assert [*full.tolist(), *rest.tolist()] == events(tail + new).tolist()
+
+
+# -- shown items -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("count", [0, 1, 1000])
+def test_shown_items_come_back_and_every_damaged_byte_is_found(count: int) -> None:
+    events = events_of(np.arange(count), np.arange(count) + 1_700_000_000)
+    seed = seed_of(b"anna")
+    value = pack_shown(events, seed)
+    assert len(value) == 1 + 12 * count + 4
+    assert unpack_shown(memoryview(value), seed).tolist() == events.tolist()
+    damaged = [value[:size] for size in {0, 1, 4, len(value) - 1, len(value) - 12} if 0 <= size < len(value)]
+    for position in {0, 1, len(value) // 2, len(value) - 1}:
+        flipped = bytearray(value)
+        flipped[position] ^= 4
+        damaged.append(bytes(flipped))
+    for one in (*damaged, value + b"\0"):
+        with pytest.raises(DamagedError, match="what a user was shown is damaged"):
+            unpack_shown(one, seed)
+    with pytest.raises(DamagedError):
+        unpack_shown(value, seed_of(b"bob"))

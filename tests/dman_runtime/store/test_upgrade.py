@@ -23,7 +23,7 @@ from dman_runtime.store.base import Head, Write
 from dman_runtime.store.catalogue import NOTHING_STANDS
 from dman_runtime.store.history import unpack_chunk, unpack_head, unpack_seen
 from dman_runtime.store.lmdb import LmdbStore
-from dman_runtime.store.lmdb_layout import write_info
+from dman_runtime.store.lmdb_layout import LATER_NAMES, write_info
 
 NAMES = ("meta", "items", "item_numbers", "users", "seen", "history")
 ITEMS = [f"item-{number}" for number in range(100)]
@@ -176,20 +176,24 @@ def test_crash_while_it_is_upgraded_leaves_format_3(old: Path, monkeypatch: pyte
         check_old_data(store)
 
 
-def test_store_without_a_catalogue_is_read_as_one_without_changes_and_gets_one_when_written(tmp_path: Path) -> None:
-    """Earlier releases of format 4 made no such database."""
+def test_store_without_the_later_databases_is_read_and_gets_them_when_it_is_written(tmp_path: Path) -> None:
+    """Earlier releases of format 4 made none."""
     path = tmp_path / "state"
     with LmdbStore.open(path) as store:
         store.add_items(ITEMS)
     with lmdb.open(str(path), lib_version=0, max_dbs=9, map_size=64 << 20) as env:
-        catalogue = env.open_db(b"catalogue", create=False)
+        later = [env.open_db(name.encode(), create=False) for name in LATER_NAMES]
         with env.begin(write=True) as txn:
-            txn.drop(catalogue)
+            for database in later:
+                txn.drop(database)
     with LmdbStore.open(path, readonly=True) as store:
         assert (store.standing(), store.catalogue().off.tolist()) == (NOTHING_STANDS, [])
-        assert store.sizes()[0] > 0
+        assert store.sizes()[0] > 0 and store.shown("anna")[0].tolist() == []
     with LmdbStore.open(path) as store:
         assert store.standing() == NOTHING_STANDS
         assert store.switch_items([4], off=True) == 1
+        shown = np.array([7]), np.array([60])
+        assert store.commit([Write("anna", 0, {}, np.array([1]), np.array([2]), shown=shown)]) == []
     with LmdbStore.open(path, readonly=True) as store:
         assert (store.standing().catalogue_revision, store.catalogue().off.tolist()) == (1, [4])
+        assert store.shown("anna")[0].tolist() == [7]
