@@ -37,6 +37,7 @@ def parser() -> Parser:
     _generations_options(_plain_command(commands, "generations", "list the bundles that a state store has states of"))
     _drop_options(_plain_command(commands, "drop", "remove the states of a bundle that is no longer served"))
     _items_options(_plain_command(commands, "items", "switch items off and on, in running servers too, or list them"))
+    _add_items_options(_command(commands, "add-items", "add new items without training, in running servers too"))
     _export_log_options(_plain_command(commands, "export-log", "write all histories as a log, to train on or import"))
     _score_options(_command(commands, "score", "write the top K of every user in a log to a Parquet file"))
     _evaluate_options(_command(commands, "evaluate", "leave-one-out metrics of a bundle on a log"))
@@ -265,6 +266,16 @@ def _items_options(p: Parser) -> None:
     p.add_argument("ids", nargs="*", help="ids of items, right behind that word; one with a dash goes behind --")
     p.flag("--file", type=Path, default=None, help="more of them: a .txt file with one id a line, or a table of items")
     p.flag("--item-column", default="item_id", help="column of the ids in such a table")
+    p.flag("--state", type=Path, default=DEFAULT_STATE, help="state directory; servers may be using it")
+    _map_option(p)
+    p.add_argument("--json", action="store_true", help="print the result as JSON on the last line")
+
+
+def _add_items_options(p: Parser) -> None:
+    p.flag("--file", type=Path, required=True, help="table of the items: ids, and titles and attributes if it has any")
+    p.flag("--item-column", default="item_id", help="column of the ids")
+    p.flag("--like-column", default="like", help="column of ids, with | between them, whose mean an item gets")
+    p.flag("--embeddings", type=Path, default=None, help=".npy file of float32, one row per item, made for the bundle")
     p.flag("--state", type=Path, default=DEFAULT_STATE, help="state directory; servers may be using it")
     _map_option(p)
     p.add_argument("--json", action="store_true", help="print the result as JSON on the last line")

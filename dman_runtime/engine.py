@@ -53,6 +53,7 @@ from dman_runtime.requests import (
 )
 from dman_runtime.routing import Router
 from dman_runtime.store.base import StateStore
+from dman_runtime.store.catalogue import Standing
 
 logger = logging.getLogger(__name__)
 COMMIT_ATTEMPTS = 50
@@ -83,13 +84,22 @@ class Engine:
 
     def _projections(self, user_ids: Sequence[str | None]) -> Sequence[Projection]:
         """Which generation serves each of some users."""
-        return self.router.of(user_ids) if self._follows else [self.projection] * len(user_ids)
+        return self._served(user_ids, self.router.standing())
+
+    def _served(self, user_ids: Sequence[str | None], standing: Standing) -> Sequence[Projection]:
+        if self._follows:
+            return self.router.of(user_ids, standing)
+        return [self.projection.at(standing.catalogue_revision)] * len(user_ids)
+
+    @property
+    def current(self) -> Projection:
+        """Of the generation that this was made with, with the items that were added by now. Raises StoreError."""
+        return self.projection.at(self.store.standing().catalogue_revision)
 
     def _offers(self, user_ids: Sequence[str | None]) -> Iterator[tuple[Projection, Assortment]]:
         """The same, with the items that each may recommend now."""
         standing = self.router.standing()
-        served = self.router.of(user_ids, standing.rollout) if self._follows else [self.projection] * len(user_ids)
-        for projection in served:
+        for projection in self._served(user_ids, standing):
             yield projection, projection.assortment(standing.catalogue_revision)
 
     def bundle_of(self, user_id: str) -> Bundle:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import logging
+import threading
+from copy import copy
 from typing import NamedTuple
 
 import numpy as np
@@ -14,6 +16,7 @@ from dman_runtime.model.events import NO_EVENTS, KnownEvents
 from dman_runtime.model.generation import Generation
 from dman_runtime.model.state import State
 from dman_runtime.store.base import Events, Head, Snapshot, StateStore
+from dman_runtime.store.catalogue import Catalogue
 
 logger = logging.getLogger(__name__)
 
@@ -23,11 +26,14 @@ class ReadState(NamedTuple):
 
     state: State  # of the record; empty where there is none
     left: KnownEvents  # what it has yet to be advanced by, up to the end of the stored history
-    lags: bool  # the record does not cover the stored history
+    lags: bool  # the record does not cover the stored history, or not with the items of now
 
 
 class Projection:
-    """Turns histories, which are item numbers, into states of one generation, and back into records."""
+    """Turns histories, which are item numbers, into states of one generation, and back into records.
+
+    That of a bundle as it was opened is the *root* of those that know the items added since (`at`).
+    """
 
     def __init__(self, generation: Generation, store: StateStore, *, reads_only: bool = False) -> None:
         """Gives the bundle's items their numbers, and the bundle its generation, where the store lacks them.
@@ -44,8 +50,54 @@ class Projection:
         self._indices = np.full(int(numbers.max(initial=0)) + 2, -1, np.int64)
         self._indices[numbers[numbers >= 0]] = np.flatnonzero(numbers >= 0)
         self._store, self._assortment = store, Assortment(Attributes(self.bundle.items.attributes))
+        self._empty = np.zeros(0, np.int64)  # indices of added items that the bundle cannot serve
+        self._newest, self._revision, self._lock = self, 0, threading.Lock()
         known = store.generations()
         self.number = known.get(self.bundle.bundle_id) or store.add_generation(self.bundle.bundle_id)
+
+    def at(self, revision: int) -> Projection:
+        """This root with the items that were added by this revision of the catalogue, or a later one.
+
+        Raises StoreError.
+        """
+        if self._revision < revision:
+            with self._lock:
+                if self._revision < revision:
+                    catalogue = self._store.catalogue()
+                    if len(catalogue.added) > self._newest.bundle.added:
+                        self._newest = self._with(catalogue)
+                    self._revision = catalogue.revision
+        return self._newest
+
+    def _with(self, catalogue: Catalogue) -> Projection:
+        """The projection of a bundle with the added items."""
+        numbers = np.array([one.number for one in catalogue.added], np.int64)
+        last = {number: slot for slot, number in enumerate(numbers.tolist())}
+        slots = [
+            (item_id, item) if last[number] == slot else None  # else it was added again
+            for slot, (item_id, (number, item)) in enumerate(
+                zip(self._store.item_ids(numbers), catalogue.added, strict=True)
+            )
+        ]
+        generation, more = self.generation.extended(slots)
+        if more.unusable:
+            item_id, reason = next(iter(more.unusable.items()))
+            logger.warning(
+                "bundle %s cannot serve %d of the added items, such as %r: %s",
+                self.bundle.bundle_id, len(more.unusable), item_id, reason,
+            )  # fmt: skip
+        larger = copy(self)
+        larger.generation, larger.bundle, larger._empty = generation, generation.bundle, more.empty
+        larger._numbers = np.concatenate([self._numbers, numbers.astype(np.uint32)])
+        larger._indices = np.full(max(len(self._indices), int(numbers.max()) + 2), -1, np.int64)
+        larger._indices[: len(self._indices)] = self._indices
+        served = np.setdiff1d(np.arange(len(self._numbers), len(larger._numbers)), more.empty)
+        larger._indices[larger._numbers[served]] = served
+        off = np.concatenate([larger.known_indices(catalogue.off), more.empty])
+        attributes = Attributes(larger.bundle.items.attributes)
+        larger._assortment = Assortment(attributes, revision=catalogue.revision, off=off)
+        larger._newest, larger._revision = larger, catalogue.revision
+        return larger
 
     def numbers(self, indices: np.ndarray) -> np.ndarray:
         """The item numbers (N) uint32 of item indices."""
@@ -66,7 +118,7 @@ class Projection:
         found = self._assortment
         if found.revision < revision:
             catalogue = self._store.catalogue()
-            off = self.known_indices(catalogue.off)
+            off = np.concatenate([self.known_indices(catalogue.off), self._empty])
             found = self._assortment = Assortment(found.attributes, revision=catalogue.revision, off=off)
         return found
 
@@ -74,6 +126,13 @@ class Projection:
         """Those of items that the bundle knows, in order."""
         known = (indices := self._indices.take(events[0], mode="clip")) >= 0
         return KnownEvents(indices[known], events[1][known])
+
+    def holds_later(self, numbers: np.ndarray, vocabulary: int) -> bool:
+        """Whether some of the items of a history (n) were added after a record was made with so many items.
+
+        Such a record is no replay of the history any more, as it lacks their events.
+        """
+        return vocabulary < self.bundle.manifest.vocabulary and bool((self.known_indices(numbers) >= vocabulary).any())
 
     def empty(self) -> State:
         """The state of a user without history."""
@@ -86,6 +145,10 @@ class Projection:
             lags = state.history_count != head.history_count
             if state.history_count > head.history_count:
                 raise StateError("a state record covers more than the history")
+            if state.vocabulary < self.bundle.manifest.vocabulary:  # seldom: the seen items are a read of their own
+                lags = True  # at least to be stored as one of the items of now, so that nobody has to look again
+                if self.holds_later(snapshot.seen(user_id), state.vocabulary):
+                    state = self.empty()
         except StateError as error:
             logger.warning("%s; making the record of user %r anew from the history", error.cause, user_id)
             state, lags = self.empty(), True

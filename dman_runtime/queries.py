@@ -31,7 +31,8 @@ def plain_answer(query: Query, store: StateStore, projection: Projection, offere
         user = generation.read_for_answer(view.record)
     except StateError:
         return None
-    if user.history_count != view.history_count or not user.event_count:
+    lags = user.history_count != view.history_count or projection.holds_later(view.seen, user.vocabulary)
+    if lags or not user.event_count:
         return None
     seen = NO_ITEMS if query.include_seen else projection.known_indices(view.seen)
     embedding, added = generation.asked((user,), (query.at,))
@@ -59,7 +60,11 @@ def open_query(
             found = generation.read_for_answer(view.record) if view.record is not None else None
     elif user_id is not None:
         opened.seen = projection.known_indices(snapshot.shown(user_id)[0])
-    lags = view is not None and (found is None or found.history_count != view.history_count)
+    lags = view is not None and (
+        found is None
+        or found.history_count != view.history_count
+        or projection.holds_later(view.seen, found.vocabulary)
+    )
     if lags and catch_up:
         opened.lags = True
     elif lags or len(what_if):

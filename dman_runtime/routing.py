@@ -52,17 +52,18 @@ class Router:
         self._rollout = found.rollout
         return found
 
-    def of(self, user_ids: Sequence[str | None], rollout: Rollout | None = None) -> Sequence[Projection]:
-        """The projection that serves each of some users, by the roll-out of now where none is given.
+    def of(self, user_ids: Sequence[str | None], standing: Standing | None = None) -> Sequence[Projection]:
+        """The projection that serves each of some users, with the items of now; by what stands, or what is given.
 
         Raises NotLoadedError, StoreError.
         """
-        rollout = self.rollout() if rollout is None else rollout
-        if not rollout.active:
-            return [self.own] * len(user_ids)
+        rollout, revision = self.standing() if standing is None else standing
         if not rollout.trial:
-            return [self._projection(rollout.active)] * len(user_ids)
-        return [self._projection(rollout.of(user_id) if user_id else rollout.active) for user_id in user_ids]
+            projection = self._projection(rollout.active) if rollout.active else self.own
+            return [projection.at(revision)] * len(user_ids)
+        return [
+            self._projection(rollout.of(user_id) if user_id else rollout.active).at(revision) for user_id in user_ids
+        ]
 
     @property
     def bundle_id(self) -> str:

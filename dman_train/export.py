@@ -10,6 +10,7 @@ import argparse
 import logging
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -18,7 +19,9 @@ import onnx
 import onnxruntime
 import torch
 
-from dman_runtime.errors import BundleError
+from dman_runtime.data.items import read_items
+from dman_runtime.data.vocabulary import read_known
+from dman_runtime.errors import BundleError, InputError
 from dman_runtime.model import bundle as bundle_format
 from dman_runtime.model.bundle import items_jsonl
 from dman_runtime.model.bundle_writer import write_bundle
@@ -26,8 +29,9 @@ from dman_runtime.options import Parser, configure_logging, print_json, run_comm
 from dman_train.config import to_dict
 from dman_train.graphs import OPSET, export_graphs, graph_errors, state_shape
 from dman_train.model import DMAN
+from dman_train.predictor import Fitted, audience_of, fit_predictor
 from dman_train.replay import replay
-from dman_train.run import RunError, open_run
+from dman_train.run import Run, RunError, open_run
 from dman_train.vocabulary import Vocabulary
 
 logger = logging.getLogger(__name__)
@@ -41,6 +45,7 @@ def parser() -> Parser:
     p = Parser(prog="python -m dman_train.export", description="Export a trained run as a bundle for dman-runtime.")
     p.flag("--run", type=Path, default=DEFAULT_RUN, help="run directory of dman_train.train")
     p.flag("--out", type=Path, default=DEFAULT_OUT, help="bundle directory to write; an older bundle is replaced")
+    p.flag("--items", type=Path, default=None, help="item file with titles and attributes; default: those of the run")
     p.flag(
         "--state-dtype",
         choices=bundle_format.STATE_DTYPES,
@@ -61,6 +66,8 @@ def _main(argv: Sequence[str] | None) -> int:
     configure_logging()
     result = _export(arguments)
     print(f"bundle {result['bundle_id']} in {arguments.out}, torch-to-ONNX error {result['max_relative_error']:.1e}")
+    if "new_items" in result:
+        print(format_quality(result["new_items"]))
     bundle = "" if arguments.out == DEFAULT_OUT else f" --bundle {arguments.out}"
     log = result.pop("log")
     print(
@@ -72,22 +79,48 @@ def _main(argv: Sequence[str] | None) -> int:
     return 0
 
 
+def format_quality(quality: dict[str, Any]) -> str:
+    """One line for people."""
+    return (
+        "new items: predicted from {features:,} features, fitted on {fitted_items:,} items. Held out, their HR@10 on "
+        "validation is {hr@10:.3f}, with trained embeddings {trained_hr@10:.3f}".format(**quality)
+    )
+
+
 def _export(arguments: argparse.Namespace) -> dict[str, Any]:
     run = open_run(arguments.run)
     if run.metrics is None:
         logger.warning("%s is not finished; exporting its best epoch so far", run.path)
     if not run.family.has_state:
         raise RunError(f"{run.path} is a run of a {run.family.name}", "export a run of a DMAN", parameter="run")
+    model, vocabulary = cast(DMAN, run.best_model()), run.vocabulary()
+    if arguments.items is not None:
+        vocabulary = replace(vocabulary, items=read_items(arguments.items))
     result = export_bundle(
-        cast(DMAN, run.best_model()),
-        run.vocabulary(),
+        model,
+        vocabulary,
         arguments.out,
         state_dtype=arguments.state_dtype,
         tolerance=arguments.tolerance,
         data=run.data_record,
         metrics=run.metrics or {},
+        fitted=fitted_predictor(run, model, vocabulary),
     )
     return result | {"log": run.config["dataset"]["path"]}
+
+
+def fitted_predictor(run: Run, model: DMAN, vocabulary: Vocabulary) -> Fitted | None:
+    """What predicts embeddings of new items from titles and attributes; None without these, or without the log."""
+    if not vocabulary.items:
+        return None
+    index = {item_id: place for place, item_id in enumerate(vocabulary.item_ids)}
+    try:
+        log = read_known(Path(run.config["dataset"]["path"]), index, run.data_config(), trained=run.data_record)
+        data = log.held_out("valid")
+    except InputError as error:
+        logger.warning("the bundle will not predict embeddings of new items, as that needs the log: %s", error)
+        return None
+    return fit_predictor(model.item_table().detach().numpy(), vocabulary, audience_of(model, data))
 
 
 def export_bundle(
@@ -99,6 +132,7 @@ def export_bundle(
     tolerance: float = TOLERANCE,
     data: dict[str, Any] | None = None,
     metrics: dict[str, Any] | None = None,
+    fitted: Fitted | None = None,
 ) -> dict[str, Any]:
     """Writes the bundle of `model` to `out`. Returns bundle id and errors.
 
@@ -116,6 +150,8 @@ def export_bundle(
         _require_tolerance(max(errors.values()), tolerance)
         _write_tables(model, vocabulary, directory)
         np.savez(directory / bundle_format.GOLDEN, allow_pickle=False, **golden_replay(model))
+        if fitted is not None:
+            np.savez(directory / bundle_format.PREDICTOR, allow_pickle=False, **fitted.predictor.arrays())
         return {
             "model": to_dict(config),
             "state": state_shape(config, state_dtype, longest_gap=model.longest_gap),
@@ -125,11 +161,13 @@ def export_bundle(
             "data": data or {},
             "metrics": metrics or {},
             "export": {"max_relative_error": errors, "tolerance": tolerance, "opset": OPSET},
+            "new_items": fitted.quality if fitted else {},
             "versions": {module.__name__: module.__version__ for module in (torch, onnx, onnxruntime, np)},
         }
 
     manifest = write_bundle(out, fill)
-    return {"bundle_id": manifest.bundle_id, "out": str(out), "max_relative_error": max(errors.values())}
+    result = {"bundle_id": manifest.bundle_id, "out": str(out), "max_relative_error": max(errors.values())}
+    return result | ({"new_items": fitted.quality} if fitted else {})
 
 
 def _require_tolerance(error: float, tolerance: float) -> None:

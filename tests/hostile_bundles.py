@@ -33,6 +33,7 @@ from dman_runtime.model.bundle import (
     INITIAL_MEMORY,
     ITEMS,
     MANIFEST,
+    PREDICTOR,
     REQUEST,
     RETURNS,
     StateShape,
@@ -46,7 +47,7 @@ VALUES = [
     "a\nb", "\ud800", "x" * 1000, [], [[]], {}, {"a": 1},
 ]  # fmt: skip
 Random = np.random.Generator
-ANY_FILES = (*FILES, REQUEST, GAPS, RETURNS)
+ANY_FILES = (*FILES, REQUEST, GAPS, RETURNS, PREDICTOR)
 LATER = {
     f.name: f.default for f in fields(StateShape) if f.default is not MISSING
 }  # not in the id while they say nothing
@@ -97,7 +98,7 @@ def damage(bundle: Path, random: Random) -> str:
     content = (bundle / name).read_bytes()
     if name == ITEMS and random.random() < 0.7:
         changed = _damaged_items(content, random)
-    elif name in (GOLDEN, RETURNS) and random.random() < 0.7:
+    elif name in (GOLDEN, RETURNS, PREDICTOR) and random.random() < 0.7:
         changed = _damaged_archive(content, random)
     elif name in (EMBEDDINGS, INITIAL_MEMORY, GAPS) and random.random() < 0.7:
         changed = _damaged_header(content, random)

@@ -29,6 +29,26 @@ def items(arguments: argparse.Namespace) -> int:
     return 1 if result.unknown else 0
 
 
+def add_items(arguments: argparse.Namespace) -> int:
+    from dman_runtime.jobs.adding import add_items as add
+    from dman_runtime.jobs.adding import read_additions
+    from dman_runtime.model.bundle import open_bundle
+    from dman_runtime.store.lmdb import LmdbStore
+
+    bundle = open_bundle(arguments.bundle)
+    found = read_additions(
+        arguments.file,
+        bundle,
+        item_column=arguments.item_column,
+        like_column=arguments.like_column,
+        embeddings=arguments.embeddings,
+    )
+    with LmdbStore.open(arguments.state, map_size=arguments.map_size_mib << 20, must_exist=True) as store:
+        result = add(store, bundle, found)
+    done(arguments, result.summary(bundle), vars(result))
+    return 1 if result.unusable else 0
+
+
 def _list(arguments: argparse.Namespace) -> int:
     from dman_runtime.jobs.switching import switched_off
     from dman_runtime.store.lmdb import LmdbStore
@@ -43,4 +63,4 @@ def _list(arguments: argparse.Namespace) -> int:
     return 0
 
 
-COMMANDS: dict[str, Callable[[argparse.Namespace], int]] = {"items": items}
+COMMANDS: dict[str, Callable[[argparse.Namespace], int]] = {"items": items, "add-items": add_items}

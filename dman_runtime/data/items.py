@@ -23,18 +23,21 @@ _MISSING: tuple[Any, ...] = (None, "", [])
 _MOVIELENS_NAMES = ("item_id", "title", "genres")  # what a line of movies.dat holds
 
 
-def read_items(path: str | Path, *, item_column: str = "item_id", title_column: str = "title") -> dict[str, ItemInfo]:
+def read_items(
+    path: str | Path, *, item_column: str = "item_id", title_column: str = "title", titles: bool = True
+) -> dict[str, ItemInfo]:
     """Titles and attributes by external item id, in file order. Raises InputError.
 
     Where there is no such item column, one called item_id, or the only one with another well-known name, is taken.
     Every other column is an attribute, as text; the values of a list are joined by "|". Blanks around ids are taken
-    off, as in logs.
+    off, as in logs. Without `titles`, the column of titles may be missing.
     """
     if Source("", Path(path)).name.endswith(".dat"):
         return _movielens_items(path)
     tables = open_tables(path)
     item_column = _item_column(tables, item_column)
-    _require(tables, title_column, f"rename the column that holds the titles to {title_column!r}")
+    if titles or title_column in tables.names:
+        _require(tables, title_column, f"rename the column that holds the titles to {title_column!r}")
     return _items(tables, tables.names, item_column, title_column)
 
 

@@ -24,6 +24,7 @@ from dman_runtime.errors import StateError, StoreFullError
 from dman_runtime.model.events import NO_EVENTS
 from dman_runtime.model.record import head_bytes, read_head, record_bytes
 from dman_runtime.opened import OpenUser
+from dman_runtime.projection import Projection
 from dman_runtime.store.base import StoredUser, StoreStats
 
 logger = logging.getLogger(__name__)
@@ -141,18 +142,21 @@ def _work(engine: Engine) -> _Work:
 def _windows(engine: Engine) -> Iterator[list[_Lag]]:
     """The users to be rebuilt among some users at a time."""
     users = engine.store.scan()
-    size = head_bytes(engine.projection.bundle.manifest.state)
+    projection = engine.current
+    size = head_bytes(projection.bundle.manifest.state)
     while user_ids := list(islice(users, WINDOW_USERS)):
-        found = zip(user_ids, engine.store.get_many(user_ids, engine.projection.number, size), strict=True)
-        yield [lag for user_id, stored in found if stored and (lag := _lag(engine, user_id, stored))]
+        found = zip(user_ids, engine.store.get_many(user_ids, projection.number, size), strict=True)
+        yield [lag for user_id, stored in found if stored and (lag := _lag(engine, projection, user_id, stored))]
 
 
-def _lag(engine: Engine, user_id: str, stored: StoredUser) -> _Lag | None:
+def _lag(engine: Engine, projection: Projection, user_id: str, stored: StoredUser) -> _Lag | None:
     """None for a user whose record is current."""
     count, covered = stored.head.history_count, 0
     with suppress(StateError):  # it will be made anew
-        head = read_head(stored.record, engine.projection.bundle) if stored.record else None
+        head = read_head(stored.record, projection.bundle) if stored.record else None
         covered = head.history_count if head and not head.lacks else 0
+        if head and head.vocabulary < projection.bundle.manifest.vocabulary:
+            covered *= not projection.holds_later(engine.store.seen(user_id), head.vocabulary)
     if covered == count:
         return None
     size = record_bytes(count, engine.projection.bundle.manifest.state)

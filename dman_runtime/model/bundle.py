@@ -40,6 +40,7 @@ from dman_runtime.model.manifest import (
     ITEMS,
     MANIFEST,
     MAX_MANIFEST_BYTES,
+    PREDICTOR,
     REQUEST,
     RETURNS,
     STATE_DTYPES,
@@ -49,6 +50,7 @@ from dman_runtime.model.manifest import (
     graphs_of,
     parse_manifest,
 )
+from dman_runtime.model.predictor import Predictor, max_predictor_bytes, parse_predictor
 from dman_runtime.model.sketch import HALF_LIVES
 from dman_runtime.model.times import BUCKETS
 
@@ -64,6 +66,7 @@ __all__ = [
     "INITIAL_MEMORY",
     "ITEMS",
     "MANIFEST",
+    "PREDICTOR",
     "REQUEST",
     "RETURNS",
     "STATE_DTYPES",
@@ -98,6 +101,8 @@ class Bundle:
     graphs: Mapping[str, bytes] = field(default_factory=dict)  # the ONNX files by name
     recorded: Mapping[str, np.ndarray] = field(default_factory=dict)  # what `golden` gives
     identities: Mapping[str, FileIdentity] = field(default_factory=dict)  # of the files when they were read
+    predictor: Predictor | None = None  # of the embeddings of new items
+    added: int = 0  # how many of the V items, the last ones, were added at run time (`additions`)
 
     @property
     def bundle_id(self) -> str:
@@ -149,6 +154,7 @@ def open_bundle(path: Path, *, expected_bundle_id: str | None = None) -> Bundle:
             returns=files.returns() if shape.sketch_items else {},
             graphs={name: files.read(name, limit=MAX_GRAPH_BYTES) for name in graphs_of(shape)},
             recorded=files.golden(),
+            predictor=files.predictor() if PREDICTOR in manifest.files else None,
             identities={MANIFEST: identity, **files.identities},
         )
 
@@ -264,6 +270,12 @@ class _Files:
             golden = parse_npz(content, arrays, limit=limit)
             _check_golden(golden, self._manifest.vocabulary, longest=longest)
             return golden
+
+    def predictor(self) -> Predictor:
+        width = self._manifest.state.width
+        content = self.read(PREDICTOR, limit=max_predictor_bytes(width))
+        with self._understood(PREDICTOR):
+            return parse_predictor(content, width)
 
     @contextmanager
     def _understood(self, name: str) -> Iterator[None]:

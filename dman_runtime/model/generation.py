@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from dman_runtime.data.added_items import AddedItem
 from dman_runtime.errors import BundleError
-from dman_runtime.model import record, recurrence
+from dman_runtime.model import additions, record, recurrence
 from dman_runtime.model.answers import KeptAnswers, PersonalAnswer
 from dman_runtime.model.bundle import Bundle, open_bundle
 from dman_runtime.model.events import KnownEvents
@@ -62,6 +63,11 @@ class Generation:
     def of(cls, bundle: Bundle, graphs: Graphs) -> Generation:
         """With exact search."""
         return cls(bundle, graphs, ExactRetriever(bundle.item_embeddings))
+
+    def extended(self, slots: Sequence[tuple[str, AddedItem] | None]) -> tuple[Generation, additions.Extended]:
+        """A generation as it was opened, with items that were added at run time (`additions.extended`)."""
+        more = additions.extended(self.bundle, slots)
+        return Generation.of(more.bundle, self.graphs), more
 
     @property
     def bundle_id(self) -> str:

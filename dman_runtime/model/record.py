@@ -3,7 +3,8 @@
 Record, little-endian (sizes at T=20, m=9, L=3, D=128, float16, closed segments in steps, a model that sees requests,
 with the most context there is: 40 positions, before the event that closes a segment):
 
-    header            32 B    format u8, dtype u8, context positions c u16, item vocabulary u32, bundle id 8 B,
+    header            32 B    format u8, dtype u8, context positions c u16, item vocabulary u32 (that of the bundle and
+                              the items added to it by then), bundle id 8 B,
                               event count u64, history count u64
     header checksum    4 B    CRC-32 u32 of the header, the user embedding and the tail checksum. All up to there is the
                               *head*, which is what `recommend` reads
@@ -55,6 +56,7 @@ class RecordHead(NamedTuple):
 
     event_count: int  # events that the model has seen
     history_count: int  # events of the history that the state covers, those of unknown items included
+    vocabulary: int  # items that the model knew when it was made: no later one is in it
     user_embedding: np.ndarray  # (D) float32, a view
     context_length: int
     dtype_code: int
@@ -108,13 +110,15 @@ def read_head(record: bytes, bundle: Bundle) -> RecordHead:
     version, dtype, context, vocabulary, bundle_id, events, history = _HEADER.unpack_from(record)
     if version not in (RECORD_FORMAT, LACKING_FORMAT):
         raise StateError(f"a state record has format {version}, this runtime reads {RECORD_FORMAT}", _REMEDY)
-    if bundle_id.hex() != bundle.bundle_id or vocabulary != bundle.manifest.vocabulary:
+    if bundle_id.hex() != bundle.bundle_id or vocabulary < bundle.manifest.vocabulary - bundle.added:
         raise StateError(f"a state record was written by bundle {bundle_id.hex()}, not {bundle.bundle_id}", _REMEDY)
+    if vocabulary > bundle.manifest.vocabulary:
+        raise StateError("a state record was written with items that were added since", _REMEDY)
     (expected,) = _CHECKSUM.unpack_from(record, _HEADER.size)
     if zlib.crc32(record[HEADER_BYTES:end], zlib.crc32(record[: _HEADER.size])) != expected:
         raise StateError("a state record is damaged", _REMEDY)
     embedding = np.frombuffer(record, "<f4", width, HEADER_BYTES)
-    return RecordHead(events, history, embedding, context, dtype, version == LACKING_FORMAT)
+    return RecordHead(events, history, vocabulary, embedding, context, dtype, version == LACKING_FORMAT)
 
 
 def covered_events(record: bytes) -> int | None:
@@ -182,6 +186,7 @@ def view(record: bytes, bundle: Bundle) -> State:
         shape=shape,
         event_count=head.event_count,
         history_count=head.history_count,
+        vocabulary=head.vocabulary,
         recent=np.frombuffer(record, "<u4", count, recent_at).astype(np.int64),
         hidden=_unpack_hidden(record, hidden_at, count, shape),
         memory=memory.astype(shape.dtype, copy=False),

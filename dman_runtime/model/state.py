@@ -44,6 +44,7 @@ class State:
     shape: StateShape
     event_count: int  # events that the model has seen
     history_count: int  # events of the history that this covers, those of items unknown to the model included
+    vocabulary: int  # items that the model knew when this was made, also those added at run time: it holds no later one
     recent: np.ndarray  # (C) int64 item indices of the context, left-aligned; layer 0 is their row of the item table
     hidden: np.ndarray  # (L-1, C, D) shape.dtype, inputs of layers 1..L-1, left-aligned
     memory: np.ndarray  # (L, m, D) shape.dtype; replaced, never written to
@@ -68,6 +69,7 @@ class State:
             shape=shape,
             event_count=0,
             history_count=0,
+            vocabulary=bundle.manifest.vocabulary,
             recent=np.zeros(shape.context_limit, np.int64),
             hidden=np.empty((shape.layers - 1, shape.context_limit, shape.width), shape.dtype),
             memory=bundle.initial_memory.astype(shape.dtype),

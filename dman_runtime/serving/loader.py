@@ -38,6 +38,7 @@ class Loader:
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="loader")
         self._loading: Future[None] | None = None
         self._seen: Rollout | None = None
+        self._revision = 0  # of the catalogue
         self._failed: dict[str, str] = {}
 
     def load(self) -> None:
@@ -49,13 +50,21 @@ class Loader:
         self._tell()
 
     def look(self) -> None:
-        """Begins to load what a change of the roll-out asks for, and drops what it does not name. Raises StoreError."""
+        """Begins to load what a change of the roll-out asks for, and drops what it does not name; or adds
+        what was added to the catalogue. Raises StoreError."""
         if self._loading is not None and not self._loading.done():
             return
-        rollout = self._router.rollout()
-        if rollout is self._seen:
-            return
-        self._loading = self._thread.submit(self._follow, rollout)
+        rollout, revision = self._router.standing()
+        if rollout is not self._seen:
+            self._loading = self._thread.submit(self._follow, rollout)
+        elif revision != self._revision:
+            self._loading = self._thread.submit(self._extend, revision)
+
+    def _extend(self, revision: int) -> None:
+        """Before a request has to: with a large item table it would wait."""
+        for projection in self._router.loaded.values():
+            projection.at(revision)
+        self._revision = revision
 
     def _follow(self, rollout: Rollout) -> None:
         wanted = {rollout.active, rollout.trial, rollout.prepared}

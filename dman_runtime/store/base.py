@@ -13,7 +13,7 @@ served are its *generations*; each user has at most one record of each.
 | record | user, generation | bytes that the store does not read |
 | shown | user | the items that the user was shown lately, and until when that counts |
 | request ids | user | hashes of the ids of applied updates, for a day, also after the user is deleted |
-| catalogue | item number | whether the item is switched off; outlives every bundle |
+| catalogue | item number | whether the item is switched off, and what it is if it was added; outlives every bundle |
 | sequences | user, producer | the last one that was applied, for ever, also after the user is deleted |
 | id types | | whether the ids of users and of items are integers or text, once a bundle has decided it |
 
@@ -31,7 +31,7 @@ from typing import NamedTuple, Protocol, Self
 import numpy as np
 from numpy.typing import NDArray
 
-from dman_runtime.store.catalogue import Catalogue, Standing
+from dman_runtime.store.catalogue import Addition, Catalogue, Standing
 from dman_runtime.store.rollout import Rollout
 
 REMEMBER_SECONDS = 24 * 3600  # the id of an applied update is remembered at least so long
@@ -252,6 +252,15 @@ class StateStore(Snapshot, Protocol):
         """Switches items off or on, all at once and on disk on return; how many were not so already.
 
         If there are any, the revision of the catalogue is one more. ValueError for a number that was never given.
+        """
+        ...
+
+    def append_additions(self, additions: Sequence[Addition]) -> int:
+        """Adds items to the catalogue, all at once and on disk on return, in the next slots; returns how many there
+        are now.
+
+        If there are any, the revision of the catalogue is one more. ValueError for a number that was never given, for
+        an item that cannot be stored (`data.added_items`), and for more than MAX_ADDED of them.
         """
         ...
 

@@ -8,9 +8,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from dman_runtime.data.added_items import checked_item
 from dman_runtime.data.ids import INTEGER, RULE, TEXT, id_problem
 from dman_runtime.errors import TooManyProducersError
 from dman_runtime.store.base import UNKNOWN, IdTypes, Step, Write
+from dman_runtime.store.catalogue import MAX_ADDED, Addition
 
 MAX_PRODUCERS = 4096  # of one user
 
@@ -28,6 +30,15 @@ def checked_numbers(numbers: Sequence[int] | NDArray[np.integer], item_count: in
     if distinct and not 0 <= distinct[0] <= distinct[-1] < item_count:
         raise ValueError(f"one of the items {distinct[:10]} was never given a number")
     return distinct
+
+
+def check_additions(additions: Sequence[Addition], slots: int, item_count: int) -> None:
+    """ValueError where items cannot be added to a catalogue that has so many already."""
+    checked_numbers([one.number for one in additions], item_count)
+    for one in additions:
+        checked_item(one.item)
+    if slots + len(additions) > MAX_ADDED:
+        raise ValueError(f"{slots} items were added already, and {MAX_ADDED} are the most; train a bundle with them")
 
 
 def checked_types(types: IdTypes) -> IdTypes:

@@ -10,7 +10,7 @@ first is generation 1; what user ids and item ids are; which bundle serves whom 
 | users | user id, `\\0`, generation u32 big-endian | the record; with generation 0, the head |
 | seen | user id | set of item numbers |
 | history | user id, `\\0`, chunk number u32 big-endian | chunk of events |
-| catalogue | kind, item number | which items are switched off: `lmdb_catalogue` |
+| catalogue | kind, item number or slot | which items are switched off or were added: `lmdb_catalogue` |
 | shown | user id | the items that the user was shown, and until when each counts |
 | requests | period u32 big-endian, hash of the user id (16 bytes), request id u64 big-endian | checksum |
 | producers | keyed hash of the user id | the last sequence of each producer |
@@ -36,12 +36,19 @@ from numpy.typing import NDArray
 
 from dman_runtime.store.base import IdTypes, RankingView, StoredRecord, StoreStats, Write
 from dman_runtime.store.by_snapshot import ReadsBySnapshot
-from dman_runtime.store.catalogue import NOTHING_STANDS, Catalogue, Standing
-from dman_runtime.store.checks import checked_id, checked_numbers, checked_types, checked_writes, differ
+from dman_runtime.store.catalogue import NOTHING_STANDS, Addition, Catalogue, Standing
+from dman_runtime.store.checks import (
+    check_additions,
+    checked_id,
+    checked_numbers,
+    checked_types,
+    checked_writes,
+    differ,
+)
 from dman_runtime.store.environment import Environment
 from dman_runtime.store.history import MAX_HEAD_BYTES, DamagedError, version_of
 from dman_runtime.store.lmdb_absence import check_nothing_left
-from dman_runtime.store.lmdb_catalogue import put_switches, read_catalogue, read_revision
+from dman_runtime.store.lmdb_catalogue import put_additions, put_switches, read_catalogue, read_revision
 from dman_runtime.store.lmdb_items import append_items, free_numbers, item_count
 from dman_runtime.store.lmdb_layout import (
     HEAD_SUFFIX,
@@ -153,7 +160,7 @@ class LmdbStore(ReadsBySnapshot):
             if moment == last[0]:  # nobody has committed anything since
                 return last[1]
             rollout = self._rollout = read_rollout(reading.txn, self._databases.meta, self._rollout)
-            standing = Standing(rollout[1], read_revision(reading.txn, self._databases)[0])
+            standing = Standing(rollout[1], read_revision(reading.txn, self._databases).revision)
         self._standing = moment, standing
         return standing
 
@@ -180,6 +187,15 @@ class LmdbStore(ReadsBySnapshot):
             if changed and off:
                 self._env.keep_reserve(txn, 0)
         return changed
+
+    def append_additions(self, additions: Sequence[Addition]) -> int:
+        with self._env.write() as txn:
+            slots = read_revision(txn, self._databases).added
+            check_additions(additions, slots, item_count(txn, self._databases))
+            if additions:
+                put_additions(txn, self._databases, additions)
+                self._env.keep_reserve(txn, 0)
+        return slots + len(additions)
 
     def drop_records(self, generation: int) -> int:
         if generation < 1:
@@ -240,7 +256,8 @@ class LmdbStore(ReadsBySnapshot):
                 new_bytes = sum(
                     put_user(txn, self._databases, write, head, now) for write, head in zip(writes, heads, strict=True)
                 )
-                new_bytes += sum(self._put_sequences(txn, write) for write in writes if write.sequences)
+                producers, store_id = self._databases.producers, self._env.store_id
+                new_bytes += sum(put_sequences(txn, producers, write, store_id) for write in writes if write.sequences)
                 self._env.keep_reserve(txn, new_bytes)
         return conflicts
 
@@ -261,11 +278,6 @@ class LmdbStore(ReadsBySnapshot):
 
     def _sequences(self, txn: lmdb.Transaction, user: bytes) -> dict[int, int]:
         return find_sequences(txn, self._databases.producers, producers_key(user, self._env.store_id))
-
-    def _put_sequences(self, txn: lmdb.Transaction, write: Write) -> int:
-        key = producers_key(write.user_id.encode(), self._env.store_id)
-        assert self._databases.producers is not None
-        return put_sequences(txn, self._databases.producers, key, write.sequences, user_id=write.user_id)
 
     def delete(self, user_id: str, *, expected_version: int | None = None) -> int | None:
         """As in `StateStore`. Later commits reuse the freed pages; until then the bytes remain in the file."""

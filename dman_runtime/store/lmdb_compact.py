@@ -110,12 +110,14 @@ class _Copy:
         return freed
 
     def _used_items(self) -> np.ndarray:
-        """Whether any history has an item, a user was shown it, or it is switched off, by its number (N) bool.
+        """Whether anybody has an item, by its number (N) bool: a history, what a user was shown, the catalogue.
 
         Raises DamagedError.
         """
         used, legacy = np.zeros(item_count(self._txn, self._old), bool), self._old.legacy
-        _mark(used, read_catalogue(self._txn, self._old).off)
+        catalogue = read_catalogue(self._txn, self._old)
+        _mark(used, catalogue.off)
+        _mark(used, np.array([addition.number for addition in catalogue.added], np.uint32))
         for key, value in self._entries(self._old.history):
             user, number = user_of(key)
             _mark(used, unpack_chunk(value, seed_of(user), number, legacy)["item"])

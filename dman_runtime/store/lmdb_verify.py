@@ -129,7 +129,10 @@ def verify_contents(store: LmdbStore, problems: Problems) -> dict[str, int]:
 class _Contents:
     def __init__(self, env: Environment, databases: Databases, problems: Problems) -> None:
         self._env, self._databases, self._problems = env, databases, problems
-        names = "generations items items_off users events records seen_sets users_shown_items request_ids producers"
+        names = (
+            "generations items items_off items_added users events records seen_sets users_shown_items request_ids "
+            "producers"
+        )
         self.counts = dict.fromkeys(names.split(), 0)
 
     def _pieces(self, database: lmdb._Database) -> Iterator[tuple[lmdb.Transaction, Entries]]:
@@ -183,7 +186,8 @@ class _Contents:
                 with self._problems.of(f"catalogue entry {key.hex()}"):
                     check_entry(key, value, item_count(txn, self._databases))
         with self._env.read() as reading, self._problems.of("catalogue"):
-            self.counts["items_off"] = len(read_catalogue(reading.txn, self._databases).off)
+            catalogue = read_catalogue(reading.txn, self._databases)
+            self.counts |= {"items_off": len(catalogue.off), "items_added": len(catalogue.added)}
 
     # -- users -----------------------------------------------------------------------------------------------------
 

@@ -28,8 +28,9 @@ from dman_runtime.store.base import (
     Write,
 )
 from dman_runtime.store.by_snapshot import ReadsBySnapshot
-from dman_runtime.store.catalogue import Catalogue, Standing
+from dman_runtime.store.catalogue import Addition, Catalogue, Standing
 from dman_runtime.store.checks import (
+    check_additions,
     check_producers,
     check_replacement,
     checked_id,
@@ -202,8 +203,16 @@ class MemoryStore(ReadsBySnapshot):
             changed = wanted - were_off if off else wanted & were_off
             if changed:
                 now_off = sorted(were_off ^ changed)
-                self._catalogue = Catalogue(before.revision + 1, np.array(now_off, np.uint32))
+                self._catalogue = Catalogue(before.revision + 1, np.array(now_off, np.uint32), before.added)
         return len(changed)
+
+    def append_additions(self, additions: Sequence[Addition]) -> int:
+        with self._open():
+            before = self._catalogue
+            check_additions(additions, len(before.added), len(self._numbers))
+            if additions:
+                self._catalogue = Catalogue(before.revision + 1, before.off, (*before.added, *additions))
+            return len(self._catalogue.added)
 
     def commit(self, writes: Sequence[Write]) -> list[str]:
         with self._open():

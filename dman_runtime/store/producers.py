@@ -14,11 +14,10 @@ from __future__ import annotations
 import hashlib
 import struct
 import zlib
-from collections.abc import Mapping
 
 import lmdb
 
-from dman_runtime.store.base import Step
+from dman_runtime.store.base import Write
 from dman_runtime.store.checks import check_producers
 from dman_runtime.store.history import Bytes, DamagedError
 from dman_runtime.store.lmdb_absence import check_neighbours
@@ -41,12 +40,12 @@ def find_sequences(txn: lmdb.Transaction, producers: lmdb._Database | None, key:
     return {}
 
 
-def put_sequences(
-    txn: lmdb.Transaction, producers: lmdb._Database, key: bytes, steps: Mapping[int, Step], *, user_id: str
-) -> int:
-    """Takes the steps of a user; returns the bytes put. Raises DamagedError, TooManyProducersError."""
-    after = find_sequences(txn, producers, key) | {producer: step.last for producer, step in steps.items()}
-    check_producers(user_id, after)
+def put_sequences(txn: lmdb.Transaction, producers: lmdb._Database | None, write: Write, store_id: str) -> int:
+    """Takes the steps of a write; returns the bytes put. Raises DamagedError, TooManyProducersError."""
+    assert producers is not None  # of a store that is only read
+    key = producers_key(write.user_id.encode(), store_id)
+    after = find_sequences(txn, producers, key) | {producer: step.last for producer, step in write.sequences.items()}
+    check_producers(write.user_id, after)
     body = b"".join([_PAIR.pack(*pair) for pair in after.items()])
     txn.put(key, body + _CHECKSUM.pack(zlib.crc32(body, zlib.crc32(key))), db=producers)
     return len(body)

@@ -10,9 +10,11 @@ import pytest
 from contract.processes import finish, say, start_with
 from contract.stores import Harness
 
+from dman_runtime.data.added_items import MAX_TEXT_BYTES, AddedItem
 from dman_runtime.errors import StoreError
+from dman_runtime.store import checks
 from dman_runtime.store.base import StateStore, Write
-from dman_runtime.store.catalogue import NOTHING_STANDS, Standing
+from dman_runtime.store.catalogue import NOTHING_STANDS, Addition, Standing
 from dman_runtime.store.rollout import Rollout
 
 ITEMS = [f"item-{number}" for number in range(300)]
@@ -143,3 +145,65 @@ def test_other_process_sees_a_switch_at_once(durable: Harness, directory: Path) 
             assert store.standing().catalogue_revision == revision
         assert found(store) == (2, [4, 9])
         finish(process)
+
+
+# -- items that are added ----------------------------------------------------------------------------------------------
+
+NEW = AddedItem("A title", {"genre": "odd|even"}, like=("item-1", "item-2"))
+GIVEN = AddedItem(embedding=np.array([1.5, -2.0], np.float32), bundle_id="0123456789abcdef")
+
+
+def added(store: StateStore) -> list[tuple[int, AddedItem]]:
+    return [(number, item) for number, item in store.catalogue().added]
+
+
+def test_additions_are_kept_in_their_slots(store: StateStore) -> None:
+    store.add_items(ITEMS)
+    assert store.append_additions([Addition(7, NEW), Addition(3, GIVEN)]) == 2
+    assert store.standing().catalogue_revision == 1
+    store.switch_items([7], off=True)
+    assert store.append_additions([Addition(7, AddedItem("Another"))]) == 3
+    assert added(store) == [(7, NEW), (3, GIVEN), (7, AddedItem("Another"))]
+    assert store.catalogue().added[1].item.as_json() == GIVEN.as_json()
+    assert found(store) == (3, [7])
+
+
+def test_adding_nothing_changes_nothing(store: StateStore) -> None:
+    assert store.append_additions([]) == 0
+    assert found(store) == (0, [])
+
+
+@pytest.mark.parametrize(
+    "addition",
+    [
+        Addition(300, NEW),
+        Addition(-1, NEW),
+        Addition(1, AddedItem("\ud800")),
+        Addition(1, AddedItem("x" * (MAX_TEXT_BYTES + 1))),
+        Addition(1, AddedItem(like=("",))),
+        Addition(1, AddedItem(embedding=np.array([np.nan], np.float32), bundle_id="0123456789abcdef")),
+        Addition(1, AddedItem(embedding=np.array([1], np.float32), bundle_id="other")),
+    ],
+)
+def test_addition_that_cannot_be_stored_is_refused_and_nothing_is_added(store: StateStore, addition: Addition) -> None:
+    store.add_items(ITEMS)
+    with pytest.raises(ValueError):
+        store.append_additions([Addition(2, NEW), addition])
+    assert found(store) == (0, []) and added(store) == []
+
+
+def test_more_additions_than_fit_are_refused(store: StateStore, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(checks, "MAX_ADDED", 2)
+    store.add_items(ITEMS)
+    store.append_additions([Addition(2, NEW)])
+    with pytest.raises(ValueError, match="2 are the most"):
+        store.append_additions([Addition(2, NEW), Addition(2, NEW)])
+    assert store.append_additions([Addition(2, NEW)]) == 2
+
+
+def test_durable_store_keeps_additions(durable: Harness) -> None:
+    with durable.open() as store:
+        store.add_items(ITEMS)
+        store.append_additions([Addition(7, NEW), Addition(3, GIVEN)])
+    with durable.open() as store:
+        assert added(store) == [(7, NEW), (3, GIVEN)]

@@ -17,6 +17,7 @@ import pytest
 from contract.processes import finish, release, say, start
 
 from dman_runtime.cli import main
+from dman_runtime.data.added_items import AddedItem
 from dman_runtime.errors import StoreDamagedError, StoreMismatchError, StoreUnavailableError, UsageError
 from dman_runtime.jobs import backup as backup_module
 from dman_runtime.jobs import compacting
@@ -25,12 +26,14 @@ from dman_runtime.jobs.compacting import compact
 from dman_runtime.jobs.verifying import verify_store
 from dman_runtime.presence import Presence, Present
 from dman_runtime.store import lmdb_compact
-from dman_runtime.store.base import IdTypes, Write
+from dman_runtime.store.base import IdTypes, Step, Write
+from dman_runtime.store.catalogue import Addition
 from dman_runtime.store.lmdb import LmdbStore
 from dman_runtime.store.lmdb_layout import pack_info, read_info, write_info
 from dman_runtime.store.rollout import Rollout
 
 GONE, RARE = "who-has-gone-7q", "rare-item-of-one-user-7q"
+PRODUCER = 77
 USERS = ["none", "few", "some", "many"]
 COUNTS = dict(zip([*USERS, GONE], (0, 5, 40, 300, 100), strict=True))
 ITEMS = [f"item {number}" for number in range(60)]
@@ -40,12 +43,13 @@ MAP = 64 << 20
 def fill(path: Path) -> None:
     """Users of three generations with request ids in heads and beside them, items that nobody has, and a deletion."""
     with LmdbStore.open(path, map_size=MAP) as store:
-        numbers = store.add_items([*ITEMS[:30], RARE, *ITEMS[30:]])
-        common = np.delete(numbers, [30, 7])  # item 7: only the bundle would know it
+        numbers = store.add_items([*ITEMS[:30], RARE, *ITEMS[30:], "only shown", "only added"])
+        common = np.delete(numbers, [30, 7, 61, 62])  # item 7: only the bundle would know it
         for bundle in ("first", "second", "third"):
             store.add_generation(bundle)
         store.set_rollout(Rollout(1, "second", bundles={"first": "/1", "second": "/2"}))
-        store.switch_items([60, 3], off=True)  # the last one, which nobody has
+        store.switch_items([60, 3], off=True)  # 60: nobody has it
+        store.append_additions([Addition(62, AddedItem("A title", like=(ITEMS[0],)))])
         store.remember_id_types(IdTypes("text", "text"))
         for round_ in range(3):
             for user, count in COUNTS.items():
@@ -56,7 +60,9 @@ def fill(path: Path) -> None:
                 records = {generation: f"{user} {generation} {round_}".encode() * 40 for generation in (1, 2, 3)}
                 ids = range(round_ * 15, round_ * 15 + 15)
                 version = stored.head.version if stored else 0
-                write = Write(user, version, records, events, np.arange(count), list(ids))
+                steps = {PRODUCER: Step(round_ - 1 if round_ else None, round_)}
+                shown = (numbers[[61, 30 if user == GONE else 3]], np.full(2, 3600))
+                write = Write(user, version, records, events, np.arange(count), list(ids), sequences=steps, shown=shown)
                 assert store.commit([write]) == []
         assert store.delete(GONE) == 3 * COUNTS[GONE]
 
@@ -77,7 +83,10 @@ def content(path: Path) -> dict[str, Any]:
             "items": {user: snapshot.item_ids(items) for user, (items, _) in found.items()},
             "seen": [snapshot.seen(user).tolist() for user in COUNTS],
             "applied": [snapshot.applied(user, range(100)) for user in [*COUNTS, "nobody"]],
-            "meta": (store.generations(), store.rollout(), store.id_types(), store.catalogue().off.tolist()),
+            "shown": [[part.tolist() for part in snapshot.shown(user)] for user in [*COUNTS, "nobody"]],
+            "sequences": [snapshot.sequences(user, [PRODUCER, 1]) for user in [*COUNTS, "nobody"]],
+            "meta": (store.generations(), store.rollout(), store.id_types()),
+            "catalogue": (store.catalogue().revision, store.catalogue().off.tolist(), store.catalogue().added),
         }
 
 
@@ -101,7 +110,9 @@ def test_nothing_of_a_deleted_user_is_found_and_all_else_is_as_it_was(state: Pat
     result = compact(state, map_size=MAP)
     assert found_in(state, GONE) == found_in(state, RARE) == []
     assert content(state) == before and before["applied"][4] == set(range(45))
-    assert result.freed_items == 2 and result.counts["items"] == len(ITEMS) - 1
+    assert before["sequences"] == [{PRODUCER: 2}] * len(COUNTS) + [{}]
+    assert before["shown"][0][0] == [61, 3] and before["shown"][4:] == [[[], []]] * 2
+    assert result.freed_items == 2 and result.counts["items"] == len(ITEMS) + 1
     assert result.bytes == (state / "data.mdb").stat().st_size < result.bytes_before
     assert verify_store(state).sound and leftovers(state) == []
     assert (state / "data.mdb").stat().st_mode & 0o777 == 0o600
@@ -151,15 +162,15 @@ def test_freed_numbers_are_given_to_new_items(state: Path) -> None:
     compact(state, map_size=MAP)
     with LmdbStore.open(state, map_size=MAP) as store:
         assert store.find_items([RARE, "item 7", "item 8"]).tolist() == [-1, -1, 8]
-        assert store.stats().items == 59
+        assert store.stats().items == 61
         with pytest.raises(StoreDamagedError, match="without an id"):
             store.item_ids([30])
-        assert store.add_items(["item 8", "new", "other", "third", "fourth", "new"]).tolist() == [8, 7, 30, 61, 62, 7]
-        assert store.item_ids([7, 8, 30, 60, 61]) == ["new", "item 8", "other", "item 59", "third"]
-        assert store.stats().items == 63
+        assert store.add_items(["item 8", "new", "other", "third", "fourth", "new"]).tolist() == [8, 7, 30, 63, 64, 7]
+        assert store.item_ids([7, 8, 30, 60, 63]) == ["new", "item 8", "other", "item 59", "third"]
+        assert store.stats().items == 65
     assert verify_store(state).problems == ()
     freed = compact(state, map_size=MAP).freed_items
-    assert freed == 4 and verify_store(state).counts["items"] == 59
+    assert freed == 4 and verify_store(state).counts["items"] == 61
 
 
 def test_free_number_that_is_damaged_is_found(state: Path) -> None:
@@ -345,5 +356,5 @@ def test_command_says_what_was_done(state: Path, capsys: pytest.CaptureFixture[s
     assert main(["compact", "--state", str(state), "--json"]) == 0
     text, last = capsys.readouterr().out.strip().splitlines()
     assert text.startswith(f"compacted {state}: 0.1 MB instead of ")
-    assert "items that no history has: 2 removed; read back: 3 generations, 59 items" in text
+    assert "items that no history has: 2 removed; read back: 3 generations, 61 items" in text
     assert json.loads(last)["freed_items"] == 2

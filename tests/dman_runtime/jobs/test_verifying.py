@@ -10,11 +10,13 @@ import numpy as np
 import pytest
 from contract.processes import finish, start
 
+from dman_runtime.data.added_items import AddedItem
 from dman_runtime.data.ids import INTEGER, TEXT
 from dman_runtime.errors import StoreUnavailableError
 from dman_runtime.jobs.verifying import format_report, verify_store
 from dman_runtime.store import lmdb_verify
 from dman_runtime.store.base import IdTypes, Step, Write
+from dman_runtime.store.catalogue import Addition
 from dman_runtime.store.history import CHUNK_EVENTS, StoredHead, add_seen, pack_head, seed_of, unpack_head, unpack_seen
 from dman_runtime.store.lmdb import LmdbStore
 from dman_runtime.store.producers import producers_key
@@ -34,6 +36,7 @@ def path(tmp_path: Path) -> Path:
     with LmdbStore.open(tmp_path / "state", map_size=64 << 20) as store:
         store.add_items([f"item-{number}" for number in range(100)])
         store.switch_items([7, 8], off=True)
+        store.append_additions([Addition(9, AddedItem("New"))])
         store.add_generation("bundle")
         store.remember_id_types(IdTypes(TEXT, INTEGER))
         store.set_rollout(Rollout(1, "bundle", bundles={"bundle": "/bundle"}))
@@ -75,8 +78,9 @@ def test_sound_store_is_sound_and_counted(path: Path) -> None:
     report = verify_store(path)
     assert report.problems == () and report.sound and report.exit_status == 0
     assert report.counts == {
-        "generations": 1, "items": 100, "items_off": 2, "users": 3, "events": 2 * EVENTS, "records": 6, "seen_sets": 2,
-        "users_shown_items": 0, "request_ids": 3 * 24 + 40, "producers": 3, "records_lacking_late_events": 0,
+        "generations": 1, "items": 100, "items_off": 2, "items_added": 1, "users": 3, "events": 2 * EVENTS,
+        "records": 6, "seen_sets": 2, "users_shown_items": 0, "request_ids": 3 * 24 + 40, "producers": 3,
+        "records_lacking_late_events": 0,
     }  # fmt: skip
     assert format_report(report).splitlines()[-1] == f"the state store {path} is sound"
     assert json.loads(json.dumps(report.as_dict()))["sound"] is True
@@ -102,6 +106,8 @@ DAMAGE: dict[str, tuple[str, bytes, Callable[[bytes], bytes | None], str]] = {
     "item": ("items", b"\0\0\0\7", flipped, "item 00000007: an entry of the item table is damaged"),
     "switched item": ("catalogue", b"o\0\0\0\7", flipped, "catalogue entry 6f00000007: an entry of the catalogue is"),
     "missing switch": ("catalogue", b"o\0\0\0\7", removed, "catalogue: the catalogue does not hold the items it count"),
+    "added item": ("catalogue", b"a\0\0\0\0", flipped, "catalogue entry 6100000000: an entry of the catalogue is"),
+    "missing addition": ("catalogue", b"a\0\0\0\0", removed, "catalogue: the catalogue does not hold the items it c"),
     "revision": ("catalogue", b"r", flipped, "catalogue: the revision of the catalogue is damaged"),
     "missing item": ("items", b"\0\0\0\7", removed, "item 7 is missing"),
     "item number": ("item_numbers", b"item-7", flipped, "item item-7: an entry of the item table is damaged"),

@@ -8,11 +8,14 @@ from pathlib import Path
 
 import pytest
 
+from dman_runtime.data.added_items import AddedItem
 from dman_runtime.engine import Engine
 from dman_runtime.errors import BundleError
+from dman_runtime.jobs.adding import add_items
 from dman_runtime.model.generation import Generation
 from dman_runtime.presence import Present, present
 from dman_runtime.problems import Problems
+from dman_runtime.projection import Projection
 from dman_runtime.routing import Router
 from dman_runtime.serving.loader import PROBLEM, Loader
 from dman_runtime.store.memory import MemoryStore
@@ -50,6 +53,10 @@ class Serving:
         (one,) = present(self.state)
         return one
 
+    def serving_now(self) -> Projection:
+        """What a user gets."""
+        return self.router.of(["u"], self.router.standing())[0]
+
     def becomes(self, true: Callable[[Present], bool]) -> bool:
         def looked() -> bool:
             self.loader.look()
@@ -81,13 +88,13 @@ def test_prepared_bundle_is_loaded_while_the_others_answer_and_dropped_afterward
     serving.may_open.clear()
     serving.set(prepared=renamed.bundle_id)
     serving.loader.look()
-    assert serving.router.of(["u"])[0] is serving.router.own  # it does not wait
+    assert serving.serving_now() is serving.router.own  # it does not wait
     serving.loader.look()
     serving.may_open.set()
     assert serving.becomes(lambda one: sorted(one.loaded) == sorted([exact.bundle_id, renamed.bundle_id]))
     assert serving.opened == ["renamed"]
     serving.set(active=renamed.bundle_id)
-    assert serving.router.of(["u"])[0].bundle is renamed.bundle
+    assert serving.serving_now().bundle is renamed.bundle
     serving.set(active=exact.bundle_id)
     assert serving.becomes(lambda one: one.loaded == [exact.bundle_id])
     assert list(serving.router.loaded) == [exact.bundle_id]
@@ -96,7 +103,7 @@ def test_prepared_bundle_is_loaded_while_the_others_answer_and_dropped_afterward
 def test_server_that_starts_again_answers_with_the_active_bundle_at_once(serving: Serving, renamed: Generation) -> None:
     serving.set(active=renamed.bundle_id)
     serving.loader.load()
-    assert serving.router.of(["u"])[0].bundle is renamed.bundle and serving.router.bundle_id == renamed.bundle_id
+    assert serving.serving_now().bundle is renamed.bundle and serving.router.bundle_id == renamed.bundle_id
 
 
 @pytest.mark.parametrize(
@@ -112,7 +119,7 @@ def test_bundle_that_cannot_be_loaded_is_told_and_changes_nothing(
     serving.set(prepared=renamed.bundle_id, bundles=bundles)
     assert serving.becomes(lambda one: cause in one.failed.get(renamed.bundle_id, ""))
     assert [(one.name, one.blocking) for one in serving.problems.now()] == [(PROBLEM, False)]
-    assert serving.router.of(["u"])[0] is serving.router.own
+    assert serving.serving_now() is serving.router.own
     serving.set(bundles=bundles)
     assert serving.becomes(lambda one: not one.failed) and not list(serving.problems.now())
     serving.set(active=renamed.bundle_id, bundles=bundles)
@@ -136,3 +143,11 @@ def test_fault_while_loading_harms_no_other_bundle(
     serving.set(prepared=renamed.bundle_id, bundles={serving.own.bundle_id: "", renamed.bundle_id: "/broken"})
     assert serving.becomes(lambda one: "division by zero" in one.failed.get(renamed.bundle_id, ""))
     assert f"loading bundle {renamed.bundle_id} failed" in caplog.text
+
+
+def test_items_that_were_added_are_ready_before_a_request_needs_them(serving: Serving, exact: Generation) -> None:
+    serving.loader.load()
+    serving.loader.look()
+    add_items(serving.store, exact.bundle, {"999": AddedItem(like=("5",))})
+    assert serving.becomes(lambda _: "999" in serving.router.own._newest.bundle.items.index)
+    assert serving.serving_now() is serving.router.own._newest
