@@ -22,7 +22,7 @@ from dman_runtime.options import Parser, run_command
 from dman_train import evaluate, export, train
 from dman_train.config import BaselineConfig, DataConfig, ModelConfig, TrainConfig, to_dict
 from dman_train.presets import BASELINE_PRESETS, PRESETS
-from tools import compare, generate, gpu_check, loadgen, records, report, runs, tune
+from tools import cold, compare, generate, gpu_check, loadgen, records, report, runs, tune
 from tools.bench import __main__ as bench
 from tools.bench import life, reading, signals, training, versus
 from tools.bench.report import table, write_page
@@ -86,6 +86,7 @@ def parsers() -> Iterator[argparse.ArgumentParser]:
     yield train.parser(BASELINE_PRESETS)
     yield generate._parser()
     yield compare.parser()
+    yield cold.parser()
     yield loadgen._parser()
     yield bench._parser()
     yield training._parser()
