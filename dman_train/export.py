@@ -202,7 +202,7 @@ def golden_replay(model: DMAN) -> dict[str, np.ndarray]:
     lengths = [max(1, round(share * model.config.segment_length)) for share in GOLDEN_SEGMENTS]
     histories = [random.integers(0, model.vocabulary, length) for length in lengths]
     times = [np.cumsum(random.geometric(2.0 ** -random.integers(0, 24, length))) for length in lengths]
-    users, memories = replay(model, histories, times=times)
+    users, memories = replay(model, histories, times=times, rounds=False)
     padded, padded_times = (np.full((len(histories), max(lengths)), -1, np.int64) for _ in range(2))
     for row, history in enumerate(histories):
         padded[row, : len(history)], padded_times[row, : len(history)] = history, times[row]

@@ -26,12 +26,14 @@ def replay(
     *,
     times: Sequence[np.ndarray] | None = None,
     request_times: np.ndarray | None = None,
+    rounds: bool = True,
 ) -> tuple[Tensor, Tensor]:
     """User embeddings (N, D) and memories (N, L, m, D) after N histories of item indices, none of them empty.
 
     It is fastest if neighbours have similar lengths: each segment is run for the histories that reach it. After each
     segment, `on_segment` gets the rows (A) of the histories that reach it, the memories (A, L, m, D) that it reads
-    (overwritten after the call), and the Encoding of its last positions.
+    (overwritten after the call), and the Encoding of its last positions. Without `rounds`, hidden states of closed
+    segments are never rounded.
     """
     if any(len(history) == 0 for history in histories):
         raise ValueError("an empty history has no user embedding")
@@ -58,7 +60,7 @@ def replay(
         if closed and absorbed.shape[2]:
             memory[:closed] = model.abstract(memory_now[:closed], absorbed[:closed])
         if config.recurrent:
-            context = as_kept(encoding.hidden, config)
+            context = as_kept(encoding.hidden, config) if rounds else encoding.hidden
     unsort = torch.argsort(order)
     return users[unsort], memory[unsort]
 

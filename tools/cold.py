@@ -28,8 +28,6 @@ from dman_runtime.data.interactions import Interactions, ItemInfo
 from dman_runtime.data.items import read_items
 from dman_runtime.errors import InputError, UsageError
 from dman_runtime.jobs.evaluating import held_out_ranks
-from dman_runtime.model.bundle import open_bundle
-from dman_runtime.model.encoder import Encoder
 from dman_runtime.model.generation import Generation
 from dman_runtime.options import Parser, configure_logging, print_json, run_command
 from dman_train.config import DataConfig
@@ -197,10 +195,7 @@ def _exported(run: Run, items: Path, path: Path) -> tuple[Generation, dict[str, 
     if fitted is None:
         raise UsageError("too few items have titles or attributes", "give a file with more", parameter="items")
     export_bundle(model, vocabulary, path, fitted=fitted)
-    # Without the golden replay, which says whether a machine computes what PyTorch did. Where segments are rounded,
-    # one step more or less, here and there, is too much for it in early epochs, and nothing for a measurement.
-    bundle = open_bundle(path)
-    return Generation.of(bundle, Encoder.of(bundle, provider="cpu", threads=1)), fitted.quality
+    return Generation.open(path, provider="cpu"), fitted.quality
 
 
 def _index(generation: Generation, item_ids: Sequence[str]) -> dict[str, int]:
