@@ -269,6 +269,7 @@ def _items_options(p: Parser) -> None:
     p.flag("--state", type=Path, default=DEFAULT_STATE, help="state directory; servers may be using it")
     _map_option(p)
     p.add_argument("--json", action="store_true", help="print the result as JSON on the last line")
+    _remote_options(p)
 
 
 def _add_items_options(p: Parser) -> None:
@@ -279,6 +280,7 @@ def _add_items_options(p: Parser) -> None:
     p.flag("--state", type=Path, default=DEFAULT_STATE, help="state directory; servers may be using it")
     _map_option(p)
     p.add_argument("--json", action="store_true", help="print the result as JSON on the last line")
+    _remote_options(p)
 
 
 def _export_log_options(p: Parser) -> None:

@@ -19,9 +19,11 @@ from sdk._admin_types import (
     Expired,
     GenerationInfo,
     Generations,
+    ItemsAdded,
     Progress,
     Rebuilt,
     Rollout,
+    Switched,
     Verified,
 )
 from sdk._client import AsyncClient, Client
@@ -87,6 +89,7 @@ __all__ = [
     "InternalError",
     "InvalidArgumentError",
     "Items",
+    "ItemsAdded",
     "JobError",
     "PermissionDeniedError",
     "Problem",
@@ -98,6 +101,7 @@ __all__ = [
     "Rollout",
     "Source",
     "Status",
+    "Switched",
     "Time",
     "UnauthenticatedError",
     "UnavailableError",

@@ -35,6 +35,9 @@ class AdminClient(BlockingClient):
     export_user = blocking(_admin_calls.export_user, "AdminClient")
     expire = blocking(_admin_calls.expire, "AdminClient")
     verify = blocking(_admin_calls.verify, "AdminClient")
+    switch_items = blocking(_admin_calls.switch_items, "AdminClient")
+    items_off = blocking(_admin_calls.items_off, "AdminClient")
+    add_items = blocking(_admin_calls.add_items, "AdminClient")
 
 
 # A server that is gone without a word is noticed within a minute or so.

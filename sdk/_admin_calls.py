@@ -16,14 +16,16 @@ from sdk._admin_types import (
     Expired,
     GenerationInfo,
     Generations,
+    ItemsAdded,
     Progress,
     Rebuilt,
     Rollout,
+    Switched,
     Verified,
 )
 from sdk._calls import Call
 from sdk._exceptions import InvalidArgumentError
-from sdk._types import Id
+from sdk._types import Id, Ids
 
 Result = TypeVar("Result")
 Directory = str | os.PathLike[str]
@@ -188,17 +190,107 @@ def expire(
     return Call("Expire", request, _reader(Expired), False, timeout)
 
 
-def verify(*, timeout: float | None = None) -> Call[pb.VerifyRequest, pb.VerifyReply, Verified]:
+def verify(
+    *, bundle: Directory | None = None, sample: int | None = None, timeout: float | None = None
+) -> Call[pb.VerifyRequest, pb.VerifyReply, Verified]:
     """Reads everything in the store and lists what is damaged. Damage is a result, and no error.
 
     Args:
+        bundle: Its directory on the server's machine: its states are read, too, and some of them replayed.
+        sample: Users whose states are replayed; None: 100.
         timeout: Seconds for the whole call, retries included; the client's by default.
 
     Raises:
         JobError: Another one runs.
         CallError: The call failed, after retries if the server was unavailable.
     """
-    return Call("Verify", pb.VerifyRequest(), _reader(Verified), True, timeout)
+    request = pb.VerifyRequest(bundle=_path_or_none(bundle, "bundle"))
+    if sample is not None:
+        request.sample = _wire.integer(sample, "sample")
+    return Call("Verify", request, _reader(Verified), True, timeout)
+
+
+def switch_items(
+    item_ids: Ids = (),
+    *,
+    off: bool,
+    file: Directory | None = None,
+    item_column: str = "",
+    timeout: float | None = None,
+) -> Call[pb.SwitchItemsRequest, pb.SwitchItemsReply, Switched]:
+    """Switches items off, or on again, for all workers at once. Never retried. Calling again does no harm.
+
+    Args:
+        item_ids: One id or several: text or integers. A request holds about 8,000 bytes; send more in a file.
+        off: Off, or on again.
+        file: More of them, on the server's machine, absolute or relative to the server's `--admin-root`: a .txt file
+            with one id a line, or a table of items.
+        item_column: Of the ids in such a table; item_id by default.
+        timeout: Seconds for the whole call; the client's by default.
+
+    Raises:
+        InvalidArgumentError: An argument is not valid, or there are no items.
+        CallError: The call failed. The items may or may not be switched: `items_off` tells.
+    """
+    request = pb.SwitchItemsRequest(
+        item_ids=_wire.id_texts(item_ids, "item_ids"),
+        file=_path_or_none(file, "file"),
+        off=bool(off),
+        item_column=item_column,
+    )
+    return Call("SwitchItems", request, _reader(Switched), False, timeout)
+
+
+def items_off(*, timeout: float | None = None) -> Call[pb.ListItemsOffRequest, pb.ListItemsOffReply, tuple[str, ...]]:
+    """The external ids of the items that are switched off, as text.
+
+    Args:
+        timeout: Seconds for the whole call, retries included; the client's by default.
+
+    Raises:
+        CallError: The call failed, after retries if the server was unavailable.
+    """
+
+    def read(replies: Iterator[pb.ListItemsOffReply]) -> pb.ListItemsOffReply:
+        return pb.ListItemsOffReply(part=b"".join(reply.part for reply in replies))
+
+    return Call("ListItemsOff", pb.ListItemsOffRequest(), _lines, True, timeout, receive=read)
+
+
+def add_items(
+    bundle: Directory,
+    file: Directory,
+    *,
+    embeddings: Directory | None = None,
+    item_column: str = "",
+    like_column: str = "",
+    timeout: float | None = None,
+) -> Call[pb.AddItemsRequest, pb.AddItemsReply, ItemsAdded]:
+    """Adds new items without training: workers serve them within a second. Never retried. Calling again does no harm.
+
+    All paths are of the server's machine, absolute or relative to the server's `--admin-root`.
+
+    Args:
+        bundle: Directory of the bundle that is to serve them.
+        file: Table of the items: ids, and titles and attributes if it has any.
+        embeddings: A .npy file of float32 with one row per item, made for the bundle.
+        item_column: Of the ids; item_id by default.
+        like_column: Of the ids, with | between them, whose mean an item gets; like by default.
+        timeout: Seconds for the whole call; the client's by default.
+
+    Raises:
+        InvalidArgumentError: An argument is not valid, or the file cannot be used.
+        JobError: The bundle cannot be used, or another one runs.
+        CallError: The call failed. The items may or may not be added.
+    """
+    request = pb.AddItemsRequest(
+        bundle=_path(bundle, "bundle"),
+        file=_path(file, "file"),
+        embeddings=_path_or_none(embeddings, "embeddings"),
+        item_column=item_column,
+        like_column=like_column,
+    )
+    return Call("AddItems", request, _reader(ItemsAdded), False, timeout)
 
 
 def _reader(kind: Callable[..., Result]) -> Callable[[Message], Result]:
@@ -229,10 +321,18 @@ def _document(reply: pb.ExportUserReply) -> dict[str, Any]:
     return document
 
 
+def _lines(reply: pb.ListItemsOffReply) -> tuple[str, ...]:
+    return tuple(reply.part.decode().split("\n")[:-1])  # ids hold no newline
+
+
 def _path(path: Directory, name: str) -> str:
     if not isinstance(path, (str, os.PathLike)):
         raise InvalidArgumentError(f"{name} must be a path, not {type(path).__name__}.")
     return _wire.id_text(os.fspath(path), name, kinds="a path")
+
+
+def _path_or_none(path: Directory | None, name: str) -> str:
+    return "" if path is None else _path(path, name)
 
 
 def _number(value: float, name: str) -> float:

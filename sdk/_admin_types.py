@@ -132,6 +132,32 @@ class Expired:
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
+class Switched:
+    """`changed` items were switched, `unchanged` ones were so already. The store has no items of the `unknown` ids. So
+    many items are `off` now."""
+
+    changed: int
+    unchanged: int
+    unknown: tuple[str, ...]
+    off: int
+    text: str
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class ItemsAdded:
+    """`added` items are new, `unchanged` ones were there already, just so. The bundle was trained with the `known`
+    ones: nothing was done about them. It cannot serve the `unusable` ones, for the reasons given. The store has `total`
+    additions."""
+
+    added: int
+    unchanged: int
+    known: tuple[str, ...]
+    unusable: Mapping[str, str]
+    total: int
+    text: str
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
 class Verified:
     """What was read in a store, by kind, in `counts`. It is `sound` if there are no problems; `problems` has the first
     of `problem_count`."""

@@ -98,13 +98,65 @@ VERBS = {
         _WRITING,
         lambda request, _: [f"--idle-days={request.idle_days!r}", *(["--dry-run"] if request.dry_run else [])],
     ),
-    "Verify": Verb("verify", pb.VerifyRequest, pb.VerifyReply, _STORE),
+    "Verify": Verb(
+        "verify",
+        pb.VerifyRequest,
+        pb.VerifyReply,
+        _STORE,
+        lambda request, path: [*_paths(request, path, "bundle"), *_given(request, "sample")],
+    ),
+    "SwitchItems": Verb(
+        "items",
+        pb.SwitchItemsRequest,
+        pb.SwitchItemsReply,
+        _WRITING,
+        lambda request, path: [
+            *_paths(request, path, "file"),
+            *_texts(request, "item_column"),
+            "off" if request.off else "on",
+            "--",
+            *request.item_ids,
+        ],
+        waits=True,
+    ),
+    "ListItemsOff": Verb(
+        "items",
+        pb.ListItemsOffRequest,
+        pb.ListItemsOffReply,
+        _STORE,
+        lambda _request, _path: ["list"],
+        waits=True,
+        streams=True,
+        prints_document=True,
+    ),
+    "AddItems": Verb(
+        "add-items",
+        pb.AddItemsRequest,
+        pb.AddItemsReply,
+        _WRITING,
+        lambda request, path: [
+            f"--bundle={path(request.bundle, 'bundle')}",
+            f"--file={path(request.file, 'file')}",
+            *_paths(request, path, "embeddings"),
+            *_texts(request, "item_column", "like_column"),
+        ],
+    ),
 }
 
 
 def _given(request: Any, *names: str) -> list[str]:
     """Options for the optional numbers of a request that are there."""
     return [f"--{name.replace('_', '-')}={getattr(request, name)!r}" for name in names if request.HasField(name)]
+
+
+def _texts(request: Any, *names: str) -> list[str]:
+    """Options for the texts of a request that are not empty."""
+    return [f"--{name.replace('_', '-')}={text}" for name in names if (text := getattr(request, name))]
+
+
+def _paths(request: Any, path: Paths, *names: str) -> list[str]:
+    """The same for paths."""
+    return [f"--{name}={path(text, name)}" for name in names if (text := getattr(request, name))]
 
 
 class AdminService:

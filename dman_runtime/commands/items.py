@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 from dman_runtime.commands.steps import done
 from dman_runtime.errors import UsageError
@@ -11,6 +11,7 @@ from dman_runtime.options import print_json
 
 
 def items(arguments: argparse.Namespace) -> int:
+    check_items(arguments)
     if arguments.action == "list":
         return _list(arguments)
     from dman_runtime.data.items import read_item_ids
@@ -20,8 +21,6 @@ def items(arguments: argparse.Namespace) -> int:
     item_ids = list(arguments.ids)
     if arguments.file is not None:
         item_ids += read_item_ids(arguments.file, item_column=arguments.item_column)
-    elif not item_ids:
-        raise UsageError(f"no items to switch {arguments.action}", "give their ids, or a file that lists them")
     off = arguments.action == "off"
     with LmdbStore.open(arguments.state, map_size=arguments.map_size_mib << 20, must_exist=True) as store:
         result = switch(store, item_ids, off=off)
@@ -53,13 +52,24 @@ def _list(arguments: argparse.Namespace) -> int:
     from dman_runtime.jobs.switching import switched_off
     from dman_runtime.store.lmdb import LmdbStore
 
-    if arguments.ids or arguments.file is not None:
-        raise UsageError("`items list` takes no ids", "it lists all items that are switched off")
     with LmdbStore.open(arguments.state, readonly=True) as store:
-        item_ids = switched_off(store)
+        return show_off(arguments, switched_off(store))
+
+
+def check_items(arguments: argparse.Namespace) -> None:
+    """Raises UsageError where no items are named, or some for a list of them."""
+    named = bool(arguments.ids) or arguments.file is not None
+    if arguments.action == "list" and named:
+        raise UsageError("`items list` takes no ids", "it lists all items that are switched off")
+    if arguments.action != "list" and not named:
+        raise UsageError(f"no items to switch {arguments.action}", "give their ids, or a file that lists them")
+
+
+def show_off(arguments: argparse.Namespace, item_ids: Sequence[str]) -> int:
+    """Prints the items that are switched off. Returns the exit status."""
     print("".join(f"{item_id}\n" for item_id in item_ids), end="", flush=True)
     if arguments.json:
-        print_json({"off": item_ids})
+        print_json({"off": list(item_ids)})
     return 0
 
 

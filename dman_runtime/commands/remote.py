@@ -8,10 +8,19 @@ from collections.abc import Callable
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
+from dman_runtime.commands.items import check_items, show_off
 from dman_runtime.commands.steps import done, server_of
 
 if TYPE_CHECKING:
-    from sdk import AdminClient, Progress
+    from sdk import AdminClient, Progress, Switched
+
+
+def _items(client: AdminClient, given: argparse.Namespace) -> Switched | tuple[str, ...]:
+    check_items(given)
+    if given.action == "list":
+        return client.items_off()
+    return client.switch_items(given.ids, off=given.action == "off", file=given.file, item_column=given.item_column)
+
 
 # What each command asks for; the result has its output.
 ASKED: dict[str, Callable[[AdminClient, argparse.Namespace], Any]] = {
@@ -22,7 +31,15 @@ ASKED: dict[str, Callable[[AdminClient, argparse.Namespace], Any]] = {
     "backup": lambda client, given: client.backup(given.output),
     "export-user": lambda client, given: client.export_user(given.user),
     "expire": lambda client, given: client.expire(given.idle_days, dry_run=given.dry_run),
-    "verify": lambda client, given: client.verify(),
+    "verify": lambda client, given: client.verify(bundle=given.bundle, sample=given.sample),
+    "items": _items,
+    "add-items": lambda client, given: client.add_items(
+        given.bundle,
+        given.file,
+        embeddings=given.embeddings,
+        item_column=given.item_column,
+        like_column=given.like_column,
+    ),
 }
 
 
@@ -39,10 +56,12 @@ def ask(arguments: argparse.Namespace) -> int:
     if isinstance(result, dict):  # a document
         print(document_text(result))
         return 0
+    if isinstance(result, tuple):
+        return show_off(arguments, result)
     content = asdict(result)
     text = content.pop("text")
     done(arguments, text, content)
-    return 0 if content.get("sound", True) else 1
+    return 0 if content.get("sound", True) and not (content.get("unknown") or content.get("unusable")) else 1
 
 
 def _show(text: str) -> None:

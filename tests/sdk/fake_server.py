@@ -70,6 +70,11 @@ ADMIN_REPLIES = {
     "Verify": admin_pb2.VerifyReply(
         path="/srv/state", counts={"users": 9}, problem_count=3, problems=["one", "two"], text="damaged"
     ),
+    "SwitchItems": admin_pb2.SwitchItemsReply(changed=2, unchanged=1, unknown=["x"], off=5, text="switched"),
+    "ListItemsOff": "7\nK\u00e4se\n".encode(),
+    "AddItems": admin_pb2.AddItemsReply(
+        added=3, unchanged=1, known=["7"], unusable={"x": "no title"}, total=4, text="added"
+    ),
 }
 
 
@@ -146,12 +151,18 @@ class Recorder(pb_grpc.RecommenderServicer, pb_grpc.OperationsServicer, admin_pb
         document = self._answer("ExportUser", request, context, ADMIN_REPLIES["ExportUser"])
         yield from (admin_pb2.ExportUserReply(part=part) for part in (document[:7], document[7:]))
 
+    def ListItemsOff(
+        self, request: admin_pb2.ListItemsOffRequest, context: Any
+    ) -> Iterator[admin_pb2.ListItemsOffReply]:
+        listed = self._answer("ListItemsOff", request, context, ADMIN_REPLIES["ListItemsOff"])
+        yield from (admin_pb2.ListItemsOffReply(part=part) for part in (listed[:4], listed[4:]))  # inside a letter
+
 
 def _admin_method(name: str) -> Callable[[Recorder, Any, Any], Any]:
     return lambda self, request, context: self._answer(name, request, context, ADMIN_REPLIES[name])
 
 
-for _name in ADMIN_REPLIES.keys() - {"Rebuild", "ExportUser"}:
+for _name in ADMIN_REPLIES.keys() - {"Rebuild", "ExportUser", "ListItemsOff"}:
     setattr(Recorder, _name, _admin_method(_name))
 
 

@@ -74,9 +74,24 @@ CASES: list[tuple[str, tuple[Any, ...], dict[str, Any], Any, Any]] = [
         pb.VerifyRequest(),
         sdk.Verified("/srv/state", {"users": 9}, 3, ("one", "two"), False, "damaged"),
     ),
+    (
+        "switch_items",
+        ([7, "x"],),
+        {"off": True, "file": "off.txt"},
+        pb.SwitchItemsRequest(item_ids=["7", "x"], file="off.txt", off=True),
+        sdk.Switched(2, 1, ("x",), 5, "switched"),
+    ),
+    ("items_off", (), {}, pb.ListItemsOffRequest(), ("7", "K\u00e4se")),
+    (
+        "add_items",
+        ("new", "items.csv"),
+        {"embeddings": "items.npy", "item_column": "sku", "like_column": "as"},
+        pb.AddItemsRequest(bundle="new", file="items.csv", embeddings="items.npy", item_column="sku", like_column="as"),
+        sdk.ItemsAdded(3, 1, ("7",), {"x": "no title"}, 4, "added"),
+    ),
 ]
 NAMES = [case[0] for case in CASES]
-REPEATABLE = {"generations", "rollout", "export_user", "verify"}
+REPEATABLE = {"generations", "rollout", "export_user", "verify", "items_off"}
 
 
 @pytest.fixture

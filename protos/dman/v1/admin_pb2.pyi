@@ -619,14 +619,25 @@ Global___ExpireReply: _TypeAlias = ExpireReply  # noqa: Y015
 class VerifyRequest(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
+    BUNDLE_FIELD_NUMBER: _builtins.int
+    SAMPLE_FIELD_NUMBER: _builtins.int
+    bundle: _builtins.str
+    """Directory of a bundle whose states are read, too, and some of them replayed. Empty: none."""
+    sample: _builtins.int
+    """Users whose states are replayed; 100 when absent."""
     def __init__(
         self,
+        *,
+        bundle: _builtins.str = ...,
+        sample: _builtins.int | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_sample", b"_sample", "sample", b"sample"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_sample", b"_sample", "bundle", b"bundle", "sample", b"sample"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    def WhichOneof(self, oneof_group: _Never) -> None: ...
+    _WhichOneofReturnType__sample: _TypeAlias = _typing.Literal["sample"]  # noqa: Y015
+    _WhichOneofArgType__sample: _TypeAlias = _typing.Literal["_sample", b"_sample"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__sample) -> _WhichOneofReturnType__sample | None: ...
 
 Global___VerifyRequest: _TypeAlias = VerifyRequest  # noqa: Y015
 
@@ -689,3 +700,206 @@ class VerifyReply(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___VerifyReply: _TypeAlias = VerifyReply  # noqa: Y015
+
+@_typing.final
+class SwitchItemsRequest(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    ITEM_IDS_FIELD_NUMBER: _builtins.int
+    FILE_FIELD_NUMBER: _builtins.int
+    OFF_FIELD_NUMBER: _builtins.int
+    ITEM_COLUMN_FIELD_NUMBER: _builtins.int
+    file: _builtins.str
+    """More of them: a .txt file with one id a line, or a table of items. Empty: none."""
+    off: _builtins.bool
+    """Off, or on again."""
+    item_column: _builtins.str
+    """Column of the ids in such a table; item_id when empty."""
+    @_builtins.property
+    def item_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """External ids."""
+
+    def __init__(
+        self,
+        *,
+        item_ids: _abc.Iterable[_builtins.str] | None = ...,
+        file: _builtins.str = ...,
+        off: _builtins.bool = ...,
+        item_column: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["file", b"file", "item_column", b"item_column", "item_ids", b"item_ids", "off", b"off"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___SwitchItemsRequest: _TypeAlias = SwitchItemsRequest  # noqa: Y015
+
+@_typing.final
+class SwitchItemsReply(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    CHANGED_FIELD_NUMBER: _builtins.int
+    UNCHANGED_FIELD_NUMBER: _builtins.int
+    UNKNOWN_FIELD_NUMBER: _builtins.int
+    OFF_FIELD_NUMBER: _builtins.int
+    TEXT_FIELD_NUMBER: _builtins.int
+    changed: _builtins.int
+    """Items that were switched, and those that were so already."""
+    unchanged: _builtins.int
+    off: _builtins.int
+    """Items that are switched off now."""
+    text: _builtins.str
+    @_builtins.property
+    def unknown(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """Ids that the store has no item of; nothing was done about them."""
+
+    def __init__(
+        self,
+        *,
+        changed: _builtins.int = ...,
+        unchanged: _builtins.int = ...,
+        unknown: _abc.Iterable[_builtins.str] | None = ...,
+        off: _builtins.int = ...,
+        text: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["changed", b"changed", "off", b"off", "text", b"text", "unchanged", b"unchanged", "unknown", b"unknown"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___SwitchItemsReply: _TypeAlias = SwitchItemsReply  # noqa: Y015
+
+@_typing.final
+class ListItemsOffRequest(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    def __init__(
+        self,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ListItemsOffRequest: _TypeAlias = ListItemsOffRequest  # noqa: Y015
+
+@_typing.final
+class ListItemsOffReply(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    PART_FIELD_NUMBER: _builtins.int
+    part: _builtins.bytes
+    """The next piece: external ids in UTF-8, each with a newline behind it, cut anywhere."""
+    def __init__(
+        self,
+        *,
+        part: _builtins.bytes = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["part", b"part"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ListItemsOffReply: _TypeAlias = ListItemsOffReply  # noqa: Y015
+
+@_typing.final
+class AddItemsRequest(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    BUNDLE_FIELD_NUMBER: _builtins.int
+    FILE_FIELD_NUMBER: _builtins.int
+    EMBEDDINGS_FIELD_NUMBER: _builtins.int
+    ITEM_COLUMN_FIELD_NUMBER: _builtins.int
+    LIKE_COLUMN_FIELD_NUMBER: _builtins.int
+    bundle: _builtins.str
+    """Directory of the bundle that is to serve them."""
+    file: _builtins.str
+    """Table of the items: ids, and titles and attributes if it has any."""
+    embeddings: _builtins.str
+    """A .npy file of float32 with one row per item, made for the bundle. Empty: none."""
+    item_column: _builtins.str
+    """Column of the ids in the table; item_id when empty."""
+    like_column: _builtins.str
+    """Column of ids, with | between them, whose mean an item gets; like when empty."""
+    def __init__(
+        self,
+        *,
+        bundle: _builtins.str = ...,
+        file: _builtins.str = ...,
+        embeddings: _builtins.str = ...,
+        item_column: _builtins.str = ...,
+        like_column: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["bundle", b"bundle", "embeddings", b"embeddings", "file", b"file", "item_column", b"item_column", "like_column", b"like_column"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___AddItemsRequest: _TypeAlias = AddItemsRequest  # noqa: Y015
+
+@_typing.final
+class AddItemsReply(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    @_typing.final
+    class UnusableEntry(_message.Message):
+        DESCRIPTOR: _descriptor.Descriptor
+
+        KEY_FIELD_NUMBER: _builtins.int
+        VALUE_FIELD_NUMBER: _builtins.int
+        key: _builtins.str
+        value: _builtins.str
+        def __init__(
+            self,
+            *,
+            key: _builtins.str = ...,
+            value: _builtins.str = ...,
+        ) -> None: ...
+        _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+        def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+        _ClearFieldArgType: _TypeAlias = _typing.Literal["key", b"key", "value", b"value"]  # noqa: Y015
+        def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+        def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+    ADDED_FIELD_NUMBER: _builtins.int
+    UNCHANGED_FIELD_NUMBER: _builtins.int
+    KNOWN_FIELD_NUMBER: _builtins.int
+    UNUSABLE_FIELD_NUMBER: _builtins.int
+    TOTAL_FIELD_NUMBER: _builtins.int
+    TEXT_FIELD_NUMBER: _builtins.int
+    added: _builtins.int
+    """Items that were added, and those that were there already, just so."""
+    unchanged: _builtins.int
+    total: _builtins.int
+    """Additions in the store."""
+    text: _builtins.str
+    @_builtins.property
+    def known(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """Ids that the bundle knows by training: nothing was done about them."""
+
+    @_builtins.property
+    def unusable(self) -> _containers.ScalarMap[_builtins.str, _builtins.str]:
+        """Ids that were added, but that the bundle cannot serve, and why."""
+
+    def __init__(
+        self,
+        *,
+        added: _builtins.int = ...,
+        unchanged: _builtins.int = ...,
+        known: _abc.Iterable[_builtins.str] | None = ...,
+        unusable: _abc.Mapping[_builtins.str, _builtins.str] | None = ...,
+        total: _builtins.int = ...,
+        text: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["added", b"added", "known", b"known", "text", b"text", "total", b"total", "unchanged", b"unchanged", "unusable", b"unusable"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___AddItemsReply: _TypeAlias = AddItemsReply  # noqa: Y015

@@ -89,6 +89,21 @@ class AdminStub:
                 request_serializer=protos_dot_dman_dot_v1_dot_admin__pb2.VerifyRequest.SerializeToString,
                 response_deserializer=protos_dot_dman_dot_v1_dot_admin__pb2.VerifyReply.FromString,
                 _registered_method=True)
+        self.SwitchItems = channel.unary_unary(
+                '/dman.v1.Admin/SwitchItems',
+                request_serializer=protos_dot_dman_dot_v1_dot_admin__pb2.SwitchItemsRequest.SerializeToString,
+                response_deserializer=protos_dot_dman_dot_v1_dot_admin__pb2.SwitchItemsReply.FromString,
+                _registered_method=True)
+        self.ListItemsOff = channel.unary_stream(
+                '/dman.v1.Admin/ListItemsOff',
+                request_serializer=protos_dot_dman_dot_v1_dot_admin__pb2.ListItemsOffRequest.SerializeToString,
+                response_deserializer=protos_dot_dman_dot_v1_dot_admin__pb2.ListItemsOffReply.FromString,
+                _registered_method=True)
+        self.AddItems = channel.unary_unary(
+                '/dman.v1.Admin/AddItems',
+                request_serializer=protos_dot_dman_dot_v1_dot_admin__pb2.AddItemsRequest.SerializeToString,
+                response_deserializer=protos_dot_dman_dot_v1_dot_admin__pb2.AddItemsReply.FromString,
+                _registered_method=True)
 
 
 class AdminServicer:
@@ -168,6 +183,27 @@ class AdminServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def SwitchItems(self, request, context):
+        """Switches items off or on, for all workers at once.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def ListItemsOff(self, request, context):
+        """The items that are switched off.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def AddItems(self, request, context):
+        """Adds new items without training.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_AdminServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -215,6 +251,21 @@ def add_AdminServicer_to_server(servicer, server):
                     servicer.Verify,
                     request_deserializer=protos_dot_dman_dot_v1_dot_admin__pb2.VerifyRequest.FromString,
                     response_serializer=protos_dot_dman_dot_v1_dot_admin__pb2.VerifyReply.SerializeToString,
+            ),
+            'SwitchItems': grpc.unary_unary_rpc_method_handler(
+                    servicer.SwitchItems,
+                    request_deserializer=protos_dot_dman_dot_v1_dot_admin__pb2.SwitchItemsRequest.FromString,
+                    response_serializer=protos_dot_dman_dot_v1_dot_admin__pb2.SwitchItemsReply.SerializeToString,
+            ),
+            'ListItemsOff': grpc.unary_stream_rpc_method_handler(
+                    servicer.ListItemsOff,
+                    request_deserializer=protos_dot_dman_dot_v1_dot_admin__pb2.ListItemsOffRequest.FromString,
+                    response_serializer=protos_dot_dman_dot_v1_dot_admin__pb2.ListItemsOffReply.SerializeToString,
+            ),
+            'AddItems': grpc.unary_unary_rpc_method_handler(
+                    servicer.AddItems,
+                    request_deserializer=protos_dot_dman_dot_v1_dot_admin__pb2.AddItemsRequest.FromString,
+                    response_serializer=protos_dot_dman_dot_v1_dot_admin__pb2.AddItemsReply.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -470,6 +521,87 @@ class Admin:
             '/dman.v1.Admin/Verify',
             protos_dot_dman_dot_v1_dot_admin__pb2.VerifyRequest.SerializeToString,
             protos_dot_dman_dot_v1_dot_admin__pb2.VerifyReply.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def SwitchItems(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/dman.v1.Admin/SwitchItems',
+            protos_dot_dman_dot_v1_dot_admin__pb2.SwitchItemsRequest.SerializeToString,
+            protos_dot_dman_dot_v1_dot_admin__pb2.SwitchItemsReply.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ListItemsOff(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_stream(
+            request,
+            target,
+            '/dman.v1.Admin/ListItemsOff',
+            protos_dot_dman_dot_v1_dot_admin__pb2.ListItemsOffRequest.SerializeToString,
+            protos_dot_dman_dot_v1_dot_admin__pb2.ListItemsOffReply.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def AddItems(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/dman.v1.Admin/AddItems',
+            protos_dot_dman_dot_v1_dot_admin__pb2.AddItemsRequest.SerializeToString,
+            protos_dot_dman_dot_v1_dot_admin__pb2.AddItemsReply.FromString,
             options,
             channel_credentials,
             insecure,

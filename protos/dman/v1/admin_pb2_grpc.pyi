@@ -63,6 +63,12 @@ class AdminStub:
     """Deletes the users who have been idle for long."""
     Verify: _grpc.UnaryUnaryMultiCallable[_admin_pb2.VerifyRequest, _admin_pb2.VerifyReply]
     """Reads everything in the store and lists what is damaged."""
+    SwitchItems: _grpc.UnaryUnaryMultiCallable[_admin_pb2.SwitchItemsRequest, _admin_pb2.SwitchItemsReply]
+    """Switches items off or on, for all workers at once."""
+    ListItemsOff: _grpc.UnaryStreamMultiCallable[_admin_pb2.ListItemsOffRequest, _admin_pb2.ListItemsOffReply]
+    """The items that are switched off."""
+    AddItems: _grpc.UnaryUnaryMultiCallable[_admin_pb2.AddItemsRequest, _admin_pb2.AddItemsReply]
+    """Adds new items without training."""
 
 @_typing.type_check_only
 class AdminAsyncStub(AdminStub):
@@ -99,6 +105,12 @@ class AdminAsyncStub(AdminStub):
     """Deletes the users who have been idle for long."""
     Verify: _aio.UnaryUnaryMultiCallable[_admin_pb2.VerifyRequest, _admin_pb2.VerifyReply]  # type: ignore[assignment]
     """Reads everything in the store and lists what is damaged."""
+    SwitchItems: _aio.UnaryUnaryMultiCallable[_admin_pb2.SwitchItemsRequest, _admin_pb2.SwitchItemsReply]  # type: ignore[assignment]
+    """Switches items off or on, for all workers at once."""
+    ListItemsOff: _aio.UnaryStreamMultiCallable[_admin_pb2.ListItemsOffRequest, _admin_pb2.ListItemsOffReply]  # type: ignore[assignment]
+    """The items that are switched off."""
+    AddItems: _aio.UnaryUnaryMultiCallable[_admin_pb2.AddItemsRequest, _admin_pb2.AddItemsReply]  # type: ignore[assignment]
+    """Adds new items without training."""
 
 class AdminServicer(metaclass=_abc_1.ABCMeta):
     """Each method but GetRollout does what the command of `dman-runtime` of that name does, as a process of its own beside
@@ -186,5 +198,29 @@ class AdminServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_admin_pb2.VerifyReply, _abc.Awaitable[_admin_pb2.VerifyReply]]:
         """Reads everything in the store and lists what is damaged."""
+
+    @_abc_1.abstractmethod
+    def SwitchItems(
+        self,
+        request: _admin_pb2.SwitchItemsRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_admin_pb2.SwitchItemsReply, _abc.Awaitable[_admin_pb2.SwitchItemsReply]]:
+        """Switches items off or on, for all workers at once."""
+
+    @_abc_1.abstractmethod
+    def ListItemsOff(
+        self,
+        request: _admin_pb2.ListItemsOffRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_abc.Iterator[_admin_pb2.ListItemsOffReply], _abc.AsyncIterator[_admin_pb2.ListItemsOffReply]]:
+        """The items that are switched off."""
+
+    @_abc_1.abstractmethod
+    def AddItems(
+        self,
+        request: _admin_pb2.AddItemsRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_admin_pb2.AddItemsReply, _abc.Awaitable[_admin_pb2.AddItemsReply]]:
+        """Adds new items without training."""
 
 def add_AdminServicer_to_server(servicer: AdminServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...

@@ -132,6 +132,9 @@ EXPECTED: dict[str, Role] = {
             "ExportUser",
             "Expire",
             "Verify",
+            "SwitchItems",
+            "ListItemsOff",
+            "AddItems",
         )
     },
 }

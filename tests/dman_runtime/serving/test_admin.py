@@ -145,8 +145,11 @@ def test_commands_say_the_same_through_a_server_as_on_its_store(
         ["expire", "--idle-days", 3, "--dry-run"],
         ["rebuild", "--bundle", place / "old", "--json"],
         ["activate", "--bundle", place / "old"],
+        ["verify", "--bundle", place / "old", "--sample", 3, "--json"],
         # And what they refuse.
         ["export-user", "nobody"],
+        ["items", "off"],
+        ["items", "list", 3],
         ["expire", "--idle-days", -3],
         ["drop", exact.bundle_id],
         ["drop", "--", "--help"],
@@ -160,6 +163,34 @@ def test_commands_say_the_same_through_a_server_as_on_its_store(
         assert remote[:2] == local[:2], command
         assert local[2].startswith(remote[2]), command  # a library, and so a server, names no options
         assert (local[0] == 0) == (local[2] == "")
+
+
+def test_items_are_switched_off_and_added_from_elsewhere(
+    served: Callable[[], str], place: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (place / "off.txt").write_text("5\n")
+    (place / "new.csv").write_text("sku,as\nnew,3|4\nodd,zzz\n")
+    address = served()
+    send_users(address)
+    with AdminClient(f"unix:{place / 'admin.sock'}") as admin, Client(address) as client:
+        switched = admin.switch_items([3, "nothing"], off=True, file=place / "off.txt")
+        assert (switched.changed, switched.unchanged, switched.unknown, switched.off) == (2, 0, ("nothing",), 2)
+        offered = {item.item_id for item in client.recommend("user 7", k=60, include_seen=True)}
+        assert len(offered) == 58 and not offered & {"3", "5", 3, 5}
+        assert admin.items_off() == ("3", "5")
+        added = admin.add_items("old", "new.csv", item_column="sku", like_column="as")
+        assert (added.added, added.unchanged, added.known, list(added.unusable), added.total) == (2, 0, (), ["odd"], 2)
+        assert "new" in {item.item_id for item in client.recommend("user 7", k=60, include_seen=True)}
+        assert admin.switch_items([3, 5], off=False).off == 0
+        with pytest.raises(sdk.InvalidArgumentError, match="not within"):
+            admin.switch_items(off=True, file="/etc/passwd")
+    table = ["--bundle", place / "old", "--file", place / "new.csv", "--item-column", "sku", "--like-column", "as"]
+    for command in (["items", "off", 4, "nothing"], ["items", "list"], ["add-items", *table]):
+        said(capsys, command[0], "--state", place / "state", *command[1:], "--json")  # so that nothing changes now
+        local = said(capsys, command[0], "--state", place / "state", *command[1:], "--json")
+        remote = said(capsys, command[0], "--target", f"unix:{place / 'admin.sock'}", *command[1:], "--json")
+        assert remote == local, command
+        assert local[0] == (command[:2] != ["items", "list"])  # of ids that are unknown, or cannot be served
 
 
 def test_damage_is_told_and_ends_the_command_with_1(
