@@ -122,7 +122,7 @@ def test_replacing_a_history_keeps_what_was_shown(filled: StateStore) -> None:
     filled.commit([Write("anna", 0, {1: b"record"}, np.array([2]), np.array([9]), shown=shown([4]))])
     (stored,) = filled.get_many(["anna"], 1)
     assert stored is not None
-    filled.commit([Write("anna", stored.head.version, {}, np.array([1, 2]), np.array([8, 9]), replace=True)])
+    filled.commit([Write("anna", stored.head.version, {}, np.array([1, 2]), np.array([8, 9]), replace_from=0)])
     assert found(filled, "anna") == [(4, 100)]
 
 

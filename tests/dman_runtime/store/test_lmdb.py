@@ -6,18 +6,18 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import lmdb
 import numpy as np
 import pytest
 
 from dman_runtime.data.ids import INTEGER, TEXT
 from dman_runtime.errors import StoreDamagedError
-from dman_runtime.store import files, lmdb_users
+from dman_runtime.store import files, lmdb_reads, lmdb_users
 from dman_runtime.store import lmdb as lmdb_module
 from dman_runtime.store.base import IdTypes, Write
 from dman_runtime.store.history import CHUNK_EVENTS, pack_record, seed_of
 from dman_runtime.store.lmdb import LmdbStore
-from dman_runtime.store.lmdb_layout import pack_text
-from dman_runtime.store.lmdb_reads import LmdbSnapshot
+from dman_runtime.store.lmdb_layout import Databases, pack_text
 
 
 @pytest.fixture
@@ -114,13 +114,13 @@ def test_history_reads_only_the_chunks_it_needs(
 ) -> None:
     store.commit([write("long", items=np.arange(10 * CHUNK_EVENTS + 2) % 100)])
     read: list[int] = []
-    original = LmdbSnapshot._chunk
+    original = lmdb_reads.read_chunk
 
-    def spy(self: LmdbSnapshot, user: bytes, seed: int, chunk: int) -> Any:
+    def spy(txn: lmdb.Transaction, databases: Databases, user: bytes, seed: int, chunk: int) -> Any:
         read.append(chunk)
-        return original(self, user, seed, chunk)
+        return original(txn, databases, user, seed, chunk)
 
-    monkeypatch.setattr(LmdbSnapshot, "_chunk", spy)
+    monkeypatch.setattr(lmdb_reads, "read_chunk", spy)
     items, _ = store.history("long", start, stop)
     assert items.tolist() == (np.arange(10 * CHUNK_EVENTS + 2) % 100)[start:stop].tolist()
     assert read == chunks
