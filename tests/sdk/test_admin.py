@@ -118,17 +118,17 @@ def test_method_sends_its_request_and_returns_a_typed_result(
             setattr(result, dataclasses.fields(result)[0].name, None)
 
 
-@pytest.mark.parametrize(("name", "args"), [case[:2] for case in CASES], ids=NAMES)
+@pytest.mark.parametrize(("name", "args", "options"), [case[:3] for case in CASES], ids=NAMES)
 def test_only_what_changes_nothing_is_retried(
-    admin: AdminClient, recorder: Recorder, name: str, args: tuple[Any, ...]
+    admin: AdminClient, recorder: Recorder, name: str, args: tuple[Any, ...], options: dict[str, Any]
 ) -> None:
     recorder.script.append(grpc.StatusCode.UNAVAILABLE)
     if name in REPEATABLE:
-        getattr(admin, name)(*args)
+        getattr(admin, name)(*args, **options)
         assert len(recorder.seen) == 2
     else:
         with pytest.raises(UnavailableError, match="no luck today"):
-            getattr(admin, name)(*args)
+            getattr(admin, name)(*args, **options)
         assert len(recorder.seen) == 1
 
 

@@ -169,18 +169,18 @@ def test_items_are_switched_off_and_added_from_elsewhere(
     served: Callable[[], str], place: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (place / "off.txt").write_text("5\n")
-    (place / "new.csv").write_text("sku,as\nnew,3|4\nodd,zzz\n")
+    (place / "new.csv").write_text("sku,as\n900,3|4\n901,777\n")
     address = served()
     send_users(address)
     with AdminClient(f"unix:{place / 'admin.sock'}") as admin, Client(address) as client:
         switched = admin.switch_items([3, "nothing"], off=True, file=place / "off.txt")
         assert (switched.changed, switched.unchanged, switched.unknown, switched.off) == (2, 0, ("nothing",), 2)
         offered = {item.item_id for item in client.recommend("user 7", k=60, include_seen=True)}
-        assert len(offered) == 58 and not offered & {"3", "5", 3, 5}
+        assert len(offered) == 58 and not offered & {3, 5}
         assert admin.items_off() == ("3", "5")
         added = admin.add_items("old", "new.csv", item_column="sku", like_column="as")
-        assert (added.added, added.unchanged, added.known, list(added.unusable), added.total) == (2, 0, (), ["odd"], 2)
-        assert "new" in {item.item_id for item in client.recommend("user 7", k=60, include_seen=True)}
+        assert (added.added, added.unchanged, added.known, list(added.unusable), added.total) == (2, 0, (), ["901"], 2)
+        assert 900 in {item.item_id for item in client.recommend("user 7", k=60, include_seen=True)}
         assert admin.switch_items([3, 5], off=False).off == 0
         with pytest.raises(sdk.InvalidArgumentError, match="not within"):
             admin.switch_items(off=True, file="/etc/passwd")

@@ -7,7 +7,6 @@ import math
 import time
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -16,8 +15,9 @@ from dman_runtime.engine import Engine
 from dman_runtime.model.generation import Generation
 from dman_runtime.requests import Query, Update
 from dman_runtime.store.lmdb import LmdbStore
-from dman_train.presets import PRESETS, Preset
+from dman_train.model import DMAN
 from dman_train.synthetic import SyntheticConfig, generate, write_log
+from dman_train.vocabulary import Vocabulary
 from tools.bench import life, life_bundles, life_checks
 from tools.bench.lifecycle import Change, Course, Effort, Phase
 from tools.bench.steady import RECOMMEND, UPDATE, Found, Kept, Load, Sample, SteadyLoad
@@ -126,19 +126,20 @@ def test_events_that_are_lost_or_doubled_are_found(exact: Generation, tmp_path: 
 # -- the command -----------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.slow
 def test_made_bundles_share_most_items_and_nothing_else(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    default = PRESETS["default"]
-    narrow = Preset(replace(default.model, width=16, heads=1, layers=1), default.train)
-    monkeypatch.setattr(life_bundles, "PRESETS", {"default": narrow})
+    exported: list[tuple[DMAN, Vocabulary, Path]] = []  # an export takes a quarter of a minute, and is tested elsewhere
+    monkeypatch.setattr(life_bundles, "export_bundle", lambda *one: exported.append(one))
     log = life_bundles.few_users(generate(SyntheticConfig(users=60, items=60, mean_events=60)), 50)
-    old, new = (Generation.open(path, provider="cpu") for path in life_bundles.made_pair(log, tmp_path))
-    catalogues = [set(one.bundle.items.item_ids) for one in (old, new)]
+    paths = life_bundles.made_pair(log, tmp_path)
+    (old, before, _), (new, after, _) = exported
+    assert tuple(path for _, _, path in exported) == paths
+    catalogues = [set(one.item_ids) for one in (before, after)]
     retired, added = catalogues[0] - catalogues[1], catalogues[1] - catalogues[0]
     assert len(retired) == len(added) == round(0.05 * len(catalogues[0] | catalogues[1]))
     assert catalogues[0] | catalogues[1] <= set(log.item_ids)
-    assert old.bundle.manifest.state.times == "request"
-    assert not (old.bundle.item_embeddings[:5] == new.bundle.item_embeddings[:5]).any()
+    assert (old.vocabulary, new.vocabulary) == (len(before.item_ids), len(after.item_ids))
+    assert old.config == new.config and old.config.time == "request"
+    assert not (old.items[:5] == new.items[:5]).any()
 
 
 @pytest.mark.parametrize(
