@@ -55,7 +55,7 @@ class Environment:
         self.databases: dict[str, lmdb._Database] = {}
         self.legacy = False  # values of format 3 may be there
         self.store_id = ""
-        self.hash_key = b""  # of the users in the keys of request ids
+        self.hash_key = ""  # as in `Databases`
         self._env: lmdb.Environment | None = env
         self._files, self._pid = files, os.getpid()
         self._made_lock = False  # only to read, so it is removed again

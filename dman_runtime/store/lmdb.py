@@ -65,7 +65,7 @@ from dman_runtime.store.lmdb_layout import (
 from dman_runtime.store.lmdb_reads import LmdbSnapshot, read_records, users_from
 from dman_runtime.store.lmdb_shown import drop_expired, expired_users
 from dman_runtime.store.lmdb_users import delete_user, put_user
-from dman_runtime.store.producers import find_sequences, producers_key, put_sequences
+from dman_runtime.store.producers import find_sequences, put_sequences
 from dman_runtime.store.request_ids import find_requests, has_expired, sweep
 from dman_runtime.store.rollout import Rollout, checked_rollout
 
@@ -240,7 +240,7 @@ class LmdbStore(ReadsBySnapshot):
     # -- writing users ---------------------------------------------------------------------------------------------
 
     def commit(self, writes: Sequence[Write]) -> list[str]:
-        now = self._clock()
+        now, producers, store_id = self._clock(), self._databases.producers, self._env.store_id
         with self._env.write() as txn:
             checked_writes(writes, item_count(txn, self._databases))
             users = [write.user_id.encode() for write in writes]
@@ -250,13 +250,12 @@ class LmdbStore(ReadsBySnapshot):
                 for user, write, head in zip(users, writes, heads, strict=True)
                 if (0 if head is None else version_of(head)) != write.expected_version
                 or (head is None and self._came_before(txn, user, write, now))
-                or (write.sequences and differ(self._sequences(txn, user), write.sequences))
+                or (write.sequences and differ(find_sequences(txn, producers, user, store_id), write.sequences))
             ]
             if not conflicts:
                 new_bytes = sum(
                     put_user(txn, self._databases, write, head, now) for write, head in zip(writes, heads, strict=True)
                 )
-                producers, store_id = self._databases.producers, self._env.store_id
                 new_bytes += sum(put_sequences(txn, producers, write, store_id) for write in writes if write.sequences)
                 self._env.keep_reserve(txn, new_bytes)
         return conflicts
@@ -275,9 +274,6 @@ class LmdbStore(ReadsBySnapshot):
         """Whether a new user was there since the write was prepared, took one of its updates, and was deleted."""
         ids = write.request_ids
         return bool(ids and find_requests(txn, self._databases, user, ids, now=now, last=None))
-
-    def _sequences(self, txn: lmdb.Transaction, user: bytes) -> dict[int, int]:
-        return find_sequences(txn, self._databases.producers, producers_key(user, self._env.store_id))
 
     def delete(self, user_id: str, *, expected_version: int | None = None) -> int | None:
         """As in `StateStore`. Later commits reuse the freed pages; until then the bytes remain in the file."""

@@ -41,31 +41,30 @@ class Databases(NamedTuple):
     history: lmdb._Database
     requests: lmdb._Database
     legacy: bool
-    hash_key: bytes
+    hash_key: str
     # None for a store that is only read, if no release that knows them has written it:
     catalogue: lmdb._Database | None = None
     producers: lmdb._Database | None = None
     shown: lmdb._Database | None = None
 
     @classmethod
-    def of(cls, handles: Mapping[str, lmdb._Database], *, legacy: bool, hash_key: bytes) -> Self:
+    def of(cls, handles: Mapping[str, lmdb._Database], *, legacy: bool, hash_key: str) -> Self:
         return cls(**handles, legacy=legacy, hash_key=hash_key)
 
     def owner(self, user: bytes) -> bytes:
         """What stands for a user in the key of a request id, which outlives the user: a hash, or in a store of an
         earlier release that was never compacted, the id and byte 0."""
-        if not self.hash_key:
-            return user + b"\0"
-        return hashlib.blake2b(user, digest_size=OWNER_BYTES, key=self.hash_key).digest()
+        return user_hash(user, self.hash_key) if self.hash_key else user + b"\0"
 
 
-LATER_NAMES = (
-    "catalogue",
-    "producers",
-    "shown",
-)  # stores of format 4 may lack them; who opens one for writing adds them
+LATER_NAMES = ("catalogue", "producers", "shown")  # stores of format 4 may lack them; a writer adds them
 NAMES = tuple(name for name in Databases._fields if name not in ("legacy", "hash_key"))
-OWNER_BYTES = 16  # of a hash
+USER_HASH_BYTES = 16
+
+
+def user_hash(user: bytes, store_id: str) -> bytes:
+    """What stands for a user in keys that outlive the user; in each store another one."""
+    return hashlib.blake2b(user, digest_size=USER_HASH_BYTES, key=store_id.encode()[:_MAX_HASH_KEY]).digest()
 
 
 def numbered_key(user: bytes, number: int) -> bytes:
@@ -138,9 +137,9 @@ def write_info(txn: lmdb.Transaction, meta: lmdb._Database, *, upgraded_from: in
 HASHED = {"hashed_owners": True}  # in the description of a store whose request ids name their users by hashes
 
 
-def hash_key_of(info: Mapping[str, Any]) -> bytes:
-    """The key of the hashes of users, which no other store has; empty where users are not hashed."""
-    return str(info["store_id"]).encode()[:_MAX_HASH_KEY] if info.get("hashed_owners") else b""
+def hash_key_of(info: Mapping[str, Any]) -> str:
+    """The id of the store if request ids name their users by hashes, else empty."""
+    return str(info["store_id"]) if info.get("hashed_owners") else ""
 
 
 def pack_info(info: Mapping[str, Any]) -> bytes:

@@ -34,7 +34,7 @@ from dman_runtime.store.lmdb_absence import check_no_user
 from dman_runtime.store.lmdb_items import find_ids, find_numbers, item_count
 from dman_runtime.store.lmdb_layout import HEAD_SUFFIX, Databases, decoded, numbered_key, user_of
 from dman_runtime.store.lmdb_shown import read_shown, unpacked
-from dman_runtime.store.producers import find_sequences, producers_key
+from dman_runtime.store.producers import find_sequences
 from dman_runtime.store.request_ids import find_requests
 from dman_runtime.store.shown import still_shown
 
@@ -204,8 +204,8 @@ class LmdbSnapshot(ReadTransaction):
         return known | find_requests(self.txn, self._databases, user, others, now=self._clock(), last=last)
 
     def sequences(self, user_id: str, producers: Collection[int]) -> dict[int, int]:
-        key = producers_key(checked_id(user_id).encode(), self._env.store_id)
-        found = find_sequences(self.txn, self._databases.producers, key) if producers else {}
+        user = checked_id(user_id).encode()
+        found = find_sequences(self.txn, self._databases.producers, user, self._env.store_id) if producers else {}
         return {producer: found[producer] for producer in producers if producer in found}
 
 

@@ -11,7 +11,6 @@ Only updates that name a producer touch this database.
 
 from __future__ import annotations
 
-import hashlib
 import struct
 import zlib
 
@@ -21,30 +20,30 @@ from dman_runtime.store.base import Write
 from dman_runtime.store.checks import check_producers
 from dman_runtime.store.history import Bytes, DamagedError
 from dman_runtime.store.lmdb_absence import check_neighbours
+from dman_runtime.store.lmdb_layout import USER_HASH_BYTES, user_hash
 
-KEY_BYTES = 16
 _PAIR, _CHECKSUM = struct.Struct("<QQ"), struct.Struct("<I")
 
 
-def producers_key(user: bytes, store_id: str) -> bytes:
-    return hashlib.blake2b(user, digest_size=KEY_BYTES, key=store_id.encode()).digest()
-
-
-def find_sequences(txn: lmdb.Transaction, producers: lmdb._Database | None, key: bytes) -> dict[int, int]:
+def find_sequences(
+    txn: lmdb.Transaction, producers: lmdb._Database | None, user: bytes, store_id: str
+) -> dict[int, int]:
     """The last sequences by the hash of their producer. Raises DamagedError."""
-    value = None if producers is None else txn.get(key, db=producers)
-    if value is not None:
+    if producers is None:
+        return {}
+    key = user_hash(user, store_id)
+    if (value := txn.get(key, db=producers)) is not None:
         return unpack_sequences(key, value)
-    if producers is not None:
-        check_neighbours(txn, producers, key, unpack_sequences)
+    check_neighbours(txn, producers, key, unpack_sequences)
     return {}
 
 
 def put_sequences(txn: lmdb.Transaction, producers: lmdb._Database | None, write: Write, store_id: str) -> int:
     """Takes the steps of a write; returns the bytes put. Raises DamagedError, TooManyProducersError."""
     assert producers is not None  # of a store that is only read
-    key = producers_key(write.user_id.encode(), store_id)
-    after = find_sequences(txn, producers, key) | {producer: step.last for producer, step in write.sequences.items()}
+    user = write.user_id.encode()
+    before, key = find_sequences(txn, producers, user, store_id), user_hash(user, store_id)
+    after = before | {producer: step.last for producer, step in write.sequences.items()}
     check_producers(write.user_id, after)
     body = b"".join([_PAIR.pack(*pair) for pair in after.items()])
     txn.put(key, body + _CHECKSUM.pack(zlib.crc32(body, zlib.crc32(key))), db=producers)
@@ -54,7 +53,7 @@ def put_sequences(txn: lmdb.Transaction, producers: lmdb._Database | None, write
 def unpack_sequences(key: bytes, value: Bytes) -> dict[int, int]:
     """Raises DamagedError for what was not stored under this key."""
     end = len(value) - _CHECKSUM.size
-    if len(key) != KEY_BYTES or end < 0 or end % _PAIR.size:
+    if len(key) != USER_HASH_BYTES or end < 0 or end % _PAIR.size:
         raise DamagedError("the sequences of a user's producers have the wrong length")
     if zlib.crc32(value[:end], zlib.crc32(key)) != _CHECKSUM.unpack_from(value, end)[0]:
         raise DamagedError("the sequences of a user's producers are damaged")

@@ -28,7 +28,7 @@ import lmdb
 from dman_runtime.errors import TooManyRequestIdsError
 from dman_runtime.store.base import REMEMBER_SECONDS
 from dman_runtime.store.history import DamagedError, Spilled
-from dman_runtime.store.lmdb_layout import OWNER_BYTES, Databases
+from dman_runtime.store.lmdb_layout import USER_HASH_BYTES, Databases
 
 PERIOD_SECONDS = 6 * 3600
 KEPT_PERIODS = REMEMBER_SECONDS // PERIOD_SECONDS
@@ -130,7 +130,7 @@ def oldest_kept(now: float) -> bytes:
 def is_sound(databases: Databases, key: bytes, value: bytes) -> bool:
     """Whether an entry is what was put here."""
     owner = key[_PERIOD.size : -_ID.size]
-    whole = len(owner) == OWNER_BYTES if databases.hash_key else len(owner) > 1 and owner.endswith(b"\0")
+    whole = len(owner) == USER_HASH_BYTES if databases.hash_key else len(owner) > 1 and owner.endswith(b"\0")
     return whole and value == request_value(key)
 
 

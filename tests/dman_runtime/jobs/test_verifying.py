@@ -19,7 +19,7 @@ from dman_runtime.store.base import IdTypes, Step, Write
 from dman_runtime.store.catalogue import Addition
 from dman_runtime.store.history import CHUNK_EVENTS, StoredHead, add_seen, pack_head, seed_of, unpack_head, unpack_seen
 from dman_runtime.store.lmdb import LmdbStore
-from dman_runtime.store.producers import producers_key
+from dman_runtime.store.lmdb_layout import user_hash
 from dman_runtime.store.rollout import Rollout
 
 EVENTS = 2 * CHUNK_EVENTS + 3
@@ -155,7 +155,7 @@ def test_damage_is_named(path: Path, name: str) -> None:
 
 def test_damaged_sequences_of_a_producer_are_found(path: Path) -> None:
     with LmdbStore.open(path, readonly=True) as store:
-        key = producers_key(b"a", store._env.store_id)
+        key = user_hash(b"a", store._env.store_id)
     put(path, "producers", key, flipped)
     problem = f"entry {key.hex()}: the sequences of a user's producers are damaged"
     assert verify_store(path).problems == (problem,)

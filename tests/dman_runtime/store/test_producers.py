@@ -14,7 +14,8 @@ from dman_runtime.errors import StoreDamagedError
 from dman_runtime.jobs.verifying import verify_store
 from dman_runtime.store.base import Step, Write
 from dman_runtime.store.lmdb import LmdbStore
-from dman_runtime.store.producers import producers_key, unpack_sequences
+from dman_runtime.store.lmdb_layout import user_hash
+from dman_runtime.store.producers import unpack_sequences
 
 MAP = 32 << 20
 
@@ -45,16 +46,16 @@ def without_producers(path: Path) -> None:
 def test_producer_takes_sixteen_bytes(path: Path) -> None:
     with LmdbStore.open(path, readonly=True) as store, store._env.read() as reading:
         for user_id in ("anna", "bob", "carl"):
-            key = producers_key(user_id.encode(), store._env.store_id)
+            key = user_hash(user_id.encode(), store._env.store_id)
             value = reading.txn.get(key, db=store._databases.producers)
             assert (len(key), len(value)) == (16, 2 * 16 + 4)
             assert unpack_sequences(key, value) == {1: 5, 2: 2**64 - 1}
 
 
 def test_key_tells_users_and_stores_apart() -> None:
-    keys = {producers_key(user, store) for user in (b"a", b"b", b"ab") for store in ("one", "two")}
+    keys = {user_hash(user, store) for user in (b"a", b"b", b"ab") for store in ("one", "two")}
     assert len(keys) == 6
-    assert producers_key(b"a", "store").hex() == "460239c5ecfed524b1a46a7391bc5b16"  # BLAKE2b, key "store"
+    assert user_hash(b"a", "store").hex() == "460239c5ecfed524b1a46a7391bc5b16"  # BLAKE2b, key "store"
 
 
 def test_id_of_a_deleted_user_is_in_no_byte(tmp_path: Path) -> None:
@@ -82,7 +83,7 @@ DAMAGE: dict[str, Callable[[bytes], bytes]] = {
 @pytest.mark.parametrize("name", DAMAGE)
 def test_damaged_entry_is_an_error_and_no_update_passes_it(path: Path, name: str) -> None:
     with LmdbStore.open(path, map_size=MAP) as store:
-        key = producers_key(b"anna", store._env.store_id)
+        key = user_hash(b"anna", store._env.store_id)
         with store._env.write() as txn:
             txn.put(
                 key, DAMAGE[name](bytes(txn.get(key, db=store._databases.producers))), db=store._databases.producers
@@ -97,7 +98,7 @@ def test_damaged_entry_is_an_error_and_no_update_passes_it(path: Path, name: str
 
 def test_entry_under_another_key_hides_nothing(path: Path) -> None:
     with LmdbStore.open(path, map_size=MAP) as store:
-        producers, key = store._databases.producers, producers_key(b"anna", store._env.store_id)
+        producers, key = store._databases.producers, user_hash(b"anna", store._env.store_id)
         with store._env.write() as txn:
             value = bytes(txn.get(key, db=producers))
             txn.delete(key, db=producers)
