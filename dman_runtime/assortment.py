@@ -17,9 +17,9 @@ KEPT_BYTES = 64 << 20  # of filters and what they leave
 class Assortment:
     """May be used from any thread. Replaced, not changed, when the catalogue changes."""
 
-    def __init__(self, attributes: Attributes, *, revision: int = 0, off: np.ndarray | None = None) -> None:
+    def __init__(self, attributes: Attributes, *, off: np.ndarray | None = None) -> None:
         """`off`: the item indices (n) that are switched off."""
-        self.attributes, self.revision = attributes, revision
+        self.attributes = attributes
         self.on: Allowed | None = None  # the items that are not switched off; None: all
         if off is not None and len(off):
             mask = np.ones(attributes.vocabulary, bool)

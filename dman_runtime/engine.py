@@ -12,12 +12,11 @@ from __future__ import annotations
 import logging
 import random
 import time
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import suppress
 
 import numpy as np
 
-from dman_runtime.assortment import Assortment
 from dman_runtime.errors import ConflictError, RequestError, StoreFullError
 from dman_runtime.late import LateEvents, Placed, late_ones, place
 from dman_runtime.merging import Merged, joined_events, merge_events
@@ -53,7 +52,6 @@ from dman_runtime.requests import (
 )
 from dman_runtime.routing import Router
 from dman_runtime.store.base import StateStore
-from dman_runtime.store.catalogue import Standing
 
 logger = logging.getLogger(__name__)
 COMMIT_ATTEMPTS = 50
@@ -84,23 +82,12 @@ class Engine:
 
     def _projections(self, user_ids: Sequence[str | None]) -> Sequence[Projection]:
         """Which generation serves each of some users."""
-        return self._served(user_ids, self.router.standing())
-
-    def _served(self, user_ids: Sequence[str | None], standing: Standing) -> Sequence[Projection]:
-        if self._follows:
-            return self.router.of(user_ids, standing)
-        return [self.projection.at(standing.catalogue_revision)] * len(user_ids)
+        return self.router.of(user_ids) if self._follows else [self.current] * len(user_ids)
 
     @property
     def current(self) -> Projection:
         """Of the generation that this was made with, with the items that were added by now. Raises StoreError."""
         return self.projection.at(self.store.standing().catalogue_revision)
-
-    def _offers(self, user_ids: Sequence[str | None]) -> Iterator[tuple[Projection, Assortment]]:
-        """The same, with the items that each may recommend now."""
-        standing = self.router.standing()
-        for projection in self._served(user_ids, standing):
-            yield projection, projection.assortment(standing.catalogue_revision)
 
     def bundle_of(self, user_id: str) -> Bundle:
         """The bundle that serves a user."""
@@ -268,8 +255,8 @@ class Engine:
         special = query.what_if or query.exclude or query.candidates is not None or query.diversity
         if query.user_id is None or special:
             return None
-        ((projection, offered),) = self._offers((query.user_id,))
-        return plain_answer(query, self.store, projection, offered)
+        (projection,) = self._projections((query.user_id,))
+        return plain_answer(query, self.store, projection)
 
     def open_queries(self, queries: Sequence[Query], *, catch_up: bool = True) -> list[OpenQuery]:
         """Reads what queries need. Those that have a `user` need it advanced before `answer`.
@@ -280,9 +267,9 @@ class Engine:
         for query in queries:
             check_query(query)
         opened = []
-        for query, (projection, offered) in zip(queries, self._offers([one.user_id for one in queries]), strict=True):
+        for query, projection in zip(queries, self._projections([one.user_id for one in queries]), strict=True):
             with self.store.snapshot() as snapshot:  # the user's state and seen items are of one moment
-                opened.append(open_query(query, projection, offered, snapshot, catch_up=catch_up))
+                opened.append(open_query(query, projection, snapshot, catch_up=catch_up))
         return opened
 
     def answer(self, opened: Sequence[OpenQuery]) -> list[Answer]:

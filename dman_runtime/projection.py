@@ -49,25 +49,34 @@ class Projection:
         # Item index by item number; -1, also at the end, for numbers that the bundle does not know.
         self._indices = np.full(int(numbers.max(initial=0)) + 2, -1, np.int64)
         self._indices[numbers[numbers >= 0]] = np.flatnonzero(numbers >= 0)
-        self._store, self._assortment = store, Assortment(Attributes(self.bundle.items.attributes))
+        self._store, self.offered = (
+            store,
+            Assortment(Attributes(self.bundle.items.attributes)),
+        )  # what may be recommended
         self._empty = np.zeros(0, np.int64)  # indices of added items that the bundle cannot serve
         self._newest, self._revision, self._lock = self, 0, threading.Lock()
         known = store.generations()
         self.number = known.get(self.bundle.bundle_id) or store.add_generation(self.bundle.bundle_id)
 
     def at(self, revision: int) -> Projection:
-        """This root with the items that were added by this revision of the catalogue, or a later one.
+        """This root with the items that were added by this revision of the catalogue, or a later one, and those that
+        may be recommended at it.
 
         Raises StoreError.
         """
         if self._revision < revision:
             with self._lock:
                 if self._revision < revision:
-                    catalogue = self._store.catalogue()
-                    if len(catalogue.added) > self._newest.bundle.added:
-                        self._newest = self._with(catalogue)
-                    self._revision = catalogue.revision
+                    self._follow(self._store.catalogue())
         return self._newest
+
+    def _follow(self, catalogue: Catalogue) -> None:
+        newest = self._newest
+        if len(catalogue.added) > newest.bundle.added:
+            newest = self._with(catalogue)
+        off = np.concatenate([newest.known_indices(catalogue.off), newest._empty])
+        newest.offered = Assortment(newest.offered.attributes, off=off)  # before anybody gets it
+        self._newest, self._revision = newest, catalogue.revision
 
     def _with(self, catalogue: Catalogue) -> Projection:
         """The projection of a bundle with the added items."""
@@ -93,10 +102,7 @@ class Projection:
         larger._indices[: len(self._indices)] = self._indices
         served = np.setdiff1d(np.arange(len(self._numbers), len(larger._numbers)), more.empty)
         larger._indices[larger._numbers[served]] = served
-        off = np.concatenate([larger.known_indices(catalogue.off), more.empty])
-        attributes = Attributes(larger.bundle.items.attributes)
-        larger._assortment = Assortment(attributes, revision=catalogue.revision, off=off)
-        larger._newest, larger._revision = larger, catalogue.revision
+        larger.offered = Assortment(Attributes(larger.bundle.items.attributes))
         return larger
 
     def numbers(self, indices: np.ndarray) -> np.ndarray:
@@ -112,15 +118,6 @@ class Projection:
         """Which item numbers (N) the bundle knows."""
         known: np.ndarray = self._indices.take(numbers, mode="clip") >= 0
         return known
-
-    def assortment(self, revision: int) -> Assortment:
-        """Which items may be recommended, at this revision of the catalogue or a later one. Raises StoreError."""
-        found = self._assortment
-        if found.revision < revision:
-            catalogue = self._store.catalogue()
-            off = np.concatenate([self.known_indices(catalogue.off), self._empty])
-            found = self._assortment = Assortment(found.attributes, revision=catalogue.revision, off=off)
-        return found
 
     def known_events(self, events: Events) -> KnownEvents:
         """Those of items that the bundle knows, in order."""

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from contextlib import suppress
 
-from dman_runtime.assortment import Assortment
 from dman_runtime.diversity import fields_of
 from dman_runtime.errors import StateError
 from dman_runtime.opened import OpenQuery, OpenUser, read_users, what_if_events
@@ -14,12 +13,13 @@ from dman_runtime.retrieval.base import NO_ITEMS
 from dman_runtime.store.base import Snapshot, StateStore
 
 
-def plain_answer(query: Query, store: StateStore, projection: Projection, offered: Assortment) -> Answer | None:
+def plain_answer(query: Query, store: StateStore, projection: Projection) -> Answer | None:
     """The answer to the most frequent query, a user and k with a current record, by the shortest way; or None."""
     generation = projection.generation
     if not generation.answers_anywhere:
         return None
     check_query(query)
+    offered = projection.offered
     allowed = offered.on
     if query.filter is not None and (allowed := offered.kept(query.filter)) is None:
         return None  # making it takes longer than others should wait
@@ -40,9 +40,7 @@ def plain_answer(query: Query, store: StateStore, projection: Projection, offere
     return Answer(generation.bundle, best.items, best.scores, False, user.event_count, [])
 
 
-def open_query(
-    query: Query, projection: Projection, offered: Assortment, snapshot: Snapshot, *, catch_up: bool
-) -> OpenQuery:
+def open_query(query: Query, projection: Projection, snapshot: Snapshot, *, catch_up: bool) -> OpenQuery:
     """A checked query with what it needs, of one moment; `Engine.open_queries` says more.
 
     Raises RequestError where a filter or a rule asks for an attribute that no item has.
@@ -50,8 +48,8 @@ def open_query(
     generation = projection.generation
     what_if, unknown = what_if_events(query, generation.bundle.items)
     opened = OpenQuery(query, projection, NO_ITEMS, 0, None, None, what_if, unknown)
-    opened.allowed = offered.allowed(query.filter)
-    opened.fields = fields_of(query.diversity, offered.attributes)
+    opened.allowed = projection.offered.allowed(query.filter)
+    opened.fields = fields_of(query.diversity, projection.offered.attributes)
     user_id, found = query.user_id, None
     view = None if user_id is None else snapshot.ranking_view(user_id, projection.number, generation.answer_bytes)
     if view is not None:

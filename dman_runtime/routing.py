@@ -52,12 +52,9 @@ class Router:
         self._rollout = found.rollout
         return found
 
-    def of(self, user_ids: Sequence[str | None], standing: Standing | None = None) -> Sequence[Projection]:
-        """The projection that serves each of some users, with the items of now; by what stands, or what is given.
-
-        Raises NotLoadedError, StoreError.
-        """
-        rollout, revision = self.standing() if standing is None else standing
+    def of(self, user_ids: Sequence[str | None]) -> Sequence[Projection]:
+        """The projection that serves each of some users, with the items of now. Raises NotLoadedError, StoreError."""
+        rollout, revision = self.standing()
         if not rollout.trial:
             projection = self._projection(rollout.active) if rollout.active else self.own
             return [projection.at(revision)] * len(user_ids)

@@ -119,7 +119,7 @@ LAYERS = {
     "projection": {"assortment", "errors", "model", "store"},
     "repeats": {"requests"},
     "opened": {"model", "projection", "repeats", "requests", "retrieval", "store"},
-    "queries": {"assortment", "diversity", "errors", "opened", "projection", "requests", "retrieval", "store"},
+    "queries": {"diversity", "errors", "opened", "projection", "requests", "retrieval", "store"},
     "merging": {"model", "store"},
     "late": {"merging", "model", "opened", "store"},
     "id_types": {"data", "errors", "model", "store"},
@@ -127,7 +127,6 @@ LAYERS = {
     "presence": set(),
     "routing": {"errors", "projection", "store"},
     "engine": {
-        "assortment",
         "errors",
         "late",
         "merging",

@@ -19,7 +19,7 @@ def test_without_filter_and_switches_everything_is_allowed() -> None:
 
 
 def test_switched_off_items_are_allowed_by_no_filter() -> None:
-    found = Assortment(ATTRIBUTES, revision=3, off=np.array([0, 7]))
+    found = Assortment(ATTRIBUTES, off=np.array([0, 7]))
     for wanted, items in ((None, range(100)), (A, range(0, 100, 2)), (Not(A), range(1, 100, 2))):
         allowed = found.allowed(wanted)
         assert allowed is not None

@@ -55,7 +55,7 @@ class Serving:
 
     def serving_now(self) -> Projection:
         """What a user gets."""
-        return self.router.of(["u"], self.router.standing())[0]
+        return self.router.of(["u"])[0]
 
     def becomes(self, true: Callable[[Present], bool]) -> bool:
         def looked() -> bool:
