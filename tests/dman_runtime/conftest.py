@@ -1,11 +1,28 @@
-"""What the tests of jobs and commands share: histories and the log that holds them."""
+"""What tests of the runtime share: stores, an engine, histories and the log that holds them."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from conftest import STORES, new_store
 from histories import Histories, make_histories, with_unknown_items, write_csv
+
+from dman_runtime.engine import Engine
+from dman_runtime.model.generation import Generation
+from dman_runtime.store.base import StateStore
+
+
+@pytest.fixture(params=STORES)
+def store(request: pytest.FixtureRequest) -> Iterator[StateStore]:
+    with new_store(request.param) as store:
+        yield store
+
+
+@pytest.fixture
+def engine(exact: Generation, store: StateStore) -> Engine:
+    return Engine(exact, store)
 
 
 @pytest.fixture(scope="session")

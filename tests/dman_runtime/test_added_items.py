@@ -7,12 +7,12 @@ items of now.
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 
 import numpy as np
 import pytest
-from conftest import STORES, TINY_ITEMS, assert_close, events_of, ids, new_store
+from conftest import TINY_ITEMS, assert_close, events_of, ids, new_store
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -27,17 +27,6 @@ from dman_runtime.store.base import StateStore
 
 ITEMS = TINY_ITEMS
 EXACT = 1e-4
-
-
-@pytest.fixture(params=STORES)
-def store(request: pytest.FixtureRequest) -> Iterator[StateStore]:
-    with new_store(request.param) as store:
-        yield store
-
-
-@pytest.fixture
-def engine(exact: Generation, store: StateStore) -> Engine:
-    return Engine(exact, store)
 
 
 def like(*items: int) -> AddedItem:

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import pytest
-from conftest import STORES, TINY_ITEMS, ids, new_store
+from conftest import TINY_ITEMS, ids
 
 from dman_runtime.batcher import Batcher
 from dman_runtime.diversity import Rule
@@ -23,12 +22,6 @@ from dman_runtime.store.base import StateStore
 OFF = [0, 5, 6, 59]
 HISTORY = [3, 5, 9]
 ODD = In("genre", ("odd",))  # of item ids: even indices
-
-
-@pytest.fixture(params=STORES)
-def store(request: pytest.FixtureRequest) -> Iterator[StateStore]:
-    with new_store(request.param) as store:
-        yield store
 
 
 @pytest.fixture(scope="module")

@@ -46,17 +46,6 @@ LONGEST = 35  # events; the memory of a random model is chaotic: rounding grew f
 NOTHING = np.zeros(0, np.int64)
 
 
-@pytest.fixture(params=STORES)
-def store(request: pytest.FixtureRequest) -> Iterator[StateStore]:
-    with new_store(request.param) as store:
-        yield store
-
-
-@pytest.fixture
-def engine(exact: Generation, store: StateStore) -> Engine:
-    return Engine(exact, store)
-
-
 def update(engine: Engine, user_id: str, items: Sequence[int], request_id: str = "") -> UpdateOutcome:
     return engine.update([Update(user_id, ids(items), request_id=request_id)])[0]
 

@@ -7,7 +7,7 @@ gives the sorted history, whose state is there after a rebuild.
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any, NamedTuple
 
@@ -246,12 +246,6 @@ def test_history_does_not_depend_on_how_events_are_split_into_updates(
 
 
 # -- place: one case each ----------------------------------------------------------------------------------------------
-
-
-@pytest.fixture(params=STORES)
-def store(request: pytest.FixtureRequest) -> Iterator[StateStore]:
-    with new_store(request.param) as store:
-        yield store
 
 
 @pytest.fixture

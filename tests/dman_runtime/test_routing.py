@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import pytest
-from conftest import STORES, new_store
+from conftest import new_store
 
 from dman_runtime.engine import Engine
 from dman_runtime.errors import NotLoadedError
@@ -16,12 +14,6 @@ from dman_runtime.store.base import StateStore
 from dman_runtime.store.rollout import Rollout
 
 ITEMS = [str(number) for number in range(21, 61)]  # that both bundles know
-
-
-@pytest.fixture(params=STORES)
-def store(request: pytest.FixtureRequest) -> Iterator[StateStore]:
-    with new_store(request.param) as store:
-        yield store
 
 
 @pytest.fixture

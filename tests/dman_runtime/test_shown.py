@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
 
 import pytest
-from conftest import STORES, TINY_ITEMS, ids, new_store
+from conftest import TINY_ITEMS, ids
 
 from dman_runtime.batcher import Batcher
 from dman_runtime.engine import Engine
@@ -15,12 +14,6 @@ from dman_runtime.jobs.leaving import user_document
 from dman_runtime.model.generation import Generation
 from dman_runtime.requests import MAX_SHOWN_SECONDS, Query, Update
 from dman_runtime.store.base import MAX_SHOWN, StateStore
-
-
-@pytest.fixture(params=STORES)
-def store(request: pytest.FixtureRequest) -> Iterator[StateStore]:
-    with new_store(request.param) as store:
-        yield store
 
 
 @pytest.fixture

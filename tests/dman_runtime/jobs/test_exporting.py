@@ -10,7 +10,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from conftest import STORES, assert_close, new_store
+from conftest import assert_close, new_store
 from contract.processes import finish, start
 from histories import Histories, write_csv
 from hypothesis import given, settings
@@ -33,12 +33,6 @@ from dman_train import export, train
 
 EXACT = 1e-4  # relative, in root mean square
 Stored = dict[str, list[tuple[str, int]]]  # item id and time by user
-
-
-@pytest.fixture(params=STORES)
-def store(request: pytest.FixtureRequest) -> Iterator[StateStore]:
-    with new_store(request.param) as store:
-        yield store
 
 
 def put(store: StateStore, user_id: str, events: Sequence[tuple[str, int]]) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -10,7 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from conftest import STORES, assert_close, new_store
+from conftest import assert_close, new_store
 from histories import ONLY_UNKNOWN, UNKNOWN_ITEM, Histories, make_histories, write_csv
 from log_files import import_log
 from record_checks import EXACT, HookedStore, check_records
@@ -25,17 +24,6 @@ from dman_runtime.jobs.importing import ImportResult, import_histories
 from dman_runtime.model.generation import Generation
 from dman_runtime.requests import Query, Update
 from dman_runtime.store.base import UNKNOWN, IdTypes, StateStore
-
-
-@pytest.fixture(params=STORES)
-def store(request: pytest.FixtureRequest) -> Iterator[StateStore]:
-    with new_store(request.param) as store:
-        yield store
-
-
-@pytest.fixture
-def engine(exact: Generation, store: StateStore) -> Engine:
-    return Engine(exact, store)
 
 
 def stored_histories(store: StateStore) -> Histories:

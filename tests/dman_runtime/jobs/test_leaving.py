@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import STORES, new_store
 from record_checks import HookedStore
 
 from dman_runtime.cli import main
@@ -22,12 +20,6 @@ from dman_runtime.store.base import StateStore, Write
 from dman_runtime.store.lmdb import LmdbStore
 
 NOW = 1_800_000_000
-
-
-@pytest.fixture(params=STORES)
-def store(request: pytest.FixtureRequest) -> Iterator[StateStore]:
-    with new_store(request.param) as store:
-        yield store
 
 
 def put(store: StateStore, user_id: str, times: list[int]) -> None:

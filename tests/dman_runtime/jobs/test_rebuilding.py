@@ -6,13 +6,11 @@ import json
 import shutil
 import time
 from collections import Counter, namedtuple
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import STORES, new_store
 from histories import Histories, make_histories, with_unknown_items
 from record_checks import HookedStore, check_records
 
@@ -33,12 +31,6 @@ from dman_runtime.store.rollout import Rollout
 
 HISTORIES: Histories = with_unknown_items(make_histories(25, seed=3))
 EVENTS = sum(map(len, HISTORIES.values()))
-
-
-@pytest.fixture(params=STORES)
-def store(request: pytest.FixtureRequest) -> Iterator[StateStore]:
-    with new_store(request.param) as store:
-        yield store
 
 
 def filled(store: StateStore, generation: Generation) -> Engine:
