@@ -12,8 +12,9 @@ from typing import TypeAlias
 
 import numpy as np
 
+from dman_runtime.data.interactions import LIST_SEPARATOR
 from dman_runtime.errors import RequestError
-from dman_runtime.model.attributes import SEPARATOR, Attributes, Field
+from dman_runtime.model.attributes import Attributes, Field
 
 MAX_DEPTH = 8  # of filters in filters
 MAX_PARTS = 64  # filters in one, itself included: each is a pass over all items
@@ -80,11 +81,9 @@ def check_filter(found: Filter) -> None:
 def _check_alone(one: Filter) -> None:
     if isinstance(one, In):
         for value in one.values:
-            if SEPARATOR in value:
-                raise RequestError(
-                    f"a filter asks for {one.field!r:.80} {value!r:.80}; {SEPARATOR!r} separates the values of a list",
-                    "ask for one of them",
-                )
+            if LIST_SEPARATOR in value:
+                asked = f"a filter asks for {one.field!r:.80} {value!r:.80}"
+                raise RequestError(f"{asked}; {LIST_SEPARATOR!r} separates the values of a list", "ask for one of them")
     elif isinstance(one, Range):
         ends = [end for end in (one.minimum, one.maximum) if end is not None]
         if any(math.isnan(end) for end in ends) or (len(ends) == 2 and ends[0] > ends[1]):

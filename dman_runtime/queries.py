@@ -6,11 +6,12 @@ from contextlib import suppress
 
 from dman_runtime.diversity import fields_of
 from dman_runtime.errors import StateError
+from dman_runtime.model.generation import Answering
 from dman_runtime.opened import OpenQuery, OpenUser, read_users, what_if_events
 from dman_runtime.projection import Projection
 from dman_runtime.requests import Answer, Query, check_query
 from dman_runtime.retrieval.base import NO_ITEMS
-from dman_runtime.store.base import Snapshot, StateStore
+from dman_runtime.store.base import RankingView, Snapshot, StateStore
 
 
 def plain_answer(query: Query, store: StateStore, projection: Projection) -> Answer | None:
@@ -31,13 +32,17 @@ def plain_answer(query: Query, store: StateStore, projection: Projection) -> Ans
         user = generation.read_for_answer(view.record)
     except StateError:
         return None
-    lags = user.history_count != view.history_count or projection.holds_later(view.seen, user.vocabulary)
-    if lags or not user.event_count:
+    if _lags(user, view, projection) or not user.event_count:
         return None
     seen = NO_ITEMS if query.include_seen else projection.known_indices(view.seen)
     embedding, added = generation.asked((user,), (query.at,))
     (best,) = generation.retriever.search(embedding, query.k, exclude=(seen,), allowed=(allowed,), added=added)
     return Answer(generation.bundle, best.items, best.scores, False, user.event_count, [])
+
+
+def _lags(user: Answering, view: RankingView, projection: Projection) -> bool:
+    """Whether a record does not cover the stored history, or not with the items of now."""
+    return user.history_count != view.history_count or projection.holds_later(view.seen, user.vocabulary)
 
 
 def open_query(query: Query, projection: Projection, snapshot: Snapshot, *, catch_up: bool) -> OpenQuery:
@@ -58,11 +63,7 @@ def open_query(query: Query, projection: Projection, snapshot: Snapshot, *, catc
             found = generation.read_for_answer(view.record) if view.record is not None else None
     elif user_id is not None:
         opened.seen = projection.known_indices(snapshot.shown(user_id)[0])
-    lags = view is not None and (
-        found is None
-        or found.history_count != view.history_count
-        or projection.holds_later(view.seen, found.vocabulary)
-    )
+    lags = view is not None and (found is None or _lags(found, view, projection))
     if lags and catch_up:
         opened.lags = True
     elif lags or len(what_if):

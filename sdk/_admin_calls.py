@@ -28,6 +28,7 @@ from sdk._exceptions import InvalidArgumentError
 from sdk._types import Id, Ids
 
 Result = TypeVar("Result")
+Part = TypeVar("Part", pb.ExportUserReply, pb.ListItemsOffReply)
 Directory = str | os.PathLike[str]
 
 
@@ -164,11 +165,7 @@ def export_user(
         CallError: The call failed, after retries if the server was unavailable.
     """
     request = pb.ExportUserRequest(user_id=_wire.id_text(user_id, "user_id"))
-
-    def read(replies: Iterator[pb.ExportUserReply]) -> pb.ExportUserReply:
-        return pb.ExportUserReply(part=b"".join(reply.part for reply in replies))
-
-    return Call("ExportUser", request, _document, True, timeout, receive=read)
+    return Call("ExportUser", request, _document, True, timeout, receive=_joined(pb.ExportUserReply))
 
 
 def expire(
@@ -250,11 +247,8 @@ def items_off(*, timeout: float | None = None) -> Call[pb.ListItemsOffRequest, p
     Raises:
         CallError: The call failed, after retries if the server was unavailable.
     """
-
-    def read(replies: Iterator[pb.ListItemsOffReply]) -> pb.ListItemsOffReply:
-        return pb.ListItemsOffReply(part=b"".join(reply.part for reply in replies))
-
-    return Call("ListItemsOff", pb.ListItemsOffRequest(), _lines, True, timeout, receive=read)
+    request = pb.ListItemsOffRequest()
+    return Call("ListItemsOff", request, _lines, True, timeout, receive=_joined(pb.ListItemsOffReply))
 
 
 def add_items(
@@ -291,6 +285,11 @@ def add_items(
         like_column=like_column,
     )
     return Call("AddItems", request, _reader(ItemsAdded), False, timeout)
+
+
+def _joined(kind: Callable[..., Part]) -> Callable[[Iterator[Part]], Part]:
+    """Puts the parts of a document together, as one reply of this kind."""
+    return lambda replies: kind(part=b"".join(reply.part for reply in replies))
 
 
 def _reader(kind: Callable[..., Result]) -> Callable[[Message], Result]:

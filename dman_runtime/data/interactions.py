@@ -7,6 +7,8 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
+LIST_SEPARATOR = "|"  # between the values of an attribute of an item
+
 
 @dataclass(frozen=True, eq=False)
 class Interactions:
@@ -94,7 +96,7 @@ class Interactions:
 
 @dataclass(frozen=True)
 class ItemInfo:
-    """What an item file says about one item. Empty attributes are left out."""
+    """What an item file says about one item. Empty attributes are left out; LIST_SEPARATOR joins several values."""
 
     title: str
     attributes: dict[str, str]

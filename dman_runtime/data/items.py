@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from dman_runtime.data.files.sources import Source
 from dman_runtime.data.ids import BLANKS, RULE, id_problem
-from dman_runtime.data.interactions import ItemInfo
+from dman_runtime.data.interactions import LIST_SEPARATOR, ItemInfo
 from dman_runtime.data.log_options import LogOptions
 from dman_runtime.data.roles import OWN_NAMES, candidates
 from dman_runtime.data.tables import Rows, Tables, open_tables, quoted
@@ -156,4 +156,4 @@ def _ids(rows: Rows, values: pa.Array, name: str) -> Iterator[str]:
 
 
 def _text(value: object) -> str:
-    return "|".join(map(str, value)) if isinstance(value, list) else str(value)
+    return LIST_SEPARATOR.join(map(str, value)) if isinstance(value, list) else str(value)

@@ -10,7 +10,8 @@ import numpy as np
 
 from dman_runtime.data.added_items import AddedItem, checked_item
 from dman_runtime.data.arrays import MAX_HEADER_BYTES, parse_npy
-from dman_runtime.data.interactions import ItemInfo
+from dman_runtime.data.ids import is_integer_id
+from dman_runtime.data.interactions import LIST_SEPARATOR, ItemInfo
 from dman_runtime.data.items import read_items
 from dman_runtime.data.untrusted import read_file
 from dman_runtime.errors import InputError, UsageError
@@ -20,7 +21,6 @@ from dman_runtime.store.base import StateStore
 from dman_runtime.store.catalogue import MAX_ADDED, Addition
 
 _NAMED = 10  # items that are shown to people
-LIST_SEPARATOR = "|"
 
 
 @dataclass(frozen=True)
@@ -109,17 +109,9 @@ def _require_form(bundle: Bundle, items: Mapping[str, AddedItem]) -> None:
     """UsageError for ids that the bundle's replies could not name."""
     if not bundle.manifest.integer_item_ids:
         return
-    odd = next((item_id for item_id in items if str(_integer(item_id)) != item_id), None)
+    odd = next((item_id for item_id in items if not is_integer_id(item_id)), None)
     if odd is not None:
         raise UsageError(
             f"item id {odd!r:.80} is no integer, and the items of bundle {bundle.bundle_id} have integers as ids",
             "write the ids as in training",
         )
-
-
-def _integer(text: str) -> int | None:
-    try:
-        number = int(text)
-    except ValueError:
-        return None
-    return number if -(1 << 63) <= number < 1 << 63 else None

@@ -31,8 +31,12 @@ class Copied:
 
     def summary(self) -> str:
         """For people."""
-        read = ", ".join(f"{count} {name.replace('_', ' ')}" for name, count in self.counts.items())
-        return f"{self.path} ({self.bytes / 1e6:,.1f} MB); read back: {read}"
+        return f"{self.path} ({self.bytes / 1e6:,.1f} MB); read back: {counted(self.counts)}"
+
+
+def counted(counts: Mapping[str, int]) -> str:
+    """For people: how many there are of each kind."""
+    return ", ".join(f"{count} {name.replace('_', ' ')}" for name, count in counts.items())
 
 
 def backup(state: Path, output: Path) -> Copied:

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from dman_runtime.errors import UsageError
-from dman_runtime.jobs.backup import DATA, checked_copy, copying, partial_directories
+from dman_runtime.jobs.backup import DATA, checked_copy, copying, counted, partial_directories
 from dman_runtime.presence import present
 from dman_runtime.store.files import sync
 from dman_runtime.store.lmdb import LmdbStore
@@ -32,10 +32,9 @@ class Compacted:
 
     def summary(self) -> str:
         """For people."""
-        read = ", ".join(f"{count} {name.replace('_', ' ')}" for name, count in self.counts.items())
         return (
             f"{self.bytes / 1e6:,.1f} MB instead of {self.bytes_before / 1e6:,.1f} MB in {self.seconds:.1f} s; "
-            f"items that no history has: {self.freed_items} removed; read back: {read}"
+            f"items that no history has: {self.freed_items} removed; read back: {counted(self.counts)}"
         )
 
 

@@ -9,7 +9,7 @@ from functools import cached_property
 
 import numpy as np
 
-SEPARATOR = "|"  # between the values of a list
+from dman_runtime.data.interactions import LIST_SEPARATOR
 
 
 @dataclass(frozen=True, eq=False)
@@ -28,7 +28,7 @@ class Field:
         items, codes = list[int](), list[int]()
         for item, text in enumerate(texts):
             if text is not None:
-                parts = dict.fromkeys(text.split(SEPARATOR)) if SEPARATOR in text else (text,)
+                parts = dict.fromkeys(text.split(LIST_SEPARATOR)) if LIST_SEPARATOR in text else (text,)
                 for value in parts:
                     items.append(item)
                     codes.append(values.setdefault(value, len(values)))
@@ -75,7 +75,7 @@ class Attributes:
     """Those of the items of a bundle. May be used from any thread."""
 
     def __init__(self, items: Sequence[Mapping[str, str]]) -> None:
-        """`items` (V): the attributes of each as texts; the values of a list are joined by SEPARATOR."""
+        """`items` (V): the attributes of each as texts; the values of a list are joined by LIST_SEPARATOR."""
         self._items, self._lock = items, threading.Lock()
         self._fields: dict[str, Field] = {}
 

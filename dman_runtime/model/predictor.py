@@ -17,6 +17,7 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 
 from dman_runtime.data.arrays import parse_npz
+from dman_runtime.data.interactions import LIST_SEPARATOR
 from dman_runtime.data.untrusted import is_text, parse_json
 
 Kind = Literal["value", "word", "near"]
@@ -25,7 +26,6 @@ TITLE, TITLE_YEAR = "title", "year in the title"  # fields that every item with 
 MAX_FEATURES = 2048
 MAX_KNOT = 1e300  # of a number, either way
 MAX_FEATURE_BYTES = 1 << 20  # of the list of them
-LIST_SEPARATOR = "|"
 _YEAR, _WORD = re.compile(r"\s*\((\d{4})\)\s*$"), re.compile(r"\w+")
 _ARCHIVE_BYTES = 4096  # names and headers of an .npz file; beyond its arrays
 
