@@ -6,13 +6,12 @@ import itertools
 import random
 import subprocess
 import sys
-import threading
 from collections import Counter
 from pathlib import Path
-from typing import Self
 
 from dman_runtime.jobs.generations import list_generations
 from dman_runtime.store.lmdb import LmdbStore
+from tools.faults.background import Background
 from tools.faults.bundles import read_manifest
 from tools.faults.servers import ROOT, python_environment, wait_until
 
@@ -68,7 +67,7 @@ def kill_in_the_middle(job: subprocess.Popen[str], state: Path, bundle_id: str, 
     return running
 
 
-class RollOvers:
+class RollOvers(Background):
     """Changes the bundle of a store's servers and back until the block ends.
 
     In turns: the new bundle's records are made from nothing, it is activated, the old one's are brought up to date, and
@@ -79,43 +78,35 @@ class RollOvers:
     SHARE = 0.2  # of a core, for a rebuild: it shall last
 
     def __init__(self, state: Path, old: Path, new: Path) -> None:
+        super().__init__()
         self._state, self._old, self._new = state, old, new
-        self._over, self._thread = threading.Event(), threading.Thread(target=self._run, daemon=True)
         self.done, self.killed, self.failures = Counter[str](), 0, list[str]()
-
-    def __enter__(self) -> Self:
-        self._thread.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._over.set()
-        self._thread.join()
 
     def rounds(self) -> int:
         """How often both bundles were rebuilt and activated."""
         return min(self.done[f"{command} {which}"] for command in ("rebuild", "activate") for which in ("new", "old"))
 
-    def _run(self) -> None:
+    def run(self) -> None:
         chooser = random.Random(0)
         for which, bundle in itertools.cycle({"new": self._new, "old": self._old}.items()):
             if which == "new":
                 self._do("drop", which, read_manifest(bundle)["bundle_id"], "--state", self._state)
-            while not self._over.is_set() and chooser.random() < 0.5:
+            while not self.over.is_set() and chooser.random() < 0.5:
                 self._kill_a_rebuild(bundle, chooser)
             for command, *options in (["rebuild", "--max-share", f"{self.SHARE:g}"], ["activate"]):
                 self._do(command, which, "--bundle", bundle, "--state", self._state, "--provider", "cpu", *options)
-            if self._over.is_set():
+            if self.over.is_set():
                 return
 
     def _kill_a_rebuild(self, bundle: Path, chooser: random.Random) -> None:
         job = start_rebuild(bundle, self._state, share=self.SHARE)
-        self._over.wait(chooser.uniform(1, 4))
+        self.over.wait(chooser.uniform(1, 4))
         self.killed += job.poll() is None
         job.kill()
         job.communicate()
 
     def _do(self, command: str, which: str, *options: str | Path) -> None:
-        if self._over.is_set():
+        if self.over.is_set():
             return
         status, line = run_job(command, *options)
         if not status:

@@ -19,6 +19,7 @@ from typing import Self
 import psutil
 
 from dman_runtime.errors import UsageError
+from tools.faults.background import Background
 
 ROOT = Path(__file__).resolve().parents[2]
 START_SECONDS, STOP_SECONDS = 120.0, 30.0
@@ -176,30 +177,24 @@ class FaultServer:
         return status
 
 
-class PeakMemory:
+class PeakMemory(Background):
     """The largest resident memory of a worker while a block runs, in bytes, looked at every few milliseconds."""
 
     def __init__(self, server: FaultServer, *, seconds: float = 0.02) -> None:
+        super().__init__()
         self._server, self._seconds = server, seconds
-        self._over = threading.Event()
-        self._thread = threading.Thread(target=self._run, daemon=True)
         self.before = self.peak = 0
 
     def __enter__(self) -> Self:
         self.before = self.peak = self._server.resident_bytes()
-        self._thread.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._over.set()
-        self._thread.join()
+        return super().__enter__()
 
     @property
     def growth(self) -> int:
         return self.peak - self.before
 
-    def _run(self) -> None:
-        while not self._over.wait(self._seconds):
+    def run(self) -> None:
+        while not self.over.wait(self._seconds):
             self.peak = max(self.peak, self._server.resident_bytes())
 
 

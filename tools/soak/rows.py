@@ -5,7 +5,6 @@ from __future__ import annotations
 import random
 import subprocess
 import sys
-import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -36,6 +35,7 @@ from tools.faults.attacks import (
     update,
     what_ifs,
 )
+from tools.faults.background import Background
 from tools.faults.servers import ROOT, FaultServer, python_environment
 from tools.soak.callers import HonestCallers
 from tools.soak.numbers import HEADS, RowResult, by_phase
@@ -63,32 +63,23 @@ class Together:
         return " and ".join(attack.did() for attack in self._attacks)
 
 
-class KilledWorkers:
+class KilledWorkers(Background):
     """Kills one worker after the other, with a pause between."""
 
     def __init__(self, server: FaultServer, *, pause: float = 3.0) -> None:
-        self._server, self._pause = server, pause
-        self._over, self._killed = threading.Event(), 0
-        self._thread = threading.Thread(target=self._run, daemon=True)
-
-    def __enter__(self) -> Self:
-        self._thread.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._over.set()
-        self._thread.join()
+        super().__init__()
+        self._server, self._pause, self._killed = server, pause, 0
 
     def did(self) -> str:
         return f"{self._killed} workers killed"
 
-    def _run(self) -> None:
+    def run(self) -> None:
         chooser = random.Random(0)
-        while not self._over.is_set():
+        while not self.over.is_set():
             with suppress(psutil.Error, IndexError):
                 chooser.choice(self._server.workers()).kill()
                 self._killed += 1
-            self._over.wait(self._pause)
+            self.over.wait(self._pause)
 
 
 def blocked_updates(server: FaultServer) -> Attack:
