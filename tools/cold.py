@@ -231,7 +231,8 @@ def page(result: Mapping[str, Any]) -> list[str]:
     verdict = "reached" if share >= GOAL else "missed"
     parts.append(
         f"**Result.** On the test targets, new items that were never trained get {share:.0%} of the HR@10 of the same "
-        f"items when trained (goal: at least {GOAL:.0%}, {verdict})."
+        f"items when trained (goal: at least {GOAL:.0%}, {verdict}). Epochs trained: {result['epochs'][0]} with the "
+        f"whole log, {result['epochs'][1]} without the new items."
     )
     for split, title in (("test", "Test"), ("valid", "Validation")):
         rows = result["rows"][split]
@@ -246,13 +247,10 @@ def page(result: Mapping[str, Any]) -> list[str]:
         "Measured at export on the items of the training, each held out in turn, with validation users "
         "([formats](../docs/formats.md#new-items)):"
     )
-    trained = (
-        f"Epochs trained: {result['epochs'][0]} (whole log), {result['epochs'][1]} (without the items). "
-        f"New items that the bundle could not serve: {result['unusable']}."
-    )
+    unusable = f"New items that the bundle could not serve: {result['unusable']}."
     fields = [[f"`{name}`", f"{value:.4g}"] for name, value in result["quality"].items()]
     parts += ["## What the new items cost the others", cost, "## What the manifest says", manifest]
-    parts += [table(("field", "value"), fields), trained]
+    parts += [table(("field", "value"), fields), unusable]
     return parts
 
 
