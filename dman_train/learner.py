@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple, Protocol, cast
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -42,7 +43,7 @@ class StepInputs(NamedTuple):
     starts: Tensor  # (B) bool, true where a lane begins a new user
     users: Tensor  # (B) int64
     negatives: Tensor | None  # as `NextItemLoss.draw_negatives` returns them
-    seen_before: list[Tensor] | None  # B x (H) items that must not be negatives, from before the piece
+    seen_before: list[Tensor] | None  # B x (H) int64 items that must not be negatives, from before the piece
     times: Tensor  # (B, T) int64 seconds of the inputs
     next_times: Tensor  # (B, T) int64 seconds of the targets
     since_last: Tensor  # (B, T) int64 seconds from the event before; NO_GAP for a user's first
@@ -100,7 +101,8 @@ class Learner(nn.Module):
         mine, seen_before = batch.pieces(self._part), None
         if self.config.seen_items == "exclude":
             pieces = mine.seen_before(self._items, self._offsets)
-            seen_before = [torch.from_numpy(seen).to(self.device) for seen in pieces]
+            together = torch.from_numpy(np.concatenate(pieces).astype(np.int64)).to(self.device)  # one copy to a GPU
+            seen_before = list(together.split([len(seen) for seen in pieces]))
         arrays = (mine.items, mine.targets, mine.lengths, mine.starts, mine.users)
         items, targets, lengths, starts, users = (torch.from_numpy(array).to(self.device) for array in arrays)
         moments = (torch.from_numpy(array).to(self.device) for array in (mine.times, mine.next_times, mine.since_last))

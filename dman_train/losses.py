@@ -21,7 +21,8 @@ from torch import Tensor, nn
 from dman_train.config import TrainConfig
 
 FULL_SOFTMAX_LIMIT = 50_000  # items; beyond it loss="auto" samples
-SOFTMAX_BLOCK = 1 << 19  # scores that the full softmax holds at a time
+SOFTMAX_BLOCK = 1 << 19  # scores that the full softmax holds at a time: they stay in the cache of a CPU
+CUDA_SOFTMAX_BLOCK = 1 << 26  # on a GPU many small kernels cost more than memory
 
 
 @dataclass(frozen=True)
@@ -78,7 +79,7 @@ class NextItemLoss(nn.Module):
             users, table, targets: (P, D) user embeddings, (V, D) item embeddings, (P) item indices.
             negatives: As `draw_negatives` returns them.
             items, real: (B, T) the inputs, and which of them are real: P in all.
-            seen_before: B x (H) items that the users saw before these inputs; None: seen items are negatives too.
+            seen_before: B x (H) int64 items that the users saw before these inputs; None: seen items are negatives too.
             added: What is added to the scores of some items.
         """
         if self.kind == "full":
@@ -90,7 +91,7 @@ class NextItemLoss(nn.Module):
         drawn = negatives[real] if negatives.dim() == 3 else negatives[None]  # (P, n) or (1, n)
         left_out = drawn == targets[:, None]  # (P, n)
         if seen_before is not None:
-            left_out |= _seen_at(negatives, seen_before, items)[real]
+            left_out |= _seen_at(negatives, seen_before, items, self.vocabulary)[real]
         if added is not None:
             positive = positive + _added_at(added, targets[:, None])[:, 0]
         if self.kind == "sampled":
@@ -161,35 +162,62 @@ class SeenItems(NamedTuple):
         position = (real.flatten().cumsum(0) - 1).view_as(items)[:, later][chosen]
         counts = (torch.arange(1, items.shape[1] + 1, device=items.device) * real)[real]  # pairs of each position
         rows, borders = ([0, *x.cumsum(0).tolist()] for x in (real.sum(1), counts))
-        return cls([seen.long() for seen in seen_before], rows, position, items[:, earlier][chosen], borders)
+        return cls(seen_before, rows, position, items[:, earlier][chosen], borders)
 
     def leave_out(self, scores: Tensor, first: int) -> None:
         """Sets (N, V) scores of the positions from `first` on to minus infinity for the items seen at each."""
-        last, vocabulary = first + len(scores), scores.shape[1]
-        for piece in range(bisect_right(self.rows, first) - 1, bisect_left(self.rows, last)):
-            start, end = max(self.rows[piece], first), self.rows[piece + 1]
-            scores[start - first : end - first].index_fill_(1, self.earlier[piece], float("-inf"))
-        pairs = slice(self.borders[first], self.borders[last])
+        (self._leave_out_earlier_at_once if scores.is_cuda else self._leave_out_earlier)(scores, first)
+        vocabulary, pairs = scores.shape[1], slice(self.borders[first], self.borders[first + len(scores)])
         index = (self.positions[pairs] - first) * vocabulary + self.items[pairs]
         scores.view(-1).index_fill_(0, index, float("-inf"))
 
+    def _leave_out_earlier(self, scores: Tensor, first: int) -> None:
+        """The items from before the pieces, piece by piece."""
+        last = first + len(scores)
+        for piece in range(bisect_right(self.rows, first) - 1, bisect_left(self.rows, last)):
+            start, end = max(self.rows[piece], first), self.rows[piece + 1]
+            scores[start - first : end - first].index_fill_(1, self.earlier[piece], float("-inf"))
 
-def _seen_at(negatives: Tensor, seen_before: list[Tensor], items: Tensor) -> Tensor:
+    def _leave_out_earlier_at_once(self, scores: Tensor, first: int) -> None:
+        """The same in a few kernels, with a mask of (B, V) bytes."""
+        seen = torch.zeros(len(self.earlier), scores.shape[1], dtype=torch.bool, device=scores.device)
+        seen[_places(self.earlier), torch.cat(self.earlier)] = True
+        pieces = torch.arange(len(self.earlier)).repeat_interleave(torch.tensor(self.rows).diff())  # (P)
+        scores.masked_fill_(seen[pieces[first : first + len(scores)].to(scores.device)], float("-inf"))
+
+
+def _seen_at(negatives: Tensor, seen_before: list[Tensor], items: Tensor, vocabulary: int) -> Tensor:
     """(B, T, n) bool: which of (n) or (B, T, n) negatives the user has seen up to and including each (B, T) item."""
     if negatives.dim() == 1:
         within = (items[:, :, None] == negatives).cumsum(1) > 0
-        return within | torch.stack([torch.isin(negatives, seen) for seen in seen_before])[:, None]
+        return within | _seen_earlier(negatives.expand(len(items), 1, -1), seen_before, vocabulary)
     earlier = torch.ones(items.shape[1], items.shape[1], dtype=torch.bool, device=items.device).tril()
     within = ((negatives[..., None] == items[:, None, None]) & earlier[:, None]).any(-1)
-    return within | torch.stack([torch.isin(drawn, seen) for drawn, seen in zip(negatives, seen_before, strict=True)])
+    return within | _seen_earlier(negatives, seen_before, vocabulary)
+
+
+def _seen_earlier(negatives: Tensor, seen_before: list[Tensor], vocabulary: int) -> Tensor:
+    """(B, T, n) bool: which of the negatives are in the list of their piece."""
+    # One search over all pieces: a search for each takes a GPU more time to start than to do.
+    keys = (_places(seen_before) * vocabulary + torch.cat(seen_before)).sort().values
+    if not len(keys):
+        return torch.zeros_like(negatives, dtype=torch.bool)
+    wanted = torch.arange(len(negatives), device=negatives.device)[:, None, None] * vocabulary + negatives
+    return keys[torch.searchsorted(keys, wanted).clamp(max=len(keys) - 1)] == wanted
+
+
+def _places(lists: list[Tensor]) -> Tensor:
+    """(S) int64: for each of the S items of all lists, which list it is in. On their device."""
+    lengths = torch.tensor([len(items) for items in lists])
+    return torch.arange(len(lists)).repeat_interleave(lengths).to(lists[0].device)
 
 
 class _FullSoftmax(torch.autograd.Function):
     """F.cross_entropy(users @ table.T, targets, reduction="sum"), one block of positions at a time.
 
     The items that `seen` names for a position have no part in its softmax, except the target.
-    The scores of all positions (35 MB for 2,560 positions and 3,416 items) never exist at once: a block stays in the
-    cache of a CPU, and its gradients are computed with it. Under autocast the products have its precision, the
+    On a CPU the scores of all positions (35 MB for 2,560 positions and 3,416 items) never exist at once: a block stays
+    in its cache, and its gradients are computed with it. Under autocast the products have its precision, the
     softmax and all sums float32.
     """
 
@@ -223,7 +251,8 @@ def _full_softmax(
     users: Tensor, table: Tensor, targets: Tensor, seen: SeenItems | None, added: Added | None
 ) -> tuple[Tensor, tuple[Tensor, ...]]:
     """The loss and its gradients by users, table and what was added, in float32."""
-    total, rows = users.new_zeros((), dtype=torch.float32), max(1, SOFTMAX_BLOCK // table.shape[0])
+    limit = CUDA_SOFTMAX_BLOCK if users.is_cuda else SOFTMAX_BLOCK
+    total, rows = users.new_zeros((), dtype=torch.float32), max(1, limit // table.shape[0])
     by_users, by_added, by_table = [], [], torch.zeros_like(table, dtype=torch.float32)
     for first in range(0, len(users), rows):
         block, chosen = users[first : first + rows], targets[first : first + rows, None]

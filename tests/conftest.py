@@ -119,6 +119,12 @@ def tiny_bundle(tiny_model: DMAN, shared: Callable[[str, Callable[[Path], object
     return shared("tiny-bundle", lambda path: export_tiny(tiny_model, path))
 
 
+@pytest.fixture(scope="session")
+def timed_bundle(shared: Callable[[str, Callable[[Path], object]], Path]) -> Path:
+    """Of a model that sees times and returns, with every optional file. Copy it before changing it."""
+    return shared("timed-bundle", lambda path: export_tiny(random_model(TIMED, TINY_ITEMS), path))
+
+
 def rewrite_manifest(bundle: Path, **changes: object) -> None:
     """Changes manifest fields and makes the bundle id fit again."""
     manifest = replace(read_manifest(bundle), **changes)  # type: ignore[arg-type]

@@ -62,7 +62,11 @@ def forms() -> dict[str, tuple[ModelConfig | BaselineConfig, TrainConfig]]:
     paper_train = replace(PRESETS["paper"].train, lanes=64)
     found: dict[str, tuple[ModelConfig | BaselineConfig, TrainConfig]] = {
         "default": (model, train),
-        "times and returns": (replace(model, time="request", returns="on"), replace(train, seen_items="keep")),
+        # What is hidden from some users is drawn on the device, and a GPU draws otherwise than a CPU.
+        "times and returns": (
+            replace(model, time="request", returns="on"),
+            replace(train, seen_items="keep", times_dropout=0.0, request_dropout=0.0),
+        ),
         "paper": (paper, paper_train),
         "gated": (replace(model, long_term="gated"), train),
         "memory as a queue": (replace(model, variant="fifo"), train),

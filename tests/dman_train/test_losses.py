@@ -232,6 +232,10 @@ def random_pieces(vocabulary: int) -> tuple[list[list[int]], Tensor, Tensor]:
     return before, items, torch.arange(7) < lengths[:, None]
 
 
+def lists(before: list[list[int]]) -> list[Tensor]:
+    return [torch.tensor(x, dtype=torch.int64) for x in before]
+
+
 @pytest.mark.parametrize("block", [1, 40, 250, 1 << 19])
 def test_full_softmax_and_its_gradients_leave_seen_items_out(block: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("dman_train.losses.SOFTMAX_BLOCK", block)
@@ -241,7 +245,7 @@ def test_full_softmax_and_its_gradients_leave_seen_items_out(block: int, monkeyp
     users, table, targets = torch.randn(20, 8), torch.randn(40, 8), torch.randint(40, (20,))
     assert by_hand[torch.arange(20), targets].any(), "some targets have been seen: they stay in"
     found, expected = ([x.clone().requires_grad_() for x in (users, table)] for _ in range(2))
-    seen = SeenItems.of([torch.tensor(x, dtype=torch.int32) for x in before], items, real)
+    seen = SeenItems.of(lists(before), items, real)
     loss = _FullSoftmax.apply(*found, targets, seen, None, None)
     left_out = by_hand.scatter(1, targets[:, None], False)
     scores = (expected[0] @ expected[1].T).masked_fill(left_out, float("-inf"))
@@ -262,7 +266,7 @@ def test_full_softmax_leaves_seen_items_out_whatever_is_added_to_them() -> None:
     found, expected = ([x.clone().requires_grad_() for x in (users, table, added)] for _ in range(2))
     loss = loss_of("full", counts=torch.ones(40))(
         *found[:2], targets, negatives=None, items=items, real=real,
-        seen_before=[torch.tensor(x) for x in before], added=Added(found[2], places),
+        seen_before=lists(before), added=Added(found[2], places),
     )  # fmt: skip
     scores = (expected[0] @ expected[1].T).scatter_add(1, places, expected[2])
     scores = scores.masked_fill(left_out.scatter(1, targets[:, None], False), float("-inf"))
@@ -274,12 +278,31 @@ def test_full_softmax_leaves_seen_items_out_whatever_is_added_to_them() -> None:
         torch.testing.assert_close(a.grad, b.grad)
 
 
+@pytest.mark.parametrize(("first", "last"), [(0, 20), (3, 4), (6, 13), (8, 20)])
+def test_scores_lose_seen_items_in_the_form_of_a_gpu_as_in_that_of_a_cpu(first: int, last: int) -> None:
+    torch.manual_seed(0)
+    before, items, real = random_pieces(40)
+    seen = SeenItems.of(lists(before), items, real)
+    piece_by_piece, at_once = (torch.zeros(last - first, 40) for _ in range(2))
+    seen._leave_out_earlier(piece_by_piece, first)
+    seen._leave_out_earlier_at_once(at_once, first)
+    assert torch.equal(at_once, piece_by_piece)
+    assert at_once.isinf().any()
+
+
+def test_no_negative_has_been_seen_before_by_users_without_a_past() -> None:
+    items = torch.zeros(2, 3, dtype=torch.int64)
+    found = _seen_at(torch.tensor([1, 2]), lists([[], []]), items, 5)
+    assert found.shape == (2, 3, 2)
+    assert not found.any()
+
+
 @pytest.mark.parametrize("shape", [(30,), (4, 7, 6)], ids=["shared", "of each position"])
 def test_negatives_that_have_been_seen_are_found(shape: tuple[int, ...]) -> None:
     torch.manual_seed(0)
     before, items, real = random_pieces(40)
     negatives = torch.randint(40, shape)  # with repetitions
-    found = _seen_at(negatives, [torch.tensor(x, dtype=torch.int32) for x in before], items)[real]
+    found = _seen_at(negatives, lists(before), items, 40)[real]
     drawn = negatives[real] if len(shape) == 3 else negatives.expand(20, -1)
     assert torch.equal(found, seen_by_hand(before, items, real, 40).gather(1, drawn))
 

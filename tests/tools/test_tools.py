@@ -352,10 +352,11 @@ def test_recorder_replays_the_very_calls_of_an_import(tiny_bundle: Path, tmp_pat
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("bundle", ["tiny_bundle", "timed_bundle"])
 def test_cuda_section_compares_both_devices_or_says_why_not(
-    tiny_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    bundle: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest
 ) -> None:
-    setting = Bench(open_bundle(tiny_bundle), tmp_path, "cpu", QUICK, "")
+    setting = Bench(open_bundle(request.getfixturevalue(bundle)), tmp_path, "cpu", QUICK, "")
     on_cpu = Encoder.of(setting.bundle, provider="cpu")
     monkeypatch.setattr(Encoder, "of", lambda bundle, provider: on_cpu)
     monkeypatch.setattr(bench_batch, "CUDA_BATCHES", (1, 3))

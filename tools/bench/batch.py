@@ -19,6 +19,7 @@ from dman_runtime.model.bundle import Bundle, StateShape
 from dman_runtime.model.encoder import Encoder
 from dman_runtime.model.generation import Generation
 from dman_runtime.model.recurrence import Graphs
+from dman_runtime.model.times import BUCKETS
 from dman_runtime.store.lmdb import LmdbStore
 from dman_runtime.store.marker import marker_path
 from tools.bench.blocks import Spread
@@ -184,6 +185,7 @@ def _segment(shape: StateShape, batch: int, new: int) -> tuple[np.ndarray, ...]:
         normal(batch, shape.layers, context, shape.width),
         np.full(batch, context),
         normal(batch, shape.layers, shape.memory_slots, shape.width),
+        *([random.integers(0, BUCKETS, (batch, new, shape.context_limit))] if shape.sees_times else []),
     )
 
 

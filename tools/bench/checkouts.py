@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import subprocess
 import sys
 import time
@@ -17,6 +16,7 @@ import lmdb
 
 from dman_runtime.errors import UsageError
 from tools.bench.servers import Running, dman_server
+from tools.faults.servers import importable
 
 IMPORT_SECONDS = 600  # an import that takes longer is stopped
 WHERE = "import dman_runtime; print(dman_runtime.__file__)"
@@ -83,7 +83,7 @@ def stored_bytes(state: Path) -> dict[str, tuple[int, int]]:
 
 def _python(root: Path, arguments: list[str], *, seconds: float) -> str:
     """What a Python command prints. Raises UsageError, with the command's last line, when it fails."""
-    environment = os.environ | {"PYTHONPATH": str(root)}
+    environment = importable(root)
     try:
         done = subprocess.run(
             [sys.executable, *arguments],

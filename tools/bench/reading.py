@@ -9,7 +9,6 @@ integer users and items, seconds, in order of time, as CSV and as Parquet.
 from __future__ import annotations
 
 import json
-import os
 import statistics
 import subprocess
 import sys
@@ -24,6 +23,7 @@ from tools.bench.checkouts import Checkout
 from tools.bench.report import Claim, Section, machine, show, write_report
 from tools.bench.servers import ROOT
 from tools.bench.setting import Clock, scratch_directory
+from tools.faults.servers import importable
 
 KINDS = ("csv", "parquet")
 ROWS_PER_USER, ITEMS, START, CHUNK = 100, 50_000, 1_500_000_000, 5_000_000
@@ -98,7 +98,7 @@ def write_log(path: Path, rows: int) -> None:
 
 def measured(checkout: Path, what: str, path: Path, *arguments: object) -> tuple[float, float, int]:
     """Seconds, peak memory in MiB, and rows of one reading in a process of its own."""
-    environment = os.environ | {"PYTHONPATH": str(checkout)}
+    environment = importable(checkout)
     command = [sys.executable, "-c", CODE[what], str(path), *map(str, arguments)]
     done = subprocess.run(command, cwd=checkout, env=environment, capture_output=True, text=True, check=True)
     seconds, mib, rows = json.loads(done.stdout.splitlines()[-1])

@@ -7,7 +7,6 @@ same kind of gRPC server as that of `dman-runtime serve`. It is the floor of eve
 from __future__ import annotations
 
 import asyncio
-import os
 import subprocess
 import sys
 import threading
@@ -21,6 +20,7 @@ import grpc
 
 from dman_runtime.errors import UsageError
 from dman_runtime.serving.config import MAX_MESSAGE_BYTES
+from tools.faults.servers import importable
 
 ECHO_SERVICE, ECHO_METHOD = "dman.bench.Echo", "Echo"
 START_SECONDS, STOP_SECONDS = 120, 30
@@ -63,7 +63,7 @@ def _server(arguments: Sequence[str], *, log: Path | None, checkout: Path = ROOT
         stderr=errors,
         text=True,
         cwd=checkout,
-        env=os.environ | {"PYTHONPATH": str(checkout)},
+        env=importable(checkout),
     )
     assert process.stdin is not None and process.stdout is not None
     try:

@@ -25,9 +25,15 @@ ROOT = Path(__file__).resolve().parents[2]
 START_SECONDS, STOP_SECONDS = 120.0, 30.0
 
 
+def importable(root: Path) -> dict[str, str]:
+    """The environment of a process that imports from the checkout `root` first, then from where this one does."""
+    given = os.environ.get("PYTHONPATH")
+    return os.environ | {"PYTHONPATH": f"{root}{os.pathsep}{given}" if given else str(root)}
+
+
 def python_environment(root: Path) -> dict[str, str]:
     """The checkout `root` is importable, and small matrices do not pay for threads."""
-    return os.environ | {"PYTHONPATH": str(root), "OMP_NUM_THREADS": "1"}
+    return importable(root) | {"OMP_NUM_THREADS": "1"}
 
 
 @lru_cache

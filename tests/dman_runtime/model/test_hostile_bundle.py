@@ -19,12 +19,9 @@ import onnx
 import pytest
 from conftest import (
     ROOT,
-    TIMED,
     TINY_ITEMS,
     change_file_entry,
     events_of,
-    export_tiny,
-    random_model,
     rewrite_manifest,
 )
 from hostile_bundles import write_fitting_manifest
@@ -505,12 +502,6 @@ def test_open_of_another_bundle_than_expected_says_what_to_do(tiny_bundle: Path,
 
 
 # --- Times and returns.
-
-
-@pytest.fixture(scope="session")
-def timed_bundle(shared: Callable[[str, Callable[[Path], object]], Path]) -> Path:
-    """With every optional file."""
-    return shared("timed-bundle", lambda path: export_tiny(random_model(TIMED, TINY_ITEMS), path))
 
 
 @pytest.fixture
