@@ -21,6 +21,7 @@ import time
 from collections import deque
 from collections.abc import Sequence
 from concurrent.futures import Future
+from contextlib import suppress
 from typing import Any
 
 from dman_runtime.engine import COMMIT_ATTEMPTS, Engine, conflict_pause
@@ -34,6 +35,8 @@ logger = logging.getLogger(__name__)
 SLICE_EVENTS = 128  # a long request holds up others for the time of this many events
 SHORT_EVENTS_PER_TURN = 2048  # short requests beyond it wait for the next turn
 MAX_LONG_USERS = 1024  # open at a time: each holds a state in memory
+CATCH_UP_EVENTS = 32  # a query that lacks no more is answered before they are stored
+_MAX_CATCH_UPS = 64  # in the queue of a writer, of queries that do not wait for them
 _SHORTEST_WAIT = 0.001  # seconds until the queue is looked at again
 _MIN_PRUNED = 1000  # requests in the queue, before those that nobody waits for are looked for
 
@@ -198,16 +201,20 @@ class Batcher:
         return opened
 
     def _open_queries(self, job: Job) -> bool:
-        """Opens queries. False where they wait: the writer first brings records up to date."""
+        """Opens queries. False where they wait: the writer first brings records up to date that lack many events."""
         job.opened_queries = self._engine.open_queries(job.queries, catch_up=not job.caught_up)
         updates = catch_up_updates(job.opened_queries)
         if not updates:
             return True
-        job.caught_up, job.opened_queries = True, []
+        job.caught_up, job.opened_queries = True, self._engine.open_queries(job.queries, catch_up=False)
+        if sum(len(one.user.left) for one in job.opened_queries if one.user) <= CATCH_UP_EVENTS:
+            job.afterwards = updates
+            return True
         try:
             stored = self._writer.submit_updates(updates, deadline=job.deadline)
         except StoppedError:  # the answer does not depend on it
-            return self._open_queries(job)
+            return True
+        job.opened_queries = []
         with self._changed:
             self._catching_up += 1
         stored.add_done_callback(lambda _: self._requeue(job))
@@ -265,8 +272,16 @@ class Batcher:
             else:
                 for job in queries:
                     job.finish([next(answers) for _ in job.queries])
+                for job in queries:
+                    self._store_afterwards(job)
         if updates := [job for job in jobs if job.updates]:
             self._commit(updates)
+
+    def _store_afterwards(self, job: Job) -> None:
+        """Has the writer store what a query lacked. Where it is busy, the next query of the user asks for it again."""
+        if job.afterwards and self._writer.queue_depth < _MAX_CATCH_UPS:
+            with suppress(StoppedError):
+                self._writer.submit_updates(job.afterwards)
 
     def _commit(self, updates: list[Job]) -> None:
         """Commits jobs together; those whose users somebody else has changed are tried again after a pause."""

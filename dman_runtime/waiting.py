@@ -31,6 +31,7 @@ class Job:
     conflicts: set[str] = field(default_factory=set)  # users to open again, because others have changed them
     alone: bool = False  # failed together with others: runs by itself now
     caught_up: bool = False  # the records that its queries need were brought up to date, or cannot be
+    afterwards: Sequence[Update] = ()  # to be stored once its queries are answered
     opened: OpenUpdates | None = None
     opened_queries: list[OpenQuery] = field(default_factory=list)
     waiting: deque[OpenUser] = field(default_factory=deque)  # users that have events left

@@ -351,6 +351,45 @@ def test_writer_brings_the_records_up_to_date_that_queries_find_lagging(
     assert log.commits == [["u"]] and sum(run.events for run in log.runs) == 300
 
 
+def test_query_of_a_user_who_lacks_few_events_is_answered_before_they_are_stored(
+    batcher: Batcher, engine: Engine, store: GatedStore, pool: ThreadPoolExecutor, log: Log
+) -> None:
+    batcher.update([Update("u", many(20))])
+    engine.store.drop_records(engine.projection.number)
+    queries = Batcher(engine, writer=batcher)
+    try:
+        first = hold(batcher, store.gate, pool)
+        assert pool.submit(queries.recommend, [Query("u")]).result(WAIT)[0].event_count == 20
+        assert not first.done()
+        log.clear()
+        store.gate.open()
+        assert first_outcomes([first])[0].event_count == 1
+        assert batcher.update([Update("v", ["1"])])[0].event_count == 1  # behind what the query asked for
+    finally:
+        queries.close()
+    assert ["u"] in log.commits, "the record was stored all the same"
+    log.clear()
+    assert engine.recommend([Query("u")])[0].event_count == 20 and not log.runs
+
+
+def test_queries_ask_a_busy_writer_for_a_bounded_number_of_records(
+    batcher: Batcher, engine: Engine, store: GatedStore, pool: ThreadPoolExecutor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(batcher_module, "_MAX_CATCH_UPS", 2)
+    batcher.update([Update("u", many(20))])
+    engine.store.drop_records(engine.projection.number)
+    queries = Batcher(engine, writer=batcher)
+    try:
+        first = hold(batcher, store.gate, pool)
+        for _ in range(5):
+            assert pool.submit(queries.recommend, [Query("u")]).result(WAIT)[0].event_count == 20
+        assert batcher.queue_depth == 2
+        store.gate.open()
+        first.result(WAIT)
+    finally:
+        queries.close()
+
+
 def test_every_graph_runs_on_the_thread_of_the_batcher(batcher: Batcher, engine: Engine, log: Log) -> None:
     batcher.update([Update("u", ["1"])])
     batcher.recommend([Query("u", what_if=["2"]), Query(None, what_if=many(300))])
