@@ -241,6 +241,7 @@ def _activate_options(p: Parser) -> None:
     p.flag("--state", type=Path, default=DEFAULT_STATE, help="state directory; servers may be using it")
     p.flag("--share", type=float, default=1.0, help="of the users that get the bundle, above 0; 1: all of them")
     p.flag("--wait", type=float, default=120.0, help="seconds that running servers get to load it")
+    p.flag("--catch-up", type=float, default=5.0, help="seconds at most to bring states up to date first; 0: none")
     _encoder_options(p)
     _map_option(p)
     p.add_argument("--json", action="store_true", help="print the result as JSON on the last line")

@@ -98,6 +98,7 @@ def activate(
     *,
     share: float = 1.0,
     wait: float = 120.0,
+    catch_up: float = 5.0,
     timeout: float | None = None,
 ) -> Call[pb.ActivateRequest, pb.ActivateReply, Activated]:
     """Lets a bundle answer once all processes have loaded it. Where one cannot, nothing changes.
@@ -108,6 +109,7 @@ def activate(
         bundle: Its directory on the server's machine, absolute or relative to the server's `--admin-root`.
         share: Of the users that get the bundle, above 0; 1: all of them.
         wait: Seconds that processes get to load it.
+        catch_up: Seconds at most in which states are brought up to date first; 0: none are, to be fast.
         timeout: Seconds for the whole call; the client's by default.
 
     Raises:
@@ -116,7 +118,10 @@ def activate(
         CallError: The call failed. The bundle may or may not be activated: `rollout` tells.
     """
     request = pb.ActivateRequest(
-        bundle=_path(bundle, "bundle"), share=_number(share, "share"), wait=_number(wait, "wait")
+        bundle=_path(bundle, "bundle"),
+        share=_number(share, "share"),
+        wait=_number(wait, "wait"),
+        catch_up=_number(catch_up, "catch_up"),
     )
     return Call("Activate", request, _reader(Activated), False, timeout)
 

@@ -65,8 +65,8 @@ class Rollout:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Activated:
-    """What was activated: the fields of `Rollout` after the change, the bundle that answered `before`, and how many
-    processes of `servers` had loaded the bundle first."""
+    """What was activated: the fields of `Rollout` after the change, the bundle that answered `before`, how many
+    processes of `servers` had loaded the bundle first, and how many states were `caught_up` first."""
 
     revision: int
     active: str
@@ -76,6 +76,7 @@ class Activated:
     bundles: Mapping[str, str]
     before: str
     servers: int
+    caught_up: int
     text: str
 
 

@@ -71,7 +71,10 @@ VERBS = {
         pb.ActivateRequest,
         pb.ActivateReply,
         _ENCODING,
-        lambda request, path: [f"--bundle={path(request.bundle, 'bundle')}", *_given(request, "share", "wait")],
+        lambda request, path: [
+            f"--bundle={path(request.bundle, 'bundle')}",
+            *_given(request, "share", "wait", "catch_up"),
+        ],
     ),
     "Drop": Verb("drop", pb.DropRequest, pb.DropReply, _WRITING, lambda request, _: ["--", request.bundle_id]),
     "Backup": Verb(

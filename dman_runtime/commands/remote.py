@@ -26,7 +26,9 @@ def _items(client: AdminClient, given: argparse.Namespace) -> Switched | tuple[s
 ASKED: dict[str, Callable[[AdminClient, argparse.Namespace], Any]] = {
     "generations": lambda client, given: client.generations(),
     "rebuild": lambda client, given: client.rebuild(given.bundle, max_share=given.max_share, progress=_show_progress),
-    "activate": lambda client, given: client.activate(given.bundle, share=given.share, wait=given.wait),
+    "activate": lambda client, given: client.activate(
+        given.bundle, share=given.share, wait=given.wait, catch_up=given.catch_up
+    ),
     "drop": lambda client, given: client.drop(given.bundle_id),
     "backup": lambda client, given: client.backup(given.output),
     "export-user": lambda client, given: client.export_user(given.user),

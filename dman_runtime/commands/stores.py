@@ -110,15 +110,20 @@ def rebuild(arguments: argparse.Namespace) -> int:
 def activate(arguments: argparse.Namespace) -> int:
     from dman_runtime.engine import Engine
     from dman_runtime.jobs.activating import activate as activate_bundle
+    from dman_runtime.jobs.rebuilding import catch_up
     from dman_runtime.store.lmdb import LmdbStore
 
     if not 0 < arguments.share <= 1:
         raise UsageError(f"share is {arguments.share}", "choose more than 0, and 1 at most", parameter="share")
     if not 0 <= arguments.wait <= MAX_WAIT_SECONDS:
         raise UsageError(f"wait is {arguments.wait}", f"choose 0 to {MAX_WAIT_SECONDS} seconds", parameter="wait")
+    if not 0 <= arguments.catch_up <= MAX_WAIT_SECONDS:
+        raise UsageError(
+            f"catch-up is {arguments.catch_up}", f"choose 0 to {MAX_WAIT_SECONDS} seconds", parameter="catch_up"
+        )
     generation = open_generation(arguments)
     with LmdbStore.open(arguments.state, map_size=arguments.map_size_mib << 20, must_exist=True) as store:
-        Engine(generation, store)  # gives the bundle its numbers
+        engine = Engine(generation, store)  # gives the bundle its numbers
         result = activate_bundle(
             store,
             arguments.state,
@@ -126,8 +131,10 @@ def activate(arguments: argparse.Namespace) -> int:
             arguments.bundle,
             share=arguments.share,
             wait=arguments.wait,
+            catch_up=lambda: catch_up(engine, seconds=arguments.catch_up),
         )
-    content = result.rollout._asdict() | {"before": result.before, "servers": result.servers}
+    content = result.rollout._asdict()
+    content |= {"before": result.before, "servers": result.servers, "caught_up": result.caught_up}
     return done(arguments, result.summary(), content)
 
 

@@ -23,6 +23,7 @@ class Activated:
     rollout: Rollout
     before: str  # id of the bundle that answered before; "" where none was activated and no server runs
     servers: int  # processes that had loaded the bundle first
+    caught_up: int = 0  # records that were brought up to date first
 
     def summary(self) -> str:
         """For people."""
@@ -33,11 +34,19 @@ class Activated:
         elif self.before not in ("", active):
             answers += f" instead of {self.before}"
         running = f"in {count} running server process{'es' if count != 1 else ''}" if count else "no server runs now"
-        return f"{answers}; {running}"
+        caught_up = f"; {self.caught_up} records were brought up to date first" if self.caught_up else ""
+        return f"{answers}; {running}{caught_up}"
 
 
 def activate(
-    store: StateStore, state: Path, bundle_id: str, path: Path, *, share: float = 1.0, wait: float = 120.0
+    store: StateStore,
+    state: Path,
+    bundle_id: str,
+    path: Path,
+    *,
+    share: float = 1.0,
+    wait: float = 120.0,
+    catch_up: Callable[[], int] = lambda: 0,
 ) -> Activated:
     """Lets the bundle at `path`, which was opened and checked, answer a share of the users; 1: all of them.
 
@@ -47,6 +56,8 @@ def activate(
     Args:
         state: The directory of the store, where servers say that they are there.
         wait: Seconds that servers get.
+        catch_up: Brings records of the bundle up to date, and returns how many; called right before the change, so
+            that few users have to be caught up when they are first touched.
 
     Raises UsageError, BundleError, ConflictError, StoreError.
     """
@@ -63,11 +74,12 @@ def activate(
     prepared = _change(store, lambda rollout: _prepared(rollout, bundle_id, members))
     try:
         count = _wait_until_loaded(state, bundle_id, prepared, wait)
+        caught_up = catch_up()
     except BaseException:  # also when interrupted
         _change(store, lambda rollout: rollout._replace(prepared=""))
         raise
     rollout = _change(store, lambda rollout: _answers(rollout, before, bundle_id, share))
-    return Activated(rollout, before, count)
+    return Activated(rollout, before, count, caught_up)
 
 
 def _answering(rollout: Rollout, servers: list[Present]) -> str:

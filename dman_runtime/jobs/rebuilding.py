@@ -130,6 +130,23 @@ def rebuild(
     return result
 
 
+def catch_up(engine: Engine, *, seconds: float, max_share: float = 0.5) -> int:
+    """Brings records up to date that lack something, for so many seconds at most; returns how many.
+
+    Users without a record stay for `rebuild`, or for when they are first touched. Raises StoreError.
+    """
+    throttle, deadline, count = Throttle(max_share), time.monotonic() + seconds, 0
+    for lags in _windows(engine) if seconds > 0 else ():
+        for batch in _batches([lag for lag in lags if not lag.new_bytes]):
+            if time.monotonic() >= deadline:
+                return count
+            _rebuild_batch(engine, batch, throttle)
+            count += len(batch)
+        if time.monotonic() >= deadline:
+            break
+    return count
+
+
 def _work(engine: Engine) -> _Work:
     work = _Work(engine.store.stats())
     for lags in _windows(engine):

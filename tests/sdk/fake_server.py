@@ -62,7 +62,7 @@ ADMIN_REPLIES = {
     ),
     "GetRollout": admin_pb2.GetRolloutReply(**ROLLOUT),
     "Rebuild": admin_pb2.RebuildResult(users=9, rebuilt=8, events=70, lagging=1, bundle_id="b2", text="encoded"),
-    "Activate": admin_pb2.ActivateReply(**ROLLOUT, before="b1", servers=2, text="bundle b2 answers"),
+    "Activate": admin_pb2.ActivateReply(**ROLLOUT, before="b1", servers=2, caught_up=7, text="bundle b2 answers"),
     "Drop": admin_pb2.DropReply(bundle_id="b1", dropped=9, text="dropped"),
     "Backup": admin_pb2.BackupReply(path="/srv/backup", bytes=4096, counts={"users": 9, "events": 70}, text="copied"),
     "ExportUser": b'{"user_id": "42", "events": [], "states": []}',

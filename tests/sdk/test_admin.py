@@ -41,9 +41,9 @@ CASES: list[tuple[str, tuple[Any, ...], dict[str, Any], Any, Any]] = [
     (
         "activate",
         ("new",),
-        {"share": 0.1, "wait": 3},
-        pb.ActivateRequest(bundle="new", share=0.1, wait=3.0),
-        sdk.Activated(**ROLLOUT, before="b1", servers=2, text="bundle b2 answers"),
+        {"share": 0.1, "wait": 3, "catch_up": 0},
+        pb.ActivateRequest(bundle="new", share=0.1, wait=3.0, catch_up=0),
+        sdk.Activated(**ROLLOUT, before="b1", servers=2, caught_up=7, text="bundle b2 answers"),
     ),
     ("drop", ("b1",), {}, pb.DropRequest(bundle_id="b1"), sdk.Dropped("b1", 9, "dropped")),
     (

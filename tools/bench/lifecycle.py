@@ -35,9 +35,12 @@ class Effort:
     speed_repeats: int = 3
     keep_every: int = 20  # recommendations: of so many, one is computed again
     max_share: float = 0.5  # of a core, for the rebuild under load: the default of the command
+    look_seconds: float = 3.0  # between two looks at a rebuild, each of which takes a core for a part of a second
 
 
-QUICK = Effort(seconds=3, settle_seconds=2, kills=2, per_second=60, speed_repeats=1, keep_every=3, max_share=0.2)
+QUICK = Effort(
+    seconds=3, settle_seconds=2, kills=2, per_second=60, speed_repeats=1, keep_every=3, max_share=0.2, look_seconds=0.1
+)
 
 
 @dataclass(frozen=True)
@@ -165,7 +168,7 @@ def _rebuild(bundle: Bundle, state: Path, users: int, effort: Effort) -> int:
     part, killed = max(1, users // (effort.kills + 1)), 0
     for _ in range(effort.kills):
         job = start_rebuild(bundle.path, state, share=effort.max_share)
-        killed += kill_in_the_middle(job, state, bundle.bundle_id, more=part)
+        killed += kill_in_the_middle(job, state, bundle.bundle_id, more=part, pause=effort.look_seconds)
     status, line = finished(start_rebuild(bundle.path, state, share=effort.max_share), seconds=JOB_SECONDS)
     if status:
         raise UsageError(f"rebuild failed: {line}")

@@ -301,27 +301,35 @@ class ActivateRequest(_message.Message):
     BUNDLE_FIELD_NUMBER: _builtins.int
     SHARE_FIELD_NUMBER: _builtins.int
     WAIT_FIELD_NUMBER: _builtins.int
+    CATCH_UP_FIELD_NUMBER: _builtins.int
     bundle: _builtins.str
     """Directory of the bundle."""
     share: _builtins.float
     """Of the users, above 0 up to 1; 1 when absent."""
     wait: _builtins.float
     """Seconds that processes get to load it; 120 when absent."""
+    catch_up: _builtins.float
+    """Seconds at most in which states are brought up to date first; 5 when absent."""
     def __init__(
         self,
         *,
         bundle: _builtins.str = ...,
         share: _builtins.float | None = ...,
         wait: _builtins.float | None = ...,
+        catch_up: _builtins.float | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_share", b"_share", "_wait", b"_wait", "share", b"share", "wait", b"wait"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_catch_up", b"_catch_up", "_share", b"_share", "_wait", b"_wait", "catch_up", b"catch_up", "share", b"share", "wait", b"wait"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_share", b"_share", "_wait", b"_wait", "bundle", b"bundle", "share", b"share", "wait", b"wait"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_catch_up", b"_catch_up", "_share", b"_share", "_wait", b"_wait", "bundle", b"bundle", "catch_up", b"catch_up", "share", b"share", "wait", b"wait"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__catch_up: _TypeAlias = _typing.Literal["catch_up"]  # noqa: Y015
+    _WhichOneofArgType__catch_up: _TypeAlias = _typing.Literal["_catch_up", b"_catch_up"]  # noqa: Y015
     _WhichOneofReturnType__share: _TypeAlias = _typing.Literal["share"]  # noqa: Y015
     _WhichOneofArgType__share: _TypeAlias = _typing.Literal["_share", b"_share"]  # noqa: Y015
     _WhichOneofReturnType__wait: _TypeAlias = _typing.Literal["wait"]  # noqa: Y015
     _WhichOneofArgType__wait: _TypeAlias = _typing.Literal["_wait", b"_wait"]  # noqa: Y015
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__catch_up) -> _WhichOneofReturnType__catch_up | None: ...
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__share) -> _WhichOneofReturnType__share | None: ...
     @_typing.overload
@@ -362,6 +370,7 @@ class ActivateReply(_message.Message):
     BEFORE_FIELD_NUMBER: _builtins.int
     SERVERS_FIELD_NUMBER: _builtins.int
     TEXT_FIELD_NUMBER: _builtins.int
+    CAUGHT_UP_FIELD_NUMBER: _builtins.int
     revision: _builtins.int
     """As in GetRolloutReply, after the change."""
     active: _builtins.str
@@ -373,6 +382,8 @@ class ActivateReply(_message.Message):
     servers: _builtins.int
     """Processes that had loaded the bundle first."""
     text: _builtins.str
+    caught_up: _builtins.int
+    """States that were brought up to date first."""
     @_builtins.property
     def bundles(self) -> _containers.ScalarMap[_builtins.str, _builtins.str]: ...
     def __init__(
@@ -387,10 +398,11 @@ class ActivateReply(_message.Message):
         before: _builtins.str = ...,
         servers: _builtins.int = ...,
         text: _builtins.str = ...,
+        caught_up: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["active", b"active", "before", b"before", "bundles", b"bundles", "prepared", b"prepared", "revision", b"revision", "servers", b"servers", "share", b"share", "text", b"text", "trial", b"trial"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["active", b"active", "before", b"before", "bundles", b"bundles", "caught_up", b"caught_up", "prepared", b"prepared", "revision", b"revision", "servers", b"servers", "share", b"share", "text", b"text", "trial", b"trial"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -63,8 +63,22 @@ def test_bundle_is_active_once_all_servers_have_loaded_it(store: MemoryStore, tm
         assert store.rollout() == result.rollout == Rollout(2, "new", bundles=bundles)
         assert first.seen == second.seen == [Rollout(1, prepared="new", bundles=bundles)]
         assert result.summary() == "bundle new answers instead of old; in 2 running server processes"
-        again = activate(store, tmp_path, "old", Path("/bundles/old"), wait=20)
+        again = activate(store, tmp_path, "old", Path("/bundles/old"), wait=20, catch_up=lambda: 3)
+        assert again.summary().endswith("processes; 3 records were brought up to date first")
         assert again.rollout == Rollout(4, "old", bundles=bundles) and again.before == "new"
+
+
+def test_records_are_caught_up_when_all_servers_have_loaded_the_bundle(store: MemoryStore, tmp_path: Path) -> None:
+    found = list[Rollout]()
+
+    def catch_up() -> int:
+        found.append(store.rollout())
+        return 0
+
+    with Server(tmp_path, store, 1) as server:
+        result = activate(store, tmp_path, "new", NEW, wait=20, catch_up=catch_up)
+        assert server.seen == found and not found[0].active
+    assert result.summary() == "bundle new answers instead of old; in 1 running server process"
 
 
 def test_without_servers_the_next_ones_answer_with_it(store: MemoryStore, tmp_path: Path) -> None:

@@ -19,7 +19,7 @@ from dman_runtime.engine import Engine
 from dman_runtime.errors import StoreFullError, UsageError
 from dman_runtime.jobs import rebuilding
 from dman_runtime.jobs.generations import drop_generation, format_generations, list_generations
-from dman_runtime.jobs.rebuilding import RebuildResult, Throttle, rebuild
+from dman_runtime.jobs.rebuilding import RebuildResult, Throttle, catch_up, rebuild
 from dman_runtime.model.generation import Generation
 from dman_runtime.model.recurrence import Graphs
 from dman_runtime.presence import Present
@@ -350,3 +350,31 @@ def test_commands_refuse_what_cannot_work_in_one_line(
     error = capsys.readouterr().err.strip().splitlines()[-1]
     assert error.startswith("error: ") and cause in error
     assert not (tmp_path / "state").exists()
+
+
+def test_catching_up_brings_records_up_to_date_and_makes_none(
+    exact: Generation, renamed: Generation, store: StateStore
+) -> None:
+    old, new = filled(store, exact), Engine(renamed, store)
+    rebuild(new)
+    old.update([Update("1", ["2"], [10**6]), Update("2", ["2"], [10**6]), Update("new here", ["2"], [10**6])])
+    assert catch_up(new, seconds=0) == 0
+    assert catch_up(new, seconds=60, max_share=1) == 2
+    found = store.get_many(["1", "new here"], new.projection.number)
+    assert found[0] and found[0].record and found[1] and not found[1].record
+    assert catch_up(new, seconds=60) == 0
+    assert rebuild(new).rebuilt == 1
+    check_records(new)
+
+
+def test_catching_up_ends_in_time(
+    exact: Generation, renamed: Generation, store: StateStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    old, new = filled(store, exact), Engine(renamed, store)
+    rebuild(new)
+    old.update([Update(str(user), ["2"], [10**6]) for user in list(HISTORIES)[:3]])
+    monkeypatch.setattr(rebuilding, "BATCH_USERS", 1)
+    clock = iter(range(100))
+    monkeypatch.setattr(rebuilding.time, "monotonic", lambda: float(next(clock)))
+    monkeypatch.setattr(rebuilding.time, "sleep", lambda seconds: None)
+    assert catch_up(new, seconds=3, max_share=1) == 1
