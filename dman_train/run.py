@@ -295,8 +295,10 @@ def describe(
     interactions: Interactions,
     input_report: InputReport,
     command: list[str],
+    device: torch.device,
 ) -> dict[str, Any]:
     """The content of config.json."""
+    card = {"gpu": torch.cuda.get_device_name(device)} if device.type == "cuda" else {}
     return {
         "model": to_dict(model),
         "train": to_dict(train),
@@ -309,7 +311,7 @@ def describe(
             "events": len(interactions),
         },
         "input": _shortened(input_report.as_dict()),
-        "versions": {"torch": torch.__version__, "numpy": np.__version__},
+        "versions": {"torch": torch.__version__, "numpy": np.__version__} | card,
         "command": command,
     }
 

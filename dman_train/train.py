@@ -103,7 +103,7 @@ def _train(arguments: argparse.Namespace, command: list[str], presets: Presets) 
     trainer = Trainer(chosen.model, chosen.train, training_data(interactions), _device(arguments.device))
     describe_run = functools.partial(
         describe, chosen.model, chosen.train, data, path=arguments.data, interactions=interactions,
-        input_report=input_report, command=command,
+        input_report=input_report, command=command, device=trainer.device,
     )  # fmt: skip
     run = _open(arguments, interactions, infos, describe_run)
     if arguments.resume:

@@ -86,7 +86,8 @@ class Row:
         state = f"{self.content['state_bytes']:,}" if self.content["state_bytes"] else "-"
         seeds = ", ".join(str(record.content["train"].get("seed", "-")) for record in self.records)
         numbers = [f"{self.metric('hr@10', 'valid')}", *(self.metric(name) for name in METRICS)]
-        return [self.label, seeds, *numbers, f"{self.content['parameters']:,}", state, f"{seconds:,.0f}"]
+        on_gpu = " (GPU)" if any("gpu" in record.content["versions"] for record in self.records) else ""
+        return [self.label, seeds, *numbers, f"{self.content['parameters']:,}", state, f"{seconds:,.0f}{on_gpu}"]
 
 
 def mean_and_spread(values: Sequence[float]) -> str:

@@ -21,9 +21,10 @@ from conftest import PAPER, TINY
 from dman_runtime.model.bundle import read_manifest
 from dman_train import evaluate, export, train
 from dman_train.config import BaselineConfig, ConfigError, DataConfig, ModelConfig, TrainConfig, to_dict
+from dman_train.data import load_log
 from dman_train.families import family_of
 from dman_train.presets import BASELINE_PRESETS, PRESETS, Preset, decided
-from dman_train.run import Run, RunError, open_run
+from dman_train.run import Run, RunError, describe, open_run
 from dman_train.signals import stop_requests
 
 Main = Callable[[list[str]], int]
@@ -470,6 +471,17 @@ def test_train_refuses_a_log_without_anything_to_learn(tmp_path: Path, capsys: p
 def test_train_refuses_missing_titles(small_log: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     command = ["--data", small_log, "--items", tmp_path / "none.csv", "--run", tmp_path / "run", *QUICK]
     assert "none.csv" in assert_one_line_error(capsys, train.main, *command)
+
+
+def test_run_says_on_which_card_it_was_trained(small_log: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    log, interactions = load_log(small_log, DataConfig())
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA H200")
+    described = partial(
+        describe, ModelConfig(), TrainConfig(), DataConfig(), path=small_log, interactions=interactions,
+        input_report=log.report, command=[],
+    )  # fmt: skip
+    assert described(device=torch.device("cuda"))["versions"]["gpu"] == "NVIDIA H200"
+    assert "gpu" not in described(device=torch.device("cpu"))["versions"]
 
 
 def test_train_keeps_an_existing_run(small_log: Path, trained_run: Path, capsys: pytest.CaptureFixture[str]) -> None:

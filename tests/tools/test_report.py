@@ -47,6 +47,14 @@ def test_report_shows_runs_seeds_and_differences(trained_run: Path, small_log: P
         assert f"| `{record.name}` | `{record.content['command']}` |" in text
 
 
+def test_report_says_which_seconds_are_those_of_a_gpu(trained_run: Path, tmp_path: Path) -> None:
+    here = record_of(Run(trained_run), "here")
+    there = changed(here, "there", versions={"gpu": "NVIDIA H200"}, model={"variant": "xl"})
+    _, text = reported(tmp_path, [here, there])
+    (row,) = [row for row in text.splitlines() if row.endswith(" (GPU) |")]
+    assert row.startswith("| xl (no memory)")
+
+
 @pytest.mark.parametrize(
     ("option", "before"), [("seen_items", "exclude-from-ranking"), ("ema_decay", 0.0)], ids=["seen-items", "average"]
 )
