@@ -11,6 +11,7 @@ from dman_runtime.data.evaluation import metrics
 from dman_train.baselines.counts import COUNTS
 from dman_train.presets import SHORT_HISTORY
 from tools.bench.report import table
+from tools.bootstrap import paired_bootstrap
 from tools.report_rows import DEFAULTS, FORMER, METRICS, WORDS, Row, changed_options, mean_and_spread, standard_options
 
 ANCHORED = "ml-1m"  # the log that published figures are about
@@ -58,6 +59,9 @@ On logs whose users come back to items, rules that only count are hard to beat. 
 other logs, and what it has more than rules that count, than other systems with the same signals, than itself without \
 memory (`xl`) or with a queue for one (`fifo`), and than the former default, with a 95 % interval over users. A log on \
 which the default has not been trained yet has the former default in its place:"""
+_MEMORY = """\
+**What the memory is worth.** DMAN minus itself without memory (`xl`), NDCG@10. {better} Elsewhere no difference is \
+shown: {others}. Logs whose names begin with `planted` are generated: only what lies far back answers them."""
 
 _COUNTED_HEADS = (
     "log", "ours", "seeds", "NDCG@10", "minus", "NDCG@10 of that", "difference", "users with >= 200 events"
@@ -73,6 +77,8 @@ def summary_section(rows: Mapping[str, Sequence[Row]]) -> str:
     if compared:
         lines = [[name, *cells] for name, found in compared.items() for cells in found]
         parts += [_COUNTED, table(_COUNTED_HEADS, lines)]
+    if memory := _memory(rows):
+        parts.append(memory)
     return "\n\n".join(parts)
 
 
@@ -134,6 +140,21 @@ def _compared(rows: Sequence[Row]) -> list[list[str]]:
         ]
         for row in sorted(others, key=lambda row: -_mean(row, metric))
     ]
+
+
+def _memory(rows: Mapping[str, Sequence[Row]]) -> str:
+    """On which logs the default is better than itself without memory; empty where there is nothing to compare."""
+    shown: dict[bool, list[str]] = {True: [], False: []}
+    for log in sorted(rows):
+        ours = next((row for label in DEFAULTS for row in rows[log] if row.label == label), None)
+        without = [row for row in rows[log] if _is_opponent(row) and row.content["model"].get("variant") == "xl"]
+        if ours is not None and without and without[0].is_of_the_same_users_as(ours):
+            gain = paired_bootstrap(ours.ranks(), without[0].ranks(), metric="ndcg@10")
+            shown[gain.low > 0].append(f"{log} {gain}")
+    if not any(shown.values()):
+        return ""
+    better = f"Beyond the interval: {', '.join(shown[True])}." if shown[True] else "Nowhere beyond the interval."
+    return _MEMORY.format(better=better, others=", ".join(shown[False]) or "-")
 
 
 def _mean(row: Row, metric: str) -> float:
