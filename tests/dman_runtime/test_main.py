@@ -59,3 +59,17 @@ def test_missing_module_of_our_own_is_no_matter_of_installing() -> None:
 def test_with_all_libraries_the_command_runs() -> None:
     done = run_without("no_such_library", "--help")
     assert done.returncode == 0 and "serve" in done.stdout
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("command", "lower"), [("rebuild", 10), ("activate", 10), ("generations", 0)])
+def test_commands_that_encode_beside_servers_give_way_to_them(command: str, lower: int) -> None:
+    code = (
+        "import os, sys\nfrom unittest import mock\nfrom dman_runtime.__main__ import main\n"
+        "before = os.nice(0)\nwith mock.patch('dman_runtime.cli.main', lambda: os.nice(0) - before):\n"
+        "    print(main())\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code, command], capture_output=True, text=True, timeout=60, cwd=ROOT, check=True
+    )
+    assert int(done.stdout) == lower

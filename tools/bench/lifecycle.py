@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import json
+import subprocess
 import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -18,7 +19,7 @@ from dman_runtime.model.bundle import Bundle
 from dman_runtime.model.generation import Generation
 from tools.bench.servers import dman_server
 from tools.bench.steady import Found, Load, Sample, SteadyLoad
-from tools.faults.jobs import finished, kill_in_the_middle, start_job, start_rebuild
+from tools.faults.jobs import finished, start_job, start_rebuild
 
 JOB_SECONDS = 7200.0
 
@@ -35,12 +36,9 @@ class Effort:
     speed_repeats: int = 3
     keep_every: int = 20  # recommendations: of so many, one is computed again
     max_share: float = 0.5  # of a core, for the rebuild under load: the default of the command
-    look_seconds: float = 3.0  # between two looks at a rebuild, each of which takes a core for a part of a second
 
 
-QUICK = Effort(
-    seconds=3, settle_seconds=2, kills=2, per_second=60, speed_repeats=1, keep_every=3, max_share=0.2, look_seconds=0.1
-)
+QUICK = Effort(seconds=3, settle_seconds=2, kills=2, per_second=60, speed_repeats=1, keep_every=3, max_share=0.2)
 
 
 @dataclass(frozen=True)
@@ -129,8 +127,11 @@ class Course:
         return [one for one in self.found.samples if one.call == call and phase.began <= one.began < phase.ended]
 
 
-def roll_over(setting: Setting, state: Path, users: Sequence[str], workers: int) -> Course:
-    """Serves a store that was imported under the old bundle; rebuilds, activates, rolls back and activates again."""
+def roll_over(setting: Setting, state: Path, users: Sequence[str], workers: int, *, kill_after: float) -> Course:
+    """Serves a store that was imported under the old bundle; rebuilds, activates, rolls back and activates again.
+
+    `kill_after`: seconds from the start of each rebuild that is killed.
+    """
     course, pair, effort = Course(), setting.pair, setting.effort
     old, new = pair.old.bundle, pair.new.bundle
     course.changes.append(Change(0.0, 0.0, old.bundle_id))
@@ -150,7 +151,7 @@ def roll_over(setting: Setting, state: Path, users: Sequence[str], workers: int)
             with course.phase("before"):
                 time.sleep(effort.seconds)
             with course.phase("rebuild"):
-                course.kills = _rebuild(new, state, len(users), effort)
+                course.kills = _rebuild(new, state, effort, kill_after)
             for name, bundle in (("activate", new), ("roll back", old), ("activate again", new)):
                 with course.phase(name):
                     began = time.monotonic()
@@ -163,12 +164,19 @@ def roll_over(setting: Setting, state: Path, users: Sequence[str], workers: int)
     return course
 
 
-def _rebuild(bundle: Bundle, state: Path, users: int, effort: Effort) -> int:
-    """Kills rebuilds on the way, and lets a last one go to its end. Returns how many were killed."""
-    part, killed = max(1, users // (effort.kills + 1)), 0
+def _rebuild(bundle: Bundle, state: Path, effort: Effort, kill_after: float) -> int:
+    """Kills rebuilds on the way, and lets a last one go to its end. Returns how many were killed.
+
+    When, is told by the clock: to look into the store again and again would take the servers' time.
+    """
+    killed = 0
     for _ in range(effort.kills):
         job = start_rebuild(bundle.path, state, share=effort.max_share)
-        killed += kill_in_the_middle(job, state, bundle.bundle_id, more=part, pause=effort.look_seconds)
+        with suppress(subprocess.TimeoutExpired):
+            job.wait(kill_after)
+        killed += job.poll() is None
+        job.kill()
+        job.communicate()
     status, line = finished(start_rebuild(bundle.path, state, share=effort.max_share), seconds=JOB_SECONDS)
     if status:
         raise UsageError(f"rebuild failed: {line}")

@@ -57,19 +57,10 @@ def records_of(state: Path, bundle_id: str) -> int:
         return sum(one.records for one in list_generations(store).generations if one.bundle_id == bundle_id)
 
 
-def kill_in_the_middle(
-    job: subprocess.Popen[str], state: Path, bundle_id: str, *, more: int = 1, pause: float = 0.1
-) -> bool:
-    """Kills a rebuild once it has made so many records more. Returns whether it was still running.
-
-    `pause`: seconds between two looks, each of which reads the start of every record.
-    """
+def kill_in_the_middle(job: subprocess.Popen[str], state: Path, bundle_id: str, *, more: int = 1) -> bool:
+    """Kills a rebuild once it has made so many records more. Returns whether it was still running."""
     enough = records_of(state, bundle_id) + more
-
-    def is_time() -> bool:
-        return records_of(state, bundle_id) >= enough or job.poll() is not None
-
-    assert wait_until(is_time, seconds=JOB_SECONDS, pause=pause)
+    assert wait_until(lambda: records_of(state, bundle_id) >= enough or job.poll() is not None, seconds=JOB_SECONDS)
     running = job.poll() is None
     job.kill()
     job.communicate()
