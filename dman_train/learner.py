@@ -102,7 +102,7 @@ class Learner(nn.Module):
         if self.config.seen_items == "exclude":
             pieces = mine.seen_before(self._items, self._offsets)
             together = torch.from_numpy(np.concatenate(pieces).astype(np.int64)).to(self.device)  # one copy to a GPU
-            seen_before = list(together.split([len(seen) for seen in pieces]))
+            seen_before = list(torch.split(together, [len(seen) for seen in pieces]))
         arrays = (mine.items, mine.targets, mine.lengths, mine.starts, mine.users)
         items, targets, lengths, starts, users = (torch.from_numpy(array).to(self.device) for array in arrays)
         moments = (torch.from_numpy(array).to(self.device) for array in (mine.times, mine.next_times, mine.since_last))
