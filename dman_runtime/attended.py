@@ -76,6 +76,7 @@ def main() -> int:
     configure_logging(verbose=order["verbose"], json=order["json_log"])
     with os.fdopen(os.dup(1), "wb") as file:
         os.dup2(2, 1)  # what libraries print is no frame
+        cli.give_way(order["arguments"])
         try:
             return _run(order["arguments"], Frames(file))
         finally:

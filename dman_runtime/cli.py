@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -16,6 +17,13 @@ from dman_runtime.options import Parser, configure_logging, run_command
 DEFAULT_BUNDLE, DEFAULT_STATE, DEFAULT_LOG = Path("bundle"), Path("state"), Path("data/log.csv")
 COMMANDS = servers.COMMANDS | stores.COMMANDS | items.COMMANDS | logs.COMMANDS
 DEFAULT_MAP_SIZE_MIB = 64 << 10  # of address space; the disk holds only what is used
+_GIVE_WAY, _NICENESS = {"rebuild", "activate"}, 10  # commands beside servers, which need the processor first
+
+
+def give_way(arguments: Sequence[str]) -> None:
+    """Lowers the priority of this process for a command that encodes histories beside servers."""
+    if _GIVE_WAY.intersection(arguments[:2]) and hasattr(os, "nice"):
+        os.nice(_NICENESS)
 
 
 def parser() -> Parser:

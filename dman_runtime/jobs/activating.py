@@ -71,12 +71,13 @@ def activate(
         )
     members = dict.fromkeys(store.generations(), "") | {one.bundle_id: one.path for one in servers}
     members[bundle_id] = str(path.resolve())
-    prepared = _change(store, lambda rollout: _prepared(rollout, bundle_id, members))
     try:
+        prepared = _change(store, lambda rollout: _prepared(rollout, bundle_id, members))
         count = _wait_until_loaded(state, bundle_id, prepared, wait)
         caught_up = catch_up()
-    except BaseException:  # also when interrupted
-        _change(store, lambda rollout: rollout._replace(prepared=""))
+    except BaseException:  # also when interrupted, be it right after the change
+        if store.rollout().prepared == bundle_id:
+            _change(store, lambda rollout: rollout._replace(prepared=""))
         raise
     rollout = _change(store, lambda rollout: _answers(rollout, before, bundle_id, share))
     return Activated(rollout, before, count, caught_up)

@@ -93,6 +93,13 @@ def server(start: Start, exact_bundle: Path) -> FaultServer:
     return server
 
 
+def answered(done: tuple[int, str]) -> str:
+    """What a successful activation says, without how many states it brought up to date first."""
+    status, line = done
+    assert status == 0, line
+    return line.partition("; ")[0] + "; " + line.split("; ")[1]
+
+
 def test_roll_over_and_back_under_load_is_noticed_by_nobody(
     server: FaultServer, exact_bundle: Path, renamed_bundle: Path, exact: Generation, renamed: Generation
 ) -> None:
@@ -106,10 +113,10 @@ def test_roll_over_and_back_under_load_is_noticed_by_nobody(
         assert callers.answered() == {old}
 
         expected = f"bundle {new} answers 30.00% of the users, and {old} the others; in 2 running server processes"
-        assert command(server, "activate", renamed_bundle, "--share", "0.3") == (0, expected)
+        assert answered(command(server, "activate", renamed_bundle, "--share", "0.3")) == expected
         assert callers.answered() == {old, new}
         expected = f"bundle {new} answers instead of {old}; in 2 running server processes"
-        assert command(server, "activate", renamed_bundle) == (0, expected)
+        assert answered(command(server, "activate", renamed_bundle)) == expected
         assert callers.answered() == {new}
         assert command(server, "activate", exact_bundle)[0] == 0
         assert callers.answered() == {old}

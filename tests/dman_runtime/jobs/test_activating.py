@@ -81,6 +81,22 @@ def test_records_are_caught_up_when_all_servers_have_loaded_the_bundle(store: Me
     assert result.summary() == "bundle new answers instead of old; in 1 running server process"
 
 
+def test_activation_that_is_interrupted_at_any_moment_leaves_nothing_prepared(
+    store: MemoryStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    change = store.set_rollout
+
+    def interrupted(rollout: Rollout) -> bool:
+        monkeypatch.undo()
+        assert change(rollout)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(store, "set_rollout", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        activate(store, tmp_path, "new", NEW)
+    assert not store.rollout().prepared and not store.rollout().active
+
+
 def test_without_servers_the_next_ones_answer_with_it(store: MemoryStore, tmp_path: Path) -> None:
     result = activate(store, tmp_path, "new", NEW)
     assert store.rollout() == Rollout(2, "new", bundles={"old": "", "new": str(NEW)})
