@@ -60,7 +60,7 @@ other logs, and what it has more than rules that count, than other systems with 
 memory (`xl`) or with a queue for one (`fifo`), and than the former default, with a 95 % interval over users. A log on \
 which the default has not been trained yet has the former default in its place:"""
 _MEMORY = """\
-**What the memory is worth.** DMAN minus itself without memory (`xl`), NDCG@10. {better} Elsewhere no difference is \
+**What the memory is worth.** DMAN minus itself without memory (`xl`), NDCG@10. {better} Elsewhere no gain is \
 shown: {others}. Logs whose names begin with `planted` are generated: only what lies far back answers them."""
 
 _COUNTED_HEADS = (

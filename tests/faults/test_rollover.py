@@ -97,7 +97,7 @@ def answered(done: tuple[int, str]) -> str:
     """What a successful activation says, without how many states it brought up to date first."""
     status, line = done
     assert status == 0, line
-    return line.partition("; ")[0] + "; " + line.split("; ")[1]
+    return "; ".join(line.split("; ")[:2])
 
 
 def test_roll_over_and_back_under_load_is_noticed_by_nobody(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,6 +13,7 @@ from dman_runtime.jobs.activating import activate
 from dman_runtime.presence import Presence, Present
 from dman_runtime.store.memory import MemoryStore
 from dman_runtime.store.rollout import NO_ROLLOUT, Rollout
+from tools.faults.background import Background
 
 NEW = Path("/bundles/new")
 
@@ -25,29 +25,24 @@ def store() -> Iterator[MemoryStore]:
         yield store
 
 
-class Server:
+class Server(Background):
     """Says that it is there, and after a time what it has loaded, as a real one does."""
 
     def __init__(self, state: Path, store: MemoryStore, pid: int, *, own: str = "old", fails: str = "") -> None:
+        super().__init__()
         self._presence, self._store, self._pid, self._own = Presence(state), store, pid, own
-        self._fails, self._over, self.seen = fails, threading.Event(), list[Rollout]()
+        self._fails, self.seen = fails, list[Rollout]()
         self._say([own])
-        self._thread = threading.Thread(target=self._run)
 
     def _say(self, loaded: list[str], failed: dict[str, str] | None = None) -> None:
         self._presence.tell(Present(self._pid, self._own, f"/bundles/{self._own}", loaded, failed or {}))
 
-    def __enter__(self) -> Server:
-        self._thread.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._over.set()
-        self._thread.join()
+    def __exit__(self, *details: object) -> None:
+        super().__exit__(*details)
         self._presence.close()
 
-    def _run(self) -> None:
-        while not self._over.wait(0.02):
+    def run(self) -> None:
+        while not self.over.wait(0.02):
             rollout = self._store.rollout()
             if rollout.prepared and rollout not in self.seen:
                 time.sleep(0.1)
