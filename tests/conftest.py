@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import hashlib
 import json
 import os
 import shutil
@@ -36,7 +37,7 @@ from dman_runtime.serving.config import ServeConfig
 from dman_runtime.store.base import StateStore
 from dman_runtime.store.lmdb import LmdbStore
 from dman_runtime.store.memory import MemoryStore
-from dman_train import train
+from dman_train import graphs, train
 from dman_train.config import ModelConfig
 from dman_train.export import export_bundle
 from dman_train.model import DMAN
@@ -68,12 +69,19 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 def random_model(config: ModelConfig, vocabulary: int, *, seed: int = 0) -> DMAN:
-    """A model whose every part matters: random weights, biases and norms, and embeddings of ordinary size."""
+    """A model whose every part matters: random weights, biases and norms, and embeddings of ordinary size.
+
+    Only the items depend on the vocabulary, so that models of different ones have the same graphs.
+    """
     torch.manual_seed(seed)
     model = DMAN(config, vocabulary)
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(torch.randn_like(parameter) * 0.1)
+    if vocabulary != TINY_ITEMS:
+        weights = random_model(config, TINY_ITEMS, seed=seed).state_dict()
+        del weights["items"]
+        model.load_state_dict(weights, strict=False)
     return model.eval()
 
 
@@ -111,6 +119,24 @@ def shared(tmp_path_factory: pytest.TempPathFactory, worker_id: str) -> Callable
         return path
 
     return made_once
+
+
+@pytest.fixture(scope="session", autouse=True)
+def each_graph_is_exported_once(shared: Callable[[str, Callable[[Path], object]], Path]) -> Iterator[None]:
+    """Tracing a graph takes 5 to 15 seconds. One of the same weights is copied; the items are no part of it."""
+    traced = graphs._export_graph
+
+    def copied(graph: Any, example: Any, file: Path, **names: Any) -> None:
+        content = hashlib.sha256(repr((type(graph), graph.model.config, names)).encode())
+        for name, tensor in graph.state_dict().items():
+            if name != "model.items":
+                content.update(name.encode() + tensor.numpy().tobytes())
+        made = shared(f"graph-{content.hexdigest()}", lambda path: traced(graph, example, path, **names))
+        shutil.copyfile(made, file)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(graphs, "_export_graph", copied)
+        yield
 
 
 @pytest.fixture(scope="session")
@@ -233,19 +259,20 @@ def assert_close(found: Any, expected: Any, tolerance: float) -> None:
 
 
 @pytest.fixture(scope="session")
-def small_log(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("log") / "log.csv"
-    write_log(generate(SyntheticConfig(users=80, items=100, mean_events=40, seed=1)), path)
-    return path
+def small_log(shared: Callable[[str, Callable[[Path], object]], Path]) -> Path:
+    log = generate(SyntheticConfig(users=80, items=100, mean_events=40, seed=1))
+    return shared("log.csv", lambda path: write_log(log, path))
 
 
 @pytest.fixture(scope="session")
-def trained_run(small_log: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A finished run of the tiny preset, one epoch."""
-    path = tmp_path_factory.mktemp("run") / "run"
-    options = ["--preset", "tiny", "--epochs", "1", "--lanes", "16", "--threads", "1"]
-    assert train.main(["--data", str(small_log), "--run", str(path), *options]) == 0
-    return path
+def trained_run(small_log: Path, shared: Callable[[str, Callable[[Path], object]], Path]) -> Path:
+    """A finished run of the tiny preset, one epoch. Copy it before changing it."""
+
+    def make(path: Path) -> None:
+        options = ["--preset", "tiny", "--epochs", "1", "--lanes", "16", "--threads", "1"]
+        assert train.main(["--data", str(small_log), "--run", str(path), *options]) == 0
+
+    return shared("trained-run", make)
 
 
 def serve_config(bundle: Path, state: Path, **options: Any) -> ServeConfig:

@@ -6,6 +6,7 @@ import ast
 import json
 import subprocess
 import sys
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -20,6 +21,7 @@ def modules(package: str) -> list[Path]:
     return found
 
 
+@cache
 def import_groups(file: Path) -> list[list[str]]:
     """Full dotted names that a file imports anywhere, also inside functions and under TYPE_CHECKING.
 
@@ -38,6 +40,7 @@ def import_groups(file: Path) -> list[list[str]]:
     return found
 
 
+@cache
 def imports(file: Path) -> set[str]:
     return {name for group in import_groups(file) for name in group}
 
@@ -213,7 +216,6 @@ def test_every_part_of_the_runtime_has_its_layer() -> None:
     assert parts == set(LAYERS)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("part", LAYERS)
 def test_part_of_the_runtime_imports_only_the_layers_below_it(part: str) -> None:
     used = set()

@@ -32,6 +32,7 @@ MAX_PASSES = 4
 WINDOW_USERS = 4096  # whose records are looked at together
 BATCH_USERS = 64  # in one commit of about a megabyte: a server may wait for it
 BATCH_EVENTS = 200_000  # so many are in memory, but for a longer history of one user
+PROGRESS_SECONDS = 10.0  # between lines of the log
 _PAGE_BYTES = 4096  # what stores give to a record comes in pages
 _SPARE_BYTES = 256 << 20  # of the disk, for servers
 
@@ -71,6 +72,22 @@ class _Work:
     new_bytes: int = 0
 
 
+class _ProgressLog:
+    """Says in the log how much is done, behind the first piece of work and then from time to time."""
+
+    clock = staticmethod(time.monotonic)
+
+    def __init__(self) -> None:
+        self._began, self._told = self.clock(), float("-inf")
+
+    def __call__(self, done: int, total: int) -> None:
+        now = self.clock()
+        if done and now - self._told >= PROGRESS_SECONDS:
+            self._told = now
+            left = (now - self._began) * (total - done) / done
+            logger.info("%d of %d events are encoded, about %.0f s left", done, total, left)
+
+
 class Throttle:
     """Keeps this process to a share of one core, by resting after each piece of work."""
 
@@ -100,13 +117,14 @@ def rebuild(
     Args:
         path: Directory of the store, whose disk must have room; None for a store without one.
         max_share: Of one core, 0 < share <= 1.
-        progress: Called with the events that are done, and with all of them, instead of a bar on the terminal.
+        progress: Called with the events that are done, and with all of them. Without it, a terminal shows a bar, and
+            where there is none, the log has a line every ten seconds.
 
     Raises StoreError; StoreFullError before anything is written where the new records do not fit.
     """
     throttle, result, done, total = Throttle(max_share), RebuildResult(), 0, 0
-    report = progress or (lambda _done, _total: None)
     with tqdm(unit="ev", unit_scale=True, desc="rebuild", disable=True if progress else None) as bar:
+        report = progress or (_ProgressLog() if bar.disable else lambda _done, _total: None)
         for number in range(MAX_PASSES):
             work = _work(engine)
             result.users, result.lagging = work.store.users, work.lagging

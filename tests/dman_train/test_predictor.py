@@ -22,18 +22,18 @@ from dman_train.vocabulary import Vocabulary
 ITEMS, WIDTH, GENRES = 400, 16, 8
 
 
-def planted(noise: float, *, seed: int = 0) -> tuple[np.ndarray, Vocabulary, Audience]:
+def planted(noise: float, *, width: int = WIDTH, seed: int = 0) -> tuple[np.ndarray, Vocabulary, Audience]:
     """Items whose embeddings are the sum of those of their genres, and users who like one genre each."""
     random = np.random.default_rng(seed)
-    genres = random.normal(size=(GENRES, WIDTH))
+    genres = random.normal(size=(GENRES, width))
     of = [random.choice(GENRES, 2, replace=False) for _ in range(ITEMS)]
-    table = np.array([genres[pair].sum(0) for pair in of]) + noise * random.normal(size=(ITEMS, WIDTH))
+    table = np.array([genres[pair].sum(0) for pair in of]) + noise * random.normal(size=(ITEMS, width))
     ids = [str(number) for number in range(ITEMS)]
     infos = {
         i: ItemInfo(f"Film {i}", {"genre": "|".join(f"G{g}" for g in pair)}) for i, pair in zip(ids, of, strict=True)
     }
     vocabulary = Vocabulary(ids, True, np.arange(ITEMS, 0, -1), infos)
-    users = genres[random.integers(0, GENRES, 200)] + 0.3 * random.normal(size=(200, WIDTH))
+    users = genres[random.integers(0, GENRES, 200)] + 0.3 * random.normal(size=(200, width))
     seen = [random.choice(ITEMS, 5, replace=False) for _ in users]
     targets = np.argmax(users @ table.T, axis=1)
     keep = [row for row in range(200) if targets[row] not in seen[row]]
@@ -103,10 +103,10 @@ def test_numbers_become_knots_and_are_no_values() -> None:
 @pytest.fixture(scope="module")
 def exported(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Fitted]:
     path = tmp_path_factory.mktemp("predicting") / "bundle"
-    table, vocabulary, audience = planted(0.1)
+    table, vocabulary, audience = planted(0.1, width=TINY.width)
     found = fit_predictor(table, vocabulary, audience)
     assert found is not None
-    model = random_model(replace(TINY, width=WIDTH), ITEMS)
+    model = random_model(TINY, ITEMS)
     export_bundle(model, vocabulary, path, fitted=found)
     return path, found
 

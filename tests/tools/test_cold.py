@@ -18,7 +18,7 @@ from dman_train.run import open_run
 from tools import cold
 
 ITEMS, USERS = 80, 150
-TINY = ("--preset", "tiny", "--epochs", "1", "--lanes", "16", "--threads", "1")
+TINY = ("--preset", "tiny", "--layers", "1", "--epochs", "1", "--lanes", "16", "--threads", "1")
 
 
 @pytest.fixture(scope="module")

@@ -378,7 +378,7 @@ def test_stopped_run_is_continued_by_the_next_call(
     write_plan: WritePlan, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     plan, run = (
-        write_plan(f'name = "one"\ntrain = "{TINY} --epochs 8 --patience 8"\ndata = "small"'),
+        write_plan(f'name = "one"\ntrain = "{TINY} --epochs 4 --patience 4"\ndata = "small"'),
         tmp_path / "runs",
     )
     epochs = run / "one-s0" / "metrics.jsonl"
@@ -391,12 +391,12 @@ def test_stopped_run_is_continued_by_the_next_call(
     assert train(plan, tmp_path) == 130
     out, trained = capsys.readouterr().out, len(epochs.read_text().splitlines())
     assert "one-s0: stopped" in out and out.splitlines()[-1] == "stopped; the same command continues"
-    assert 1 <= trained < 8 and (run / "one-s0" / "checkpoint.pt").exists()
+    assert 1 <= trained < 4 and (run / "one-s0" / "checkpoint.pt").exists()
     monkeypatch.undo()
     assert train(plan, tmp_path) == 0
-    assert f"one-s0: continued after {trained} of 8 epochs" in capsys.readouterr().out
+    assert f"one-s0: continued after {trained} of 4 epochs" in capsys.readouterr().out
     (record,) = read_records(tmp_path / "records.parquet")
-    assert [epoch["epoch"] for epoch in record.content["epochs"]] == list(range(1, 9))
+    assert [epoch["epoch"] for epoch in record.content["epochs"]] == list(range(1, 5))
 
 
 @contextmanager

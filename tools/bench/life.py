@@ -38,16 +38,13 @@ QUICK_USERS = 320  # a rebuild commits 64 at a time, and is to be killed between
 # -- under load ------------------------------------------------------------------------------------------------------
 
 
-def under_load(setting: Setting, base: Path, workers: int, *, kill_after: float) -> Section:
-    """Roll-over, roll-back and roll-over of a server, and what there is in its store afterwards.
-
-    `kill_after`: as `roll_over` has it.
-    """
+def under_load(setting: Setting, base: Path, workers: int) -> Section:
+    """Roll-over, roll-back and roll-over of a server, and what there is in its store afterwards."""
     state, fresh = setting.scratch / f"state-{workers}", setting.scratch / f"fresh-{workers}"
     shutil.copytree(base, state)
     with LmdbStore.open(base, readonly=True) as store:
         before = life_checks.history_counts(store)
-    course = roll_over(setting, state, list(before), workers, kill_after=kill_after)
+    course = roll_over(setting, state, list(before), workers)
     added = course.found.added
     errors = life_checks.reply_errors(state, setting.pair.by_id, course.found.kept)
     wrong = life_checks.wrong_counts(state, before, added)
@@ -161,11 +158,9 @@ def _main(argv: Sequence[str] | None) -> int:
         facts = machine(scratch) | _facts(interactions, setting.pair, given=given)
         print("speed ...", flush=True)
         sections = [speed(setting, scratch / "base")]
-        found = sections[0].data
-        kill_after = found["start_seconds"] + found["encoding_seconds"] / effort.max_share / (effort.kills + 1)
         for count in workers:
             print(f"roll-over with {count} worker(s) ...", flush=True)
-            sections.append(under_load(setting, scratch / "base", count, kill_after=kill_after))
+            sections.append(under_load(setting, scratch / "base", count))
     facts |= clock.facts(quick=arguments.quick)
     broken = sum(claim.met is False for section in sections for claim in section.claims)
     verdict = f"{broken} bounds were broken." if broken else "Every bound was kept."

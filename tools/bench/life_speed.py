@@ -45,7 +45,6 @@ def speed(setting: Setting, base: Path) -> Section:
         shutil.copytree(base, copy)
         pairs.append((imported, _timed("rebuild", "--bundle", new.path, "--state", copy, "--max-share", "1")))
         shutil.rmtree(fresh)
-        started = _timed("rebuild", "--bundle", new.path, "--state", copy)  # nothing is left to do
         before, after, made = _bytes(base), _bytes(copy), _generation(copy, new.bundle_id)
         shutil.rmtree(copy)
     events = pairs[0][1].result["events"]
@@ -79,8 +78,6 @@ def speed(setting: Setting, base: Path) -> Section:
             "share": share.values,
             "cpu_share": cpu_share.values,
             "record_bytes": made.bytes,
-            "start_seconds": started.seconds,
-            "encoding_seconds": Spread(tuple(rebuilt.seconds for _, rebuilt in pairs)).median - started.seconds,
         },
     )
 

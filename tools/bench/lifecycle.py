@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import json
-import subprocess
 import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -19,7 +18,7 @@ from dman_runtime.model.bundle import Bundle
 from dman_runtime.model.generation import Generation
 from tools.bench.servers import dman_server
 from tools.bench.steady import Found, Load, Sample, SteadyLoad
-from tools.faults.jobs import finished, start_job, start_rebuild
+from tools.faults.jobs import finished, kill_when_encoded, start_job, start_rebuild
 
 JOB_SECONDS = 7200.0
 
@@ -127,11 +126,8 @@ class Course:
         return [one for one in self.found.samples if one.call == call and phase.began <= one.began < phase.ended]
 
 
-def roll_over(setting: Setting, state: Path, users: Sequence[str], workers: int, *, kill_after: float) -> Course:
-    """Serves a store that was imported under the old bundle; rebuilds, activates, rolls back and activates again.
-
-    `kill_after`: seconds from the start of each rebuild that is killed.
-    """
+def roll_over(setting: Setting, state: Path, users: Sequence[str], workers: int) -> Course:
+    """Serves a store that was imported under the old bundle; rebuilds, activates, rolls back and activates again."""
     course, pair, effort = Course(), setting.pair, setting.effort
     old, new = pair.old.bundle, pair.new.bundle
     course.changes.append(Change(0.0, 0.0, old.bundle_id))
@@ -151,7 +147,7 @@ def roll_over(setting: Setting, state: Path, users: Sequence[str], workers: int,
             with course.phase("before"):
                 time.sleep(effort.seconds)
             with course.phase("rebuild"):
-                course.kills = _rebuild(new, state, effort, kill_after)
+                course.kills = _rebuild(new, state, effort)
             for name, bundle in (("activate", new), ("roll back", old), ("activate again", new)):
                 with course.phase(name):
                     began = time.monotonic()
@@ -164,19 +160,12 @@ def roll_over(setting: Setting, state: Path, users: Sequence[str], workers: int,
     return course
 
 
-def _rebuild(bundle: Bundle, state: Path, effort: Effort, kill_after: float) -> int:
-    """Kills rebuilds on the way, and lets a last one go to its end. Returns how many were killed.
-
-    When, is told by the clock: to look into the store again and again would take the servers' time.
-    """
+def _rebuild(bundle: Bundle, state: Path, effort: Effort) -> int:
+    """Kills rebuilds after equal parts of the work, and lets a last one go to its end. Returns how many were killed."""
     killed = 0
-    for _ in range(effort.kills):
+    for number in range(effort.kills):
         job = start_rebuild(bundle.path, state, share=effort.max_share)
-        with suppress(subprocess.TimeoutExpired):
-            job.wait(kill_after)
-        killed += job.poll() is None
-        job.kill()
-        job.communicate()
+        killed += kill_when_encoded(job, 1 / (effort.kills + 1 - number))
     status, line = finished(start_rebuild(bundle.path, state, share=effort.max_share), seconds=JOB_SECONDS)
     if status:
         raise UsageError(f"rebuild failed: {line}")

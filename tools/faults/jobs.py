@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import random
+import re
 import subprocess
 import sys
 from collections import Counter
@@ -62,6 +63,23 @@ def kill_in_the_middle(job: subprocess.Popen[str], state: Path, bundle_id: str, 
     enough = records_of(state, bundle_id) + more
     assert wait_until(lambda: records_of(state, bundle_id) >= enough or job.poll() is not None, seconds=JOB_SECONDS)
     running = job.poll() is None
+    job.kill()
+    job.communicate()
+    return running
+
+
+def kill_when_encoded(job: subprocess.Popen[str], share: float) -> bool:
+    """Kills a rebuild once its log says that this share of its events is encoded. Returns whether it came to that.
+
+    Nobody looks into the store for that, which would take the time of its servers.
+    """
+    assert job.stderr is not None
+    running = False
+    for line in job.stderr:
+        found = re.search(r"(\d+) of (\d+) events are encoded", line)
+        if found and int(found[1]) >= share * int(found[2]):
+            running = job.poll() is None
+            break
     job.kill()
     job.communicate()
     return running

@@ -77,6 +77,22 @@ def test_rebuild_makes_all_records_of_a_bundle_and_leaves_the_others(
 HISTORIES_IDS = tuple(map(str, HISTORIES))
 
 
+def test_without_a_terminal_the_log_says_how_much_is_done(
+    exact: Generation, renamed: Generation, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(rebuilding, "BATCH_USERS", 10)
+    clock = iter(range(0, 1000, 6))  # asked at the start, and for each line that there could be
+    monkeypatch.setattr(rebuilding._ProgressLog, "clock", staticmethod(lambda: float(next(clock))))
+    with MemoryStore() as store, caplog.at_level("INFO", "dman_runtime.jobs.rebuilding"):
+        filled(store, exact)
+        rebuild(Engine(renamed, store))
+    lines = [record.getMessage() for record in caplog.records if "are encoded" in record.getMessage()]
+    (done, total), (all_done, _) = [(int(line.split()[0]), int(line.split()[2])) for line in lines]
+    assert 0 < done < total == all_done == sum(map(len, HISTORIES.values()))
+    assert lines[0].endswith(f"events are encoded, about {12 * (total - done) / done:.0f} s left")
+    assert lines[1].endswith("events are encoded, about 0 s left")
+
+
 def test_rebuild_encodes_only_what_a_record_lacks(exact: Generation, renamed: Generation, store: StateStore) -> None:
     old = filled(store, exact)
     graphs = CountingGraphs(renamed.graphs)

@@ -163,7 +163,7 @@ def test_everything_but_speed_is_as_it_must_be(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    effort = Effort(1, 1, kills=1, per_second=60, clients=4, speed_repeats=1, keep_every=3, max_share=0.05)
+    effort = Effort(1, 1, kills=2, per_second=60, clients=4, speed_repeats=1, keep_every=3, max_share=0.05)
     monkeypatch.setattr(life, "QUICK", effort)
     log, page, scratch = tmp_path / "log.parquet", tmp_path / "reports" / "life.md", tmp_path / "scratch"
     scratch.mkdir()
