@@ -54,7 +54,8 @@ class Projection:
             Assortment(Attributes(self.bundle.items.attributes)),
         )  # what may be recommended
         self._empty = np.zeros(0, np.int64)  # indices of added items that the bundle cannot serve
-        self._newest, self._revision, self._lock = self, 0, threading.Lock()
+        self._newest: Projection | None = None  # with the added items; None: this one, as no object refers to itself
+        self._revision, self._lock = 0, threading.Lock()
         known = store.generations()
         self.number = known.get(self.bundle.bundle_id) or store.add_generation(self.bundle.bundle_id)
 
@@ -68,15 +69,15 @@ class Projection:
             with self._lock:
                 if self._revision < revision:
                     self._follow(self._store.catalogue())
-        return self._newest
+        return self._newest or self
 
     def _follow(self, catalogue: Catalogue) -> None:
-        newest = self._newest
+        newest = self._newest or self
         if len(catalogue.added) > newest.bundle.added:
             newest = self._with(catalogue)
         off = np.concatenate([newest.known_indices(catalogue.off), newest._empty])
         newest.offered = Assortment(newest.offered.attributes, off=off)  # before anybody gets it
-        self._newest, self._revision = newest, catalogue.revision
+        self._newest, self._revision = None if newest is self else newest, catalogue.revision
 
     def _with(self, catalogue: Catalogue) -> Projection:
         """The projection of a bundle with the added items."""
@@ -96,6 +97,7 @@ class Projection:
                 self.bundle.bundle_id, len(more.unusable), item_id, reason,
             )  # fmt: skip
         larger = copy(self)
+        larger._newest = None  # not the one before, which would stay in memory
         larger.generation, larger.bundle, larger._empty = generation, generation.bundle, more.empty
         larger._numbers = np.concatenate([self._numbers, numbers.astype(np.uint32)])
         larger._indices = np.full(max(len(self._indices), int(numbers.max()) + 2), -1, np.int64)

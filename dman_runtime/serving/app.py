@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 
@@ -49,14 +50,22 @@ class App:
     """
 
     def __init__(
-        self, config: ServeConfig, *, expected_bundle_id: str | None = None, metrics: Metrics = NO_METRICS
+        self,
+        config: ServeConfig,
+        *,
+        expected_bundle_id: str | None = None,
+        metrics: Metrics = NO_METRICS,
+        loaded: Callable[[], None] = lambda: None,
     ) -> None:
-        """Raises BundleError, EncoderError, InputError, StoreError, and UsageError where the port cannot be had."""
+        """`loaded` is called, on any thread, each time that something large was loaded, which will stay.
+
+        Raises BundleError, EncoderError, InputError, StoreError, and UsageError where the port cannot be had.
+        """
         if not config.share_port:
             free_port(config)  # before the bundle is loaded, and in one line where gRPC writes several
             if config.admin_port is not None:
                 free_port(config.of_admin(), parameter="admin_port")
-        self._config, self._metrics = config, metrics
+        self._config, self._metrics, self._loaded = config, metrics, loaded
         self._access = Access.open(config.tokens)
         self._credentials = (
             server_credentials(config.tls_cert, config.tls_key, config.tls_client_ca)
@@ -103,6 +112,7 @@ class App:
             state=config.state,
             problems=self.problems,
             pid=os.getpid(),
+            loaded=self._loaded,
         )
 
     def _make_admin(self) -> AdminServer:
@@ -150,6 +160,7 @@ class App:
         await self._look()
         if not config.share_port:
             await self.administer(True)
+        self._loaded()
         await self._server.start()
         self._looking = asyncio.create_task(self._look_often())
         return self

@@ -32,9 +32,11 @@ class Loader:
         state: Path,
         problems: Problems,
         pid: int,
+        loaded: Callable[[], None] = lambda: None,
     ) -> None:
+        """`loaded` is called, on the thread that loads, after bundles or items were."""
         self._router, self._store, self._open_bundle, self._problems = router, store, open_bundle, problems
-        self._pid, self._presence = pid, Presence(state)
+        self._pid, self._presence, self._loaded = pid, Presence(state), loaded
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="loader")
         self._loading: Future[None] | None = None
         self._seen: Rollout | None = None
@@ -65,6 +67,7 @@ class Loader:
         for projection in self._router.loaded.values():
             projection.at(revision)
         self._revision = revision
+        self._loaded()
 
     def _follow(self, rollout: Rollout) -> None:
         wanted = {rollout.active, rollout.trial, rollout.prepared}
@@ -78,6 +81,7 @@ class Loader:
                 failed[bundle_id] = str(error)
         for bundle_id in self._router.loaded.keys() - wanted:
             self._router.remove(bundle_id)
+        self._loaded()
         self._failed, self._seen = failed, rollout
         self._problems.set(PROBLEM, "; ".join(failed.values()), blocking=rollout.active in failed)
         self._tell()

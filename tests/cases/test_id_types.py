@@ -41,7 +41,8 @@ def scored(commands: Commands, bundle: Path, path: Path, output: Path) -> tuple[
 def test_text_of_digits_stays_text_from_training_to_the_client(commands: Commands, tmp_path: Path) -> None:
     source = case("text-ids-become-int/digits.parquet")
     run, bundle, output = tmp_path / "run", tmp_path / "bundle", tmp_path / "scores.parquet"
-    commands.done("train", "--data", source, "--run", run, "--preset", "tiny", "--layers", 1, "--epochs", 1, "--threads", 1)
+    options = ["--preset", "tiny", "--layers", 1, "--epochs", 1, "--threads", 1]
+    commands.done("train", "--data", source, "--run", run, *options)
     assert export.main(["--run", str(run), "--out", str(bundle)]) == 0
     assert scored(commands, bundle, source, output) == (pa.string(), pa.string())
     state = tmp_path / "state"

@@ -16,6 +16,7 @@ import grpc
 import numpy as np
 import pytest
 import torch
+from conftest import TIMED, TINY, random_model
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -299,9 +300,8 @@ def test_bench_training_compares_dman_with_every_system(
 def test_bench_of_signals_compares_servers_of_each_kind(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    kinds = (signals.WITHOUT, "times and returns")
-    narrow = {name: replace(signals.MODELS[name], width=16, heads=1, layers=1) for name in kinds}
-    monkeypatch.setattr(signals, "MODELS", narrow)
+    monkeypatch.setattr(signals, "MODELS", {signals.WITHOUT: TINY, "times and returns": TIMED})
+    monkeypatch.setattr(signals, "DMAN", random_model)  # whose graphs other tests export too
     monkeypatch.setattr(signals, "QUICK", replace(setting.QUICK, rounds=2, calls=4, users=4))
     page, scratch = tmp_path / "reports" / "signals.md", tmp_path / "scratch"
     scratch.mkdir()

@@ -47,6 +47,13 @@ def test_reflection_lists_the_service(channel: grpc.Channel) -> None:
     assert "dman.v1.Recommender" in listed and "grpc.health.v1.Health" in listed
 
 
+def test_it_says_what_was_loaded_before_it_serves(tiny_bundle: Path, tmp_path: Path) -> None:
+    loaded = list[str]()
+    app = App(serve_config(tiny_bundle, tmp_path / "state"), loaded=lambda: loaded.append("all"))
+    with running(app):
+        assert loaded  # by the worker: kept out of the garbage collection
+
+
 def test_late_events_are_treated_as_the_server_was_told(tiny_bundle: Path, tmp_path: Path) -> None:
     found = {}
     for policy in ("arrival", "drop", "place"):

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import threading
+import weakref
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -32,9 +34,19 @@ class Serving:
         self.may_open.set()
         self.own, self.revision = own, 0
         self.router: Router = Engine(own, self.store, follows=True).router
+        self.loads = 0
         self.loader = Loader(
-            self.router, self.store, open_bundle=self._open, state=state, problems=self.problems, pid=7
+            self.router,
+            self.store,
+            open_bundle=self._open,
+            state=state,
+            problems=self.problems,
+            pid=7,
+            loaded=self._loaded,
         )
+
+    def _loaded(self) -> None:
+        self.loads += 1
 
     def _open(self, path: Path) -> Generation:
         assert self.may_open.wait(20)
@@ -92,7 +104,7 @@ def test_prepared_bundle_is_loaded_while_the_others_answer_and_dropped_afterward
     serving.loader.look()
     serving.may_open.set()
     assert serving.becomes(lambda one: sorted(one.loaded) == sorted([exact.bundle_id, renamed.bundle_id]))
-    assert serving.opened == ["renamed"]
+    assert serving.opened == ["renamed"] and serving.loads > 0
     serving.set(active=renamed.bundle_id)
     assert serving.serving_now().bundle is renamed.bundle
     serving.set(active=exact.bundle_id)
@@ -149,5 +161,27 @@ def test_items_that_were_added_are_ready_before_a_request_needs_them(serving: Se
     serving.loader.load()
     serving.loader.look()
     add_items(serving.store, exact.bundle, {"999": AddedItem(like=("5",))})
-    assert serving.becomes(lambda _: "999" in serving.router.own._newest.bundle.items.index)
+    before = serving.loads
+    assert serving.becomes(lambda _: serving.router.own._newest is not None)
     assert serving.serving_now() is serving.router.own._newest
+    assert "999" in serving.serving_now().bundle.items.index
+    assert serving.becomes(lambda _: serving.loads > before)
+
+
+def test_dropped_bundles_and_former_catalogues_are_freed_without_the_garbage_collector(exact_bundle: Path) -> None:
+    """A worker keeps what it has loaded out of the collections, so a circle of references would stay for ever."""
+    gc.disable()
+    try:
+        with MemoryStore() as store:
+            projection = Projection(Generation.open(exact_bundle, provider="cpu"), store)
+            bundle, generation = projection.bundle, weakref.ref(projection.generation)
+            catalogues = []
+            for item_id in ("998", "999"):
+                add_items(store, bundle, {item_id: AddedItem(like=("5",))})
+                catalogues.append(weakref.ref(projection.at(store.standing().catalogue_revision).generation))
+            former, latest = catalogues
+            assert former() is None and latest() is not None
+            del projection
+            assert generation() is None and latest() is None
+    finally:
+        gc.enable()
