@@ -158,7 +158,7 @@ def test_loadgen_has_no_errors_and_every_counted_update_is_stored(
 def test_loadgen_without_a_bundle_takes_its_items_from_the_server_and_stops_in_time(
     address: str, processes: int, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    options = f"--target {address} --users 2 --requests 1000000 --concurrency 2 --seconds 1 --mix update=1"
+    options = f"--target {address} --users 2 --requests 1000000 --concurrency 2 --seconds 3 --mix update=1"
     began = time.monotonic()
     assert loadgen.main([*options.split(), "--processes", str(processes), "--json"]) == 0
     assert time.monotonic() - began < 30
