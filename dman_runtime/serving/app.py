@@ -61,10 +61,7 @@ class App:
 
         Raises BundleError, EncoderError, InputError, StoreError, and UsageError where the port cannot be had.
         """
-        if not config.share_port:
-            free_port(config)  # before the bundle is loaded, and in one line where gRPC writes several
-            if config.admin_port is not None:
-                free_port(config.of_admin(), parameter="admin_port")
+        _free_ports(config)
         self._config, self._metrics, self._loaded = config, metrics, loaded
         self._access = Access.open(config.tokens)
         self._credentials = (
@@ -255,6 +252,14 @@ class App:
             self._looked = None
         self._monitor.look_at_clock()
         self._health.set(not self.problems.blocking)
+
+
+def _free_ports(config: ServeConfig) -> None:
+    """Before the bundle is loaded, and in one line where gRPC writes several. Raises UsageError."""
+    if not config.share_port:
+        free_port(config)
+        if config.admin_port is not None:
+            free_port(config.of_admin(), parameter="admin_port")
 
 
 def _server_options(config: ServeConfig) -> list[tuple[str, int]]:
