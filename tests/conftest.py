@@ -61,6 +61,7 @@ RANKING_OF_SEEN_ITEMS: dict[str, Ranking] = {  # of each choice of `TrainConfig.
     "keep": "seen_kept",
 }
 Entered = TypeVar("Entered")
+Shared = Callable[[str, Callable[[Path], object]], Path]  # the fixture `shared`
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -105,7 +106,7 @@ def tiny_model() -> DMAN:
 
 
 @pytest.fixture(scope="session")
-def shared(tmp_path_factory: pytest.TempPathFactory, worker_id: str) -> Callable[[str, Callable[[Path], object]], Path]:
+def shared(tmp_path_factory: pytest.TempPathFactory, worker_id: str) -> Shared:
     """`shared(name, make)`: the path that `make` wrote to, made once for all processes of a test run."""
     base = tmp_path_factory.getbasetemp()
     directory = base if worker_id == "master" else base.parent
@@ -122,7 +123,7 @@ def shared(tmp_path_factory: pytest.TempPathFactory, worker_id: str) -> Callable
 
 
 @pytest.fixture(scope="session", autouse=True)
-def each_graph_is_exported_once(shared: Callable[[str, Callable[[Path], object]], Path]) -> Iterator[None]:
+def each_graph_is_exported_once(shared: Shared) -> Iterator[None]:
     """Tracing a graph takes 5 to 15 seconds. One of the same weights is copied; the items are no part of it."""
     traced = graphs._export_graph
 
@@ -140,13 +141,13 @@ def each_graph_is_exported_once(shared: Callable[[str, Callable[[Path], object]]
 
 
 @pytest.fixture(scope="session")
-def tiny_bundle(tiny_model: DMAN, shared: Callable[[str, Callable[[Path], object]], Path]) -> Path:
+def tiny_bundle(tiny_model: DMAN, shared: Shared) -> Path:
     """`tiny_model` exported with float16 states. Copy it before changing it."""
     return shared("tiny-bundle", lambda path: export_tiny(tiny_model, path))
 
 
 @pytest.fixture(scope="session")
-def timed_bundle(shared: Callable[[str, Callable[[Path], object]], Path]) -> Path:
+def timed_bundle(shared: Shared) -> Path:
     """Of a model that sees times and returns, with every optional file. Copy it before changing it."""
     return shared("timed-bundle", lambda path: export_tiny(random_model(TIMED, TINY_ITEMS), path))
 
@@ -183,7 +184,7 @@ def exact_bundle(tiny_bundle: Path, tmp_path_factory: pytest.TempPathFactory) ->
 
 
 @pytest.fixture(scope="session")
-def later_bundle(shared: Callable[[str, Callable[[Path], object]], Path]) -> Path:
+def later_bundle(shared: Shared) -> Path:
     """A newer model of other sizes, with float32 states. It knows half of the items of `exact_bundle`, and others.
 
     Takes seconds to export: `renamed_bundle` serves where another catalogue is enough.
@@ -259,13 +260,13 @@ def assert_close(found: Any, expected: Any, tolerance: float) -> None:
 
 
 @pytest.fixture(scope="session")
-def small_log(shared: Callable[[str, Callable[[Path], object]], Path]) -> Path:
+def small_log(shared: Shared) -> Path:
     log = generate(SyntheticConfig(users=80, items=100, mean_events=40, seed=1))
     return shared("log.csv", lambda path: write_log(log, path))
 
 
 @pytest.fixture(scope="session")
-def trained_run(small_log: Path, shared: Callable[[str, Callable[[Path], object]], Path]) -> Path:
+def trained_run(small_log: Path, shared: Shared) -> Path:
     """A finished run of the tiny preset, one epoch. Copy it before changing it."""
 
     def make(path: Path) -> None:

@@ -97,7 +97,6 @@ ALLOWED = {
 }
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("package", ALLOWED)
 def test_package_depends_only_on_those_below_it(package: str) -> None:
     used = {name.partition(".")[0] for names in imports_of(package).values() for name in names} & set(OURS)
@@ -225,7 +224,6 @@ def test_part_of_the_runtime_imports_only_the_layers_below_it(part: str) -> None
     assert used - {part} <= LAYERS[part]
 
 
-@pytest.mark.slow
 def test_what_answers_requests_knows_the_interface_of_stores_and_no_store() -> None:
     """`serving` and commands choose one."""
     found = {
@@ -251,7 +249,6 @@ def test_nothing_but_the_command_imports_the_server() -> None:
 TRAINING_MAY_IMPORT = ("data", "errors", "jobs.evaluating", "model", "options", "retrieval")
 
 
-@pytest.mark.slow
 def test_training_imports_only_what_it_shares_with_the_runtime() -> None:
     graph = import_graph("dman_runtime", "dman_train")
     allowed = [f"dman_runtime.{name}" for name in TRAINING_MAY_IMPORT]
@@ -264,7 +261,6 @@ def test_training_imports_only_what_it_shares_with_the_runtime() -> None:
     assert found == set()
 
 
-@pytest.mark.slow
 def test_training_reaches_no_part_of_the_server_not_even_through_others() -> None:
     graph = import_graph("dman_runtime", "dman_train", "protos")
     reached = set().union(*(reachable(graph, name) for name in graph if within(name, "dman_train")))
@@ -272,7 +268,6 @@ def test_training_reaches_no_part_of_the_server_not_even_through_others() -> Non
     assert {name for name in reached if within(name, *serving, "protos")} == set()
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
     ("library", "only"),
     [
@@ -302,12 +297,10 @@ def test_library_is_imported_by_its_own_module_only(library: str, only: set[str]
     assert importers("dman_runtime", library) == only
 
 
-@pytest.mark.slow
 def test_lmdb_is_imported_by_the_store_only() -> None:
     assert {name.partition(".")[0] for name in importers("dman_runtime", "lmdb")} == {"store"}
 
 
-@pytest.mark.slow
 def test_log_files_are_read_by_the_data_part_and_tables_written_by_their_jobs() -> None:
     writers = {"jobs.exporting", "jobs.parquet_output", "jobs.scoring"}
     assert {name.split(".")[0] for name in importers("dman_runtime", "pyarrow") - writers} == {"data"}
@@ -385,7 +378,6 @@ def test_no_module_is_too_long(package: str) -> None:
     assert {name: count for name, count in lines.items() if count > LINES_OF_A_MODULE} == {}
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("package", BOUNDED)
 def test_no_function_is_too_long(package: str) -> None:
     found = {}

@@ -34,7 +34,7 @@ class Loader:
         pid: int,
         loaded: Callable[[], None] = lambda: None,
     ) -> None:
-        """`loaded` is called, on the thread that loads, after bundles or items were."""
+        """`loaded` is called, on the thread that loads, after a bundle or items were."""
         self._router, self._store, self._open_bundle, self._problems = router, store, open_bundle, problems
         self._pid, self._presence, self._loaded = pid, Presence(state), loaded
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="loader")
@@ -81,7 +81,6 @@ class Loader:
                 failed[bundle_id] = str(error)
         for bundle_id in self._router.loaded.keys() - wanted:
             self._router.remove(bundle_id)
-        self._loaded()
         self._failed, self._seen = failed, rollout
         self._problems.set(PROBLEM, "; ".join(failed.values()), blocking=rollout.active in failed)
         self._tell()
@@ -103,6 +102,7 @@ class Loader:
                 "put the bundle back, or activate another one",
             )
         self._router.add(Projection(generation, self._store))
+        self._loaded()
         logger.info("loaded bundle %s from %s", bundle_id, path)
 
     def _tell(self) -> None:

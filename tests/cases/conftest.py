@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from cases.commands import Commands
-from conftest import TINY, TINY_ITEMS, change_file_entry, random_model, rewrite_manifest
+from conftest import TINY, TINY_ITEMS, Shared, change_file_entry, random_model, rewrite_manifest
 
 from dman_runtime.model.bundle import ITEMS, items_jsonl
 from dman_train.export import export_bundle
@@ -47,7 +47,7 @@ def ring_bundle(bundle_of: Rename) -> Path:
 
 
 @pytest.fixture(scope="session")
-def small_bundle(shared: Callable[[str, Callable[[Path], object]], Path]) -> Path:
+def small_bundle(shared: Shared) -> Path:
     """For the items p00 to p11: users soon have had everything."""
 
     def export(path: Path) -> None:

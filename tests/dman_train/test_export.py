@@ -43,10 +43,10 @@ GRAPHS = {
     "dman": TINY,
     "gated": replace(TINY, long_term="gated", layers=1),
     "paper-fifo": replace(PAPER, variant="fifo", layers=1),
-    "xl": replace(TINY, variant="xl"),
+    "xl": replace(TINY, variant="xl", layers=3),
     "requests": TIMED,
     "event-times": replace(TINY, time="events", variant="xl", layers=1),
-    "nran-full": replace(TINY, variant="nran", routing="full", routing_softmax="primaries", layers=1),
+    "nran-full": replace(TINY, variant="nran", routing="full", routing_softmax="primaries"),
 }
 
 
@@ -238,12 +238,12 @@ def test_export_tables_equal_the_model(tiny_model: DMAN, tiny_bundle: Path) -> N
     assert bundle.manifest.integer_item_ids
 
 
-# --- What export refuses, and what it replaces. The graphs of the tiny bundle stand in for fresh ones: 10 s each.
+# --- What export refuses, and what it replaces.
 
 
 @pytest.fixture
-def quick_graphs(tiny_bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Exports copy the graphs of `tiny_bundle` instead of tracing the model."""
+def other_graphs(tiny_bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Exports write the graphs of `tiny_bundle`, whatever the model."""
 
     def copy_graphs(_model: DMAN, directory: Path) -> dict:
         for name in (ENCODER, ABSTRACTION):
@@ -253,7 +253,7 @@ def quick_graphs(tiny_bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(export, "export_graphs", copy_graphs)
 
 
-@pytest.mark.usefixtures("quick_graphs")
+@pytest.mark.usefixtures("other_graphs")
 def test_export_refuses_graphs_that_differ_from_the_model(tiny_model: DMAN, tmp_path: Path) -> None:
     out = tmp_path / "bundle"
     with pytest.raises(BundleError, match=r"ONNX differs from PyTorch by .* no bundle written"):
@@ -263,7 +263,6 @@ def test_export_refuses_graphs_that_differ_from_the_model(tiny_model: DMAN, tmp_
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.usefixtures("quick_graphs")
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_export_refuses_weights_that_are_not_finite(tmp_path: Path, value: float) -> None:
     model = random_model(TINY, TINY_ITEMS)
@@ -281,7 +280,6 @@ def test_export_error_of_nan_outputs_is_above_every_tolerance() -> None:
     assert max(0.0, graphs._relative(nan, torch.from_numpy(nan))) == np.inf
 
 
-@pytest.mark.usefixtures("quick_graphs")
 def test_export_replaces_an_older_bundle_whole(tiny_model: DMAN, copy: Path) -> None:
     (copy / "left over").write_text("by an older version")
     before = read_manifest(copy).bundle_id
@@ -293,7 +291,6 @@ def test_export_replaces_an_older_bundle_whole(tiny_model: DMAN, copy: Path) -> 
     assert [path.name for path in copy.parent.iterdir()] == [copy.name]
 
 
-@pytest.mark.usefixtures("quick_graphs")
 def test_export_that_fails_keeps_the_older_bundle(tiny_model: DMAN, copy: Path) -> None:
     before = read_manifest(copy)
     with pytest.raises(BundleError):
@@ -302,7 +299,6 @@ def test_export_that_fails_keeps_the_older_bundle(tiny_model: DMAN, copy: Path) 
     assert [path.name for path in copy.parent.iterdir()] == [copy.name]
 
 
-@pytest.mark.usefixtures("quick_graphs")
 def test_export_refuses_a_foreign_place(tiny_model: DMAN, tmp_path: Path) -> None:
     (tmp_path / "thesis.tex").write_text("years of work")
     for out in (tmp_path, tmp_path / "thesis.tex"):
@@ -313,7 +309,6 @@ def test_export_refuses_a_foreign_place(tiny_model: DMAN, tmp_path: Path) -> Non
     assert [path.name for path in tmp_path.iterdir()] == ["thesis.tex"]
 
 
-@pytest.mark.usefixtures("quick_graphs")
 def test_export_of_the_same_model_gives_the_same_bundle_id(tiny_model: DMAN, tiny_bundle: Path, tmp_path: Path) -> None:
     result = export_bundle(tiny_model, vocabulary_of(TINY_ITEMS), tmp_path / "bundle")
     assert result["bundle_id"] == read_manifest(tiny_bundle).bundle_id

@@ -10,13 +10,13 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Protocol
 
 import pytest
-from conftest import ROOT, TINY_ITEMS
+from conftest import ROOT, TINY_ITEMS, Shared
 
 from tools.faults import bundles
 from tools.faults.servers import FaultServer, python_environment
@@ -47,7 +47,7 @@ def root() -> Path:
 
 
 @pytest.fixture(scope="session")
-def bundle(root: Path, request: pytest.FixtureRequest, shared: Callable[[str, Callable[[Path], object]], Path]) -> Path:
+def bundle(root: Path, request: pytest.FixtureRequest, shared: Shared) -> Path:
     """The tiny bundle, as the checkout under test exports it. Copy it before changing it."""
     if "FAULTS_BUNDLE" in os.environ:  # made before, by that checkout
         return Path(os.environ["FAULTS_BUNDLE"])

@@ -18,7 +18,7 @@ from dman_runtime.jobs.generations import list_generations
 from dman_runtime.model.generation import Generation
 from dman_runtime.store.lmdb import LmdbStore
 from sdk import Client
-from tools.faults.jobs import kill_in_the_middle, run_job, start_rebuild
+from tools.faults.jobs import kill_when_encoded, run_job, start_rebuild
 from tools.faults.servers import FaultServer, wait_until
 from tools.soak.rollover import while_bundles_change
 from tools.soak.setting import QUICK, Soak
@@ -107,7 +107,7 @@ def test_roll_over_and_back_under_load_is_noticed_by_nobody(
     old, new = exact.bundle_id, renamed.bundle_id
     with Callers(server.address, {old: range(1, 61), new: range(21, 81)}) as callers:
         for _ in range(KILLS):
-            kill_in_the_middle(start_rebuild(renamed_bundle, server.state, share=0.05), server.state, new)
+            kill_when_encoded(start_rebuild(renamed_bundle, server.state, share=0.05), 0)
         output, errors = start_rebuild(renamed_bundle, server.state, share=1).communicate(timeout=120)
         assert f"records of bundle {new}" in output, errors
         assert callers.answered() == {old}
@@ -158,7 +158,7 @@ def test_updates_are_applied_once_while_servers_are_killed_and_bundles_change(
     bundle: Path, tmp_path: Path, workers: int
 ) -> None:
     """A short form of `python -m tools.soak roll-overs`."""
-    section = while_bundles_change(Soak(bundle, tmp_path, replace(QUICK, kills=3, updates=100)), workers)
+    section = while_bundles_change(Soak(bundle, tmp_path, replace(QUICK, kills=5, updates=150)), workers)
     assert [claim for claim in section.claims if not claim.met] == []
 
 

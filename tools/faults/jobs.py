@@ -10,11 +10,9 @@ import sys
 from collections import Counter
 from pathlib import Path
 
-from dman_runtime.jobs.generations import list_generations
-from dman_runtime.store.lmdb import LmdbStore
 from tools.faults.background import Background
 from tools.faults.bundles import read_manifest
-from tools.faults.servers import ROOT, python_environment, wait_until
+from tools.faults.servers import ROOT, python_environment
 
 JOB_SECONDS = 300.0
 
@@ -52,24 +50,9 @@ def finished(job: subprocess.Popen[str], *, seconds: float = JOB_SECONDS) -> tup
     return job.returncode, ((errors if job.returncode else output).strip().splitlines() or ["no message"])[-1]
 
 
-def records_of(state: Path, bundle_id: str) -> int:
-    """How many records a store has of a bundle."""
-    with LmdbStore.open(state, readonly=True) as store:
-        return sum(one.records for one in list_generations(store).generations if one.bundle_id == bundle_id)
-
-
-def kill_in_the_middle(job: subprocess.Popen[str], state: Path, bundle_id: str, *, more: int = 1) -> bool:
-    """Kills a rebuild once it has made so many records more. Returns whether it was still running."""
-    enough = records_of(state, bundle_id) + more
-    assert wait_until(lambda: records_of(state, bundle_id) >= enough or job.poll() is not None, seconds=JOB_SECONDS)
-    running = job.poll() is None
-    job.kill()
-    job.communicate()
-    return running
-
-
 def kill_when_encoded(job: subprocess.Popen[str], share: float) -> bool:
-    """Kills a rebuild once its log says that this share of its events is encoded. Returns whether it came to that.
+    """Kills a rebuild once its log says that this share of its events is encoded, and stored; with 0, after its first
+    commit. Returns whether it came to that.
 
     Nobody looks into the store for that, which would take the time of its servers.
     """
