@@ -212,6 +212,12 @@ class OpenQuery:
     fields: Sequence[Field] = ()  # one for each of its rules
     lags: bool = False  # the user's record does not cover the history: catch up first, then open the query again
 
+    @property
+    def quick(self) -> bool:
+        """Whether the search is so short that others may wait for it, as in `Retriever`."""
+        listed = self.query.candidates is not None
+        return listed or self.projection.generation.retriever.quick(self.allowed)
+
 
 def read_users(snapshot: Snapshot, user_ids: Sequence[str], projections: Sequence[Projection]) -> list[OpenUser]:
     """Users as stored, or new ones, each for its projection: one reading for all users of a generation."""

@@ -22,8 +22,9 @@ def plain_answer(query: Query, store: StateStore, projection: Projection) -> Ans
     check_query(query)
     offered = projection.offered
     allowed = offered.on
-    if query.filter is not None and (allowed := offered.kept(query.filter)) is None:
-        return None  # making it takes longer than others should wait
+    unmade = query.filter is not None and (allowed := offered.kept(query.filter)) is None
+    if unmade or not generation.retriever.quick(allowed):
+        return None  # it takes longer than others should wait
     assert query.user_id is not None
     view = store.ranking_view(query.user_id, projection.number, generation.answer_bytes)
     if view is None or view.record is None:

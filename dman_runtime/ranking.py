@@ -14,7 +14,7 @@ from dman_runtime.model.generation import Generation
 from dman_runtime.opened import OpenQuery, by_projection
 from dman_runtime.requests import Answer, Query
 from dman_runtime.retrieval.base import NO_ITEMS, Added, Allowed, Hits, Retriever
-from dman_runtime.retrieval.exact import search_scores
+from dman_runtime.retrieval.exact import first_of, search_scores
 
 
 class _Limits(NamedTuple):
@@ -49,7 +49,7 @@ def _rank(opened: Sequence[OpenQuery], generation: Generation) -> list[Answer]:
     answers = []
     for row, one in enumerate(opened):
         if popular := row not in hits:  # the model has seen no event
-            search = partial(_search_popular, bundle.items.popularity, limits[row])
+            search = partial(_search_popular, bundle.items, limits[row])
             hits[row] = _first(one, search(_wanted(one.query)), search)
         best = hits[row]
         answers.append(Answer(bundle, best.items, best.scores, popular, one.event_count, one.unknown))
@@ -101,6 +101,8 @@ def _search_one(retriever: Retriever, user: np.ndarray, limits: _Limits, added: 
     return _search(retriever, user, [limits], [added], k)[0]
 
 
-def _search_popular(popularity: np.ndarray, limits: _Limits, k: int) -> Hits:
+def _search_popular(items: Items, limits: _Limits, k: int) -> Hits:
     exclude, candidates, allowed = limits
-    return search_scores(popularity, k, exclude=exclude, candidates=candidates, allowed=allowed)
+    if candidates is None:
+        return first_of(items.by_popularity, items.popularity, k, exclude=exclude, allowed=allowed)
+    return search_scores(items.popularity, k, exclude=exclude, candidates=candidates, allowed=allowed)

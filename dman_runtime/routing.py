@@ -21,7 +21,7 @@ class Router:
     def __init__(self, own: Projection, store: StateStore) -> None:
         """`own`: of the bundle that the server was started with."""
         self.own, self._store = own, store
-        self._serve({own.bundle.bundle_id: own})
+        self._loaded: Mapping[str, Projection] = {own.bundle.bundle_id: own}  # replaced, never changed
         self._rollout = NO_ROLLOUT  # as seen last
 
     @property
@@ -30,15 +30,11 @@ class Router:
         return self._loaded
 
     def add(self, projection: Projection) -> None:
-        self._serve({**self._loaded, projection.bundle.bundle_id: projection})
+        self._loaded = {**self._loaded, projection.bundle.bundle_id: projection}
 
     def remove(self, bundle_id: str) -> None:
         """Requests under way keep what they have."""
-        self._serve({name: one for name, one in self._loaded.items() if name != bundle_id or one is self.own})
-
-    def _serve(self, loaded: Mapping[str, Projection]) -> None:
-        self._loaded = loaded  # replaced, never changed
-        self.most_items = max(len(one.bundle.items.item_ids) for one in loaded.values())  # of a bundle that may answer
+        self._loaded = {name: one for name, one in self._loaded.items() if name != bundle_id or one is self.own}
 
     def rollout(self) -> Rollout:
         """What servers with this bundle follow now; NO_ROLLOUT where it takes no part. Raises StoreError."""

@@ -12,7 +12,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, Literal, cast, get_args
 
 import numpy as np
 import onnx
@@ -29,14 +29,16 @@ from dman_runtime.options import Parser, configure_logging, print_json, run_comm
 from dman_train.config import to_dict
 from dman_train.graphs import OPSET, export_graphs, graph_errors, state_shape
 from dman_train.model import DMAN
-from dman_train.predictor import Fitted, audience_of, fit_predictor
+from dman_train.predictor import Audience, Fitted, audience_of, fit_predictor
 from dman_train.replay import replay
 from dman_train.run import Run, RunError, open_run
+from dman_train.searching import FLOOR, MIN_ITEMS, Indexed, build_index
 from dman_train.vocabulary import Vocabulary
 
 logger = logging.getLogger(__name__)
 DEFAULT_RUN, DEFAULT_OUT = Path("runs/latest"), Path("bundle")
 TOLERANCE = 1e-4  # largest torch-to-ONNX difference, relative to the largest value of the tensor
+Search = Literal["auto", "exact", "index"]
 GOLDEN_SEED = 20210218
 GOLDEN_SEGMENTS = (0.05, 0.5, 1.0, 1.35, 2.0, 3.6, 6.1)  # history lengths in segments; together they cross every border
 
@@ -53,6 +55,19 @@ def parser() -> Parser:
         help="precision of stored hidden states and memories; float32 doubles the size of a state",
     )
     p.flag("--tolerance", type=float, default=TOLERANCE, help="largest accepted relative torch-to-ONNX difference")
+    p.flag(
+        "--search",
+        choices=get_args(Search),
+        default="auto",
+        help=f"how items are found: exact, or through an index; auto: through one from {MIN_ITEMS:,} items on, if "
+        "FAISS (dman[ann]) is installed and the recall is reached",
+    )
+    p.flag(
+        "--recall",
+        type=float,
+        default=FLOOR,
+        help="least share of the 100 best items that the index must find, by validation users",
+    )
     p.add_argument("--json", action="store_true", help="print the result as JSON on the last line")
     return p
 
@@ -68,6 +83,11 @@ def _main(argv: Sequence[str] | None) -> int:
     print(f"bundle {result['bundle_id']} in {arguments.out}, torch-to-ONNX error {result['max_relative_error']:.1e}")
     if "new_items" in result:
         print(format_quality(result["new_items"]))
+    if "search" in result:
+        print(
+            "search: an index of {lists:,} lists, of which {lists_read:,} are read; recall@{k} {recall:.4f} of "
+            "{users:,} validation users".format(**result["search"])
+        )
     bundle = "" if arguments.out == DEFAULT_OUT else f" --bundle {arguments.out}"
     log = result.pop("log")
     print(
@@ -96,6 +116,9 @@ def _export(arguments: argparse.Namespace) -> dict[str, Any]:
     model, vocabulary = cast(DMAN, run.best_model()), run.vocabulary()
     if arguments.items is not None:
         vocabulary = replace(vocabulary, items=read_items(arguments.items))
+    large = model.vocabulary >= MIN_ITEMS and arguments.search != "exact"
+    wanted = vocabulary.items or large or arguments.search == "index"
+    audience = validation_audience(run, model, vocabulary) if wanted else None
     result = export_bundle(
         model,
         vocabulary,
@@ -104,23 +127,46 @@ def _export(arguments: argparse.Namespace) -> dict[str, Any]:
         tolerance=arguments.tolerance,
         data=run.data_record,
         metrics=run.metrics or {},
-        fitted=fitted_predictor(run, model, vocabulary),
+        fitted=fit_predictor(model.item_table().detach().numpy(), vocabulary, audience) if audience else None,
+        indexed=built_index(model, audience, arguments.search, arguments.recall),
     )
     return result | {"log": run.config["dataset"]["path"]}
 
 
-def fitted_predictor(run: Run, model: DMAN, vocabulary: Vocabulary) -> Fitted | None:
-    """What predicts embeddings of new items from titles and attributes; None without these, or without the log."""
-    if not vocabulary.items:
-        return None
+def validation_audience(run: Run, model: DMAN, vocabulary: Vocabulary) -> Audience | None:
+    """Validation users of the run's log; None, with a warning, where it cannot be read."""
     index = {item_id: place for place, item_id in enumerate(vocabulary.item_ids)}
     try:
         log = read_known(Path(run.config["dataset"]["path"]), index, run.data_config(), trained=run.data_record)
-        data = log.held_out("valid")
+        return audience_of(model, log.held_out("valid"))
     except InputError as error:
-        logger.warning("the bundle will not predict embeddings of new items, as that needs the log: %s", error)
+        logger.warning(
+            "the bundle will not predict embeddings of new items, and will be searched exactly, as both are measured "
+            "with the log: %s",
+            error,
+        )
         return None
-    return fit_predictor(model.item_table().detach().numpy(), vocabulary, audience_of(model, data))
+
+
+def built_index(model: DMAN, audience: Audience | None, search: Search, floor: float) -> Indexed | None:
+    """The index of a bundle; None for exact search, with a warning where an index is missed.
+
+    Raises BundleError where `search` is "index" and there is none.
+    """
+    if search == "exact" or (search == "auto" and model.vocabulary < MIN_ITEMS):
+        return None
+    try:
+        if audience is None:
+            raise ValueError("there are no validation users to measure its recall with")
+        return build_index(model.item_table().detach().numpy(), audience.users, floor=floor)
+    except ImportError:
+        problem, remedy = "FAISS is not installed", "install dman[ann]"
+    except ValueError as error:
+        problem, remedy = str(error), "accept a lower recall, or export for exact search"
+    if search == "index":
+        raise BundleError(f"no index of the items can be used: {problem}", remedy, parameter="search")
+    logger.warning("the bundle will be searched exactly, without an index of its items: %s; %s", problem, remedy)
+    return None
 
 
 def export_bundle(
@@ -133,6 +179,7 @@ def export_bundle(
     data: dict[str, Any] | None = None,
     metrics: dict[str, Any] | None = None,
     fitted: Fitted | None = None,
+    indexed: Indexed | None = None,
 ) -> dict[str, Any]:
     """Writes the bundle of `model` to `out`. Returns bundle id and errors.
 
@@ -152,6 +199,8 @@ def export_bundle(
         np.savez(directory / bundle_format.GOLDEN, allow_pickle=False, **golden_replay(model))
         if fitted is not None:
             np.savez(directory / bundle_format.PREDICTOR, allow_pickle=False, **fitted.predictor.arrays())
+        if indexed is not None:
+            indexed.item_index.write(directory / bundle_format.INDEX)
         return {
             "model": to_dict(config),
             "state": state_shape(config, state_dtype, longest_gap=model.longest_gap),
@@ -162,12 +211,14 @@ def export_bundle(
             "metrics": metrics or {},
             "export": {"max_relative_error": errors, "tolerance": tolerance, "opset": OPSET},
             "new_items": fitted.quality if fitted else {},
+            "search": indexed.quality if indexed else {},
             "versions": {module.__name__: module.__version__ for module in (torch, onnx, onnxruntime, np)},
         }
 
     manifest = write_bundle(out, fill)
     result = {"bundle_id": manifest.bundle_id, "out": str(out), "max_relative_error": max(errors.values())}
-    return result | ({"new_items": fitted.quality} if fitted else {})
+    result |= {"new_items": fitted.quality} if fitted else {}
+    return result | ({"search": indexed.quality} if indexed else {})
 
 
 def _require_tolerance(error: float, tolerance: float) -> None:

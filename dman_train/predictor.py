@@ -41,6 +41,13 @@ class Audience(NamedTuple):
     seen: Sequence[np.ndarray]  # N x (h) item indices
     targets: np.ndarray  # (N) int64 item indices
 
+    def some(self, most: int) -> Audience:
+        """At most so many of them, drawn at random."""
+        if len(self.users) <= most:
+            return self
+        rows = np.sort(np.random.default_rng(SEED).permutation(len(self.users))[:most])
+        return Audience(self.users[rows], [self.seen[row] for row in rows], self.targets[rows])
+
 
 class Fitted(NamedTuple):
     predictor: Predictor
@@ -50,8 +57,7 @@ class Fitted(NamedTuple):
 def audience_of(model: DMAN, data: HeldOut) -> Audience:
     """Of some of the users of a split, in the item indices of the model."""
     usable = [row for row, history in enumerate(data.histories) if len(history) and data.targets[row] >= 0]
-    most = max(1, min(MAX_USERS, MAX_SCORES // model.vocabulary))
-    rows = np.sort(np.random.default_rng(SEED).permutation(usable)[:most].astype(np.int64))
+    rows = np.sort(np.random.default_rng(SEED).permutation(usable)[:MAX_USERS].astype(np.int64))
     chosen = data.rows(rows[np.argsort([len(data.histories[row]) for row in rows], kind="stable")])
     parts = [np.zeros((0, model.config.width), np.float32)]
     for begin in range(0, len(rows), USERS_PER_RUN):
@@ -73,7 +79,7 @@ def fit_predictor(table: np.ndarray, vocabulary: Vocabulary, audience: Audience)
         return None
     items = chosen[described]
     design = _Design([rows[row] for row in described.tolist()], len(features), table[items].astype(np.float64))
-    held_out = _HeldOutItems(table, items, audience)
+    held_out = _HeldOutItems(table, items, audience.some(max(1, MAX_SCORES // len(table))))
     found = {penalty: held_out.measured(design.predicted_when_held_out(penalty)) for penalty in PENALTIES}
     penalty = max(PENALTIES, key=lambda one: found[one]["gain"])
     quality = found[penalty]

@@ -351,7 +351,22 @@ asyncio.run(call())
     assert done.returncode == 0, done.stderr
     loaded = set(json.loads(done.stdout))
     assert {"grpc", "onnxruntime", "lmdb", "numpy"} <= loaded
-    assert not loaded & {"torch", "pyarrow", "matplotlib", "onnx", "pandas", "tqdm", "tensorboard", "dman_train", "sdk"}
+    assert not loaded & {
+        "torch",
+        "pyarrow",
+        "matplotlib",
+        "onnx",
+        "pandas",
+        "tqdm",
+        "tensorboard",
+        "faiss",
+        "dman_train",
+        "sdk",
+    }
+
+
+def test_faiss_is_imported_by_the_index_only() -> None:
+    assert importers("dman_runtime", "faiss") == {"retrieval.index"} and not importers("dman_train", "faiss")
 
 
 @pytest.mark.slow

@@ -70,7 +70,9 @@ def bundle_of(shape: StateShape, vocabulary: int, **arrays: Any) -> Bundle:
     manifest = Manifest(FORMAT_VERSION, "00" * 8, {}, shape, vocabulary, True, {}, {})
     ids = [str(n) for n in range(1, vocabulary + 1)]
     index = {item_id: n for n, item_id in enumerate(ids)}
-    items = Items(ids, np.full(vocabulary, 1 / vocabulary), [""] * vocabulary, [{}] * vocabulary, index)
+    items = Items(
+        ids, np.full(vocabulary, 1 / vocabulary), np.arange(vocabulary), [""] * vocabulary, [{}] * vocabulary, index
+    )
     lives = len(HALF_LIVES)
     returns = {"by_user": (lives, shape.width), "bias": (lives,), "by_item": (vocabulary, lives), "by_age": (BUCKETS,)}
     if shape.sees_times:

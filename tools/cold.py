@@ -32,8 +32,9 @@ from dman_runtime.model.generation import Generation
 from dman_runtime.options import Parser, configure_logging, print_json, run_command
 from dman_train.config import DataConfig
 from dman_train.data import load
-from dman_train.export import export_bundle, fitted_predictor
+from dman_train.export import export_bundle, validation_audience
 from dman_train.model import DMAN
+from dman_train.predictor import fit_predictor
 from dman_train.ranking import all_ranks
 from dman_train.run import Run, open_run
 from tools.bench.report import table, write_page
@@ -191,7 +192,8 @@ def _trained(run: Run, interactions: Interactions, held: Held) -> dict[str, Any]
 def _exported(run: Run, items: Path, path: Path) -> tuple[Generation, dict[str, Any]]:
     """The run as a server would have it, and what its manifest says of new items."""
     model, vocabulary = cast(DMAN, run.best_model()), replace(run.vocabulary(), items=read_items(items))
-    fitted = fitted_predictor(run, model, vocabulary)
+    audience = validation_audience(run, model, vocabulary)
+    fitted = fit_predictor(model.item_table().detach().numpy(), vocabulary, audience) if audience else None
     if fitted is None:
         raise UsageError("too few items have titles or attributes", "give a file with more", parameter="items")
     export_bundle(model, vocabulary, path, fitted=fitted)

@@ -42,7 +42,6 @@ SERVICE_NAME, DEFAULT_K = "dman.v1.Recommender", 10
 MAX_REPLY_BYTES = 16 << 20
 MAX_NAMED_BYTES = 1 << 20  # of unknown item ids that one reply names
 FEW = 200  # ids or events that are handled on the event loop
-INLINE_ITEMS = 100_000  # catalogues up to here are searched on the event loop
 _CHUNK_QUERIES, _CHUNK_IDS = 64, 10_000  # of a BatchRecommend that are answered together
 _IDS_PER_PASS = 100  # listed ids that a pass over all items counts as
 Result = TypeVar("Result")
@@ -106,8 +105,7 @@ class RecommenderService:
         query = _query(request)
         check_query(query)
         listed = len(query.exclude) + len(query.candidates or ()) + len(query.what_if)
-        inline = listed <= FEW and self._engine.router.most_items <= INLINE_ITEMS
-        answer = self._at_once(query) if inline else None
+        answer = self._at_once(query) if listed <= FEW else None
         if answer is None:
             (answer,) = await _result(self._queries.submit_queries([query], deadline=call.deadline))
         return self._recommend_reply(answer, _Names())
@@ -179,7 +177,7 @@ class RecommenderService:
         answer = self._engine.plain_answer(query)
         if answer is None and not query.what_if and query.filter is None and not query.diversity:
             opened = self._engine.open_queries([query])
-            if not opened[0].lags:
+            if not opened[0].lags and opened[0].quick:
                 (answer,) = self._engine.answer(opened)
         return answer
 

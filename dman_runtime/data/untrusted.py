@@ -6,6 +6,7 @@ import errno
 import hashlib
 import json
 import math
+import mmap
 import os
 import stat
 from collections.abc import Iterator
@@ -116,6 +117,17 @@ def read_aligned(file: Path, stream: BinaryIO, size: int) -> memoryview:
         raise InputError(f"{file} was cut while it was read")
     content.flags.writeable = False
     return content.data
+
+
+def read_mapped(file: Path, stream: BinaryIO, size: int) -> memoryview:
+    """As `read_stream`, mapped: processes share the memory. The file must not change as long as the result is used.
+
+    What is overwritten is read, and a process that reads what was cut off ends with SIGBUS.
+    """
+    try:
+        return memoryview(mmap.mmap(stream.fileno(), size, access=mmap.ACCESS_READ))
+    except (OSError, ValueError):
+        raise InputError(f"{file} cannot be mapped into memory") from None
 
 
 def sha256_of(content: bytes | memoryview) -> str:

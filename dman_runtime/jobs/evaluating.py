@@ -10,7 +10,7 @@ from dman_runtime.data.vocabulary import KnownLog
 from dman_runtime.jobs.partitions import by_length
 from dman_runtime.model.events import KnownEvents
 from dman_runtime.model.generation import Generation
-from dman_runtime.retrieval.exact import ExactRetriever
+from dman_runtime.retrieval.exact import SCORES_PER_BLOCK, ExactRetriever
 
 
 def evaluate(log: KnownLog, generation: Generation, *, split: Split) -> dict[str, object]:
@@ -32,12 +32,15 @@ def held_out_ranks(data: HeldOut, generation: Generation) -> Ranks:
             histories = [data.histories[row].astype(np.int64) for row in rows]
             events = [KnownEvents(items, data.times[row]) for items, row in zip(histories, rows, strict=True)]
             users, added = generation.asked(generation.replay(events), data.target_times[rows].tolist())
-            scores = retriever.scores(users)
-            for row, more in enumerate(added):
-                if more is not None:
-                    scores[row, more.items] += more.scores
-            scores[[not len(history) for history in histories]] = generation.bundle.items.popularity
-            parts.append(ranks_of_targets(scores, data.targets[rows], histories))
+            step = max(1, SCORES_PER_BLOCK // len(generation.bundle.items.item_ids))
+            for begin in range(0, len(rows), step):
+                block = slice(begin, begin + step)
+                scores = retriever.scores(users[block])
+                for row, more in enumerate(added[block]):
+                    if more is not None:
+                        scores[row, more.items] += more.scores
+                scores[[not len(history) for history in histories[block]]] = generation.bundle.items.popularity
+                parts.append(ranks_of_targets(scores, data.targets[rows[block]], histories[block]))
             order.append(rows)
             bar.update(len(rows))
     return Ranks.concatenate(parts).reordered(np.concatenate(order))

@@ -19,7 +19,7 @@ from dman_runtime.model.bundle import Bundle
 from dman_runtime.model.events import KnownEvents
 from dman_runtime.model.generation import Generation
 from dman_runtime.retrieval.base import NO_ITEMS, Hits
-from dman_runtime.retrieval.exact import search_scores
+from dman_runtime.retrieval.exact import first_of
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -86,10 +86,10 @@ def _best(
     """What a server would recommend after these histories, at a moment in seconds."""
     users, added = generation.asked(generation.replay(histories), [at] * len(histories))
     seen = [NO_ITEMS if include_seen else history.items for history in histories]
-    hits = generation.retriever.search(users, k, exclude=seen, added=added)
+    hits, items = generation.retriever.search(users, k, exclude=seen, added=added), generation.bundle.items
     for i, history in enumerate(histories):
         if not len(history):
-            hits[i] = search_scores(generation.bundle.items.popularity, k)
+            hits[i] = first_of(items.by_popularity, items.popularity, k)
     return hits
 
 

@@ -15,6 +15,8 @@ from dman_runtime.data.added_items import AddedItem
 from dman_runtime.model.bundle import Bundle
 from dman_runtime.model.items import Items
 
+_ROWS = 65_536  # of an item table that are multiplied at a time
+
 
 @dataclass(frozen=True)
 class Extended:
@@ -85,6 +87,7 @@ def _with(items: Items, slots: Sequence[tuple[str, AddedItem] | None], index: di
     return Items(
         [*items.item_ids, *(item_id for item_id, _ in added)],
         np.concatenate([items.popularity, np.zeros(len(added))]),
+        np.concatenate([items.by_popularity, np.arange(len(items.item_ids), len(items.item_ids) + len(added))]),
         [*items.titles, *(item.title for _, item in added)],
         [*items.attributes, *(dict(item.attributes) for _, item in added)],
         index,
@@ -96,9 +99,14 @@ def _returns(bundle: Bundle, vectors: np.ndarray) -> dict[str, np.ndarray]:
     and so known from what it gives to the others."""
     if not bundle.returns:
         return {}
-    table, by_item = bundle.item_embeddings.astype(np.float64), bundle.returns["by_item"]
-    products = table.T @ table
-    weights = np.linalg.lstsq(products, table.T @ by_item, rcond=None)[0]
+    table, by_item = bundle.item_embeddings, bundle.returns["by_item"]
+    width = table.shape[1]
+    products, targets = np.zeros((width, width)), np.zeros((width, by_item.shape[1]))
+    for begin in range(0, len(table), _ROWS):
+        part = table[begin : begin + _ROWS].astype(np.float64)
+        products += part.T @ part
+        targets += part.T @ by_item[begin : begin + _ROWS]
+    weights = np.linalg.lstsq(products, targets, rcond=None)[0]
     return {**bundle.returns, "by_item": _joined(by_item, (vectors @ weights).astype(np.float32))}
 
 

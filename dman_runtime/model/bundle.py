@@ -2,10 +2,12 @@
 
 Written by `bundle_writer`, read by everything else. Opening trusts nothing: each file is read once into private memory,
 and what was checked is what is used. Changes on disk cannot reach an opened bundle; `Bundle.changed` tells of them.
+Only the tables of large catalogues are mapped, so that workers share them: those files must never change.
 """
 
 from __future__ import annotations
 
+import logging
 import math
 import os
 from collections.abc import Callable, Iterator, Mapping
@@ -21,6 +23,7 @@ from dman_runtime.data.untrusted import (
     FileIdentity,
     opened_file,
     read_aligned,
+    read_mapped,
     read_stream,
     sha256_of,
     system_reason,
@@ -36,6 +39,7 @@ from dman_runtime.model.manifest import (
     GAPS,
     GOLDEN,
     GRAPHS,
+    INDEX,
     INITIAL_MEMORY,
     ITEMS,
     MANIFEST,
@@ -53,6 +57,7 @@ from dman_runtime.model.manifest import (
 from dman_runtime.model.predictor import Predictor, max_predictor_bytes, parse_predictor
 from dman_runtime.model.sketch import HALF_LIVES
 from dman_runtime.model.times import BUCKETS
+from dman_runtime.retrieval.index import ItemIndex, faiss, max_index_bytes
 
 __all__ = [
     "ABSTRACTION",
@@ -63,6 +68,7 @@ __all__ = [
     "GAPS",
     "GOLDEN",
     "GRAPHS",
+    "INDEX",
     "INITIAL_MEMORY",
     "ITEMS",
     "MANIFEST",
@@ -81,6 +87,8 @@ __all__ = [
     "read_manifest",
 ]
 
+logger = logging.getLogger(__name__)
+MAPPED_BYTES = 64 << 20  # tables from here on are mapped; one of 3,000 items has 2 MB
 MAX_GRAPH_BYTES = (1 << 31) - 1  # a protobuf message has no more
 MAX_GOLDEN_HISTORIES, MAX_GOLDEN_SEGMENTS = 16, 16  # the exporter writes 7 histories of up to 6.1 segments
 _ARCHIVE_BYTES = 4096  # names and headers of an .npz file; beyond its arrays
@@ -102,6 +110,7 @@ class Bundle:
     recorded: Mapping[str, np.ndarray] = field(default_factory=dict)  # what `golden` gives
     identities: Mapping[str, FileIdentity] = field(default_factory=dict)  # of the files when they were read
     predictor: Predictor | None = None  # of the embeddings of new items
+    index: ItemIndex | None = None  # of the items that training knew, where search goes through one
     added: int = 0  # how many of the V items, the last ones, were added at run time (`additions`)
 
     @property
@@ -155,6 +164,7 @@ def open_bundle(path: Path, *, expected_bundle_id: str | None = None) -> Bundle:
             graphs={name: files.read(name, limit=MAX_GRAPH_BYTES) for name in graphs_of(shape)},
             recorded=files.golden(),
             predictor=files.predictor() if PREDICTOR in manifest.files else None,
+            index=files.index() if INDEX in manifest.files else None,
             identities={MANIFEST: identity, **files.identities},
         )
 
@@ -226,7 +236,9 @@ class _Files:
         return content
 
     def array(self, name: str, shape: tuple[int, ...]) -> np.ndarray:
-        content = self.read(name, limit=4 * math.prod(shape) + 2 * MAX_HEADER_BYTES, read=read_aligned)
+        size = 4 * math.prod(shape)
+        read = read_aligned if size < MAPPED_BYTES else read_mapped
+        content = self.read(name, limit=size + 2 * MAX_HEADER_BYTES, read=read)
         with self._understood(name):
             return parse_npy(content, "float32", shape)
 
@@ -276,6 +288,23 @@ class _Files:
         content = self.read(PREDICTOR, limit=max_predictor_bytes(width))
         with self._understood(PREDICTOR):
             return parse_predictor(content, width)
+
+    def index(self) -> ItemIndex | None:
+        """None where FAISS is not installed: then search is exact."""
+        items, width = self._manifest.vocabulary, self._manifest.state.width
+        if faiss() is None:
+            logger.warning(
+                "bundle %s is made to be searched through an index, but FAISS is not installed: searching all %d items "
+                "takes many times as long; install dman[ann]",
+                self._manifest.bundle_id, items,
+            )  # fmt: skip
+            return None
+        self.read(INDEX, limit=max_index_bytes(items, width), read=read_mapped)  # it is what the manifest says
+        with self._understood(INDEX):
+            index = ItemIndex.open(self._path / INDEX, items=items, width=width)
+        if FileIdentity.of(os.stat(INDEX, dir_fd=self._directory)) != self.identities[INDEX]:
+            raise _damaged(self._path / INDEX, "was changed while it was opened, so it")
+        return index
 
     @contextmanager
     def _understood(self, name: str) -> Iterator[None]:

@@ -14,7 +14,7 @@ from typing import Any
 
 from dman_runtime.data.untrusted import parse_json, read_file
 from dman_runtime.errors import BundleError
-from dman_runtime.model.manifest import FORMAT_VERSION, MANIFEST, MAX_MANIFEST_BYTES, PREDICTOR, Manifest, files_of
+from dman_runtime.model.manifest import FORMAT_VERSION, MANIFEST, MAX_MANIFEST_BYTES, OPTIONAL, Manifest, files_of
 
 
 def write_bundle(path: Path, fill: Callable[[Path], dict[str, Any]]) -> Manifest:
@@ -30,8 +30,8 @@ def write_bundle(path: Path, fill: Callable[[Path], dict[str, Any]]) -> Manifest
         details = fill(temporary)
         files = {
             name: {"sha256": sha256(temporary / name), "bytes": (temporary / name).stat().st_size}
-            for name in (*files_of(details["state"]), PREDICTOR)
-            if name != PREDICTOR or (temporary / name).exists()
+            for name in (*files_of(details["state"]), *OPTIONAL)
+            if name not in OPTIONAL or (temporary / name).exists()
         }
         manifest = Manifest(format_version=FORMAT_VERSION, bundle_id="", files=files, **details)
         manifest = Manifest(**{**vars(manifest), "bundle_id": manifest.content_hash()})

@@ -20,6 +20,7 @@ from dman_runtime.model.record import RecordHead
 from dman_runtime.model.recurrence import Graphs, Piece
 from dman_runtime.model.sketch import return_scores
 from dman_runtime.model.state import State
+from dman_runtime.retrieval.approximate import ApproximateRetriever
 from dman_runtime.retrieval.base import Added, Retriever
 from dman_runtime.retrieval.exact import ExactRetriever
 
@@ -61,8 +62,10 @@ class Generation:
 
     @classmethod
     def of(cls, bundle: Bundle, graphs: Graphs) -> Generation:
-        """With exact search."""
-        return cls(bundle, graphs, ExactRetriever(bundle.item_embeddings))
+        """With the search that the bundle is made for."""
+        table, index = bundle.item_embeddings, bundle.index
+        retriever = ExactRetriever(table) if index is None else ApproximateRetriever(table, index)
+        return cls(bundle, graphs, retriever)
 
     def extended(self, slots: Sequence[tuple[str, AddedItem] | None]) -> tuple[Generation, additions.Extended]:
         """A generation as it was opened, with items that were added at run time (`additions.extended`)."""

@@ -11,13 +11,15 @@ from typing import Any
 
 import numpy as np
 
-from dman_runtime.data.ids import id_problem
+from dman_runtime.data.ids import MAX_ID_BYTES, id_problem
 from dman_runtime.data.untrusted import is_text, is_whole_number, parse_json_line
 
 MAX_LINE_BYTES = 1 << 20
 MAX_EVENTS = (1 << 63) - 1
 _DECIMAL = re.compile("0|-?[1-9][0-9]*")
 _NO_ITEMS = np.zeros(0, np.int64)
+_NO_ATTRIBUTES: dict[str, str] = {}  # shared by all items without
+_BLOCK_BYTES = 1 << 20  # of lines that are parsed together
 
 
 @dataclass(frozen=True)
@@ -26,6 +28,7 @@ class Items:
 
     item_ids: list[str]
     popularity: np.ndarray  # (V) float64 share of the training events
+    by_popularity: np.ndarray  # (V) int64 item indices, the most popular first, equal ones by index
     titles: list[str]  # "" where unknown
     attributes: list[dict[str, str]]
     index: dict[str, int]  # item id -> item index
@@ -47,27 +50,65 @@ class Items:
 def parse_items(content: bytes, vocabulary: int, *, integer_item_ids: bool) -> Items:
     """The `vocabulary` items that items.jsonl lists. Raises ValueError."""
     item_ids: list[str] = []
-    counts, titles, attributes = [], [], []
+    counts, titles, attributes = list[int](), list[str](), list[dict[str, str]]()
     stream = io.BytesIO(content)
-    while line := stream.readline(MAX_LINE_BYTES + 1):
+    while lines := stream.readlines(_BLOCK_BYTES):
+        entries = _entries_at_once(lines, integer_item_ids=integer_item_ids)
+        if entries is None:
+            entries = _entries_one_by_one(lines, len(item_ids), integer_item_ids=integer_item_ids)
+        item_ids += [entry["item_id"] for entry in entries]
+        counts += [entry["events"] for entry in entries]
+        titles += [entry.get("title", "") for entry in entries]
+        attributes += [entry.get("attributes", _NO_ATTRIBUTES) for entry in entries]
+        if len(item_ids) > vocabulary:
+            raise ValueError(f"lists more than {vocabulary} items")
+    index = dict(zip(item_ids, range(len(item_ids)), strict=True))
+    if not len(item_ids) == len(index) == vocabulary:
+        raise ValueError(f"lists {len(index)} distinct items, expected {vocabulary}")
+    popularity = np.array(counts, np.float64)
+    popularity /= max(popularity.sum(), 1.0)
+    by_popularity = np.argsort(-popularity, kind="stable")
+    return Items(item_ids, popularity, by_popularity, titles, attributes, index)
+
+
+def _entries_at_once(lines: Sequence[bytes], *, integer_item_ids: bool) -> list[dict[str, Any]] | None:
+    """The entries of some lines, parsed and checked together, which takes a fifth of the time; None for what is not
+    plainly in order."""
+    if max(map(len, lines)) > MAX_LINE_BYTES or not all(line.startswith(b"{") for line in lines):
+        return None
+    try:
+        entries = parse_json_line(b"[" + b",".join(lines) + b"]")
+        item_ids = [entry["item_id"] for entry in entries]
+        events = [entry["events"] for entry in entries]
+    except (ValueError, KeyError, TypeError):
+        return None
+    titles = [entry.get("title", "") for entry in entries]
+    texts = set(map(type, item_ids)) | set(map(type, titles))
+    if len(entries) != len(lines) or texts != {str} or set(map(type, events)) != {int}:
+        return None
+    together = "".join(item_ids)
+    plain = together.isascii() and together.isprintable() and is_text("".join(titles))
+    sizes = min(map(len, item_ids)) > 0 and max(map(len, item_ids)) <= MAX_ID_BYTES
+    counted = min(events) >= 0 and max(events) <= MAX_EVENTS
+    if not (plain and sizes and counted) or (integer_item_ids and not all(map(_DECIMAL.fullmatch, item_ids))):
+        return None
+    fine = all(_are_attributes(entry["attributes"]) for entry in entries if "attributes" in entry)
+    return entries if fine else None
+
+
+def _entries_one_by_one(lines: Sequence[bytes], before: int, *, integer_item_ids: bool) -> list[dict[str, Any]]:
+    """The entries of some lines, with so many lines before them. Raises ValueError, which names the line."""
+    entries = []
+    for number, line in enumerate(lines, start=before + 1):
         try:
             if len(line) > MAX_LINE_BYTES:
                 raise ValueError(f"it is longer than {MAX_LINE_BYTES} bytes")
             entry = parse_json_line(line)
             _check_entry(entry, integer_item_ids=integer_item_ids)
         except ValueError as error:
-            raise ValueError(f"line {len(item_ids) + 1} is malformed: {error}") from None
-        item_ids.append(entry["item_id"])
-        counts.append(entry["events"])
-        titles.append(entry.get("title", ""))
-        attributes.append(entry.get("attributes", {}))
-        if len(item_ids) > vocabulary:
-            raise ValueError(f"lists more than {vocabulary} items")
-    index = {item_id: i for i, item_id in enumerate(item_ids)}
-    if not len(item_ids) == len(index) == vocabulary:
-        raise ValueError(f"lists {len(index)} distinct items, expected {vocabulary}")
-    popularity = np.array(counts, np.float64)
-    return Items(item_ids, popularity / max(popularity.sum(), 1.0), titles, attributes, index)
+            raise ValueError(f"line {number} is malformed: {error}") from None
+        entries.append(entry)
+    return entries
 
 
 def _check_entry(entry: object, *, integer_item_ids: bool) -> None:
@@ -85,14 +126,14 @@ def _check_entry(entry: object, *, integer_item_ids: bool) -> None:
         raise ValueError("events is not a number of events")
     if not is_text(entry.get("title", "")):
         raise ValueError("title is not a text")
-    attributes = entry.get("attributes")
-    if attributes is None and "attributes" not in entry:
-        return
-    if not isinstance(attributes, dict):
+    if "attributes" in entry and not isinstance(entry["attributes"], dict):
         raise ValueError("attributes is not an object")
-    for name, value in attributes.items():
-        if not is_text(name) or not is_text(value):
-            raise ValueError("attributes holds something else than texts")
+    if not _are_attributes(entry.get("attributes", _NO_ATTRIBUTES)):
+        raise ValueError("attributes holds something else than texts")
+
+
+def _are_attributes(value: object) -> bool:
+    return isinstance(value, dict) and all(is_text(name) and is_text(text) for name, text in value.items())
 
 
 def items_jsonl(entries: Iterable[dict[str, Any]]) -> str:

@@ -21,6 +21,8 @@ EMBEDDINGS, INITIAL_MEMORY, ITEMS, GOLDEN = "item_embeddings.npy", "initial_memo
 GRAPHS = (ENCODER, ABSTRACTION)
 FILES = (*GRAPHS, EMBEDDINGS, INITIAL_MEMORY, ITEMS, GOLDEN)
 PREDICTOR = "predictor.npz"  # of bundles that predict the embeddings of new items
+INDEX = "item_index.faiss"  # of bundles whose catalogue is searched through an index
+OPTIONAL = (PREDICTOR, INDEX)
 STATE_DTYPES = ("float16", "float32")
 CLOSED = ("full", "int8")  # in the precision of the state; as whole numbers of steps, see `rounding`
 TIMES = ("none", "events", "request")
@@ -85,6 +87,7 @@ class Manifest:
     export: dict[str, Any] = field(default_factory=dict)  # torch-to-ONNX error and its tolerance
     versions: dict[str, str] = field(default_factory=dict)
     new_items: dict[str, Any] = field(default_factory=dict)  # what the predictor is worth, on items held out
+    search: dict[str, Any] = field(default_factory=dict)  # what the index finds, measured at export
 
     def content_hash(self) -> str:
         """What `bundle_id` must be."""
@@ -103,7 +106,7 @@ def graphs_of(state: StateShape) -> tuple[str, ...]:
 
 
 def files_of(state: StateShape) -> tuple[str, ...]:
-    """The names of the files that a bundle has beside its manifest; it may have a PREDICTOR too."""
+    """The names of the files that a bundle has beside its manifest; it may have the OPTIONAL ones too."""
     optional = ((REQUEST, state.times == "request"), (GAPS, state.sees_times), (RETURNS, state.sketch_items > 0))
     return (*FILES, *(name for name, there in optional if there))
 
@@ -147,7 +150,7 @@ def _check(values: dict[str, Any]) -> None:
         raise ValueError(f"it lacks {', '.join(missing)}")
     if unknown := sorted(set(values) - {f.name for f in fields(Manifest)}):
         raise ValueError(f"it has an unknown field {shown(unknown[0])}")
-    for name in ("model", "tensors", "data", "metrics", "export", "versions", "new_items"):
+    for name in ("model", "tensors", "data", "metrics", "export", "versions", "new_items", "search"):
         _require(isinstance(values.get(name, {}), dict), f"{name} is not an object")
     _require(isinstance(values.get("metrics", {}).get("test", {}), dict), "metrics.test is not an object")
     _require(_is_hex(values["bundle_id"], 16), "bundle_id is not 16 hex digits")
@@ -176,7 +179,7 @@ def _check_state(state: object) -> None:
 
 
 def _check_files(files: object, expected: tuple[str, ...]) -> None:
-    if not isinstance(files, dict) or set(files) - {PREDICTOR} != set(expected):
+    if not isinstance(files, dict) or set(files) - set(OPTIONAL) != set(expected):
         raise ValueError("files does not list exactly the files of a bundle")
     for name, entry in files.items():
         if not isinstance(entry, dict) or set(entry) != {"sha256", "bytes"}:

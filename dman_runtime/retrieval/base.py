@@ -32,11 +32,12 @@ class Allowed:
 
     mask: np.ndarray  # (V) bool
     items: np.ndarray | None  # (n) int64 item indices, ascending: the same, if they are few
+    count: int  # n
 
     @classmethod
     def of(cls, mask: np.ndarray) -> Self:
-        few = np.count_nonzero(mask) * FEW <= len(mask)
-        return cls(mask, np.flatnonzero(mask) if few else None)
+        count = int(np.count_nonzero(mask))
+        return cls(mask, np.flatnonzero(mask) if count * FEW <= len(mask) else None, count)
 
     @property
     def size(self) -> int:
@@ -46,6 +47,10 @@ class Allowed:
 
 class Retriever(Protocol):
     """Always a batch: one user is B = 1. Thread-safe."""
+
+    def quick(self, allowed: Allowed | None) -> bool:
+        """Whether a search for one user is so short, a few milliseconds at most, that others may wait for it."""
+        ...
 
     def search(
         self,

@@ -14,6 +14,7 @@ SCORES_PER_BLOCK = 4 << 20  # scores held at a time: 16 MB
 TURNED_ITEMS = (
     100_000  # tables up to here are kept by dimension too, which makes the product for one user a third faster
 )
+QUICK_ITEMS, QUICK_ROWS = 100_000, 12_500  # that one search multiplies at most to be quick: all, or rows picked out
 
 
 def top_k(scores: np.ndarray, k: int, *, exclude: np.ndarray = NO_ITEMS) -> Hits:
@@ -46,23 +47,27 @@ def _lower_bound(scores: np.ndarray, k: int) -> np.floating[Any]:
 
 
 def search_scores(
-    scores: np.ndarray,
-    k: int,
-    *,
-    exclude: np.ndarray = NO_ITEMS,
-    candidates: np.ndarray | None = None,
-    allowed: Allowed | None = None,
+    scores: np.ndarray, k: int, *, exclude: np.ndarray, candidates: np.ndarray, allowed: Allowed | None = None
 ) -> Hits:
-    """`top_k` over (V) scores of all items, limited to `candidates` and `allowed` when given. Does not change them."""
-    if candidates is None and allowed is not None:
-        candidates = np.flatnonzero(allowed.mask) if allowed.items is None else allowed.items
-    elif candidates is not None:
-        candidates = _among(candidates, allowed)
-    if candidates is None:
-        return top_k(scores.copy(), k, exclude=exclude)
-    candidates = np.setdiff1d(candidates, exclude)  # sorted and distinct, so that ties break as in the full search
+    """`top_k` over (V) scores, limited to `candidates`, and `allowed` when given. Does not change them."""
+    candidates = np.setdiff1d(_among(candidates, allowed), exclude)  # sorted and distinct: ties as in the full search
     chosen, best = top_k(scores[candidates], k)
     return Hits(candidates[chosen], best)
+
+
+def first_of(
+    order: np.ndarray, scores: np.ndarray, k: int, *, exclude: np.ndarray = NO_ITEMS, allowed: Allowed | None = None
+) -> Hits:
+    """`top_k` over (V) scores whose `order` (V), best first and ties by index, is known: reads its beginning only."""
+    length = k + len(exclude)
+    while True:
+        items = order[:length]
+        if allowed is not None:
+            items = items[allowed.mask[items]]
+        items = items[~np.isin(items, exclude)][:k]
+        if len(items) == k or length >= len(order):
+            return Hits(items, scores[items])
+        length *= 4
 
 
 class ExactRetriever:
@@ -73,6 +78,12 @@ class ExactRetriever:
         self._table = item_embeddings
         small = len(item_embeddings) <= TURNED_ITEMS
         self._by_dimension = np.ascontiguousarray(item_embeddings.T) if small else item_embeddings.T  # (D, V)
+
+    def quick(self, allowed: Allowed | None) -> bool:
+        """As in `Retriever`."""
+        if allowed is not None and allowed.items is not None:
+            return len(allowed.items) <= QUICK_ROWS
+        return len(self._table) <= QUICK_ITEMS
 
     def scores(self, users: np.ndarray) -> np.ndarray:
         """(B, D) user embeddings -> (B, V) scores."""

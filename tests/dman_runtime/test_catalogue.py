@@ -14,7 +14,6 @@ from dman_runtime.diversity import Rule
 from dman_runtime.engine import Engine
 from dman_runtime.errors import RequestError
 from dman_runtime.item_filters import AllOf, In, Not, Range
-from dman_runtime.model.bundle import Items
 from dman_runtime.model.generation import Generation
 from dman_runtime.requests import Answer, Query, Update
 from dman_runtime.store.base import StateStore
@@ -33,7 +32,7 @@ def described(exact: Generation) -> Generation:
         | ({"shelf": f"s{item % 3}"} if item >= 10 else {})
         for item in range(TINY_ITEMS)
     ]
-    changed = Items(items.item_ids, items.popularity, items.titles, attributes, items.index)
+    changed = replace(items, attributes=attributes)
     return Generation.of(replace(exact.bundle, items=changed), exact.graphs)
 
 

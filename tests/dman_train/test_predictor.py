@@ -13,7 +13,7 @@ from conftest import TINY, random_model
 from dman_runtime.data.interactions import ItemInfo
 from dman_runtime.errors import BundleError
 from dman_runtime.model.bundle import PREDICTOR, open_bundle, read_manifest
-from dman_train.export import export_bundle, fitted_predictor
+from dman_train.export import export_bundle, validation_audience
 from dman_train.model import DMAN
 from dman_train.predictor import MIN_ITEMS, Audience, Fitted, fit_predictor
 from dman_train.run import open_run
@@ -144,9 +144,8 @@ def test_run_without_its_log_is_exported_without_a_map(
     described = replace(vocabulary, items={i: ItemInfo("", {"a": "b"}) for i in vocabulary.item_ids})
     model = run.best_model()
     assert isinstance(model, DMAN)
-    assert fitted_predictor(run, model, replace(vocabulary, items={})) is None and not caplog.records
-    assert fitted_predictor(run, model, described) is not None
+    assert validation_audience(run, model, described) is not None and not caplog.records
     config["dataset"]["path"] = "/nowhere/log.csv"
     monkeypatch.setattr(type(run), "config", property(lambda _: config))
-    assert fitted_predictor(run, model, described) is None
+    assert validation_audience(run, model, described) is None
     assert "will not predict" in caplog.text
