@@ -29,7 +29,6 @@ from __future__ import annotations
 
 import struct
 import zlib
-from dataclasses import replace
 from typing import NamedTuple
 
 import numpy as np
@@ -141,17 +140,33 @@ def lacking_events(record: bytes) -> int:
     return _LACKING.unpack(record[-_LACKING.size :])[0] if lacks_events(record) and len(record) > 4 else 0
 
 
+class _Layout(NamedTuple):
+    """Where the parts of a record begin."""
+
+    positions: int  # of the context
+    hidden: int
+    memory: int
+    times: int
+    sketch: int
+    rows: int  # of the sketch
+
+
 def unpack(record: bytes, bundle: Bundle) -> State:
     """The state in a record, to be advanced. Raises StateError."""
-    found, room, shape = view(record, bundle), State.empty(bundle), bundle.manifest.state
-    count, start = len(found.recent), head_bytes(shape) + 4 * len(found.recent)
-    room.recent[:count], room.times[:count], room.gaps[:count] = found.recent, found.times, found.gaps
+    shape, (head, at) = bundle.manifest.state, _checked(record, bundle)
+    limit, count = shape.context_limit, at.positions
+    hidden = np.empty((shape.layers - 1, limit, shape.width), shape.dtype)
     if closed := _closed_positions(shape, count):
-        room.hidden[:, :closed] = _closed_hidden(record, start, closed, shape, slice(None))
-    room.hidden[:, closed:count] = _open_hidden(record, start, count, closed, shape)
-    in_steps = record[start : start + _hidden_bytes(shape, count)[0]]
-    arrays = {"recent": room.recent, "times": room.times, "gaps": room.gaps, "hidden": room.hidden}
-    return replace(found, **arrays, closed=in_steps, stored=b"")  # type: ignore[arg-type]
+        hidden[:, :closed] = _closed_hidden(record, at.hidden, closed, shape, slice(None))
+    hidden[:, closed:count] = _open_hidden(record, at.hidden, count, closed, shape)
+    recent, (times, gaps) = np.empty(limit, np.int64), np.zeros((2, limit), np.int64)
+    recent[:count] = np.frombuffer(record, "<u4", count, head_bytes(shape))
+    if shape.sees_times:
+        times[:count] = np.frombuffer(record, "<i8", count, at.times + 8)
+        gaps[:count] = np.frombuffer(record, "i1", count, at.times + 8 * (1 + count))
+    state = _state(record, bundle, head, at, hidden=hidden, recent=recent, times=times, gaps=gaps)
+    state.closed = record[at.hidden : at.hidden + _hidden_bytes(shape, count)[0]]
+    return state
 
 
 def view(record: bytes, bundle: Bundle) -> State:
@@ -161,13 +176,27 @@ def view(record: bytes, bundle: Bundle) -> State:
 
     It cannot be advanced, and takes half the time of `unpack`. Raises StateError.
     """
+    shape, (head, at) = bundle.manifest.state, _checked(record, bundle)
+    count, recent_at = at.positions, head_bytes(shape)
+    times, gaps = np.zeros((2, count), np.int64)
+    if shape.sees_times:
+        times = np.frombuffer(record, "<i8", count, at.times + 8)
+        gaps = np.frombuffer(record, "i1", count, at.times + 8 * (1 + count)).astype(np.int64)
+    recent = np.frombuffer(record, "<u4", count, recent_at).astype(np.int64)
+    hidden = _unpack_hidden(record, at.hidden, count, shape)
+    state = _state(record, bundle, head, at, hidden=hidden, recent=recent, times=times, gaps=gaps)
+    state.stored = record[:recent_at]
+    return state
+
+
+def _checked(record: bytes, bundle: Bundle) -> tuple[RecordHead, _Layout]:
+    """What a record holds, and where. Raises StateError where it is not what was written."""
     shape, head = bundle.manifest.state, read_head(record, bundle)
-    size = np.dtype(shape.dtype).itemsize
     count, has_memory = head.context_length, absorbed_segments(head.event_count, shape) > 0
     recent_at = head_bytes(shape)
     hidden_at = recent_at + 4 * count
     memory_at = hidden_at + sum(_hidden_bytes(shape, count))
-    times_at = memory_at + (size * bundle.initial_memory.size if has_memory else 0)
+    times_at = memory_at + (np.dtype(shape.dtype).itemsize * bundle.initial_memory.size if has_memory else 0)
     sketch_at = times_at + (9 + 9 * count if shape.sees_times else 0)
     rows = _sketch_rows(record, sketch_at, shape)
     end = sketch_at + (4 + rows * _sketch_row(shape) if shape.sketch_items else 0)
@@ -176,27 +205,38 @@ def view(record: bytes, bundle: Bundle) -> State:
     intact = end == len(record) and zlib.crc32(memoryview(record)[recent_at:]) == checksum
     if not intact or head.dtype_code != _DTYPE_CODES[shape.dtype] or count != context_length(head.event_count, shape):
         raise StateError("a state record is damaged", _REMEDY)
-    memory, times, gaps = bundle.initial_memory, np.zeros(1 + count, np.int64), np.zeros(count, np.int64)
-    if has_memory:
-        memory = np.frombuffer(record, shape.dtype, memory.size, memory_at).reshape(memory.shape)
-    if shape.sees_times:
-        times = np.frombuffer(record, "<i8", 1 + count, times_at)
-        gaps = np.frombuffer(record, "i1", count, times_at + 8 * (1 + count)).astype(np.int64)
+    return head, _Layout(count, hidden_at, memory_at, times_at, sketch_at, rows)
+
+
+def _state(
+    record: bytes,
+    bundle: Bundle,
+    head: RecordHead,
+    at: _Layout,
+    *,
+    hidden: np.ndarray,
+    recent: np.ndarray,
+    times: np.ndarray,
+    gaps: np.ndarray,
+) -> State:
+    """With these arrays of the context, and what else the record holds."""
+    shape, memory = bundle.manifest.state, bundle.initial_memory
+    if at.times > at.memory:
+        memory = np.frombuffer(record, shape.dtype, memory.size, at.memory).reshape(memory.shape)
     return State(
         shape=shape,
         event_count=head.event_count,
         history_count=head.history_count,
         vocabulary=head.vocabulary,
-        recent=np.frombuffer(record, "<u4", count, recent_at).astype(np.int64),
-        hidden=_unpack_hidden(record, hidden_at, count, shape),
+        recent=recent,
+        hidden=hidden,
         memory=memory.astype(shape.dtype, copy=False),
         user_embedding=head.user_embedding,
-        times=times[1:],
+        times=times,
         gaps=gaps,
-        last_time=int(times[0]),
-        last_is_known=shape.sees_times and record[sketch_at - 1] == 1,
-        sketch=_unpack_sketch(record, sketch_at + 4, rows, shape) if rows else EMPTY,
-        stored=record[:recent_at],
+        last_time=int.from_bytes(record[at.times : at.times + 8], "little", signed=True) if shape.sees_times else 0,
+        last_is_known=shape.sees_times and record[at.sketch - 1] == 1,
+        sketch=_unpack_sketch(record, at.sketch + 4, at.rows, shape) if at.rows else EMPTY,
         lacking=lacking_events(record) if head.lacks else 0,
     )
 

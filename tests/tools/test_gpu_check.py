@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
+from dman_runtime import cli
 from dman_runtime.errors import UsageError
 from dman_runtime.model import encoder
 from dman_runtime.retrieval.base import Hits
+from dman_train import export, train
 from tools import gpu_check, gpu_training
 from tools.bench.report import Claim, Section
 from tools.gpu_training import CPU, Training
@@ -27,6 +32,14 @@ def training(small_log: Path, tmp_path: Path) -> Training:
 
 def hits(items: list[int], scores: list[float]) -> Hits:
     return Hits(np.array(items, np.int64), np.array(scores))
+
+
+def in_this_process(module: str, *arguments: str | Path) -> dict[str, Any]:
+    """As `gpu_check._result`, without the seconds that a process takes to load PyTorch."""
+    commands = {"dman_train.train": train.main, "dman_train.export": export.main, "dman_runtime": cli.main}
+    with contextlib.redirect_stdout(io.StringIO()) as out:
+        assert commands[module]([*map(str, arguments), "--json"]) == 0
+    return json.loads(out.getvalue().splitlines()[-1])
 
 
 # -- training --------------------------------------------------------------------------------------------------------
@@ -113,6 +126,7 @@ def test_without_cuda_it_says_so_and_writes_nothing(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("DMAN_LAYERS", "1")  # the export of a second layer takes as long as all checks
+    monkeypatch.setattr(gpu_check, "_result", in_this_process)
     out = tmp_path / "cuda.md"
     assert gpu_check.main([*QUICK, "--scratch", str(tmp_path), "--out", str(out)]) == 1
     said = capsys.readouterr().out
