@@ -186,6 +186,11 @@ class TrainConfig:
     )
     abstraction_weight: float = option(1.0, "weight of the abstraction loss")
     abstraction_every: int = option(4, "compute the abstraction loss on every n-th lane of a process only")
+    item_updates: Literal["auto", "all", "rows"] = option(
+        "auto",
+        "what a step does with the item table: all: works on the whole table; rows: on the items of the step, which "
+        "gives the same up to rounding (DMAN only, not with loss=full); auto: rows beyond 50,000 items, where it can",
+    )
     lanes: int = option(
         0,
         "users side by side, each with T events of a batch (baselines: 20); 0: 8 to 128, for 100 steps an epoch",

@@ -69,6 +69,17 @@ def sum_over_processes(tensor: Tensor) -> Tensor:
     return tensor
 
 
+def mean_of_rows(gradient: Tensor) -> Tensor:
+    """The mean over all processes of a coalesced sparse tensor, which is coalesced too. Collective."""
+    if not dist.is_initialized():
+        return gradient
+    total = gradient.cpu()  # NCCL has no sums of sparse tensors
+    dist.all_reduce(total)
+    total = total.to(gradient.device).coalesce()
+    total.values().div_(world())
+    return total
+
+
 def gather(value: Any) -> list[Any]:
     """The values of all processes, by rank. Collective."""
     if not dist.is_initialized():

@@ -26,7 +26,7 @@ from dman_train.config import ModelConfig, TrainConfig
 from dman_train.data import TrainingData, longest_gap
 from dman_train.lanes import Batch, Lanes
 from dman_train.learner import UNKNOWN_TIME, Learner, StepInputs
-from dman_train.losses import Added, Losses
+from dman_train.losses import Added, Losses, Table, rows_of
 from dman_train.model import DMAN, Encoding
 from dman_train.returns import Sketch, follow
 from dman_train.rounding import as_kept
@@ -165,7 +165,7 @@ class LaneLearner(Learner):
         item_embeddings = self.model.embed(inputs.items, gaps)
         context_lengths = state.context_lengths if self.model.config.recurrent else torch.zeros_like(lengths)
         encoding = self.model.encode(item_embeddings, state.context, context_lengths, memories.read, timing=timing)
-        table = self.model.item_table()
+        table = self.model.table_in_training()
         added, sketch = self._returns(inputs, state, requests, encoding, table)
         likelihood = self.likelihood(encoding.user_embedding, table, inputs, added)
         if inputs.absorbed_items is None:
@@ -177,7 +177,7 @@ class LaneLearner(Learner):
         return losses, replace(following, **_fields_of(sketch))
 
     def _returns(
-        self, inputs: StepInputs, state: LaneState, requests: Tensor | None, encoding: Encoding, table: Tensor
+        self, inputs: StepInputs, state: LaneState, requests: Tensor | None, encoding: Encoding, table: Table
     ) -> tuple[Added | None, Sketch]:
         """What is added to the scores for items that users come back to, and the sketches after the segment."""
         if self.model.config.returns != "on":
@@ -291,17 +291,19 @@ class LaneLearner(Learner):
         )
         return loss, positions.sum()
 
-    def _recall_loss(self, judged: _Judged, absorbed_items: Tensor, table: Tensor) -> tuple[Tensor, Tensor]:
+    def _recall_loss(self, judged: _Judged, absorbed_items: Tensor, table: Table) -> tuple[Tensor, Tensor]:
         """Of the lanes in which something was absorbed: the loss of their (B, K) items, and how many these are."""
         items = absorbed_items[self._abstraction_lanes]
         if not self.model.abstraction_parameters():
-            return table.new_zeros(()), items.new_zeros(())
+            return self.model.items.new_zeros(()), items.new_zeros(())
         known = (items[:, 0] >= 0) & (judged.lengths > 0)
-        items, table, count = items[known], table.detach(), known.sum() * items.shape[1]
-        if self.loss.kind != "full":  # a large catalogue: the items of this step stand for it
+        items, count = items[known], known.sum() * items.shape[1]
+        if isinstance(table, Tensor) and self.loss.kind == "full":
+            named = table.detach()
+        else:  # a large catalogue: the items of this step stand for it
             drawn, items = torch.unique(items, return_inverse=True)
-            table = table[drawn]
-        return self.model.recall_loss(judged.new[known], items, table), count
+            named = rows_of(table, drawn).detach()
+        return self.model.recall_loss(judged.new[known], items, named), count
 
 
 def _next_state(

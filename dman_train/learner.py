@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from dman_train.config import BaselineConfig, ModelConfig, TrainConfig
 from dman_train.data import TrainingData
 from dman_train.lanes import Batch
-from dman_train.losses import Added, Losses, NextItemLoss
+from dman_train.losses import Added, Losses, NextItemLoss, Table
 from dman_train.returns import Returns, ReturnTerm
 from dman_train.timing import moments_of
 
@@ -75,7 +75,7 @@ class Learner(nn.Module):
         raise NotImplementedError
 
     def likelihood(
-        self, user_embeddings: Tensor, item_table: Tensor, inputs: StepInputs, added: Added | None = None
+        self, user_embeddings: Tensor, item_table: Table, inputs: StepInputs, added: Added | None = None
     ) -> Tensor:
         """Eq. 9, summed over the real positions, for (B, T, D) user embeddings and (V, D) items.
 
@@ -121,7 +121,7 @@ class Learner(nn.Module):
         return torch.where(unknown, UNKNOWN_TIME, inputs.next_times)
 
     def _added(
-        self, returns: Returns, users: Tensor, table: Tensor, inputs: StepInputs, requests: Tensor | None
+        self, returns: Returns, users: Tensor, table: Table, inputs: StepInputs, requests: Tensor | None
     ) -> Added:
         """What the model's term for returns adds to scores; (B, T, D) users, (V, D) table, (B, T) requests."""
         scores = cast(ReturnTerm, self.model.returns)(users, table, returns, moments_of(inputs.times, requests))

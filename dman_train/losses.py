@@ -11,6 +11,7 @@ Symbols: B pieces of histories, T positions each, P real positions among them, D
 from __future__ import annotations
 
 from bisect import bisect_left, bisect_right
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -23,6 +24,18 @@ from dman_train.config import TrainConfig
 FULL_SOFTMAX_LIMIT = 50_000  # items; beyond it loss="auto" samples
 SOFTMAX_BLOCK = 1 << 19  # scores that the full softmax holds at a time: they stay in the cache of a CPU
 CUDA_SOFTMAX_BLOCK = 1 << 26  # on a GPU many small kernels cost more than memory
+# (V, D) item embeddings, or what gives those (..., D) of (...) items, for a step that must not touch all.
+Table = Tensor | Callable[[Tensor], Tensor]
+
+
+def rows_of(table: Table, items: Tensor) -> Tensor:
+    """(..., D) the embeddings of (...) items."""
+    return F.embedding(items, table) if isinstance(table, Tensor) else table(items)
+
+
+def kind_of_loss(choice: str, items: int) -> str:
+    """What `TrainConfig.loss` means for a catalogue of so many items."""
+    return ("full" if items <= FULL_SOFTMAX_LIMIT else "sampled") if choice == "auto" else choice
 
 
 @dataclass(frozen=True)
@@ -45,9 +58,8 @@ class NextItemLoss(nn.Module):
     def __init__(self, config: TrainConfig, item_counts: Tensor) -> None:
         """`item_counts` (V): training events of each item."""
         super().__init__()
-        self.vocabulary, self.negatives, self.kind = len(item_counts), config.negatives, config.loss
-        if self.kind == "auto":
-            self.kind = "full" if self.vocabulary <= FULL_SOFTMAX_LIMIT else "sampled"
+        self.vocabulary, self.negatives = len(item_counts), config.negatives
+        self.kind = kind_of_loss(config.loss, self.vocabulary)
         self.proposal: Tensor  # (V) probabilities of the negatives of loss="sampled"
         if self.kind == "sampled":
             proposal = item_counts.double().clamp(min=1).pow(0.75)
@@ -64,7 +76,7 @@ class NextItemLoss(nn.Module):
     def forward(
         self,
         users: Tensor,
-        table: Tensor,
+        table: Table,
         targets: Tensor,
         *,
         negatives: Tensor | None,
@@ -76,7 +88,8 @@ class NextItemLoss(nn.Module):
         """The sum over P real positions.
 
         Args:
-            users, table, targets: (P, D) user embeddings, (V, D) item embeddings, (P) item indices.
+            users, table, targets: (P, D) user embeddings, (V, D) item embeddings, (P) item indices. The full softmax
+                needs them as a tensor.
             negatives: As `draw_negatives` returns them.
             items, real: (B, T) the inputs, and which of them are real: P in all.
             seen_before: B x (H) int64 items that the users saw before these inputs; None: seen items are negatives too.
@@ -87,7 +100,7 @@ class NextItemLoss(nn.Module):
             extra = (None, None) if added is None else added
             return _FullSoftmax.apply(users, table, targets, seen, *extra)  # type: ignore[no-untyped-call]
         assert negatives is not None
-        positive = (users * F.embedding(targets, table)).sum(-1)  # (P)
+        positive = (users * rows_of(table, targets)).sum(-1)  # (P)
         drawn = negatives[real] if negatives.dim() == 3 else negatives[None]  # (P, n) or (1, n)
         left_out = drawn == targets[:, None]  # (P, n)
         if seen_before is not None:
@@ -96,7 +109,7 @@ class NextItemLoss(nn.Module):
             positive = positive + _added_at(added, targets[:, None])[:, 0]
         if self.kind == "sampled":
             return self._sampled_softmax(users, table, positive, negatives, left_out, added)
-        scores = torch.einsum("pd,pnd->pn", users, F.embedding(drawn, table)).float()
+        scores = torch.einsum("pd,pnd->pn", users, rows_of(table, drawn)).float()
         if added is not None:
             scores = scores + _added_at(added, drawn)
         scores = scores.masked_fill(left_out, float("-inf"))
@@ -107,15 +120,13 @@ class NextItemLoss(nn.Module):
     def _sampled_softmax(
         self,
         users: Tensor,
-        table: Tensor,
+        table: Table,
         positive: Tensor,
         negatives: Tensor,
         left_out: Tensor,
         added: Added | None,
     ) -> Tensor:
-        logits = (users @ F.embedding(negatives, table).T).float() - torch.log(
-            self.proposal[negatives] * len(negatives)
-        )
+        logits = (users @ rows_of(table, negatives).T).float() - torch.log(self.proposal[negatives] * len(negatives))
         if added is not None:
             logits = logits + _added_to_shared(added, negatives)
         logits = logits.masked_fill(left_out, float("-inf"))

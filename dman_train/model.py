@@ -33,6 +33,8 @@ from dman_train.abstraction import MASKED, FifoAbstraction, RoutingAbstraction, 
 from dman_train.blocks import PaperBlock, PlusBlock, blocks_of
 from dman_train.config import ModelConfig
 from dman_train.dropout import Dropout
+from dman_train.item_rows import ItemRows
+from dman_train.losses import Table
 from dman_train.returns import ReturnTerm
 from dman_train.timing import Timing, at_position, of_gaps
 
@@ -78,6 +80,7 @@ class DMAN(nn.Module):
     """The network; `vocabulary` is V."""
 
     known_gap: Tensor  # () int64, see `longest_gap`
+    item_rows: ItemRows | None = None  # in training that moves only some rows of `items`: gives them as they are now
 
     def __init__(self, config: ModelConfig, vocabulary: int) -> None:
         super().__init__()
@@ -135,9 +138,14 @@ class DMAN(nn.Module):
         """(V, D) item embeddings as the layers read them and as scores are computed with them."""
         return self.items * self.input_scale
 
+    def table_in_training(self) -> Table:
+        """`item_table`, or what gives rows of it if a step must not touch all."""
+        rows = self.item_rows
+        return self.item_table() if rows is None else lambda items: rows(items) * self.input_scale
+
     def embed(self, item_indices: Tensor, gaps: Tensor | None = None) -> Tensor:
         """(...) item indices, (...) buckets of the time since the event before -> (..., D) layer-0 inputs."""
-        x = F.embedding(item_indices, self.items)
+        x = F.embedding(item_indices, self.items) if self.item_rows is None else self.item_rows(item_indices)
         if self.config.sees_times:
             assert gaps is not None
             x = x + of_gaps(self.gaps, gaps)

@@ -7,7 +7,9 @@ from dataclasses import dataclass, replace
 
 from dman_runtime.data.interactions import Interactions
 from dman_train.config import BaselineConfig, ModelConfig, TrainConfig
+from dman_train.item_rows import refusal_of_rows
 from dman_train.lanes import WINDOW_EVENTS
+from dman_train.losses import FULL_SOFTMAX_LIMIT
 
 
 @dataclass(frozen=True)
@@ -101,11 +103,11 @@ def preset_of(presets: Presets, name: str, *, system: str = BaselineConfig.syste
     return found if isinstance(found, Preset) else found[system]
 
 
-def decided(preset: Preset, *, has_times: bool, events: int) -> Preset:
-    """The preset with what the log decides, if it has times and so many events.
+def decided(preset: Preset, *, has_times: bool, events: int, items: int) -> Preset:
+    """The preset with what the log decides, if it has times, and so many events and items.
 
-    That is `time` and `returns` where they are "auto", and `lanes` where they are 0: with as many as a large log
-    takes, an epoch of a small one would have too few steps to learn from.
+    That is `time`, `returns` and `item_updates` where they are "auto", and `lanes` where they are 0: with as many as a
+    large log takes, an epoch of a small one would have too few steps to learn from.
     """
     model, train = preset.model, preset.train
     if model.time == "auto":
@@ -117,9 +119,13 @@ def decided(preset: Preset, *, has_times: bool, events: int) -> Preset:
         positions = model.segment_length if isinstance(model, ModelConfig) else WINDOW_EVENTS
         lanes = events // (EPOCH_STEPS * positions * FEWEST_LANES) * FEWEST_LANES  # a multiple, which processes share
         train = replace(train, lanes=min(max(lanes, FEWEST_LANES), MOST_LANES))
+    if train.item_updates == "auto":
+        by_rows = items > FULL_SOFTMAX_LIMIT and refusal_of_rows(model, train, items=items) is None
+        train = replace(train, item_updates="rows" if by_rows else "all")
     return Preset(model, train)
 
 
 def decided_by(interactions: Interactions, preset: Preset) -> Preset:
     """The preset with what this log decides."""
-    return decided(preset, has_times=bool(interactions.timestamps.any()), events=len(interactions))
+    has_times, items = bool(interactions.timestamps.any()), len(interactions.item_ids)
+    return decided(preset, has_times=has_times, events=len(interactions), items=items)

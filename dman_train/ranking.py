@@ -11,12 +11,16 @@ from torch import Tensor
 from dman_runtime.data.evaluation import HeldOut, Ranks, ranks_of_targets
 from dman_train.families import Model, family_of
 
+MOST_USERS = 256  # that are ranked together
+MOST_SCORES = 1 << 26  # of them for all items: up to 700 MB. With more than 262,144 items, fewer users go together
+
 
 def target_ranks(
-    model: Model, data: HeldOut, *, batch: int = 256, popularity: np.ndarray | None = None
+    model: Model, data: HeldOut, *, popularity: np.ndarray | None = None
 ) -> Iterator[tuple[np.ndarray, Ranks]]:
     """Yields (rows of `data`, ranks of their targets), shortest histories first.
 
+    At most MOST_SCORES are held at a time, however many items there are.
     `popularity` (V) ranks the items for users with an empty history, as a server does. Training has no such users.
     """
     was_training = model.training
@@ -24,6 +28,7 @@ def target_ranks(
     try:
         with torch.no_grad():
             table = model.item_table().T.contiguous()
+            batch = max(1, min(MOST_USERS, MOST_SCORES // table.shape[1]))
             order = np.argsort([len(history) for history in data.histories], kind="stable")
             for start in range(0, len(order), batch):
                 rows = order[start : start + batch]

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from dman_runtime.model.sketch import HALF_LIVES, RATES
 from dman_runtime.model.times import BUCKETS, NO_GAP
+from dman_train.losses import Table, rows_of
 from dman_train.timing import buckets, gap_buckets
 
 NO_ITEM = -1
@@ -109,14 +110,14 @@ class ReturnTerm(nn.Module):
         for weight in self.parameters():
             nn.init.zeros_(weight)
 
-    def forward(self, users: Tensor, table: Tensor, returns: Returns, moments: Tensor) -> Tensor:
+    def forward(self, users: Tensor, table: Table, returns: Returns, moments: Tensor) -> Tensor:
         """What is added to the scores of the candidates of `returns`, (B, T, K).
 
         Args:
             users, table: (B, T, D) user embeddings, (V, D) item embeddings.
             moments: (B, T) seconds of the requests.
         """
-        items = F.embedding(returns.items.clamp(min=0), table)  # (B, K, D)
+        items = rows_of(table, returns.items.clamp(min=0))  # (B, K, D)
         weights = self.by_user(users)[:, :, None] + self.by_item(items)[:, None]  # (B, T, K, H)
         scores = (weights * returns.counts).sum(-1) + _weights_of(self.by_age, returns.ages)
         return scores + _weights_of(self.by_gap, gaps_to(returns, moments)) if self.sees_times else scores

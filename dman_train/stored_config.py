@@ -24,7 +24,7 @@ _WITHOUT_SIGNALS = {"time": "none", "returns": "off"}
 IF_ABSENT: dict[type, dict[str, Any]] = {
     ModelConfig: _WITHOUT_SIGNALS | FORMER_DEFAULTS[ModelConfig],
     BaselineConfig: _WITHOUT_SIGNALS,
-    TrainConfig: FORMER_DEFAULTS[TrainConfig],
+    TrainConfig: {"item_updates": "all"} | FORMER_DEFAULTS[TrainConfig],
 }
 
 # Baselines whose equations an earlier version had in another form, with the same names in the configuration.

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import functools
+import gc
 import logging
 import sys
 import time
@@ -41,7 +42,8 @@ from dman_train.vocabulary import Vocabulary
 
 logger = logging.getLogger(__name__)
 DEFAULT_RUN, DEFAULT_DATA, DEFAULT_ITEMS = Path("runs/latest"), Path("data/log.csv"), Path("data/items.csv")
-CHECKPOINT_SECONDS = 120.0
+CHECKPOINT_SECONDS = 120.0  # from one checkpoint to the next, at least
+CHECKPOINT_SHARE = 20  # and so many times what it took to write: that of a million items has 2 GB
 SPLITS: tuple[Split, ...] = ("valid", "test")
 
 
@@ -109,10 +111,11 @@ def _train(arguments: argparse.Namespace, command: list[str], presets: Presets) 
     if arguments.resume:
         _resume(trainer, run)
     _print_report(input_report, as_json=False)
-    finished = _loop(trainer, run)
-    if not finished:
+    if not _loop(trainer, run):
         logger.info("stopped at step %d; continue with --resume --run %s", trainer.step, run.path)
         return 130
+    del trainer
+    gc.collect()  # its tables, of a large catalogue: the evaluation needs two of its own
     if distributed.is_first():
         _finish(run, interactions, input_report, as_json=arguments.json)
     return 0
@@ -235,22 +238,23 @@ def _loop(trainer: Trainer, run: Run) -> bool:
     """Epochs until done. Returns False if a stop was requested, after writing the checkpoint."""
     from torch.utils.tensorboard import SummaryWriter
 
-    first, saved = distributed.is_first(), time.monotonic()
+    first, saved, took = distributed.is_first(), time.monotonic(), 0.0
     board = SummaryWriter(run.path / "tensorboard") if first else None
 
     with stop_requests() as stop_requested:
 
         def save() -> None:
-            nonlocal saved
-            state = trainer.state_dict()
+            nonlocal saved, took
+            began, state = time.monotonic(), trainer.state_dict()
             if first:
                 run.save_tensors("checkpoint.pt", state)
             saved = time.monotonic()
+            took = saved - began
 
         def on_step() -> None:
             if trainer.world == 1 or trainer.step % 20 == 0:  # processes talk at the same step
                 stop = distributed.any_process(stop_requested())
-                if stop or distributed.any_process(time.monotonic() - saved > CHECKPOINT_SECONDS):
+                if stop or distributed.any_process(checkpoint_due(time.monotonic() - saved, took=took)):
                     save()
                 if stop:
                     raise _Stop
@@ -268,6 +272,11 @@ def _loop(trainer: Trainer, run: Run) -> bool:
             if board is not None:
                 board.close()
     return True
+
+
+def checkpoint_due(seconds: float, *, took: float) -> bool:
+    """Whether to write a checkpoint so long after the last one, which took `took` seconds to write."""
+    return seconds > max(CHECKPOINT_SECONDS, CHECKPOINT_SHARE * took)
 
 
 class _Stop(Exception):

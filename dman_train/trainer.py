@@ -24,8 +24,10 @@ from dman_train import checkpoint, distributed
 from dman_train.config import BaselineConfig, ConfigError, ModelConfig, TrainConfig
 from dman_train.data import TrainingData
 from dman_train.families import Model, family_of
+from dman_train.item_rows import ItemRows, refusal_of_rows
 from dman_train.lanes import Batch
 from dman_train.losses import Losses
+from dman_train.model import DMAN
 from dman_train.ranking import all_ranks
 
 logger = logging.getLogger(__name__)
@@ -56,8 +58,12 @@ class Trainer:
         family = family_of(model_config)
         self.model = family.build(model_config, len(data.item_counts), len(data.offsets) - 1).to(device)
         self.learner = family.learner(self.model, config, data)
+        self._average = AveragedModel(self.model, multi_avg_fn=self._towards_weights)
+        self._rows = self._item_rows(model_config) if config.item_updates == "rows" else None
         self._step_module = DistributedDataParallel(self.learner) if self.world > 1 else self.learner
+        by_rows = None if self._rows is None else self._rows.weights
         self.schedule, groups = self.learner.schedule, self.learner.parameter_groups()
+        groups = [([p for p in parameters if p is not by_rows], rate) for parameters, rate in groups]
         self.optimisers: list[torch.optim.Optimizer] = [
             torch.optim.AdamW(
                 parameters, lr=rate, betas=(0.9, config.adam_beta2), fused=True, weight_decay=config.weight_decay
@@ -65,7 +71,6 @@ class Trainer:
             for parameters, rate in groups
         ]
         self._rates = [rate for _, rate in groups]
-        self._average = AveragedModel(self.model, multi_avg_fn=self._towards_weights)
         self.step = self.events = self.epoch = 0
         self.sums = torch.zeros(3)  # over the steps of this epoch: 1, loss of eq. 9, loss of eq. 5
         torch.manual_seed(config.seed + 1 + self.rank)  # dropout differs between processes
@@ -73,12 +78,32 @@ class Trainer:
     @property
     def result(self) -> Model:
         """The model that training gives: with the moving average of the weights, if there is one."""
+        if self._rows is not None:
+            self._rows.settle()
         return cast("Model", self._average.module) if self.config.ema_decay else self.model
 
+    def _item_rows(self, model_config: ModelConfig | BaselineConfig) -> ItemRows:
+        """What trains the item table by rows, in place of optimiser, average and DistributedDataParallel."""
+        if refusal := refusal_of_rows(model_config, self.config, items=len(self.data.item_counts)):
+            raise refusal
+        model, averaged = cast(DMAN, self.model), cast(DMAN, self._average.module)
+        average = averaged.items.data if self.config.ema_decay else None
+        model.item_rows = ItemRows(model.items, average, beta2=self.config.adam_beta2)
+        ignore = DistributedDataParallel._set_params_and_buffers_to_ignore_for_model
+        ignore(self.learner, ["model.items"])  # type: ignore[no-untyped-call]
+        return model.item_rows
+
     def _towards_weights(self, averages: Tensors, weights: Tensors, steps: Tensor | int) -> None:
-        """One step of the moving average. Early on its decay is low, so that it forgets the first, poor weights."""
-        decay = min(self.config.ema_decay, (1 + float(steps)) / (10 + float(steps)))
-        torch._foreach_lerp_(averages, weights, 1 - decay)
+        """One step of the moving average."""
+        if self._rows is not None:
+            table = self._rows.weights.data_ptr()
+            others = [pair for pair in zip(averages, weights, strict=True) if pair[1].data_ptr() != table]
+            averages, weights = map(list, zip(*others, strict=True))
+        torch._foreach_lerp_(averages, weights, 1 - self._decay(float(steps)))
+
+    def _decay(self, steps: float) -> float:
+        """Of the average, after so many. Early on it is low, so that the first, poor weights are forgotten."""
+        return min(self.config.ema_decay, (1 + steps) / (10 + steps))
 
     def learning_rate_share(self) -> float:
         """Share of the full learning rate at this point: linear warm-up, then a cosine down to the final share."""
@@ -110,15 +135,30 @@ class Trainer:
 
     def _update_weights(self) -> None:
         share = self.learning_rate_share()
+        rows = None if self._rows is None else distributed.mean_of_rows(self._rows.gradient())
         for optimiser, rate in zip(self.optimisers, self._rates, strict=True):
-            parameters = optimiser.param_groups[0]["params"]
-            if self.config.gradient_clip:
-                torch.nn.utils.clip_grad_norm_(parameters, self.config.gradient_clip)
+            of_rows = rows.values() if rows is not None and optimiser is self.optimisers[0] else None
+            self._clip(optimiser.param_groups[0]["params"], of_rows)
             optimiser.param_groups[0]["lr"] = rate * share
             optimiser.step()
             optimiser.zero_grad()
+        if self._rows is not None and rows is not None:
+            averaged = int(self._average.n_averaged)  # of the first weights, nothing is kept
+            decay = self._decay(averaged) if averaged else 0.0
+            self._rows.step(rows, rate=self._rates[0] * share, decay=decay)
         if self.config.ema_decay:
             self._average.update_parameters(self.model)
+
+    def _clip(self, parameters: list[Tensor], of_rows: Tensor | None) -> None:
+        """Limits the norm of the gradients of one optimiser, `of_rows` (R, D) among them."""
+        limit = self.config.gradient_clip
+        if not limit:
+            return
+        gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
+        norm = torch.nn.utils.get_total_norm(gradients if of_rows is None else [*gradients, of_rows])
+        torch.nn.utils.clip_grads_with_norm_(parameters, limit, norm)
+        if of_rows is not None:
+            of_rows.mul_((limit / (norm + 1e-6)).clamp(max=1.0))
 
     def train_epoch(self, *, on_step: Callable[[], None], progress: bool) -> dict[str, float]:
         """Steps until the next epoch border, then validation. Calls `on_step` after every step.
@@ -180,6 +220,7 @@ class Trainer:
             "model": self.model.state_dict(),
             "average": self._average.state_dict() if self.config.ema_decay else None,
             "optimisers": [optimiser.state_dict() for optimiser in self.optimisers],
+            "rows": None if self._rows is None else self._rows.state_dict(),
             "schedule": self.schedule.state_dict(),
             "negatives": self.learner.generator.get_state(),
             "ranks": distributed.gather(mine),
@@ -201,6 +242,8 @@ class Trainer:
             self._average.load_state_dict(state["average"])
         for optimiser, saved in zip(self.optimisers, state["optimisers"], strict=True):
             checkpoint.load_adam(optimiser, saved)
+        if self._rows is not None:
+            self._rows.load_state_dict(state["rows"])
         self.schedule.load_state_dict(state["schedule"])
         self.learner.generator.set_state(state["negatives"])
         mine = state["ranks"][self.rank]

@@ -153,7 +153,7 @@ def charts(name: str, rows: Sequence[Row], directory: Path) -> list[str]:
     """Figure 2 of the paper: a chart for each size that was run with several values, all else as in the preset."""
     from dman_train.plots import plot_lines
 
-    standard, series = options_of(PRESETS["default"], events=rows[0].content["dataset"]["events"]), {}
+    standard, series = options_of(PRESETS["default"], rows[0].content["dataset"]), {}
     for key, title in CHARTED.items():
         points = {}
         for row in rows:

@@ -115,17 +115,16 @@ def compared_preset(content: dict[str, Any]) -> Preset:
 
 def standard_options(content: dict[str, Any]) -> dict[str, Any]:
     """The options of the preset that a run is compared with."""
-    seen_items, events = content["train"].get("seen_items"), content["dataset"]["events"]
-    return options_of(compared_preset(content), seen_items=seen_items, events=events)
+    return options_of(compared_preset(content), content["dataset"], seen_items=content["train"].get("seen_items"))
 
 
-def options_of(preset: Preset, *, events: int, seen_items: str | None = None) -> dict[str, Any]:
-    """The options of a preset, with what `decisive` adds to those of a run: on a log with times and so many events.
+def options_of(preset: Preset, dataset: Mapping[str, Any], *, seen_items: str | None = None) -> dict[str, Any]:
+    """The options of a preset, with what `decisive` adds to those of a run: on a log with times, of such a size.
 
     `seen_items`: of the run, which decides with the log whether returns are seen.
     """
     train = replace(preset.train, seen_items=seen_items or preset.train.seen_items)  # type: ignore[arg-type]
-    found = decided(Preset(preset.model, train), has_times=True, events=events)
+    found = decided(Preset(preset.model, train), has_times=True, events=dataset["events"], items=dataset["items"])
     options = to_dict(found.model) | to_dict(replace(found.train, seen_items=preset.train.seen_items))
     return FORMER_OPTIONS | options | {"form": "now"}
 
@@ -162,13 +161,13 @@ def decisive(content: dict[str, Any]) -> dict[str, Any]:
     """The options of a run that decide its result, without the seed.
 
     Training options and former options that the record lacks are added, with what its version did. Other options of the
-    model are added only if that is not today's default. The precision of matrix products decides nothing: runs in both
-    are one row, as far as all else is equal.
+    model are added only if that is not today's default. The precision of matrix products, and whether the item table is
+    trained by rows, decide nothing but rounding: such runs are one row, as far as all else is equal.
     """
     model, train = content["model"], content["train"]
     if model.keys() == {"system"}:  # it only counts
         return model | train
-    idle = {"seed", "precision"}
+    idle = {"seed", "precision", "item_updates"}
     if "system" in model:
         idle |= TRAINING_OF_F_ABS | {"random_first_segment"} | ({"hops"} if model["system"] != "hpmn" else set())
     elif model["variant"] in ("xl", "fifo"):

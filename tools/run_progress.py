@@ -39,13 +39,15 @@ class LogFacts(NamedTuple):
     fingerprint: str
     has_times: bool
     events: int
+    items: int
 
 
 @cache
 def facts_of(log: Path, config: DataConfig) -> LogFacts:
     """What decides runs on a log, as this config reads it. Raises InputError."""
     interactions = load(log, config)
-    return LogFacts(interactions.fingerprint(), bool(interactions.timestamps.any()), len(interactions))
+    has_times, items = bool(interactions.timestamps.any()), len(interactions.item_ids)
+    return LogFacts(interactions.fingerprint(), has_times, len(interactions), items)
 
 
 def progress_of(planned: PlannedRun, records: dict[str, Record], directory: Path) -> Progress:
@@ -105,7 +107,7 @@ def _difference(planned: PlannedRun, found: dict[str, Any]) -> str:
     except ConfigError:
         return "settings of another version"
     log = facts_of(planned.log, data)
-    wanted = decided(Preset(model, train), has_times=log.has_times, events=log.events)
+    wanted = decided(Preset(model, train), has_times=log.has_times, events=log.events, items=log.items)
     if _deciding(*stored) != _deciding(wanted.model, wanted.train):
         return "other settings"
     if found["dataset"]["fingerprint"] != log.fingerprint:

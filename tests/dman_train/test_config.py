@@ -40,6 +40,7 @@ INVALID: list[tuple[type, str, object]] = [
     (TrainConfig, "abstraction_loss", "eq. 5"),
     (TrainConfig, "seen_items", "forget"),
     (TrainConfig, "abstraction_weight", -1.0),
+    (TrainConfig, "item_updates", "some"),
     (TrainConfig, "lanes", -1),
     (TrainConfig, "lanes", 2.5),
     (TrainConfig, "learning_rate", -0.1),
@@ -133,7 +134,7 @@ def test_config_of_an_earlier_version_keeps_what_the_default_was_then() -> None:
     model = from_dict(ModelConfig, {}, where="here")
     assert (model.layers, model.memory_slots, model.closed_states) == (2, 10, "full")
     train = from_dict(TrainConfig, {}, where="here")
-    assert (train.abstraction_loss, train.abstraction_every) == ("reads", 8)
+    assert (train.abstraction_loss, train.abstraction_every, train.item_updates) == ("reads", 8, "all")
     changed = {"layers": 4, "closed_states": "int8"}
     assert from_dict(ModelConfig, changed, where="here") == replace(model, **changed)  # type: ignore[arg-type]
 

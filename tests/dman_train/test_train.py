@@ -67,7 +67,7 @@ def test_train_writes_a_run_that_describes_itself(trained_run: Path) -> None:
     }
     assert {p.name for p in trained_run.iterdir()} == expected
     assert run.model_config() == replace(PRESETS["tiny"].model, time="request", returns="off"), "auto is decided"
-    assert run.train_config() == replace(PRESETS["tiny"].train, epochs=1, lanes=16)
+    assert run.train_config() == replace(PRESETS["tiny"].train, epochs=1, lanes=16, item_updates="all")
     found = {"user_column": "user_id", "item_column": "item_id", "time_column": "timestamp", "order_by": "time"}
     assert {name: run.config["data"][name] for name in found} == found
     assert (run.config["data"]["user_ids"], run.config["data"]["item_ids"]) == ("text", "integer")
@@ -653,7 +653,7 @@ OTHER: dict[str, Any] = {
     "heads": 1, "ema_decay": 0.5, "adam_beta2": 0.5, "order_by": "file", "time_unit": "ms", "user_ids": "text",
     "item_ids": "text", "exact_repeats": "keep", "format": "jsonl", "separator": ";", "quote": "none", "header": False,
     "encoding": "latin-1", "bad_rows": "skip", "time": "events", "returns": "on", "request_dropout": 0.5,
-    "times_dropout": 0.5, "abstraction_loss": "reads", "closed_states": "full",
+    "times_dropout": 0.5, "abstraction_loss": "reads", "closed_states": "full", "item_updates": "rows",
 }  # fmt: skip
 NEEDS = {"architecture": {"heads": 1, "long_term": "gated"}}
 
@@ -700,7 +700,7 @@ def test_option_and_variable_reach_the_field(name: str, monkeypatch: pytest.Monk
 def test_log_and_ranking_decide_whether_times_and_returns_are_seen(
     model: ModelConfig | BaselineConfig, seen_items: Any, timed: bool, expected: tuple[str, str]
 ) -> None:
-    found = decided(Preset(model, TrainConfig(seen_items=seen_items)), has_times=timed, events=1).model
+    found = decided(Preset(model, TrainConfig(seen_items=seen_items)), has_times=timed, events=1, items=1).model
     assert (found.time, found.returns) == expected
     assert replace(found, time=model.time, returns=model.returns) == model, "nothing else changes"
 
@@ -718,8 +718,28 @@ def test_log_and_ranking_decide_whether_times_and_returns_are_seen(
 def test_size_of_the_log_decides_lanes_unless_they_are_given(
     events: int, model: ModelConfig | BaselineConfig, lanes: int
 ) -> None:
-    assert decided(Preset(model, TrainConfig()), has_times=True, events=events).train == TrainConfig(lanes=lanes)
-    assert decided(Preset(model, TrainConfig(lanes=5)), has_times=True, events=events).train == TrainConfig(lanes=5)
+    for given, expected in ((0, lanes), (5, 5)):
+        found = decided(Preset(model, TrainConfig(lanes=given)), has_times=True, events=events, items=100).train
+        assert found == TrainConfig(lanes=expected, item_updates="all")
+
+
+@pytest.mark.parametrize(
+    ("items", "model", "train", "expected"),
+    [
+        (50_000, ModelConfig(), TrainConfig(loss="sampled"), "all"),
+        (50_001, ModelConfig(), TrainConfig(), "rows"),
+        (10**6, ModelConfig(), TrainConfig(loss="negatives"), "rows"),
+        (10**6, ModelConfig(), TrainConfig(loss="full"), "all"),
+        (10**6, ModelConfig(), TrainConfig(weight_decay=0.1), "all"),
+        (10**6, ModelConfig(), TrainConfig(item_updates="all"), "all"),
+        (100, ModelConfig(), TrainConfig(loss="sampled", item_updates="rows"), "rows"),
+        (10**6, BaselineConfig(), TrainConfig(), "all"),
+    ],
+)
+def test_size_of_the_catalogue_decides_how_the_item_table_is_trained(
+    items: int, model: ModelConfig | BaselineConfig, train: TrainConfig, expected: str
+) -> None:
+    assert decided(Preset(model, train), has_times=True, events=10, items=items).train.item_updates == expected
 
 
 def test_option_wins_over_variable_and_variable_over_preset(monkeypatch: pytest.MonkeyPatch) -> None:

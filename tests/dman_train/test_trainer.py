@@ -63,9 +63,9 @@ def data_of(histories: list[np.ndarray], vocabulary: int) -> TrainingData:
     return TrainingData(items, offsets, np.concatenate(validation.times), counts, validation)
 
 
-def random_data() -> TrainingData:
+def random_data(items: int = ITEMS) -> TrainingData:
     random = np.random.default_rng(0)
-    return data_of([random.integers(0, ITEMS, length) for length in random.integers(4, 40, 30)], ITEMS)
+    return data_of([random.integers(0, items, length) for length in random.integers(4, 40, 30)], items)
 
 
 def trained(model: ModelConfig, config: TrainConfig, steps: int) -> Trainer:
@@ -103,6 +103,7 @@ def _saving_at(trainer: Trainer, step: int, path: Path) -> Callable[[], None]:
     return on_step
 
 
+BY_ROWS = replace(CONFIG, item_updates="rows", loss="sampled", negatives=16, abstraction_loss="recall")
 SETTINGS = {
     "full": CONFIG,
     "weights-themselves": replace(CONFIG, ema_decay=0.0),
@@ -114,6 +115,8 @@ RESUMED: dict[str, tuple[ModelConfig | BaselineConfig, TrainConfig]] = {
 } | {
     "times-and-returns": (TIMED, replace(CONFIG, seen_items="keep", request_dropout=0.3)),
     "recall": (TINY, replace(CONFIG, abstraction_loss="recall")),
+    "rows": (TINY, BY_ROWS),
+    "rows-times-and-returns": (TIMED, replace(BY_ROWS, seen_items="keep", ema_decay=0.0)),
 }
 BASELINE = BaselineConfig(history=12, width=16, time="request", returns="on")
 RESUMED |= {
@@ -190,6 +193,11 @@ def test_train_stopped_by_sigterm_and_resumed_gives_bit_identical_weights(small_
     assert Run(parts).metrics["test"] == Run(whole).metrics["test"]  # type: ignore[index]
 
 
+def test_checkpoints_take_at_most_a_twentieth_of_the_time() -> None:
+    assert not train.checkpoint_due(119, took=1) and train.checkpoint_due(121, took=1)
+    assert not train.checkpoint_due(599, took=30) and train.checkpoint_due(601, took=30)
+
+
 # Damaged runs
 
 
@@ -217,12 +225,61 @@ def test_run_with_weights_of_another_model_names_the_file(trained_run: Path, tmp
     assert "\n" not in str(error.value)
 
 
+# By rows
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("model", "config"),
+    [
+        (TINY, BY_ROWS),
+        (TINY, replace(BY_ROWS, ema_decay=0.0, gradient_clip=0.1)),
+        (TINY, replace(BY_ROWS, loss="negatives", negatives=3, gradient_clip=0.0, abstraction_loss="reads")),
+        (TIMED, replace(BY_ROWS, loss="negatives-softmax", negatives=3, seen_items="keep")),
+    ],
+    ids=["sampled", "clipped", "negatives", "returns"],
+)
+def test_trainer_by_rows_gives_the_weights_of_the_whole_table(model: ModelConfig, config: TrainConfig) -> None:
+    """Of 900 items, a step uses up to 100, and the log 545: most rows are often left alone, and some always."""
+    model = replace(model, dropout=0.0)
+    trainers = [Trainer(model, replace(config, item_updates=kind), random_data(900), CPU) for kind in ("rows", "all")]
+    first, moved = weights(trainers[0]), []
+    for trainer in trainers:
+        torch.manual_seed(1)  # of the times that are hidden
+        for _ in range(12):
+            trainer.train_step()
+        after = weights(trainer)
+        moved.append({name: (after[name] - first[name]).double() for name in first})
+    assert moved[1]["model.items"].abs().amax(1).gt(1e-3).float().mean() > 0.3
+    assert moved[1]["model.items"].abs().amax(1).eq(0).any()
+    ours, theirs = moved
+    for name in first:  # single weights with gradients of nearly zero may differ: Adam divides by their size
+        assert (ours[name] - theirs[name]).norm() <= 1e-3 * theirs[name].norm(), name
+    ranks = [trainer.validate().seen_kept for trainer in trainers]
+    assert np.array_equal(*ranks)
+
+
+def test_trainer_by_rows_never_makes_a_gradient_of_the_whole_table() -> None:
+    trainer = trained(TINY, BY_ROWS, 1)
+    assert trainer.model.items.grad is None
+    scored, read = trainer.model.table_in_training()(torch.tensor([3, 3])), trainer.model.embed(torch.tensor([7]))
+    (scored.sum() + read.sum()).backward()
+    assert trainer.model.items.grad.is_sparse
+    assert trainer.model.items.grad.coalesce().indices().tolist() == [[3, 7]]
+
+
+def test_trainer_refuses_rows_with_the_full_softmax() -> None:
+    with pytest.raises(ConfigError, match="the full softmax uses all items"):
+        Trainer(TINY, replace(CONFIG, item_updates="rows"), random_data(), CPU)
+
+
 # Several processes
 
 DISTRIBUTED = {
     "full": replace(CONFIG, memory_training="joint"),
     "sampled": replace(CONFIG, loss="sampled", negatives=16),
     "negatives": replace(CONFIG, loss="negatives", negatives=3),
+    "rows": replace(BY_ROWS, abstraction_loss="reads"),  # recall is over the items of each process
     "xl": CONFIG,
 }
 
@@ -402,6 +459,7 @@ OTHER: dict[str, tuple[TrainConfig, object]] = {
     "abstraction_weight": (CONFIG, 3.0),
     "abstraction_every": (CONFIG, 3),
     "lanes": (CONFIG, 9),
+    "item_updates": (replace(CONFIG, loss="sampled", negatives=16), "rows"),
     "learning_rate": (CONFIG, 1e-3),
     "abstraction_learning_rate": (CONFIG, 1e-3),
     "warmup_steps": (CONFIG, 4),

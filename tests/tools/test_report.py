@@ -117,12 +117,13 @@ def test_report_goes_into_a_directory(trained_run: Path, tmp_path: Path, capsys:
 
 def timed(model: ModelConfig | BaselineConfig) -> ModelConfig | BaselineConfig:
     """As a run on a log with times has it."""
-    return decided(Preset(model, TrainConfig()), has_times=True, events=1).model
+    return decided(Preset(model, TrainConfig()), has_times=True, events=1, items=1).model
 
 
 def sized(train: TrainConfig, first: Record) -> TrainConfig:
     """As a run on the log of a record has it."""
-    return decided(Preset(ModelConfig(), train), has_times=True, events=first.content["dataset"]["events"]).train
+    events = first.content["dataset"]["events"]
+    return decided(Preset(ModelConfig(), train), has_times=True, events=events, items=1).train
 
 
 @pytest.mark.slow
@@ -282,11 +283,11 @@ def test_report_says_where_the_memory_is_worth_something(at_a_glance: str, train
 def test_row_is_named_after_the_default_that_it_is_nearer_to(
     variant: str, model: dict[str, Any], train: dict[str, Any], label: str
 ) -> None:
-    standard = decided(report.PRESETS["default"], has_times=True, events=10**6)
+    standard = decided(report.PRESETS["default"], has_times=True, events=10**6, items=100)
     content = {
         "model": to_dict(standard.model) | {"variant": variant} | model,
         "train": to_dict(standard.train) | train,
-        "dataset": {"events": 10**6},
+        "dataset": {"events": 10**6, "items": 100},
     }
     assert set(report_rows.label_of(content).split(", ")) == set(label.split(", "))
 

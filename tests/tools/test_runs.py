@@ -169,7 +169,7 @@ def test_earlier_form_of_a_system_does_not_count_and_is_not_continued(write_plan
     (planned,) = read_plan(write_plan('name = "one"\nbaselines = "--system shan"\ndata = "small"'))
     model, train, _ = planned.configs()
     record = record_of(Run(directory / planned.name), planned.name)
-    found = decided(Preset(model, train), has_times=True, events=record.content["dataset"]["events"])
+    found = decided(Preset(model, train), has_times=True, events=record.content["dataset"]["events"], items=9)
     record.content.update(model=to_dict(found.model), train=to_dict(found.train))
     assert progress_of(planned, {planned.name: record}, directory / "none").kind == "done"
     del record.content["model"]["hops"]

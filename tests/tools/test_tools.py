@@ -25,6 +25,7 @@ from dman_runtime.data.logs import read_interactions
 from dman_runtime.errors import UsageError
 from dman_runtime.model.bundle import Bundle, open_bundle
 from dman_runtime.model.encoder import Encoder
+from dman_train.run import open_run
 from dman_train.synthetic import PlantedConfig
 from dman_train.synthetic import generate as generated
 from protos.dman.v1 import dman_pb2 as pb
@@ -32,7 +33,7 @@ from protos.dman.v1.dman_pb2_grpc import RecommenderStub
 from tools import generate, loadgen
 from tools.bench import __main__ as bench
 from tools.bench import batch as bench_batch
-from tools.bench import setting, signals
+from tools.bench import catalogue, setting, signals
 from tools.bench import training as bench_training
 from tools.bench.blocks import (
     WARM_UP_CALLS,
@@ -314,6 +315,37 @@ def test_bench_of_signals_compares_servers_of_each_kind(
     ]
     assert all(f"| {claim['claim']} | {claim['measured']} |" in page.read_text() for claim in claims)
     assert list(scratch.iterdir()) == []
+
+
+@pytest.mark.slow
+def test_bench_of_a_large_catalogue_runs_each_command(tmp_path: Path) -> None:
+    section = catalogue.large_catalogue(400, tmp_path)
+    assert [row[0] for row in section.rows] == [
+        "`dman_train.train --data`",
+        "`dman_train.export --run`",
+        "`dman_train.evaluate --run`",
+        "`dman_train.evaluate --bundle`",
+    ]
+    assert open_run(tmp_path / "run").config["dataset"]["items"] == 400
+    commands = section.data["commands"]
+    assert all(one["seconds"] > 1 and one["peak"] > 100e6 for one in commands)
+    assert [one["left"] > 0 for one in commands] == [True, True, False, False]
+    speed, memory = section.claims
+    assert speed.measured == f"{section.data['events_per_second']:,.0f}" and speed.target == ">= 5,000"
+    assert memory.measured == f"{max(one['peak'] for one in commands) / 2**30:.2f} GiB" and memory.met
+
+
+def test_bench_of_a_large_catalogue_names_the_command_that_fails(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match=r"dman_train.export failed: .*none is not a run"):
+        catalogue._run("dman_train.export", "--run", tmp_path / "none")
+
+
+def test_log_of_a_large_catalogue_has_every_item_and_favourites() -> None:
+    log = catalogue.catalogue_log(5000)
+    counts = np.bincount(log.items)
+    assert len(log) == 10_000 and len(counts) == len(log.item_ids) == 5000 and counts.min() == 1
+    assert counts.max() > 100 and log.num_users > 30
+    assert np.array_equal(log.items, catalogue.catalogue_log(5000).items)
 
 
 def test_bench_training_says_what_is_wrong(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -3,10 +3,12 @@
     python -m tools.bench.training --data ../shared/data/ml-1m/interactions.parquet --out reports/training.md
 
 All systems take turns of a few steps in one process and on one thread; an event counts once it was an input of a step.
+`--catalogue N` adds a run on a generated log of N items, on all cores, with the memory of each of its commands.
 """
 
 from __future__ import annotations
 
+import argparse
 import os
 import shlex
 import statistics
@@ -25,7 +27,9 @@ from dman_train.data import load, training_data
 from dman_train.presets import BASELINE_PRESETS, PRESETS, SHORT_HISTORY, Preset, decided_by
 from dman_train.trainer import Trainer
 from tools.bench.blocks import Spread
-from tools.bench.report import Claim, claims_table, cpu_model, table, write_page
+from tools.bench.catalogue import large_catalogue
+from tools.bench.report import Claim, Section, claims_table, cpu_model, table, write_page
+from tools.bench.setting import scratch_directory
 
 REFERENCE = "SASRec, 200 events"  # what the speed of DMAN is measured against
 HEADS = ("system", "events/s", "ms a step", "DMAN / this")
@@ -80,6 +84,13 @@ def _parser() -> Parser:
     p.add_argument("--rounds", type=int, default=7, metavar="N", help="turns of each system")
     p.add_argument("--steps", type=int, default=6, metavar="N", help="steps of a turn")
     p.add_argument("--threads", type=int, default=1, metavar="N", help="CPU threads")
+    p.add_argument("--catalogue", type=int, default=0, metavar="N", help="measure a log of N items too; 0: do not")
+    p.add_argument(
+        "--scratch",
+        type=Path,
+        default=Path(),
+        help="where its files go while it runs: 6 kB an item, removed at the end",
+    )
     p.add_argument("--json", action="store_true", help="print the result as JSON on the last line")
     return p
 
@@ -103,11 +114,22 @@ def _main(argv: Sequence[str] | None) -> int:
         "of each system in turn; numbers are medians of the rounds (smallest to largest), ratios are of single rounds."
     )
     claim, speeds = report(found, steps=arguments.steps)
-    write_page(arguments.out, ["# Speed of training", how, claims_table([claim]), speeds])
-    print(claims_table([claim]), speeds, f"wrote {arguments.out}", sep="\n\n")
+    del trainers, interactions, data
+    sections = _catalogue(arguments) if arguments.catalogue else []
+    claims = [claim, *(one for section in sections for one in section.claims)]
+    pages = [section.markdown() for section in sections]
+    write_page(arguments.out, ["# Speed of training", how, claims_table(claims), speeds, *pages])
+    print(claims_table(claims), speeds, f"wrote {arguments.out}", sep="\n\n")
     if arguments.json:
-        print_json({"ratio": claim.measured, "met": claim.met, "turns": found})
+        large = [section.data for section in sections]
+        print_json({"ratio": claim.measured, "met": claim.met, "turns": found, "catalogue": large})
     return 0
+
+
+def _catalogue(arguments: argparse.Namespace) -> list[Section]:
+    require_positive(arguments, "catalogue")
+    with scratch_directory(arguments.scratch) as scratch:
+        return [large_catalogue(arguments.catalogue, scratch)]
 
 
 def main(argv: Sequence[str] | None = None) -> int:

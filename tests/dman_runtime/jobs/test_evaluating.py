@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -10,13 +11,15 @@ from conftest import TIMED, TINY_ITEMS, events_of, random_model
 from histories import Histories, make_histories, write_csv
 from torch_graphs import generation_of
 
-from dman_runtime.data.evaluation import MISS, RANKINGS, Ranks, Split, metrics
+from dman_runtime.data.evaluation import MISS, RANKINGS, Ranks, Split, metrics, ranks_of_targets
 from dman_runtime.data.log_options import ANY_LOG
 from dman_runtime.data.vocabulary import KnownLog, read_known
 from dman_runtime.errors import InputError
 from dman_runtime.jobs import partitions
 from dman_runtime.jobs.evaluating import evaluate, held_out_ranks
 from dman_runtime.model.generation import Generation
+from dman_train import ranking as training
+from dman_train.model import DMAN
 from dman_train.ranking import all_ranks
 
 
@@ -69,6 +72,24 @@ def test_ranks_do_not_depend_on_batches(exact: Generation, known_log: Path, monk
     monkeypatch.setattr(partitions, "USERS_PER_BATCH", 5)
     parts = held_out_ranks(data, exact)
     assert all((parts.of(ranking) == whole.of(ranking)).all() for ranking in RANKINGS)
+
+
+@pytest.mark.parametrize("most", [1, 3 * TINY_ITEMS, 25 * TINY_ITEMS])
+def test_ranks_of_training_do_not_depend_on_the_scores_that_are_held(
+    tiny_model: DMAN, exact: Generation, known_log: Path, monkeypatch: pytest.MonkeyPatch, most: int
+) -> None:
+    data, held = known(known_log, exact).held_out("test"), list[int]()
+    whole = all_ranks(tiny_model, data)
+
+    def counting(scores: np.ndarray, *rest: Any) -> Ranks:
+        held.append(scores.size)
+        return ranks_of_targets(scores, *rest)
+
+    monkeypatch.setattr(training, "MOST_SCORES", most)
+    monkeypatch.setattr(training, "ranks_of_targets", counting)
+    parts = all_ranks(tiny_model, data)
+    assert all((parts.of(name) == whole.of(name)).all() for name in RANKINGS)
+    assert sum(held) == len(data.users) * TINY_ITEMS and max(held) <= max(most, TINY_ITEMS)
 
 
 def test_evaluate_reports_the_metrics_of_the_ranks(exact: Generation, known_log: Path) -> None:
