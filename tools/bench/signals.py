@@ -77,11 +77,16 @@ def measure(scratch: Path, sizes: Sizes, items: int) -> Section:
 def export(config: ModelConfig, path: Path, items: int) -> Path:
     """A bundle of an untrained model."""
     torch.manual_seed(0)
-    model = DMAN(config, items)
+    export_untrained(DMAN(config, items), path)
+    return path
+
+
+def export_untrained(model: DMAN, path: Path) -> None:
+    """Its items are called by their numbers."""
+    items = model.vocabulary
     with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
         warnings.simplefilter("ignore")  # of the exporter, about its future
         export_bundle(model, Vocabulary([str(i) for i in range(items)], True, np.ones(items, np.int64), {}), path)
-    return path
 
 
 def _operations(model: str, channel: grpc.Channel, sizes: Sizes, items: int) -> list[Operation]:
