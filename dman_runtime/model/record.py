@@ -29,7 +29,6 @@ from __future__ import annotations
 
 import struct
 import zlib
-from dataclasses import replace
 from typing import NamedTuple
 
 import numpy as np
@@ -141,26 +140,21 @@ def lacking_events(record: bytes) -> int:
     return _LACKING.unpack(record[-_LACKING.size :])[0] if lacks_events(record) and len(record) > 4 else 0
 
 
-def unpack(record: bytes, bundle: Bundle) -> State:
-    """The state in a record, to be advanced. Raises StateError."""
-    found, room, shape = view(record, bundle), State.empty(bundle), bundle.manifest.state
-    count, start = len(found.recent), head_bytes(shape) + 4 * len(found.recent)
-    room.recent[:count], room.times[:count], room.gaps[:count] = found.recent, found.times, found.gaps
-    if closed := _closed_positions(shape, count):
-        room.hidden[:, :closed] = _closed_hidden(record, start, closed, shape, slice(None))
-    room.hidden[:, closed:count] = _open_hidden(record, start, count, closed, shape)
-    in_steps = record[start : start + _hidden_bytes(shape, count)[0]]
-    arrays = {"recent": room.recent, "times": room.times, "gaps": room.gaps, "hidden": room.hidden}
-    return replace(found, **arrays, closed=in_steps, stored=b"")  # type: ignore[arg-type]
+class _Parts(NamedTuple):
+    """A record that is sound, with views of its (c) positions; `hidden_at` is where its hidden states begin."""
+
+    head: RecordHead
+    hidden_at: int
+    recent: np.ndarray  # (c) u32
+    memory: np.ndarray  # (L, m, D) shape.dtype
+    times: np.ndarray  # (1 + c) int64, the first one where the last event stands; zeros for a model that sees none
+    gaps: np.ndarray  # (c) int8
+    last_is_known: bool
+    sketch: Sketch
 
 
-def view(record: bytes, bundle: Bundle) -> State:
-    """The state in a record, for an answer: its arrays lie in the record and end with the context.
-
-    Of hidden states that are kept in steps, it has the last layer only.
-
-    It cannot be advanced, and takes half the time of `unpack`. Raises StateError.
-    """
+def _parts(record: bytes, bundle: Bundle) -> _Parts:
+    """Raises StateError."""
     shape, head = bundle.manifest.state, read_head(record, bundle)
     size = np.dtype(shape.dtype).itemsize
     count, has_memory = head.context_length, absorbed_segments(head.event_count, shape) > 0
@@ -176,28 +170,83 @@ def view(record: bytes, bundle: Bundle) -> State:
     intact = end == len(record) and zlib.crc32(memoryview(record)[recent_at:]) == checksum
     if not intact or head.dtype_code != _DTYPE_CODES[shape.dtype] or count != context_length(head.event_count, shape):
         raise StateError("a state record is damaged", _REMEDY)
-    memory, times, gaps = bundle.initial_memory, np.zeros(1 + count, np.int64), np.zeros(count, np.int64)
     if has_memory:
-        memory = np.frombuffer(record, shape.dtype, memory.size, memory_at).reshape(memory.shape)
+        memory = np.frombuffer(record, shape.dtype, bundle.initial_memory.size, memory_at)
+        memory = memory.reshape(bundle.initial_memory.shape)
+    else:
+        memory = bundle.initial_memory.astype(shape.dtype)
     if shape.sees_times:
         times = np.frombuffer(record, "<i8", 1 + count, times_at)
-        gaps = np.frombuffer(record, "i1", count, times_at + 8 * (1 + count)).astype(np.int64)
+        gaps = np.frombuffer(record, "i1", count, times_at + 8 * (1 + count))
+    else:
+        times, gaps = np.zeros(1 + count, np.int64), np.zeros(count, np.int8)
+    return _Parts(
+        head,
+        hidden_at,
+        np.frombuffer(record, "<u4", count, recent_at),
+        memory,
+        times,
+        gaps,
+        shape.sees_times and record[sketch_at - 1] == 1,
+        _unpack_sketch(record, sketch_at + 4, rows, shape) if rows else EMPTY,
+    )
+
+
+def unpack(record: bytes, bundle: Bundle) -> State:
+    """The state in a record, to be advanced. Raises StateError."""
+    found, shape = _parts(record, bundle), bundle.manifest.state
+    count, limit = len(found.recent), shape.context_limit
+    recent, times, gaps = (np.zeros(limit, np.int64) for _ in range(3))
+    recent[:count], times[:count], gaps[:count] = found.recent, found.times[1:], found.gaps
+    hidden = np.empty((shape.layers - 1, limit, shape.width), shape.dtype)
+    closed, in_steps = _closed_positions(shape, count), b""
+    if closed:
+        hidden[:, :closed] = _closed_hidden(record, found.hidden_at, closed, shape, slice(None))
+        in_steps = record[found.hidden_at : found.hidden_at + _hidden_bytes(shape, count)[0]]
+    hidden[:, closed:count] = _open_hidden(record, found.hidden_at, count, closed, shape)
+    return _state(record, bundle, found, (recent, hidden, times, gaps), closed=in_steps)
+
+
+def view(record: bytes, bundle: Bundle) -> State:
+    """The state in a record, for an answer: its arrays lie in the record and end with the context.
+
+    Of hidden states that are kept in steps, it has the last layer only.
+
+    It cannot be advanced, and takes half the time of `unpack`. Raises StateError.
+    """
+    found, shape = _parts(record, bundle), bundle.manifest.state
+    hidden = _unpack_hidden(record, found.hidden_at, len(found.recent), shape)
+    arrays = (found.recent.astype(np.int64), hidden, found.times[1:], found.gaps.astype(np.int64))
+    return _state(record, bundle, found, arrays, stored=record[: head_bytes(shape)])
+
+
+def _state(
+    record: bytes,
+    bundle: Bundle,
+    found: _Parts,
+    arrays: tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray],
+    *,
+    closed: bytes = b"",
+    stored: bytes = b"",
+) -> State:
+    recent, hidden, times, gaps = arrays
     return State(
-        shape=shape,
-        event_count=head.event_count,
-        history_count=head.history_count,
-        vocabulary=head.vocabulary,
-        recent=np.frombuffer(record, "<u4", count, recent_at).astype(np.int64),
-        hidden=_unpack_hidden(record, hidden_at, count, shape),
-        memory=memory.astype(shape.dtype, copy=False),
-        user_embedding=head.user_embedding,
-        times=times[1:],
+        shape=bundle.manifest.state,
+        event_count=found.head.event_count,
+        history_count=found.head.history_count,
+        vocabulary=found.head.vocabulary,
+        recent=recent,
+        hidden=hidden,
+        memory=found.memory,
+        user_embedding=found.head.user_embedding,
+        times=times,
         gaps=gaps,
-        last_time=int(times[0]),
-        last_is_known=shape.sees_times and record[sketch_at - 1] == 1,
-        sketch=_unpack_sketch(record, sketch_at + 4, rows, shape) if rows else EMPTY,
-        stored=record[:recent_at],
-        lacking=lacking_events(record) if head.lacks else 0,
+        last_time=int(found.times[0]),
+        last_is_known=found.last_is_known,
+        sketch=found.sketch,
+        closed=closed,
+        stored=stored,
+        lacking=lacking_events(record) if found.head.lacks else 0,
     )
 
 
