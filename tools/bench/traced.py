@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import functools
 import importlib
+import inspect
+import pkgutil
 import sys
 import threading
 from collections.abc import Callable
@@ -18,7 +20,10 @@ from typing import Any
 
 import numpy as np
 
-HANDLER, RECEIVE = "handler", "gRPC: handing over the message"
+from dman_runtime import retrieval
+from dman_runtime.retrieval.base import Retriever
+
+HANDLER, RECEIVE, SEARCH = "handler", "gRPC: handing over the message", "search"
 STAGES: dict[str, tuple[str, ...]] = {
     "who calls, limits, admission": (
         "dman_runtime.api.door:Door.caller_of",
@@ -63,7 +68,7 @@ STAGES: dict[str, tuple[str, ...]] = {
         "dman_runtime.model.generation:Generation.advance",
         "dman_runtime.model.generation:Generation.advance_pieces",
     ),
-    "search": ("dman_runtime.retrieval.exact:ExactRetriever.search",),
+    SEARCH: (),  # of every `Retriever`
     "engine": (
         "dman_runtime.engine:Engine.plain_answer",
         "dman_runtime.engine:Engine.open_queries",
@@ -132,11 +137,22 @@ class Trace:
 
 def install(trace: Trace) -> None:
     """Wraps all functions. AttributeError where one has gone: then name the one in its place."""
-    for stage, functions in STAGES.items():
+    for stage, functions in (STAGES | {SEARCH: _searches()}).items():
         for name in functions:
             _replace(name, functools.partial(trace.wrap, stage))
     _replace("dman_runtime.api.admission:Receiver.receive", functools.partial(trace.wrap_waiting, RECEIVE))
     _replace("dman_runtime.metrics:Metrics.call", lambda _: _method(trace))
+
+
+def _searches() -> tuple[str, ...]:
+    """Of all classes that are retrievers."""
+    names = (f"{retrieval.__name__}.{module.name}" for module in pkgutil.iter_modules(retrieval.__path__))
+    return tuple(
+        f"{name}:{kind.__name__}.search"
+        for name in names
+        for kind in vars(importlib.import_module(name)).values()
+        if inspect.isclass(kind) and kind.__module__ == name and "search" in vars(kind) and kind is not Retriever
+    )
 
 
 def _method(trace: Trace) -> Callable[..., None]:
