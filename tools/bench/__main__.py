@@ -46,7 +46,7 @@ PARTS: Mapping[str, Part] = {
     "closed": Part(closed_loops, by_h2load=True, by_floor=True),
     "mix": Part(reads_to_updates, by_h2load=True, by_floor=True),
     "k": Part(answer_sizes, by_h2load=True, by_floor=True),
-    "open": Part(latency_by_rate),
+    "open": Part(latency_by_rate, by_floor=True),
     "overload": Part(overload),
     "updates": Part(durable_updates, by_floor=True),
     "breakdown": Part(breakdown),

@@ -20,7 +20,7 @@ class Floor:
         self.blocks = {
             clients: h2load.in_turns(
                 [h2load.echo_load(server, clients, PROCESSES, kind) for kind, server in bench.echoes.items()],
-                rounds=sizes.block_rounds,
+                rounds=sizes.floor_rounds,
                 seconds=sizes.block_seconds,
             )
             for clients in sizes.clients

@@ -26,11 +26,8 @@ from tools.bench.servers import ECHO_METHOD, ECHO_SERVICE, Running
 
 COMMAND = "h2load"
 HOW_TO_GET_IT = f"{COMMAND} is missing; it is in nghttp2-client of Debian and Ubuntu: apt-get install nghttp2-client"
-_START_SECONDS = (
-    0.02,
-    0.06,
-    0.2,
-)  # for a process to start while others send already; on a busy machine it takes longer
+_START_SECONDS = 0.02  # for a process to start, while others send already
+_ATTEMPTS = (1, 4, 16)  # times as long, where a machine is busy or a server takes seconds to answer
 _EXTRA_SECONDS = 60.0  # for processes to end
 _COUNTED_SECONDS = 5.0  # until a server has counted what it answered
 _HEADERS = ("te: trailers", "content-type: application/grpc")
@@ -104,21 +101,28 @@ def run(load: Load, *, seconds: float) -> dict[str, Block]:
     """One block of each group. Raises UsageError where a call failed, by h2load or by the server's own counts."""
     before = load.server.answers() if load.server.metrics_port else None
     sent = 0
-    for start_seconds in _START_SECONDS:
-        with tempfile.TemporaryDirectory(prefix="h2load-") as directory:
-            logs = _logs(load, seconds, start_seconds, Path(directory))
+    for longer in _ATTEMPTS:
+        logs = send(load, seconds=longer * seconds, start_seconds=longer * _START_SECONDS)
         sent += sum(len(rows) for group in logs.values() for rows in group)
         if (blocks := _blocks(logs, warm_up=seconds / 5, least=seconds / 3)) is not None:
             break
     else:
-        raise UsageError(f"the processes of {COMMAND} did not send at the same time", "measure for longer")
+        raise UsageError(f"processes of {COMMAND} got no answers at the same time, in {longer * seconds:g} s")
     if before is not None:
         _check_counts(load, before, sent)
     return blocks
 
 
+def send(load: Load, *, seconds: float, start_seconds: float = _START_SECONDS) -> dict[str, list[np.ndarray]]:
+    """For each group and process the requests (n, 3): began and took, in microseconds, between them HTTP's status.
+
+    Sends for so long once all processes have started, which takes each of them `start_seconds`.
+    """
+    with tempfile.TemporaryDirectory(prefix="h2load-") as directory:
+        return _logs(load, seconds, start_seconds, Path(directory))
+
+
 def _logs(load: Load, seconds: float, start_seconds: float, directory: Path) -> dict[str, list[np.ndarray]]:
-    """For each group and process the requests (n, 3): began and took, in microseconds, between them HTTP's status."""
     files: dict[str, list[Path]] = {name: [] for name in load.groups}
     count = sum(len(group.shares) for group in load.groups.values())
     end = time.monotonic() + seconds + start_seconds * count

@@ -84,6 +84,7 @@ def percentile(milliseconds: np.ndarray, percent: float) -> float:
 def latency_by_rate(bench: Bench) -> Section:
     """Latency from when a call was due, by the rate at which calls arrive, beside the echo at the same rate."""
     sizes, found = bench.sizes, dict[tuple[float, str], list[Outcome]]()
+    echo = bench.echo_for(CONNECTIONS)
     with bench.server("open") as server, arrivals_client() as client:
         users = bench.ordinary_users(server.address)
         calls = mix(bench, users)
@@ -92,7 +93,7 @@ def latency_by_rate(bench: Bench) -> Section:
         for _ in range(sizes.rate_rounds):
             for share in SHARES:
                 rate = share * peak.median
-                for name, address, sent in (("server", server.address, calls), ("echo", bench.echo, [ECHO])):
+                for name, address, sent in (("server", server.address, calls), ("echo", echo, [ECHO])):
                     arrivals = Arrivals(address, sent, sizes.rate_seconds, rate, deadline=DEADLINE)
                     found.setdefault((share, name), []).append(client.run(arrivals))
     rows, panels = [], Panels({"p99 ms by calls/s": {"server": {}, "echo": {}}})

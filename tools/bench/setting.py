@@ -44,6 +44,7 @@ class Sizes:
     import_repeats: int = 5
     block_seconds: float = 1.25  # of a closed loop, the first fifth of which does not count
     block_rounds: int = 5
+    floor_rounds: int = 3
     clients: tuple[int, ...] = (1, 8, 64, 256)
     ks: tuple[int, ...] = (1, 10, 100, 500)
     update_clients: tuple[int, ...] = (0, 4, 16, 32, 64)  # of 64 clients, those that update
@@ -54,6 +55,7 @@ class Sizes:
     overload_seconds: float = 60.0
     kind_calls: int = 400  # of each kind of request whose time is taken apart
     start_repeats: int = 5
+    start_repeats_of_catalogues: int = 2
 
 
 QUICK = Sizes(
@@ -66,6 +68,7 @@ QUICK = Sizes(
     import_repeats=3,
     block_seconds=0.5,
     block_rounds=1,
+    floor_rounds=1,
     clients=(1, 8),
     ks=(1, 10),
     update_clients=(0, 4, 8),
@@ -76,6 +79,7 @@ QUICK = Sizes(
     overload_seconds=3.0,
     kind_calls=20,
     start_repeats=1,
+    start_repeats_of_catalogues=1,
 )
 
 
@@ -157,9 +161,9 @@ class Bench:
 
         return Floor(self)
 
-    def echo_for_one(self) -> str:
-        """The address of the fastest echo for one client, if they were compared."""
-        return self.floor.best(1)[1].address if len(self.echoes) > 1 else self.echo
+    def echo_for(self, clients: int) -> str:
+        """The address of the fastest echo for so many clients, if they are compared."""
+        return self.floor.best(clients)[1].address if len(self.echoes) > 1 else self.echo
 
     def history(self, user: str, events: int) -> list[str]:
         return random.Random(user).choices(self.items, k=events)

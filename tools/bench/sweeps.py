@@ -24,9 +24,7 @@ from tools.loadgen import add_events
 MAX_LONG_BY_SHORT = 1.05  # p50 after the longest history by that after the shortest
 LARGE, MIN_SPEED_UP = 200_000, 3.0  # calls/s of eight clients by those of one, in a catalogue of so many items
 MILLION, MAX_MORE = 1_000_000, 3.0  # ms above the echo in a catalogue of a million
-BYTES_AN_ITEM = (
-    4096  # of memory that a bundle of the default width takes while it is made, and again while it is served
-)
+BYTES_AN_ITEM = 3000  # of memory that a bundle of the default width takes while it is made
 USERS = 64
 
 
@@ -85,7 +83,7 @@ def catalogue_size(bench: Bench) -> Section:
     bundles = Catalogues(from_dict(ModelConfig, bench.bundle.manifest.model, where="the bundle"))
     found, workers, left_out = dict[int, dict[str, list[Block]]](), dict[int, Worker](), list[str]()
     for items in bench.sizes.catalogues:
-        if (needed := 2 * items * BYTES_AN_ITEM) > psutil.virtual_memory().available:
+        if (needed := items * BYTES_AN_ITEM) > psutil.virtual_memory().available:
             left_out.append(f"{items:,} items are left out: they would take {needed / 1e9:.0f} GB of memory here.")
             continue
         print(f"    {items:,} items ...", flush=True)
@@ -131,7 +129,7 @@ def _measure(bench: Bench, path: Path, items: int) -> tuple[dict[str, list[Block
             loads.append(Load(server, {f"recommend, {clients}": Group(reads, clients)}))
         blocks = h2load.in_turns(loads, rounds=sizes.block_rounds, seconds=sizes.block_seconds)
         check(server, reads)
-    return blocks, further_worker(bench, path, state, reads)
+    return blocks, further_worker(bench, path, state, reads, repeats=sizes.start_repeats_of_catalogues)
 
 
 def _clients(name: str) -> int:

@@ -41,7 +41,7 @@ def durable_updates(bench: Bench) -> Section:
         bare = _bare_commit(opened_here, bench.scratch / "bare", record_bytes)
         own = _store_commit(opened_here, bench, record_bytes)
         graph = _graph_run(bench)
-        echo_address = bench.echo_for_one()
+        echo_address = bench.echo_for(1)
 
         def opened(stack: ExitStack, thread: int, names: Sequence[str]) -> list[Operation]:
             chooser = random.Random(0)

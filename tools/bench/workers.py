@@ -54,10 +54,10 @@ class Worker:
         ]
 
 
-def further_worker(bench: Bench, bundle: Path, state: Path, calls: Sequence[Call]) -> Worker:
-    """Measures servers of a bundle on a state directory that was served before."""
+def further_worker(bench: Bench, bundle: Path, state: Path, calls: Sequence[Call], *, repeats: int) -> Worker:
+    """Measures servers of a bundle, some starts of one, on a state directory that was served before."""
     starts, provider = [], ("--provider", bench.provider)
-    for _ in range(bench.sizes.start_repeats):
+    for _ in range(repeats):
         began = time.perf_counter()
         with dman_server(bundle, state, *provider):
             starts.append(time.perf_counter() - began)
@@ -81,7 +81,7 @@ def _after_serving(bench: Bench, bundle: Path, state: Path, calls: Sequence[Call
         for call in {call.path for call in calls}:
             group = Group([one for one in calls if one.path == call], CLIENTS)
             if h2load.is_here():
-                h2load.run(Load(server, {call: group}), seconds=2 * bench.sizes.block_seconds)
+                h2load.send(Load(server, {call: group}), seconds=2 * bench.sizes.block_seconds)
         process = psutil.Process(server.pid)
         return [one.memory_full_info() for one in (process, *process.children(recursive=True))]
 
@@ -91,7 +91,8 @@ def workers(bench: Bench) -> Section:
     with bench.server("workers") as server:
         users = bench.ordinary_users(server.address)
     calls = [*recommend_calls(users[:CLIENTS]), *update_calls(bench, users[:CLIENTS])]
-    worker = further_worker(bench, bench.bundle.path, bench.scratch / "workers", calls)
+    repeats = bench.sizes.start_repeats
+    worker = further_worker(bench, bench.bundle.path, bench.scratch / "workers", calls, repeats=repeats)
     return Section(
         "A further worker",
         f"A server with two workers, after some seconds of recommendations and updates by {CLIENTS} clients. USS is "
