@@ -35,7 +35,7 @@ from tools.bench.setting import Bench
 UPDATES = 0.2  # share of the calls
 CALLS = 1000  # different ones, over and over
 SHARES = (0.2, 0.4, 0.6, 0.8, 0.9, 1.0, 1.2)  # of what the server sustains
-DEADLINE = 1.0  # seconds
+DEADLINE, PATIENCE = 1.0, 30.0  # seconds: of a call, and where none is to be given up
 OVERLOAD, MIN_GOODPUT, MAX_GROWTH, BACK_SECONDS = 3.0, 0.9, 1.05, 2.0
 QUIET = 0.1  # share of the sustainable rate, before and after an overload
 NORMAL = 2.0  # times the p99 before
@@ -62,7 +62,7 @@ def sustained(client: Client, server: Running, calls: Sequence[Call], bench: Ben
     """Calls a second that a closed loop gets. Raises UsageError where one fails."""
     found = []
     for _ in range(bench.sizes.rate_rounds):
-        one = client.run(Arrivals(server.address, calls, bench.sizes.rate_seconds, None))
+        one = client.run(Arrivals(server.address, calls, bench.sizes.rate_seconds, None, deadline=PATIENCE))
         if not one.good.all():
             raise UsageError(f"calls failed while measuring: {statuses(one)}")
         found.append(len(one.due) / one.seconds)
