@@ -49,7 +49,7 @@ class Sizes:
     ks: tuple[int, ...] = (1, 10, 100, 500)
     update_clients: tuple[int, ...] = (0, 4, 16, 32, 64)  # of 64 clients, those that update
     histories: tuple[int, ...] = (100, 1000, 10_000, 100_000, 1_000_000)  # events
-    catalogues: tuple[int, ...] = (1000, 10_000, 100_000, 200_000, 1_000_000, 4_000_000)  # items
+    catalogues: tuple[int, ...] = (1000, 10_000, 200_000, 1_000_000, 4_000_000)  # items
     rate_seconds: float = 3.0  # of an open loop at one rate
     rate_rounds: int = 3
     overload_seconds: float = 60.0

@@ -5,7 +5,9 @@ from __future__ import annotations
 import random
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import psutil
 
@@ -23,6 +25,7 @@ from tools.loadgen import add_events
 
 MAX_LONG_BY_SHORT = 1.05  # p50 after the longest history by that after the shortest
 LARGE, MIN_SPEED_UP = 200_000, 3.0  # calls/s of eight clients by those of one, in a catalogue of so many items
+FIRST_INDEXED = 100_000
 MILLION, MAX_MORE = 1_000_000, 3.0  # ms above the echo in a catalogue of a million
 BYTES_AN_ITEM = 3000  # of memory that a bundle of the default width takes while it is made
 USERS = 64
@@ -74,6 +77,25 @@ def history_length(bench: Bench) -> Section:
 # -- catalogues ------------------------------------------------------------------------------------------------------
 
 
+class Catalogue(NamedTuple):
+    """How many items, and whether they are searched through an index."""
+
+    items: int
+    indexed: bool
+
+    def __str__(self) -> str:
+        return f"{self.items:,} items, {'index' if self.indexed else 'exact'}"
+
+
+@dataclass
+class Measured:
+    """What was measured of a catalogue."""
+
+    blocks: Mapping[str, Sequence[Block]]
+    worker: Worker
+    recall: float | None  # of its index, at 100
+
+
 def catalogue_size(bench: Bench) -> Section:
     """recommend by one client and by several, and what a further worker takes, by the items of the catalogue."""
     from dman_train.config import ModelConfig
@@ -81,41 +103,50 @@ def catalogue_size(bench: Bench) -> Section:
     from tools.bench.catalogues import Catalogues  # torch is imported where it is needed only
 
     bundles = Catalogues(from_dict(ModelConfig, bench.bundle.manifest.model, where="the bundle"))
-    found, workers, left_out = dict[int, dict[str, list[Block]]](), dict[int, Worker](), list[str]()
-    for items in bench.sizes.catalogues:
-        if (needed := items * BYTES_AN_ITEM) > psutil.virtual_memory().available:
-            left_out.append(f"{items:,} items are left out: they would take {needed / 1e9:.0f} GB of memory here.")
+    found, left_out = dict[Catalogue, Measured](), list[str]()
+    for catalogue in _catalogues(bench.sizes.catalogues):
+        if (needed := catalogue.items * BYTES_AN_ITEM) > psutil.virtual_memory().available:
+            left_out.append(f"{catalogue} is left out: it would take {needed / 1e9:.0f} GB of memory here.")
             continue
-        print(f"    {items:,} items ...", flush=True)
-        path = bench.scratch / f"bundle-{items}"
-        bundles.make(path, items)
-        found[items], workers[items] = _measure(bench, path, items)
-        clean(found[items])
+        print(f"    {catalogue} ...", flush=True)
+        path = bench.scratch / f"bundle-{catalogue.items}-{catalogue.indexed}"
+        recall = bundles.make(path, catalogue.items, indexed=catalogue.indexed)
+        if catalogue.indexed and recall is None:
+            left_out.append(f"{catalogue} is left out: FAISS is missing, or no index was good enough.")
+        else:
+            found[catalogue] = _measure(bench, path, catalogue, recall)
         shutil.rmtree(path)
-    rows = [
-        [f"{items:,}", name.partition(",")[0], str(_clients(name)), *cells(of, blocks[f"echo, {_clients(name)}"])]
-        for items, blocks in found.items()
-        for name, of in blocks.items()
-    ]
     return Section(
         "Catalogue size",
-        "Bundles of untrained models with the sizes of the one above, whose items are random vectors: they cost as "
-        "much as trained ones, except where an index finds trained vectors more easily. One worker; "
+        "Bundles of untrained models with the sizes of the one above, whose items are random vectors in clusters. They "
+        "cost as much as trained ones; how many lists an index must read depends on the vectors. One worker; "
         f"{USERS} users with about {bench.sizes.events} events. {' '.join(left_out)}".strip(),
-        [*_claims(found), *_worker_claims(workers)],
-        ("items", "call", *HEADS),
-        rows,
-        {str(items): block_data(blocks) for items, blocks in found.items()}
-        | {"workers": {str(items): worker.as_json() for items, worker in workers.items()}},
+        [*_claims(found), *(claim for one, of in found.items() for claim in of.worker.claims(one.items, str(one)))],
+        ("catalogue", "call", *HEADS),
+        [
+            [str(one), name.partition(",")[0], str(_clients(name)), *cells(of, measured.blocks[_echo_of(name)])]
+            for one, measured in found.items()
+            for name, of in measured.blocks.items()
+        ],
+        {
+            str(one): {"worker": of.worker.as_json(), "recall": of.recall, **block_data(of.blocks)}
+            for one, of in found.items()
+        },
         panels=_panels(found),
     )
 
 
-def _measure(bench: Bench, path: Path, items: int) -> tuple[dict[str, list[Block]], Worker]:
-    sizes, state = bench.sizes, bench.scratch / f"state-{items}"
-    chooser = random.Random(items)
+def _catalogues(sizes: Sequence[int]) -> list[Catalogue]:
+    """Exact search as far as anybody would use it, and an index from where it may be quicker."""
+    exact = [Catalogue(items, False) for items in sizes if items <= MILLION]
+    return sorted([*exact, *(Catalogue(items, True) for items in sizes if items >= FIRST_INDEXED)])
+
+
+def _measure(bench: Bench, path: Path, catalogue: Catalogue, recall: float | None) -> Measured:
+    sizes, state = bench.sizes, path.with_name(f"{path.name}-state")
+    chooser = random.Random(catalogue.items)
     histories = {
-        f"user-{number}": [str(chooser.randrange(items)) for _ in range(sizes.events + number % 20)]
+        f"user-{number}": [str(chooser.randrange(catalogue.items)) for _ in range(sizes.events + number % 20)]
         for number in range(USERS)
     }
     with counting_server(path, state, "--provider", bench.provider) as server:
@@ -127,45 +158,52 @@ def _measure(bench: Bench, path: Path, items: int) -> tuple[dict[str, list[Block
         for clients in (1, CLIENTS):
             loads.append(h2load.echo_load(bench.floor.best(clients)[1], clients, PROCESSES, f"echo, {clients}"))
             loads.append(Load(server, {f"recommend, {clients}": Group(reads, clients)}))
-        blocks = h2load.in_turns(loads, rounds=sizes.block_rounds, seconds=sizes.block_seconds)
+        blocks = clean(h2load.in_turns(loads, rounds=sizes.block_rounds, seconds=sizes.block_seconds))
         check(server, reads)
-    return blocks, further_worker(bench, path, state, reads, repeats=sizes.start_repeats_of_catalogues)
+    worker = further_worker(bench, path, state, reads, repeats=sizes.start_repeats_of_catalogues)
+    return Measured(blocks, worker, recall)
 
 
 def _clients(name: str) -> int:
     return int(name.rpartition(" ")[2])
 
 
-def _claims(found: Mapping[int, Mapping[str, Sequence[Block]]]) -> Iterator[Claim]:
-    for items, blocks in found.items():
+def _echo_of(name: str) -> str:
+    return f"echo, {_clients(name)}"
+
+
+def _claims(found: Mapping[Catalogue, Measured]) -> Iterator[Claim]:
+    for one, measured in found.items():
+        blocks, recall = measured.blocks, "" if measured.recall is None else f", recall@100 {measured.recall:.4f}"
         more = rate_ratios(blocks[f"recommend, {CLIENTS}"], blocks["recommend, 1"])
-        title = f"recommend in {items:,} items, calls/s of {CLIENTS} clients by those of one"
-        limit = items == LARGE
-        yield Claim(title, f"{more} times", *((f">= {MIN_SPEED_UP:g}", more.median >= MIN_SPEED_UP) if limit else ()))
+        title = f"recommend in {one}, calls/s of {CLIENTS} clients by those of one"
+        limited = one == Catalogue(LARGE, False)
+        target = (f">= {MIN_SPEED_UP:g}", more.median >= MIN_SPEED_UP) if limited else ()
+        yield Claim(title, f"{more} times", *target)
         above = _above(blocks["recommend, 1"], blocks["echo, 1"])
-        title, limit = f"recommend in {items:,} items, 1 client, p50 above the echo's", items == MILLION
-        yield Claim(title, f"{above} ms", *((f"<= {MAX_MORE:g} ms", above.median <= MAX_MORE) if limit else ()))
+        title, limited = f"recommend in {one}, 1 client, p50 above the echo's", one == Catalogue(MILLION, True)
+        target = (f"<= {MAX_MORE:g} ms", above.median <= MAX_MORE) if limited else ()
+        yield Claim(title, f"{above} ms{recall}", *target)
 
 
 def _above(blocks: Sequence[Block], echo: Sequence[Block]) -> Spread:
     return Spread(tuple(one.p50 - other.p50 for one, other in zip(blocks, echo, strict=True)))
 
 
-def _worker_claims(workers: Mapping[int, Worker]) -> Iterator[Claim]:
-    for items, worker in workers.items():
-        yield from worker.claims(items)
+def _panels(found: Mapping[Catalogue, Measured]) -> Panels:
+    def line(call: str, *, indexed: bool, rate: bool = False) -> dict[int, float]:
+        chosen = {one.items: of.blocks[call] for one, of in found.items() if one.indexed == indexed}
+        return {items: (rates(of) if rate else p50s(of)).median for items, of in chosen.items()}
 
-
-def _panels(found: Mapping[int, Mapping[str, Sequence[Block]]]) -> Panels:
-    calls = ("recommend", "echo")
+    kinds = {"exact": False, "index": True}
     return {
         "1 client, p50 ms by items": {
-            call: {items: p50s(blocks[f"{call}, 1"]).median for items, blocks in found.items()} for call in calls
+            "echo": line("echo, 1", indexed=False),
+            **{f"recommend, {kind}": line("recommend, 1", indexed=indexed) for kind, indexed in kinds.items()},
         },
         "recommend, calls/s by items": {
-            f"{clients} client{'s' * (clients > 1)}": {
-                items: rates(blocks[f"recommend, {clients}"]).median for items, blocks in found.items()
-            }
+            f"{kind}, {clients} client{'s' * (clients > 1)}": line(f"recommend, {clients}", indexed=indexed, rate=True)
+            for kind, indexed in kinds.items()
             for clients in (1, CLIENTS)
         },
     }

@@ -35,18 +35,18 @@ class Worker:
     def as_json(self) -> dict[str, Any]:
         return asdict(self)
 
-    def claims(self, items: int) -> list[Claim]:
+    def claims(self, items: int, catalogue: str) -> list[Claim]:
         start, limit = Spread(self.starts), MAX_START_OF_MANY if items >= MANY_ITEMS else MAX_START
         more = f"; a server of two has {self.proportional / 1e6:.0f} MB more than of one"
         return [
             Claim(
-                f"private memory of a worker, {items:,} items",
+                f"private memory of a worker, {catalogue}",
                 f"{self.private / 1e6:.0f} MB (USS; RSS {self.resident / 1e6:.0f} MB{more})",
                 f"<= {MAX_PRIVATE / 1e6:.0f} MB",
                 self.private <= MAX_PRIVATE,
             ),
             Claim(
-                f"from the start of a worker until it is ready, {items:,} items",
+                f"from the start of a worker until it is ready, {catalogue}",
                 f"{start} s",
                 f"<= {limit:g} s",
                 start.median <= limit,
@@ -91,7 +91,7 @@ def workers(bench: Bench) -> Section:
     with bench.server("workers") as server:
         users = bench.ordinary_users(server.address)
     calls = [*recommend_calls(users[:CLIENTS]), *update_calls(bench, users[:CLIENTS])]
-    repeats = bench.sizes.start_repeats
+    repeats, items = bench.sizes.start_repeats, bench.bundle.manifest.vocabulary
     worker = further_worker(bench, bench.bundle.path, bench.scratch / "workers", calls, repeats=repeats)
     return Section(
         "A further worker",
@@ -99,6 +99,6 @@ def workers(bench: Bench) -> Section:
         "what a worker has to itself; RSS counts the pages of the state store as well, which workers share and the "
         "system can take back. A start is timed from the start of a process to its first line, on a store that knows "
         "the items of the bundle already, as it does for every worker but the first one of all.",
-        worker.claims(bench.bundle.manifest.vocabulary),
+        worker.claims(items, f"{items:,} items"),
         data=worker.as_json(),
     )
