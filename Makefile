@@ -42,7 +42,7 @@ proto: $(STAMP)  ## regenerate the committed gRPC stubs
 docs: $(STAMP)  ## write docs/options.md from the code
 	$(BIN)/python -m tools.options_page
 
-bench: $(STAMP)  ## measure the bundle in bundle/ and write reports/serving.md
+bench: $(STAMP)  ## measure the bundle in bundle/ and write reports/performance.md
 	$(BIN)/python -m tools.bench
 
 soak: $(STAMP)  ## attack servers for half an hour and more, and write reports/faults.md

@@ -30,16 +30,23 @@ def plot_curves(epochs: list[dict[str, float]], path: Path) -> None:
     _save(figure, path)
 
 
-def plot_lines(panels: dict[str, dict[str, dict[int, float]]], path: Path) -> None:
-    """Writes a panel for each title as a PNG; each has lines by label, and each line has values by whole numbers."""
+def plot_lines(panels: dict[str, dict[str, dict[int, float]]], path: Path, *, logarithmic: bool = False) -> None:
+    """Writes a panel for each title as a PNG; each has lines by label, and each line has values by whole numbers.
+
+    `logarithmic`: of these numbers, which then are above 0.
+    """
     figure, axes = plt.subplots(1, len(panels), figsize=(4 * len(panels), 3.5), layout="constrained", squeeze=False)
     for axis, (title, lines) in zip(axes[0], panels.items(), strict=True):
         for label, points in lines.items():
             axis.plot(list(points), list(points.values()), marker="o", label=label)
         axis.set(title=title)
         numbers = sorted({number for points in lines.values() for number in points})
+        if logarithmic:
+            axis.set_xscale("log")
+            axis.set_ylim(bottom=0)
         if len(numbers) <= MOST_TICKS:
-            axis.set(xticks=numbers)
+            axis.set_xticks(numbers, [f"{number:g}" for number in numbers])
+            axis.minorticks_off()
         if len(lines) == 1:
             axis.set(ylabel=next(iter(lines)))
         elif lines:

@@ -70,13 +70,15 @@ def update_operation(
     )
 
 
-def add_events(channel: grpc.Channel, histories: Mapping[str, Sequence[str]]) -> None:
-    """Stores events for users before a measurement, many at a time."""
+def add_events(channel: grpc.Channel, histories: Mapping[str, Sequence[str]], *, since: int = 0) -> None:
+    """Stores events for users before a measurement, many at a time; a minute apart from a second on, 0 for no times."""
     stub = RecommenderStub(channel)
     waiting: list[pb.UpdateRequest] = []
     for user, items in histories.items():
         for start in range(0, len(items), MAX_EVENTS_PER_SETUP_CALL):
-            events = [pb.Event(item_id=item) for item in items[start : start + MAX_EVENTS_PER_SETUP_CALL]]
+            part = items[start : start + MAX_EVENTS_PER_SETUP_CALL]
+            times = range(since + 60 * start, since + 60 * (start + len(part)), 60) if since else [0] * len(part)
+            events = [pb.Event(item_id=item, timestamp=at) for item, at in zip(part, times, strict=True)]
             waiting.append(pb.UpdateRequest(user_id=user, events=events))
             if len(waiting) == USERS_PER_SETUP_CALL or len(events) == MAX_EVENTS_PER_SETUP_CALL:
                 stub.BatchUpdate(pb.BatchUpdateRequest(updates=waiting), timeout=SETUP_SECONDS)

@@ -292,4 +292,14 @@ def p50s(blocks: Sequence[Block]) -> Spread:
 
 
 def ratios(blocks: Sequence[Block], floor: Sequence[Block]) -> Spread:
+    """p50 by p50, round by round."""
     return Spread(tuple(block.p50 / other.p50 for block, other in zip(blocks, floor, strict=True)))
+
+
+def rates(blocks: Sequence[Block]) -> Spread:
+    return Spread(tuple(block.per_second for block in blocks))
+
+
+def rate_ratios(blocks: Sequence[Block], floor: Sequence[Block]) -> Spread:
+    """Throughput by throughput, round by round."""
+    return Spread(tuple(one.per_second / other.per_second for one, other in zip(blocks, floor, strict=True)))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import platform
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from importlib.metadata import PackageNotFoundError, version
@@ -22,6 +23,7 @@ HOW_TO_READ = (
 )
 BLOCK_HEADS = ("operation", "calls", "p50 ms, median of rounds", "p50 ms", "p90 ms", "p99 ms", "max ms", "calls/s")
 RUNTIMES = ("onnxruntime-gpu", "onnxruntime")
+Panels = dict[str, dict[str, dict[int, float]]]  # title -> label of a line -> its points
 
 
 @dataclass(frozen=True)
@@ -47,9 +49,13 @@ class Section:
     heads: Sequence[str] = ()
     rows: Sequence[Sequence[str]] = ()
     data: dict[str, Any] = field(default_factory=dict)
+    panels: Panels = field(default_factory=dict)  # of its picture; none: it has no picture
 
-    def markdown(self) -> str:
+    def markdown(self, picture: str = "") -> str:
+        """`picture` is the name of its file."""
         parts = [f"## {self.title}", self.method]
+        if picture:
+            parts.append(f"![{', '.join(self.panels)}]({picture})")
         if self.rows:
             parts.append(table(self.heads, self.rows))
         return "\n\n".join(parts)
@@ -121,15 +127,29 @@ def claims_table(claims: Sequence[Claim]) -> str:
 
 
 def write_report(path: Path, title: str, method: str, facts: dict[str, str], sections: Sequence[Section]) -> None:
-    """A page: what ran and how, on which machine, all claims, then the sections."""
+    """A page: what ran and how, on which machine, all claims, then the sections, with pictures beside the page."""
+    pictures = {section.title: _picture(path, section) for section in sections}
     parts = [
         f"# {title}",
         method,
         table(("", ""), list(facts.items())),
         claims_table([claim for section in sections for claim in section.claims]),
-        *(section.markdown() for section in sections),
+        *(section.markdown(pictures[section.title]) for section in sections),
     ]
     write_page(path, parts)
+
+
+def _picture(page: Path, section: Section) -> str:
+    """Draws what a section has to show beside its page; the name of the file, "" for none."""
+    if not section.panels:
+        return ""
+    from dman_train.plots import plot_lines
+
+    words = re.sub(r"[^a-z0-9]+", "-", section.title.lower().partition(":")[0]).strip("-")
+    path = page.with_name(f"{page.stem}-{words}.png")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    plot_lines(section.panels, path, logarithmic=True)
+    return path.name
 
 
 def show(path: Path, facts: dict[str, str], sections: Sequence[Section], *, as_json: bool) -> None:

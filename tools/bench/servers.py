@@ -1,18 +1,24 @@
 """The servers that measurements talk to, started here and stopped by their pid.
 
-`python -m tools.bench.servers` is one of them: the empty echo, a method that takes bytes and returns them through the
-same kind of gRPC server as that of `dman-runtime serve`. It is the floor of every round trip on a machine.
+`python -m tools.bench.servers KIND` is one of them: the empty echo, a method that takes bytes and returns them. It is
+the floor of every round trip on a machine. Which kind of gRPC server answers fastest depends on the clients; `uvloop`
+is the one of `dman-runtime serve`.
 """
 
 from __future__ import annotations
 
 import asyncio
+import re
+import socket
 import subprocess
 import sys
 import threading
+import urllib.request
+from collections import Counter
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +29,9 @@ from dman_runtime.serving.config import MAX_MESSAGE_BYTES
 from tools.faults.servers import importable
 
 ECHO_SERVICE, ECHO_METHOD = "dman.bench.Echo", "Echo"
-START_SECONDS, STOP_SECONDS = 120, 30
+ECHO_KINDS = ("1 thread", "2 threads", "4 threads", "16 threads", "asyncio", "uvloop")
+OWN_KIND = "uvloop"  # as `dman-runtime serve`
+START_SECONDS, STOP_SECONDS = 600, 30
 ROOT = Path(__file__).resolve().parents[2]
 
 
@@ -34,6 +42,17 @@ class Running:
     address: str
     pid: int
     ready_line: str
+    metrics_port: int = 0  # 0: it counts nothing
+
+    def answers(self) -> Counter[tuple[str, str]]:
+        """How many calls it has answered, by method and gRPC status, of all workers."""
+        url = f"http://127.0.0.1:{self.metrics_port}/metrics"
+        with urllib.request.urlopen(url, timeout=10) as reply:
+            text = reply.read().decode()
+        return Counter({(method, status): int(float(count)) for method, status, count in _COUNTS.findall(text)})
+
+
+_COUNTS = re.compile(r'^dman_request_duration_seconds_count\{method="(\w+)",status="(\w+)"\} (\S+)$', re.MULTILINE)
 
 
 @contextmanager
@@ -47,9 +66,27 @@ def dman_server(bundle: Path, state: Path, *options: str, checkout: Path = ROOT)
 
 
 @contextmanager
-def echo_server() -> Iterator[Running]:
-    """The empty echo in a process of its own."""
-    with _server(["-m", "tools.bench.servers"], log=None) as running:
+def counting_server(bundle: Path, state: Path, *options: str) -> Iterator[Running]:
+    """The same, which counts its answers."""
+    with socket.create_server(("127.0.0.1", 0)) as probe:
+        port = probe.getsockname()[1]
+    with dman_server(bundle, state, *options, "--metrics-port", str(port)) as running:
+        yield replace(running, metrics_port=port)
+
+
+@contextmanager
+def traced_server(bundle: Path, state: Path, trace: Path, *options: str) -> Iterator[Running]:
+    """The same, which writes where its time went to `trace` when it has stopped (`tools.bench.traced`)."""
+    arguments = ["serve", "--bundle", str(bundle), "--state", str(state), "--port", "0", *options]
+    log = state.with_name(f"{state.name}.server.log")
+    with _server(["-m", "tools.bench.traced", str(trace), *arguments], log=log) as running:
+        yield running
+
+
+@contextmanager
+def echo_server(kind: str = OWN_KIND) -> Iterator[Running]:
+    """The empty echo in a process of its own, of one of ECHO_KINDS."""
+    with _server(["-m", "tools.bench.servers", kind], log=None) as running:
         yield running
 
 
@@ -102,27 +139,44 @@ def connect(address: str) -> grpc.Channel:
     )
 
 
-def serve_echo() -> int:
+_ECHO_OPTIONS = [
+    ("grpc.so_reuseport", 0),
+    ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
+    ("grpc.max_send_message_length", MAX_MESSAGE_BYTES),
+]
+
+
+def serve_echo(kind: str) -> int:
     """Serves the echo until SIGTERM, or until stdin ends because the process that started it is gone."""
-    asyncio.run(_serve_echo())
+    if kind.endswith(("thread", "threads")):
+        _serve_echo_by_threads(int(kind.partition(" ")[0]))
+        return 0
+    factory = None
+    if kind == "uvloop":
+        import uvloop
+
+        factory = uvloop.new_event_loop
+    with asyncio.Runner(loop_factory=factory) as runner:
+        runner.run(_serve_echo())
     return 0
 
 
-async def _serve_echo() -> None:
-    """On the same kind of gRPC server as the product's."""
+def _serve_echo_by_threads(threads: int) -> None:
+    server = grpc.server(ThreadPoolExecutor(threads), options=_ECHO_OPTIONS)
+    server.add_generic_rpc_handlers((_echo_handler(lambda request, _: request),))
+    port = server.add_insecure_port("127.0.0.1:0")
+    server.start()
+    print(f"echo on 127.0.0.1:{port}", flush=True)
+    sys.stdin.read()
+    server.stop(0).wait()
 
+
+async def _serve_echo() -> None:
     async def echo(request: bytes, _: Any) -> bytes:
         return request
 
-    server = grpc.aio.server(
-        options=[
-            ("grpc.so_reuseport", 0),
-            ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
-            ("grpc.max_send_message_length", MAX_MESSAGE_BYTES),
-        ],
-    )
-    handler: grpc.RpcMethodHandler[bytes, bytes] = grpc.unary_unary_rpc_method_handler(echo)
-    server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(ECHO_SERVICE, {ECHO_METHOD: handler}),))
+    server = grpc.aio.server(options=_ECHO_OPTIONS)
+    server.add_generic_rpc_handlers((_echo_handler(echo),))
     port = server.add_insecure_port("127.0.0.1:0")
     await server.start()
     print(f"echo on 127.0.0.1:{port}", flush=True)
@@ -130,5 +184,10 @@ async def _serve_echo() -> None:
     await server.stop(0)
 
 
+def _echo_handler(echo: Any) -> grpc.GenericRpcHandler:
+    handler: grpc.RpcMethodHandler[bytes, bytes] = grpc.unary_unary_rpc_method_handler(echo)
+    return grpc.method_handlers_generic_handler(ECHO_SERVICE, {ECHO_METHOD: handler})
+
+
 if __name__ == "__main__":
-    sys.exit(serve_echo())
+    sys.exit(serve_echo(sys.argv[1]))

@@ -9,21 +9,26 @@ import signal
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import NoReturn
+from typing import TYPE_CHECKING, NoReturn
 
 from dman_runtime.errors import UsageError
 from dman_runtime.model.bundle import Bundle
 from dman_runtime.options import Parser
-from tools.bench.servers import Running, connect, dman_server
+from tools.bench.servers import Running, connect, counting_server
 from tools.loadgen import add_events
+
+if TYPE_CHECKING:
+    from tools.bench.floor import Floor
 
 K = 10
 CLIENTS = 8  # threads where throughput is measured
 BUSY_LOAD = 0.5  # processes, on average of a minute, before the run
+MANY_CLIENTS = 64  # where a server is to be as fast as it gets
+SINCE = 1_600_000_000  # when the histories of users begin
 
 
 @dataclass(frozen=True)
@@ -34,12 +39,23 @@ class Sizes:
     calls: int = 200  # per block and thread
     users: int = 200
     events: int = 100  # in the history of an ordinary user
-    long_history: int = 100_000  # events of the user with a long one
     import_users: int = 600
     import_events: int = 120  # mean per user
     import_repeats: int = 5
-    memory_requests: int = 4000
-    memory_repeats: int = 3
+    block_seconds: float = 1.25  # of a closed loop, the first fifth of which does not count
+    block_rounds: int = 5
+    floor_rounds: int = 3
+    clients: tuple[int, ...] = (1, 8, 64, 256)
+    ks: tuple[int, ...] = (1, 10, 100, 500)
+    update_clients: tuple[int, ...] = (0, 4, 16, 32, 64)  # of 64 clients, those that update
+    histories: tuple[int, ...] = (100, 1000, 10_000, 100_000, 1_000_000)  # events
+    catalogues: tuple[int, ...] = (1000, 10_000, 200_000, 1_000_000, 4_000_000)  # items
+    rate_seconds: float = 3.0  # of an open loop at one rate
+    rate_rounds: int = 3
+    overload_seconds: float = 60.0
+    kind_calls: int = 400  # of each kind of request whose time is taken apart
+    start_repeats: int = 5
+    start_repeats_of_catalogues: int = 2
 
 
 QUICK = Sizes(
@@ -47,12 +63,23 @@ QUICK = Sizes(
     calls=20,
     users=20,
     events=30,
-    long_history=3000,
     import_users=60,
     import_events=40,
     import_repeats=3,
-    memory_requests=200,
-    memory_repeats=1,
+    block_seconds=0.5,
+    block_rounds=1,
+    floor_rounds=1,
+    clients=(1, 8),
+    ks=(1, 10),
+    update_clients=(0, 4, 8),
+    histories=(30, 300),
+    catalogues=(100, 200),
+    rate_seconds=0.5,
+    rate_rounds=1,
+    overload_seconds=3.0,
+    kind_calls=20,
+    start_repeats=1,
+    start_repeats_of_catalogues=1,
 )
 
 
@@ -119,6 +146,7 @@ class Bench:
     provider: str
     sizes: Sizes
     echo: str  # address
+    echoes: Mapping[str, Running] = field(default_factory=dict)  # by kind
 
     @functools.cached_property
     def items(self) -> list[str]:
@@ -126,13 +154,25 @@ class Bench:
         chooser = random.Random(0)
         return chooser.sample(self.bundle.items.item_ids, max(1, self.bundle.manifest.vocabulary // 2))
 
+    @functools.cached_property
+    def floor(self) -> Floor:
+        """Measured when it is first asked for."""
+        from tools.bench.floor import Floor
+
+        return Floor(self)
+
+    def echo_for(self, clients: int) -> str:
+        """The address of the fastest echo for so many clients, if they are compared."""
+        return self.floor.best(clients)[1].address if len(self.echoes) > 1 else self.echo
+
     def history(self, user: str, events: int) -> list[str]:
         return random.Random(user).choices(self.items, k=events)
 
     @contextmanager
-    def server(self, name: str) -> Iterator[Running]:
-        """A fresh server with its own state directory."""
-        with dman_server(self.bundle.path, self.scratch / name, "--provider", self.provider) as running:
+    def server(self, name: str, *options: str) -> Iterator[Running]:
+        """A server with its own state directory, which counts its answers."""
+        state = self.scratch / name
+        with counting_server(self.bundle.path, state, "--provider", self.provider, *options) as running:
             yield running
 
     def ordinary_users(self, address: str) -> list[str]:
@@ -141,5 +181,5 @@ class Bench:
         users = [f"user-{i}" for i in range(self.sizes.users)]
         histories = {user: self.history(user, self.sizes.events + i % segment) for i, user in enumerate(users)}
         with connect(address) as channel:
-            add_events(channel, histories)
+            add_events(channel, histories, since=SINCE)
         return users

@@ -27,6 +27,7 @@ from dman_runtime.options import Parser, require_positive, run_command
 from dman_train.config import ModelConfig
 from dman_train.export import export_bundle
 from dman_train.model import DMAN
+from dman_train.searching import Indexed
 from dman_train.vocabulary import Vocabulary
 from protos.dman.v1 import dman_pb2 as pb
 from protos.dman.v1.dman_pb2_grpc import RecommenderStub
@@ -77,11 +78,17 @@ def measure(scratch: Path, sizes: Sizes, items: int) -> Section:
 def export(config: ModelConfig, path: Path, items: int) -> Path:
     """A bundle of an untrained model."""
     torch.manual_seed(0)
-    model = DMAN(config, items)
+    export_untrained(DMAN(config, items), path)
+    return path
+
+
+def export_untrained(model: DMAN, path: Path, indexed: Indexed | None = None) -> None:
+    """Its items are called by their numbers."""
+    items = model.vocabulary
     with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
         warnings.simplefilter("ignore")  # of the exporter, about its future
-        export_bundle(model, Vocabulary([str(i) for i in range(items)], True, np.ones(items, np.int64), {}), path)
-    return path
+        vocabulary = Vocabulary([str(i) for i in range(items)], True, np.ones(items, np.int64), {})
+        export_bundle(model, vocabulary, path, indexed=indexed)
 
 
 def _operations(model: str, channel: grpc.Channel, sizes: Sizes, items: int) -> list[Operation]:

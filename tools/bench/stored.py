@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import uuid
 
+from dman_runtime.model.bundle import StateShape
 from dman_runtime.store.history import CHUNK_EVENTS
+from dman_train.config import ModelConfig
 from protos.dman.v1 import dman_pb2 as pb
 from protos.dman.v1.dman_pb2_grpc import RecommenderStub
 from tools.bench.comparison import OTHER, THIS, Comparison
 from tools.bench.report import Claim, Section
 from tools.bench.servers import connect
-from tools.bench.serving import has_default_sizes
 from tools.bench.setting import Bench
 from tools.loadgen import CALL_SECONDS, add_events
 
 MAX_BYTES = 24_000  # record and head of a user, at the default sizes
+SIZES = ("segment_length", "memory_slots", "layers", "width")
 USERS, REQUEST_IDS = 5, 16
 NOT_PER_STATE = ("meta", "item", "generation", "history", "seen")  # how the names of the other databases begin
 
@@ -61,6 +63,13 @@ def stored_sizes(comparison: Comparison) -> list[Section]:
         {"databases": databases, "record_and_head": per_user, "state_bytes": reported},
     )
     return [section]
+
+
+def has_default_sizes(shape: StateShape) -> bool:
+    """Whether states are of the default preset, which limits of bytes hold for."""
+    default = ModelConfig()
+    same = all(getattr(shape, name) == getattr(default, name) for name in SIZES)
+    return same and shape.dtype == "float16" and shape.closed == default.closed_states
 
 
 def _event_count(segment_length: int) -> int:

@@ -18,7 +18,7 @@ import trustme
 
 from protos.dman.v1 import dman_pb2 as pb
 from protos.dman.v1.dman_pb2_grpc import RecommenderStub
-from tools.bench.blocks import Block, Operation, Plan, Spread, clean, run_in_processes
+from tools.bench.blocks import Operation, Plan, clean, rate_ratios, run_in_processes
 from tools.bench.report import BLOCK_HEADS, Claim, Section, block_rows
 from tools.bench.servers import connect
 from tools.faults.attacks import update
@@ -58,7 +58,7 @@ def overhead(soak: Soak) -> Section:
         calls = soak.effort.overhead_calls * soak.effort.overhead_rounds
         plan = Plan({PLAIN: calls, GUARDED: calls}, concurrency=THREADS, rounds=soak.effort.overhead_rounds)
         blocks = clean(run_in_processes(plan, functools.partial(_operations, sides), PROCESSES))
-    ratio = throughput_ratio(blocks[GUARDED], blocks[PLAIN])
+    ratio = rate_ratios(blocks[GUARDED], blocks[PLAIN])
     return Section(
         "What access control and metrics cost",
         f"Two servers of the same bundle take turns under {THREADS} clients, four recommendations to one update. "
@@ -74,11 +74,6 @@ def overhead(soak: Soak) -> Section:
         BLOCK_HEADS,
         block_rows(blocks),
     )
-
-
-def throughput_ratio(blocks: Sequence[Block], others: Sequence[Block]) -> Spread:
-    """Round by round."""
-    return Spread(tuple(one.per_second / other.per_second for one, other in zip(blocks, others, strict=True)))
 
 
 def _guarded_options(scratch: Path, token: str, authority: trustme.CA) -> list[str]:
