@@ -29,14 +29,18 @@ def plain_answer(query: Query, store: StateStore, projection: Projection) -> Ans
     view = store.ranking_view(query.user_id, projection.number, generation.answer_bytes)
     if view is None or view.record is None:
         return None
+    before = generation.asked_before(view.record, query.at)
     try:
-        user = generation.read_for_answer(view.record)
+        user: Answering = before[0] if before else generation.read_for_answer(view.record)
     except StateError:
         return None
     if _lags(user, view, projection) or not user.event_count:
         return None
     seen = NO_ITEMS if query.include_seen else projection.known_indices(view.seen)
-    embedding, added = generation.asked((user,), (query.at,))
+    if before:
+        embedding, added = before[1].embedding[None], [before[1].added]
+    else:
+        embedding, added = generation.asked((user,), (query.at,))
     (best,) = generation.retriever.search(embedding, query.k, exclude=(seen,), allowed=(allowed,), added=added)
     return Answer(generation.bundle, best.items, best.scores, False, user.event_count, [])
 

@@ -101,6 +101,17 @@ class Generation:
         read = record.view if self.bundle.manifest.state.answers_read_states else record.read_head
         return read(stored, self.bundle)
 
+    def asked_before(self, stored: bytes, moment: int | None) -> tuple[RecordHead, PersonalAnswer] | None:
+        """The head of a record, and what `asked` gives for it, if that is kept: the state is not read then.
+
+        None if it is not, and for a damaged record.
+        """
+        end = record.head_bytes(self.bundle.manifest.state)
+        if (last := self._kept.last(head := stored[:end])) is None:
+            return None
+        answer = self._kept.get(head, recurrence.moment_of(last, moment))
+        return None if answer is None else (record.read_head(head, self.bundle), answer)
+
     def asked(self, users: Sequence[Answering], moments: Sequence[int | None]) -> tuple[np.ndarray, list[Added | None]]:
         """What a search needs of users with events, for requests at these seconds, None for an unknown time.
 
@@ -126,7 +137,8 @@ class Generation:
         embeddings = recurrence.embeddings_at(chosen, asked, bundle=self.bundle, graphs=self.graphs)
         for row, state, embedding, at in zip(rows, chosen, embeddings, asked, strict=True):
             answer = answers[row] = PersonalAnswer(embedding.copy(), self._added(state, embedding, at))
-            self._kept.put(state.stored, at, answer)
+            last = recurrence.Last(state.shape, state.last_time, state.last_is_known)
+            self._kept.put(state.stored, at, answer, last)
 
     def _added(self, state: State, embedding: np.ndarray, at: int | None) -> Added | None:
         """What is added to the scores of items that the user had before; None for a model without that term."""

@@ -11,12 +11,12 @@ from typing import NamedTuple, Protocol
 
 import numpy as np
 
-from dman_runtime.model.bundle import Bundle
+from dman_runtime.model.bundle import Bundle, StateShape
 from dman_runtime.model.events import KnownEvents
 from dman_runtime.model.rounding import rounded
 from dman_runtime.model.sketch import kept as keep_best
 from dman_runtime.model.state import State
-from dman_runtime.model.times import NO_EVENT, NO_GAP, bucket, filled_times, quantised
+from dman_runtime.model.times import NO_EVENT, NO_GAP, bucket, filled_times, quantised_one
 
 ROWS_PER_RUN = 64  # users in one run of a graph: enough for speed, few enough to stay in cache
 
@@ -198,7 +198,15 @@ def embeddings_at(
     return embeddings
 
 
-def moment_of(state: State, moment: int | None) -> int | None:
+class Last(NamedTuple):
+    """What of a state decides the moment of a request."""
+
+    shape: StateShape
+    last_time: int
+    last_is_known: bool
+
+
+def moment_of(state: State | Last, moment: int | None) -> int | None:
     """The moment of a request as the model sees it; None for an unknown one, and for a model that sees no requests.
 
     A moment before the last event is unknown, and so is every moment if the time of that is: an application that gives
@@ -207,7 +215,7 @@ def moment_of(state: State, moment: int | None) -> int | None:
     """
     if moment is None or not state.last_is_known or moment < state.last_time or state.shape.times != "request":
         return None
-    return state.last_time + int(quantised(np.array(min(moment - state.last_time, state.shape.longest_gap))))
+    return state.last_time + quantised_one(min(moment - state.last_time, state.shape.longest_gap))
 
 
 def _read(states: Sequence[State], moments: Sequence[int], bundle: Bundle, graphs: Graphs) -> np.ndarray:

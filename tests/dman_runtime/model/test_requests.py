@@ -16,10 +16,11 @@ from torch_graphs import generation_of
 from dman_runtime.model.answers import KeptAnswers, PersonalAnswer
 from dman_runtime.model.events import KnownEvents
 from dman_runtime.model.generation import Generation
-from dman_runtime.model.recurrence import Graphs
+from dman_runtime.model.recurrence import Graphs, Last
 from dman_runtime.model.state import State
-from dman_runtime.model.times import NO_GAP
+from dman_runtime.model.times import NO_GAP, quantised, quantised_one
 from dman_train.config import ModelConfig
+from dman_train.graphs import state_shape
 from dman_train.model import DMAN
 from dman_train.replay import replay, returned
 
@@ -290,6 +291,30 @@ def test_stored_state_runs_no_graph_again_before_the_next_bucket_or_event(counti
     np.testing.assert_array_equal(later, counting.asked([state], [last + 1501])[0][0])
 
 
+def test_kept_answer_is_found_by_the_head_of_a_record(counting: Generation) -> None:
+    (state,) = counting.replay([random_events(13, np.random.default_rng(0))])
+    record, last = counting.pack(state), state.last_time
+    assert counting.asked_before(record, last + 1500) is None
+    users, added = counting.asked([counting.read_for_answer(record)], [last + 1500])
+    found = counting.asked_before(record, last + 1600)
+    assert found is not None and added[0] is not None and found[1].added is not None
+    assert (found[0].event_count, found[0].history_count) == (state.event_count, state.history_count)
+    np.testing.assert_array_equal(found[1].embedding, users[0])
+    np.testing.assert_array_equal(found[1].added.scores, added[0].scores)
+    assert counting.asked_before(record, last + 3000) is None  # the next bucket
+    assert counting.asked_before(record, None) is None
+    counting.advance([state], [events_of([3], [last + 1])])
+    assert counting.asked_before(counting.pack(state), last + 1500) is None
+    damaged = bytes([*record[:40], record[40] ^ 1, *record[41:]])
+    assert counting.asked_before(damaged, last + 1500) is None
+    assert runs(counting) == 1
+
+
+@given(st.integers(-(10**6), 2**40))
+def test_one_moment_is_quantised_as_many_are(seconds: int) -> None:
+    assert quantised_one(seconds) == quantised(np.array(seconds))
+
+
 def test_kept_answers_and_new_ones_of_one_batch_stay_with_their_users(counting: Generation) -> None:
     histories, moments = histories_and_moments()
     states = counting.replay(histories)
@@ -314,9 +339,11 @@ def test_state_that_is_not_stored_is_read_anew(counting: Generation) -> None:
 
 def test_oldest_answers_make_room() -> None:
     kept, answer = KeptAnswers(2), PersonalAnswer(np.zeros(1, np.float32), None)
-    kept.put(b"a", None, answer)
-    kept.put(b"b", None, answer)
+    last = Last(state_shape(TIMED, "float16"), 7, True)
+    kept.put(b"a", None, answer, last)
+    kept.put(b"b", None, answer, last)
     assert kept.get(b"a", None) is answer
-    kept.put(b"c", 3, answer)
+    kept.put(b"c", 3, answer, last)
+    assert (kept.last(b"a"), kept.last(b"c")) == (None, last)
     assert (kept.get(b"b", None), kept.get(b"c", None), kept.get(b"c", 3)) == (None, None, answer)
     assert kept.get(b"a", None) is answer
