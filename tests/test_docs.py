@@ -39,7 +39,12 @@ OURS = ("sdk", "dman_runtime", "dman_train", "tools")
 GUIDE = (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))  # what a user reads
 DOCUMENTS = (*GUIDE, *(ROOT / name for name in ("ARCHITECTURE.md", "CHANGELOG.md", "SECURITY.md")))
 OPTIONS = ROOT / "docs" / "options.md"
-INTERNAL = {"tools.bench.servers", "dman_runtime.attended"}  # started by tools.bench and by servers, not by people
+INTERNAL = {  # started by tools.bench, by its peers and by servers, not by people
+    "tools.bench.servers",
+    "tools.bench.peers.host",
+    "tools.bench.peers.searching",
+    "dman_runtime.attended",
+}
 NAMES = [str(document.relative_to(ROOT)) for document in DOCUMENTS]
 
 
