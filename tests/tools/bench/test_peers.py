@@ -198,6 +198,8 @@ def climb_of(name: str, *, ours: bool = False, **of_clients: Sequence[tuple[int,
 def test_throughput_within_a_bound_is_that_of_the_best_number_of_clients_that_keeps_it() -> None:
     one = climb_of("x", c1=[(100, 2.0), (100, 30.0), (100, 2.0)], c8=[(300, 9.0)] * 3, c64=[(500, 70.0)] * 3)
     assert [one.within(bound) for bound in (1.0, 5.0, 10.0, 100.0)] == [None, 1, 8, 64]
+    one.steps[64][1].block.errors["status 503"] += 1
+    assert one.within(100.0) == 8 and one.failed(64) == 1
 
 
 def test_ratio_within_a_bound_is_ours_by_the_best_peer_round_by_round() -> None:
@@ -381,6 +383,6 @@ def test_peers_measures_ours_beside_a_fake_peer(
     assert "its shared library is missing" in claims["recommend in Broken"]
     assert claims["search in FAISS and USearch"] == "not measured"
     text = report.read_text()
-    assert "| Fake | no batches |" in text and "no network" in text
+    assert "| client | a stand-in for h2load |" in text and "| Fake | no batches |" in text and "no network" in text
     assert str(tmp_path) not in text and str(tiny_bundle) not in text
     assert list(scratch.iterdir()) == []

@@ -16,11 +16,10 @@ from pathlib import Path
 
 from dman_runtime.model.bundle import open_bundle
 from dman_runtime.options import Parser, run_command
-from tools.bench.peers import ladder, reencoding, same_model
+from tools.bench.peers import h2load, ladder, reencoding, same_model
 from tools.bench.peers import search as searched
 from tools.bench.peers.catalogue import PEERS
 from tools.bench.peers.environments import DEFAULT_CACHE
-from tools.bench.peers.h2load import require_h2load
 from tools.bench.report import HOW_TO_READ, Section, machine, show, sizes_of, write_report
 from tools.bench.setting import QUICK, Bench, Clock, Sizes, end_with, measuring_parser, scratch_directory
 
@@ -45,11 +44,11 @@ def _parser() -> Parser:
 
 def _main(argv: Sequence[str] | None) -> int:
     arguments = _parser().parse_args(argv)
-    require_h2load()
+    client = h2load.version()
     bundle, clock = open_bundle(arguments.bundle.resolve()), Clock()
     with scratch_directory(arguments.scratch) as scratch:
         bench = Bench(bundle, scratch, "cpu", QUICK if arguments.quick else Sizes(), echo="")
-        facts = machine(bench.scratch) | sizes_of(bundle)
+        facts = machine(bench.scratch) | sizes_of(bundle) | {"client": client}
         sections, settings = _sections(bench, arguments)
     facts |= settings | clock.facts(quick=arguments.quick)
     write_report(

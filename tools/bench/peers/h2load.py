@@ -36,10 +36,11 @@ class Load:
     calls: int  # in all, also before and after that
 
 
-def require_h2load() -> None:
+def version() -> str:
     """Raises UsageError where it is not installed."""
     if shutil.which(PROGRAM) is None:
         raise UsageError(f"{PROGRAM} is not installed", "apt-get install nghttp2-client")
+    return subprocess.check_output([PROGRAM, "--version"], text=True).strip()
 
 
 def block(
@@ -56,7 +57,10 @@ def block(
             _start(stack, address, request, scratch / str(number), http1=http1, seconds=seconds)
             for number, request in enumerate(requests)
         ]
-        printed = [client.communicate(timeout=seconds + _GRACE_SECONDS)[0] for client in clients]
+        try:
+            printed = [client.communicate(timeout=seconds + _GRACE_SECONDS)[0] for client in clients]
+        except subprocess.TimeoutExpired:
+            raise UsageError(f"{PROGRAM} does not end: {address} hangs") from None
     logs = [_read(scratch / f"{number}.log") for number in range(len(requests))]
     if not all(map(len, logs)):
         said = next(text for text, log in zip(printed, logs, strict=True) if not len(log))

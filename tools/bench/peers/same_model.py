@@ -29,11 +29,11 @@ MIN_RATIO = 1.5  # ours by the best peer
 PROBED = "user-probed"  # by whom starts are waited for
 TOLERANCE = 1e-3  # of scores, relative to the largest one
 RECOMMEND, UPDATE = "recommend", "update"
-HEADS = ("server", "clients", "calls/s", "p50 ms", "p99 ms", "CPU ms a call")
+HEADS = ("server", "clients", "calls/s", "failed", "p50 ms", "p99 ms", "CPU ms a call")
 AT_EQUAL_P99 = (
     "Each client sends its next request when the last one is answered. At equal p99: of the numbers of clients with "
-    "which a server keeps the bound (its p99, median of the rounds), the one with its highest throughput. The ratio is "
-    "ours by the best peer, round by round."
+    "which a server keeps the bound (its p99, median of the rounds) and fails no call, the one with its highest "
+    "throughput. The ratio is ours by the best peer, round by round. CPU time is that of all processes of a server."
 )
 
 
@@ -181,7 +181,13 @@ def _section(title: str, call: str, method: str, climbs: Sequence[Climb], compar
     claims = [claim for bound in BOUNDS if (claim := _claim(call, ours, others, bound))]
     claims += [Claim(f"{call} in {one.title}", f"not measured: {one.reason}") for one in compared.unavailable]
     rows = [
-        [one.server.name, str(clients), *(f"{value:.0f}" for value in [one.per_second(clients)]), *_times(one, clients)]
+        [
+            one.server.name,
+            str(clients),
+            f"{one.per_second(clients):.0f}",
+            str(one.failed(clients)),
+            *_times(one, clients),
+        ]
         for one in climbs
         for clients in one.steps
     ]
@@ -222,6 +228,7 @@ def _data(climbs: Sequence[Climb]) -> dict[str, Any]:
                 "per_second": [step.block.per_second for step in steps],
                 "p50": [step.block.p50 for step in steps],
                 "p99": [step.p99 for step in steps],
+                "failed": [step.block.errors.total() for step in steps],
                 "cpu_ms": [step.cpu_milliseconds for step in steps],
             }
             for clients, steps in one.steps.items()

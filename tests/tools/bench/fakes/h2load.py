@@ -11,6 +11,7 @@ from urllib.parse import urlsplit
 import grpc
 
 p = argparse.ArgumentParser()
+p.add_argument("--version", action="version", version="a stand-in for h2load")
 p.add_argument("--h1", action="store_true")
 for option in ("-t", "-c", "-m"):
     p.add_argument(option)
