@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -154,16 +155,35 @@ def test_missing_h2load_is_an_error_that_says_how_to_install_it(
 
 
 def test_blocks_hold_what_was_answered_while_all_clients_ran() -> None:
-    begin = 1_000_000
-    settled = begin + 100_000 + round(1e6 * h2load.SETTLE_SECONDS)
-    early = np.array([[begin, 200, 10], [settled - 5, 200, 4], [settled, 200, 2000], [begin + 1_000_000, 200, 9]])
-    late = np.array([[begin + 100_000, 200, 10], [settled + 50, 500, 3], [begin + 1_050_000, 200, 9]])
-    block = h2load._together([early, late], 1.0, short=False)
+    early = np.array([[1_000_000, 200, 10], [1_399_990, 200, 4], [1_400_000, 200, 2000], [2_000_000, 200, 9]])
+    late = np.array([[1_100_000, 200, 10], [1_500_000, 500, 3], [2_050_000, 200, 9]])
+    begin, end = h2load._common([early, late], 1.0)
+    assert (begin, end) == (pytest.approx(1.1 + h2load.SETTLE_SECONDS), pytest.approx(2.0))
+    block = h2load._answered([early, late], 1.4, 2.0, short=False)
     assert block.milliseconds.tolist() == [2.0] and block.errors == Counter({"status 500": 1})
-    assert block.ended - block.began == pytest.approx(0.9 - h2load.SETTLE_SECONDS)
-    assert h2load._together([early, late], 1.0, short=True).errors[WRONG_REPLY] == 1
+    assert block.per_second == pytest.approx(1 / 0.6)
+    assert h2load._answered([early, late], 1.4, 2.0, short=True).errors[WRONG_REPLY] == 1
+
+
+def test_block_is_measured_longer_where_clients_start_one_after_the_other(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given = list[float]()
+
+    def run(address: str, requests: Sequence[Request], **options: Any) -> tuple[list[np.ndarray], int]:
+        given.append(options["seconds"])
+        return [np.array([[start, 200, 10], [start + 2_000_000, 200, 10]]) for start in (1_000_000, 2_500_000)], 999
+
+    monkeypatch.setattr(h2load, "_run", run)
+    requests = [DmanWire().recommend("u", 3)] * 2
+
+    def measured(seconds: float) -> h2load.Load:
+        return h2load.block("", requests, http1=False, seconds=seconds, reply_bytes=1, scratch=tmp_path)
+
+    assert measured(1.0).block.milliseconds.tolist() == [0.01]
+    assert given == [1.0 + h2load.SETTLE_SECONDS, 2.0 + h2load.SETTLE_SECONDS]
     with pytest.raises(UsageError, match="2 clients did not run together"):
-        h2load._together([early, late], 0.1, short=False)
+        measured(0.1)
 
 
 @pytest.mark.slow

@@ -23,7 +23,7 @@ from tools.bench.peers.wire import Request
 PROGRAM = "h2load"
 MIN_REPLY = 0.8  # of the bytes of a right reply; a call that gRPC fails has none, and is status 200 all the same
 SETTLE_SECONDS = 0.2  # at the start, not counted
-START_SECONDS = 0.02  # of each client
+ATTEMPTS = 4  # each twice as long as the one before
 _GRACE_SECONDS = 30.0
 _DATA = re.compile(r"\((\d+)\) data")
 
@@ -51,7 +51,22 @@ def block(
     Only the time in which all clients ran counts, without its start. `reply_bytes`: of a right reply. Raises UsageError
     where a client got no answer, or where the clients did not run together.
     """
-    seconds += SETTLE_SECONDS + START_SECONDS * len(requests)
+    wanted = seconds
+    for _ in range(ATTEMPTS):
+        logs, received = _run(address, requests, http1=http1, seconds=seconds + SETTLE_SECONDS, scratch=scratch)
+        begin, end = _common(logs, seconds + SETTLE_SECONDS)
+        if end - begin >= wanted / 2:
+            calls = sum(map(len, logs))
+            short = received < MIN_REPLY * reply_bytes * calls
+            return Load(_answered(logs, begin, end, short=short), calls)
+        seconds *= 2  # the clients of a busy machine start one after the other
+    raise UsageError(f"{len(logs)} clients did not run together", "measure on a machine that is not busy")
+
+
+def _run(
+    address: str, requests: Sequence[Request], *, http1: bool, seconds: float, scratch: Path
+) -> tuple[list[np.ndarray], int]:
+    """What each client logged, and how many bytes all of them received."""
     with ExitStack() as stack:
         clients = [
             _start(stack, address, request, scratch / str(number), http1=http1, seconds=seconds)
@@ -65,9 +80,7 @@ def block(
     if not all(map(len, logs)):
         said = next(text for text, log in zip(printed, logs, strict=True) if not len(log))
         raise UsageError(f"{PROGRAM} got no answer from {address}: {' '.join(said.split())[-200:]}")
-    received = sum(int(found[1]) for text in printed if (found := _DATA.search(text)))
-    calls = sum(map(len, logs))
-    return Load(_together(logs, seconds, short=received < MIN_REPLY * reply_bytes * calls), calls)
+    return logs, sum(int(found[1]) for text in printed if (found := _DATA.search(text)))
 
 
 def _start(
@@ -94,14 +107,19 @@ def _read(log: Path) -> np.ndarray:
     return np.array(rows, np.int64).reshape(-1, 3)
 
 
-def _together(logs: Sequence[np.ndarray], seconds: float, *, short: bool) -> Block:
-    """What was answered while all clients ran. `short`: replies had too few bytes, so none counts as right."""
-    begin = max(int(log[0, 0]) for log in logs) + round(SETTLE_SECONDS * 1e6)
-    end = min(int(log[0, 0]) for log in logs) + round(seconds * 1e6)
-    if begin >= end:
-        raise UsageError(f"{len(logs)} clients did not run together", "measure on a machine that is not busy")
+def _common(logs: Sequence[np.ndarray], seconds: float) -> tuple[float, float]:
+    """Begin and end of the time in which all clients ran, without its start, if each ran for so many seconds.
+
+    In seconds since the epoch.
+    """
+    first = [log[0, 0] / 1e6 for log in logs]
+    return max(first) + SETTLE_SECONDS, min(first) + seconds
+
+
+def _answered(logs: Sequence[np.ndarray], begin: float, end: float, *, short: bool) -> Block:
+    """What was answered between two moments. `short`: replies had too few bytes, so none counts as right."""
     rows = np.concatenate(logs)
-    answered = rows[:, 0] + rows[:, 2]
+    answered = (rows[:, 0] + rows[:, 2]) / 1e6
     rows = rows[(answered >= begin) & (answered <= end)]
     good = rows[:, 1] == 200
     errors = Counter(f"status {status}" for status in rows[~good, 1].tolist())
@@ -109,4 +127,4 @@ def _together(logs: Sequence[np.ndarray], seconds: float, *, short: bool) -> Blo
     if short:
         errors[WRONG_REPLY] += len(milliseconds)
         milliseconds = milliseconds[:0]
-    return Block(begin / 1e6, end / 1e6, milliseconds, errors)
+    return Block(begin, end, milliseconds, errors)
