@@ -348,6 +348,19 @@ def test_measure_compares_indexes_with_the_exact_search(monkeypatch: pytest.Monk
     assert {batch: len(times) for batch, times in other["seconds"].items()} == {"1": 2, "4": 2}
 
 
+def found_of(name: str, recall: float, seconds: float) -> dict[str, Any]:
+    return {"index": name, "recall": recall, "seconds": {"1": [seconds, 2 * seconds]}}
+
+
+@pytest.mark.parametrize(("recall", "ours", "ratio"), [(0.99, "index (ours)", "0.50"), (0.9, "numpy (ours)", "3.00")])
+def test_search_claims_compare_what_the_export_would_choose(recall: float, ours: str, ratio: str) -> None:
+    indexes = [found_of("numpy (ours)", 1.0, 6.0), found_of("index (ours)", recall, 1.0)]
+    indexes += [found_of("quick and wrong", 0.5, 0.1), found_of("good", 0.99, 2.0)]
+    (claim,) = search._claims([{"items": 1000, "indexes": indexes}])
+    assert claim.claim == f"1,000 items, batch 1: time of {ours} by the fastest other"
+    assert claim.measured == f"{ratio}x ({ratio} to {ratio}) that of good"
+
+
 # -- all of it -------------------------------------------------------------------------------------------------------
 
 

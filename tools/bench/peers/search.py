@@ -1,4 +1,4 @@
-"""Top-K search: FAISS and USearch beside our exact search, from 3,416 to a million items."""
+"""Top-K search: FAISS and USearch beside ours, from 3,416 to a million items."""
 
 from __future__ import annotations
 
@@ -25,6 +25,7 @@ from tools.bench.setting import Bench
 
 NAME = "search"  # of the requirements
 USERS = 200
+CLOSE = 0.98  # recall on other users than those that chose the effort, to count for a claim
 HEADS = ("items", "index", "build s", "effort", "recall@100")
 SEARCH_SECONDS = 1800
 
@@ -44,7 +45,7 @@ QUICK = Effort(items=(500, 2_000), rounds=1, seconds=0.02)
 
 
 def search(bench: Bench, effort: Effort, cache: Path, data: Path | None) -> Section:
-    """Our exact search, FAISS and USearch: time and recall@100."""
+    """Our search, FAISS and USearch: time and recall@100."""
     try:
         python = python_of(NAME, cache)
     except UnavailableError as error:
@@ -63,7 +64,8 @@ def search(bench: Bench, effort: Effort, cache: Path, data: Path | None) -> Sect
         f"excluded; FAISS {versions['faiss-cpu']}, USearch {versions['usearch']}. The items are the bundle's; beyond "
         "these, points between an item and one of its ten nearest. An approximate index gets the least effort (cells "
         f"or nodes looked at) with recall@100 >= {effort.recall} on half of the {USERS} users; its recall is that on "
-        "the other half. A graph (HNSW) is built for up to 200,000 items: more take minutes.",
+        "the other half. From 50,000 items on, the export builds an index if it has this recall. A graph (HNSW) is "
+        "built for up to 200,000 items: more take minutes.",
         _claims(found),
         [*HEADS, *(f"ms, batch {batch}" for batch in effort.batches)],
         _rows(found),
@@ -103,20 +105,19 @@ def _run(python: Path, settings: Path) -> list[str]:
 
 
 def _claims(found: Sequence[Mapping[str, Any]]) -> list[Claim]:
-    """How many times as fast the fastest index with the recall is."""
+    """Our time by that of the fastest other one, ours as the export would choose it."""
     claims = []
     for one in found:
-        ours, *others = one["indexes"]
-        for batch in ours["seconds"]:
-            good = [index for index in others if index["recall"] >= 0.98]
-            best = min(good, key=lambda index: float(np.median(index["seconds"][batch])), default=None)
-            if best is None:
-                continue
-            ratio = Spread(tuple(a / b for a, b in zip(ours["seconds"][batch], best["seconds"][batch], strict=True)))
+        mine = [index for index in one["indexes"] if index["index"].endswith("(ours)")]
+        ours = next((index for index in mine[1:] if index["recall"] >= CLOSE), mine[0])
+        others = [index for index in one["indexes"] if index not in mine and index["recall"] >= CLOSE]
+        for batch, times in ours["seconds"].items():
+            best = min(others, key=lambda index: float(np.median(index["seconds"][batch])))
+            ratio = Spread(tuple(a / b for a, b in zip(times, best["seconds"][batch], strict=True)))
             spread = f"{ratio.median:.2f}x ({min(ratio.values):.2f} to {max(ratio.values):.2f})"
             claims.append(
                 Claim(
-                    f"{one['items']:,} items, batch {batch}: time of our exact search by the fastest of recall >= .98",
+                    f"{one['items']:,} items, batch {batch}: time of {ours['index']} by the fastest other",
                     f"{spread} that of {best['index']}",
                 )
             )

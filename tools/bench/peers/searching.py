@@ -1,4 +1,4 @@
-"""FAISS and USearch beside our exact search, on one item table. Runs in an environment with numpy and both of them.
+"""FAISS and USearch beside our search, on one item table. Runs in an environment with numpy and both of them.
 
     python -m tools.bench.peers.searching SETTINGS
 
@@ -18,10 +18,13 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from dman_runtime.retrieval.base import NO_ITEMS
+from dman_runtime.retrieval.approximate import ApproximateRetriever
+from dman_runtime.retrieval.base import NO_ITEMS, Retriever
 from dman_runtime.retrieval.exact import ExactRetriever
+from dman_runtime.retrieval.index import ItemIndex
 
 BEST = 100  # recall is of the best 100
+INDEXED_ITEMS = 50_000  # from which on the export builds an index
 GRAPH_ITEMS = 200_000  # building a graph of more takes minutes
 EFFORTS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024)  # of a search: cells that it looks at, or nodes that it keeps
 SCAN_ROWS = 1 << 18
@@ -37,13 +40,27 @@ class Index(NamedTuple):
 
 
 def exact(items: np.ndarray) -> Index:
-    """Ours."""
-    retriever = ExactRetriever(items)
+    """Our exact search."""
+    return Index("numpy, exact (ours)", _our_search(ExactRetriever(items)), 0.0)
 
+
+def indexed(items: np.ndarray) -> Index:
+    """Ours for large catalogues: candidates from an index of FAISS, with exact scores."""
+    began = time.perf_counter()
+    index = ItemIndex.build(items)
+    taken = time.perf_counter() - began
+
+    def read(lists: int) -> None:
+        index.probes = min(lists, index.lists)
+
+    return Index("index of a bundle (ours)", _our_search(ApproximateRetriever(items, index)), taken, read)
+
+
+def _our_search(retriever: Retriever) -> Callable[[np.ndarray], np.ndarray]:
     def search(users: np.ndarray) -> np.ndarray:
         return np.stack([hits.items for hits in retriever.search(users, BEST, exclude=[NO_ITEMS] * len(users))])
 
-    return Index("numpy, exact (ours)", search, 0.0)
+    return search
 
 
 def faiss_indexes(items: np.ndarray) -> Iterator[Index]:
@@ -71,7 +88,7 @@ def _faiss_effort(index: Any, parameter: str) -> Callable[[int], None] | None:
 
 
 def _cells(items: int) -> int:
-    return 1 << round(math.log2(2 * math.sqrt(items)))
+    return 1 << round(math.log2(4 * math.sqrt(items)))
 
 
 def _factories(items: int) -> dict[str, tuple[str, str]]:
@@ -120,7 +137,8 @@ def measure(items: np.ndarray, users: np.ndarray, settings: Mapping[str, Any]) -
     choosing, testing = users[: len(users) // 2], users[len(users) // 2 :]
     ours = exact(items)
     right, tested = (np.concatenate([ours.search(user[None]) for user in part]) for part in (choosing, testing))
-    indexes = [ours, *faiss_indexes(items), *usearch_indexes(items)]
+    indexes = [ours, *([indexed(items)] if len(items) >= INDEXED_ITEMS else [])]
+    indexes += [*faiss_indexes(items), *usearch_indexes(items)]
     efforts = [chosen_effort(index, choosing, right, settings["recall"]) for index in indexes]
     _one_thread()
     found: list[dict[str, Any]] = [
