@@ -19,6 +19,7 @@ import numpy as np
 
 from dman_runtime.model.events import without_times
 from dman_runtime.model.generation import Generation
+from dman_runtime.model.record import head_bytes
 from dman_runtime.model.state import State
 from dman_runtime.retrieval.base import Hits
 
@@ -60,6 +61,8 @@ class HostedModel:
         histories = json.loads(Path(settings.histories).read_text(encoding="utf-8"))
         known = [self._items.indices(items)[0] for items in histories.values()]
         states = self._generation.replay(without_times(known))
+        for state in states:
+            self._record(state)
         users = zip(histories, states, known, strict=True)
         self._users = {user_id: _User(state, items) for user_id, state, items in users}
         store = Path(settings.store) / str(os.getpid())
@@ -96,8 +99,14 @@ class HostedModel:
                 user.seen = np.concatenate([user.seen, more])
             with self._store.begin(write=True) as txn:
                 for user_id, user in zip(items, users, strict=True):
-                    txn.put(user_id.encode(), self._generation.pack(user.state))
+                    txn.put(user_id.encode(), self._record(user.state))
             return counts
+
+    def _record(self, state: State) -> bytes:
+        """The record of a state, whose answers are kept under its head, as in our server."""
+        record = self._generation.pack(state)
+        state.stored = record[: head_bytes(state.shape)]
+        return record
 
     def answer(self, requests: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
         """Replies to requests as `JsonWire` sends them: with an item they are updates, and go first."""
