@@ -39,8 +39,13 @@ OURS = ("sdk", "dman_runtime", "dman_train", "tools")
 GUIDE = (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))  # what a user reads
 DOCUMENTS = (*GUIDE, *(ROOT / name for name in ("ARCHITECTURE.md", "CHANGELOG.md", "SECURITY.md")))
 OPTIONS = ROOT / "docs" / "options.md"
-# Started by tools.bench and by servers, not by people.
-INTERNAL = {"tools.bench.servers", "tools.bench.traced", "dman_runtime.attended"}
+INTERNAL = {  # started by tools.bench, by its peers and by servers, not by people
+    "tools.bench.servers",
+    "tools.bench.traced",
+    "tools.bench.peers.host",
+    "tools.bench.peers.searching",
+    "dman_runtime.attended",
+}
 NAMES = [str(document.relative_to(ROOT)) for document in DOCUMENTS]
 
 

@@ -25,6 +25,7 @@ from dman_train.presets import BASELINE_PRESETS, PRESETS
 from tools import cold, compare, generate, gpu_check, loadgen, records, report, runs, tune
 from tools.bench import __main__ as bench
 from tools.bench import life, reading, signals, training, versus
+from tools.bench.peers import __main__ as peers
 from tools.bench.report import table, write_page
 from tools.soak import __main__ as soak
 
@@ -94,6 +95,7 @@ def parsers() -> Iterator[argparse.ArgumentParser]:
     yield reading._parser()
     yield signals._parser()
     yield life._parser()
+    yield peers._parser()
     yield soak._parser()
     yield gpu_check.parser()
     yield runs.parser()
