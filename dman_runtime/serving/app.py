@@ -38,6 +38,9 @@ from dman_runtime.store.lmdb import LmdbStore
 logger = logging.getLogger(__name__)
 LOOK_SECONDS = 1.0
 MAX_STREAMS_PER_CONNECTION = 512
+# Calls that may wait in gRPC for this worker, which takes them in order: beyond the first number more and more are
+# refused, beyond the second all. Else, under overload, every call would be answered after its deadline.
+PENDING_CALLS = (256, 512)
 CONNECTION_AGE_MS = 600_000  # then a client connects anew, which ends what it does not read and spreads the load
 CONNECTION_GRACE_MS = 60_000
 HANDSHAKE_MS = 10_000
@@ -268,6 +271,8 @@ def _server_options(config: ServeConfig) -> list[tuple[str, int]]:
         ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
         ("grpc.max_send_message_length", MAX_MESSAGE_BYTES),
         ("grpc.max_concurrent_streams", MAX_STREAMS_PER_CONNECTION),
+        ("grpc.server.max_pending_requests", PENDING_CALLS[0]),
+        ("grpc.server.max_pending_requests_hard_limit", PENDING_CALLS[1]),
         ("grpc.max_connection_idle_ms", int(config.idle_timeout * 1000)),
         ("grpc.max_connection_age_ms", CONNECTION_AGE_MS),
         ("grpc.max_connection_age_grace_ms", CONNECTION_GRACE_MS),

@@ -20,7 +20,7 @@ from dman_runtime.api.recommender import SERVICE_NAME
 from dman_runtime.errors import BundleError, StoreFullError, UsageError
 from dman_runtime.serving import app as app_module
 from dman_runtime.serving import monitor as monitor_module
-from dman_runtime.serving.app import App
+from dman_runtime.serving.app import PENDING_CALLS, App
 from dman_runtime.store.lmdb import LmdbStore
 from protos.dman.v1 import dman_pb2 as pb
 from protos.dman.v1.dman_pb2_grpc import RecommenderStub
@@ -189,3 +189,31 @@ def test_watchers_do_not_hold_up_the_end(tiny_bundle: Path, tmp_path: Path) -> N
         with pytest.raises(grpc.RpcError) as caught:
             next(watch)
         assert caught.value.code() is grpc.StatusCode.UNAVAILABLE
+
+
+def test_worker_that_is_held_up_refuses_what_it_could_only_answer_late(tiny_bundle: Path, tmp_path: Path) -> None:
+    """Calls that it has not taken yet wait in gRPC: as many as are allowed are answered, the others refused at once."""
+    calls, held = PENDING_CALLS[1] + 400, threading.Event()
+    with ExitStack() as stack:
+        app = stack.enter_context(running(App(serve_config(tiny_bundle, tmp_path / "state"))))
+        app._looking.get_loop().call_soon_threadsafe(held.wait)
+        stack.callback(held.set)
+        channels = [stack.enter_context(own_channel(app.port)) for _ in range(1 + calls // 400)]
+        requests = [pb.RecommendRequest(user_id=f"u{number}", k=1) for number in range(calls)]
+        futures = [
+            RecommenderStub(channels[number // 400]).Recommend.future(request, timeout=60)
+            for number, request in enumerate(requests)
+        ]
+        least = calls - PENDING_CALLS[1] - 64
+        assert wait_until(lambda: sum(one.done() for one in futures) >= least, seconds=30)
+        assert {one.code() for one in futures if one.done()} == {grpc.StatusCode.CANCELLED}
+        held.set()
+        codes = [one.code() for one in futures]
+        assert set(codes) == {grpc.StatusCode.OK, grpc.StatusCode.CANCELLED}
+        assert codes.count(grpc.StatusCode.OK) >= PENDING_CALLS[0]
+        assert RecommenderStub(channels[0]).Recommend(requests[0], timeout=30).items
+
+
+def own_channel(port: int) -> grpc.Channel:
+    """With a connection of its own."""
+    return grpc.insecure_channel(f"127.0.0.1:{port}", options=[("grpc.use_local_subchannel_pool", 1)])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import signal
 import subprocess
+import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
@@ -13,7 +14,7 @@ from pathlib import Path
 import grpc
 import numpy as np
 import pytest
-from conftest import TINY_ITEMS, running_server
+from conftest import ROOT, TINY_ITEMS, running_server
 from streams import Stream, assert_states_are_replays, run_streams
 
 from dman_runtime.model.generation import Generation
@@ -162,3 +163,16 @@ def test_overload_beyond_max_concurrent_is_refused_at_once(exact_bundle: Path, t
         assert caught.value.code is grpc.StatusCode.RESOURCE_EXHAUSTED
         assert waiting.result(60).event_count == 10_000
         assert client.recommend("other").event_count == 1
+
+
+def test_worker_multiplies_matrices_on_one_thread() -> None:
+    script = """
+from dman_runtime.serving.worker import _multiply_on_one_thread
+from threadpoolctl import threadpool_info
+_multiply_on_one_thread()
+print([pool["num_threads"] for pool in threadpool_info() if pool["user_api"] == "blas"])
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, timeout=60, check=True, cwd=ROOT
+    )
+    assert done.stdout.strip() == "[1]"
