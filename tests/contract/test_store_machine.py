@@ -368,7 +368,7 @@ def pairs(events: tuple[Any, Any]) -> list[tuple[int, int]]:
 
 @pytest.mark.parametrize(
     ("name", "examples"),
-    [(name, 30) for name in HARNESSES] + [pytest.param(name, 200, marks=pytest.mark.slow) for name in DURABLE],
+    [(name, 30) for name in HARNESSES] + [pytest.param(name, 100, marks=pytest.mark.slow) for name in DURABLE],
 )
 def test_store_holds_what_the_model_holds(name: str, examples: int) -> None:
     run_state_machine_as_test(

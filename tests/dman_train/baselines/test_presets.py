@@ -97,4 +97,4 @@ def test_command_starts_from_the_preset_of_its_system(
     assert train.main(command, presets=BASELINE_PRESETS) == 0
     run, preset = open_run(tmp_path / "run"), BASELINE_PRESETS["paper"][system]
     assert run.model_config() == replace(preset.model, width=8, history=20)
-    assert run.train_config() == replace(preset.train, epochs=1)
+    assert run.train_config() == replace(preset.train, epochs=1, item_updates="all")

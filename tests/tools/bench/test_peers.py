@@ -393,7 +393,7 @@ def test_peers_measures_ours_beside_a_fake_peer(
         raise UnavailableError("no network")
 
     monkeypatch.setattr(peers, "PEERS", (replace(FAKE, name="mosec"), replace(BROKEN, name="litserve")))
-    monkeypatch.setattr(ladder, "QUICK", Effort(clients=(1, 2), rounds=1, seconds=2.0))
+    monkeypatch.setattr(ladder, "QUICK", Effort(clients=(1, 2), rounds=1, seconds=0.5))
     monkeypatch.setattr(search, "python_of", not_here)
     monkeypatch.setattr(reencoding, "TARGETS", {20: 20.0, 40: 100.0})
     monkeypatch.setattr(reencoding, "SHORT", 20)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -32,8 +33,12 @@ TITLES = {
 WITH_PICTURES = {"floor", "closed", "k", "open", "history", "catalogue"}
 
 
+# The others share their code with these. PERFORMANCE_PARTS=all runs them too: three minutes.
+MEASURED = PARTS if os.environ.get("PERFORMANCE_PARTS") == "all" else ("closed", "overload", "breakdown")
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("part", PARTS)
+@pytest.mark.parametrize("part", MEASURED)
 def test_part_writes_its_section_and_leaves_nothing_behind(
     part: str, tiny_bundle: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -234,7 +234,7 @@ def _claim(found: Mapping[str, Spread], length: int, how: str) -> Claim:
         f"{ratio.median:.1f}x ({min(ratio.values):.1f} to {max(ratio.values):.1f}), "
         f"{1e3 * found[faster].median:.3g} ms by {1e3 * ours.median:.3g} ms",
         f">= {TARGETS[length]:g}x",
-        ratio.median >= TARGETS[length],
+        bool(ratio.median >= TARGETS[length]),
     )
 
 

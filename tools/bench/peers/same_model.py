@@ -208,7 +208,7 @@ def _claim(call: str, ours: Sequence[Climb], others: Sequence[Climb], bound: flo
         f"{call}/s at p99 <= {bound:g} ms, ours by the best peer",
         f"{spread}, {mine.server.name} by {other.server.name}",
         f">= {MIN_RATIO}x",
-        ratio.median >= MIN_RATIO,
+        bool(ratio.median >= MIN_RATIO),
     )
 
 
