@@ -46,6 +46,9 @@ from dman_train.synthetic import SyntheticConfig, generate, write_log
 
 torch.set_num_threads(1)
 ROOT = Path(__file__).resolve().parent.parent
+WHOLE_BENCHMARKS = os.environ.get("WHOLE_BENCHMARKS") == "1"
+# A tool for measurements, from its start to its report: its parts have tests of their own, which always run.
+whole_benchmark = pytest.mark.skipif(not WHOLE_BENCHMARKS, reason="takes long: set WHOLE_BENCHMARKS=1")
 MOVIELENS = ROOT.parent / "shared" / "data" / "ml-1m"
 TINY = ModelConfig(width=32, heads=2, segment_length=5, memory_slots=4, layers=2, closed_states="full", dropout=0.1)
 TIMED = replace(TINY, time="request", returns="on", sketch_items=6)

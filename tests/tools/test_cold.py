@@ -9,6 +9,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from conftest import whole_benchmark
 
 from dman_runtime.data.evaluation import held_out
 from dman_train import train
@@ -55,6 +56,7 @@ def test_prepared_log_lacks_a_share_of_the_items_and_nothing_else(log: Path, tmp
     assert pq.read_table(again).to_pylist() != part
 
 
+@whole_benchmark
 @pytest.mark.slow
 def test_report_compares_new_items_with_the_same_ones_trained(
     log: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]

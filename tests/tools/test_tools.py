@@ -16,7 +16,7 @@ import grpc
 import numpy as np
 import pytest
 import torch
-from conftest import TIMED, TINY, random_model
+from conftest import TIMED, TINY, random_model, whole_benchmark
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -275,6 +275,7 @@ def test_bench_training_compares_dman_with_every_system(
     assert all(f"| {name} |" in text for name in result["turns"])
 
 
+@whole_benchmark
 @pytest.mark.slow
 def test_bench_of_signals_compares_servers_of_each_kind(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch

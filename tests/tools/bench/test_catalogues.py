@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import TINY
+from conftest import TINY, whole_benchmark
 
 from dman_runtime.model.generation import Generation
 from tools.bench import catalogues, sweeps
@@ -14,6 +14,7 @@ from tools.bench.catalogues import Catalogues
 from tools.bench.sweeps import Catalogue
 
 
+@whole_benchmark
 @pytest.mark.slow
 def test_catalogues_share_their_graphs_and_pass_every_check_of_a_bundle(tmp_path: Path) -> None:
     bundles = Catalogues(TINY)

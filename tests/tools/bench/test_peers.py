@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from conftest import whole_benchmark
 
 from dman_runtime.engine import Engine
 from dman_runtime.errors import UsageError
@@ -381,6 +382,7 @@ def test_peer_that_does_not_start_says_why(tiny_bundle: Path, tmp_path: Path) ->
         pass
 
 
+@whole_benchmark
 @pytest.mark.slow
 def test_peers_measures_ours_beside_a_fake_peer(
     stand_in: None,

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import json
-import os
 from pathlib import Path
 from typing import Any
 
 import pytest
+from conftest import WHOLE_BENCHMARKS
 
 from tools.bench import __main__ as command
 from tools.bench import h2load
@@ -33,8 +33,7 @@ TITLES = {
 WITH_PICTURES = {"floor", "closed", "k", "open", "history", "catalogue"}
 
 
-# The others share their code with these. PERFORMANCE_PARTS=all runs them too: three minutes.
-MEASURED = PARTS if os.environ.get("PERFORMANCE_PARTS") == "all" else ("closed", "overload", "breakdown")
+MEASURED = PARTS if WHOLE_BENCHMARKS else ("closed", "breakdown")
 
 
 @pytest.mark.slow

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import lmdb
 import pytest
+from conftest import whole_benchmark
 
 from dman_runtime.errors import UsageError
 from tools.bench import comparison as compared
@@ -122,6 +123,7 @@ def test_stored_users_have_the_largest_record_and_head(segment_length: int, even
 # -- real servers ----------------------------------------------------------------------------------------------------
 
 
+@whole_benchmark
 @pytest.mark.slow
 def test_versus_compares_this_checkout_with_itself(
     tiny_bundle: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
