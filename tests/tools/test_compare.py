@@ -5,11 +5,13 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+from conftest import whole_benchmark
 
 from dman_train import export
 from tools import compare
 
 
+@whole_benchmark
 @pytest.mark.slow
 def test_the_ways_agree_on_a_log_with_unknown_targets_and_inputs(
     small_log: Path, trained_run: Path, tmp_path: Path

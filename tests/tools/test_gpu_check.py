@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from conftest import whole_benchmark
 
 from dman_runtime import cli
 from dman_runtime.errors import UsageError
@@ -120,6 +121,7 @@ def test_commands_that_fail_are_quoted(tmp_path: Path) -> None:
 # -- the whole -------------------------------------------------------------------------------------------------------
 
 
+@whole_benchmark
 @pytest.mark.slow
 @pytest.mark.skipif(HAS_CUDA, reason="there is a CUDA device")
 def test_without_cuda_it_says_so_and_writes_nothing(

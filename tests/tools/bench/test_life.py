@@ -10,6 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from conftest import whole_benchmark
 
 from dman_runtime.engine import Engine
 from dman_runtime.model.generation import Generation
@@ -155,6 +156,7 @@ def test_wrong_options_are_named(options: list[str], message: str, capsys: pytes
     assert message in capsys.readouterr().err
 
 
+@whole_benchmark
 @pytest.mark.slow
 def test_everything_but_speed_is_as_it_must_be(
     tiny_bundle: Path,
