@@ -12,7 +12,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Literal, cast, get_args
+from typing import Any, cast
 
 import numpy as np
 import onnx
@@ -38,7 +38,7 @@ from dman_train.vocabulary import Vocabulary
 logger = logging.getLogger(__name__)
 DEFAULT_RUN, DEFAULT_OUT = Path("runs/latest"), Path("bundle")
 TOLERANCE = 1e-4  # largest torch-to-ONNX difference, relative to the largest value of the tensor
-Search = Literal["auto", "exact", "index"]
+SEARCHES = ("auto", "exact", "index")
 GOLDEN_SEED = 20210218
 GOLDEN_SEGMENTS = (0.05, 0.5, 1.0, 1.35, 2.0, 3.6, 6.1)  # history lengths in segments; together they cross every border
 
@@ -57,7 +57,7 @@ def parser() -> Parser:
     p.flag("--tolerance", type=float, default=TOLERANCE, help="largest accepted relative torch-to-ONNX difference")
     p.flag(
         "--search",
-        choices=get_args(Search),
+        choices=SEARCHES,
         default="auto",
         help=f"how items are found: exact, or through an index; auto: through one from {MIN_ITEMS:,} items on, if "
         "FAISS (dman[ann]) is installed and the recall is reached",
@@ -116,9 +116,9 @@ def _export(arguments: argparse.Namespace) -> dict[str, Any]:
     model, vocabulary = cast(DMAN, run.best_model()), run.vocabulary()
     if arguments.items is not None:
         vocabulary = replace(vocabulary, items=read_items(arguments.items))
-    large = model.vocabulary >= MIN_ITEMS and arguments.search != "exact"
-    wanted = vocabulary.items or large or arguments.search == "index"
-    audience = validation_audience(run, model, vocabulary) if wanted else None
+    indexes = arguments.search == "index" or (arguments.search == "auto" and model.vocabulary >= MIN_ITEMS)
+    audience = validation_audience(run, model, vocabulary) if vocabulary.items or indexes else None
+    table, must = model.item_table().detach().numpy(), arguments.search == "index"
     result = export_bundle(
         model,
         vocabulary,
@@ -127,8 +127,8 @@ def _export(arguments: argparse.Namespace) -> dict[str, Any]:
         tolerance=arguments.tolerance,
         data=run.data_record,
         metrics=run.metrics or {},
-        fitted=fit_predictor(model.item_table().detach().numpy(), vocabulary, audience) if audience else None,
-        indexed=built_index(model, audience, arguments.search, arguments.recall),
+        fitted=fit_predictor(table, vocabulary, audience) if audience is not None else None,
+        indexed=built_index(table, audience, floor=arguments.recall, must=must) if indexes else None,
     )
     return result | {"log": run.config["dataset"]["path"]}
 
@@ -148,22 +148,20 @@ def validation_audience(run: Run, model: DMAN, vocabulary: Vocabulary) -> Audien
         return None
 
 
-def built_index(model: DMAN, audience: Audience | None, search: Search, floor: float) -> Indexed | None:
-    """The index of a bundle; None for exact search, with a warning where an index is missed.
+def built_index(table: np.ndarray, audience: Audience | None, *, floor: float, must: bool) -> Indexed | None:
+    """The index of a (V, D) item table; None, with a warning, where there can be none of this recall.
 
-    Raises BundleError where `search` is "index" and there is none.
+    Raises BundleError instead if there `must` be one.
     """
-    if search == "exact" or (search == "auto" and model.vocabulary < MIN_ITEMS):
-        return None
     try:
         if audience is None:
             raise ValueError("there are no validation users to measure its recall with")
-        return build_index(model.item_table().detach().numpy(), audience.users, floor=floor)
+        return build_index(table, audience.users, floor=floor)
     except ImportError:
         problem, remedy = "FAISS is not installed", "install dman[ann]"
     except ValueError as error:
         problem, remedy = str(error), "accept a lower recall, or export for exact search"
-    if search == "index":
+    if must:
         raise BundleError(f"no index of the items can be used: {problem}", remedy, parameter="search")
     logger.warning("the bundle will be searched exactly, without an index of its items: %s; %s", problem, remedy)
     return None

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -17,7 +17,6 @@ MIN_USERS = 100  # whose answers say enough about the recall
 K = 100  # items of an answer whose recall is measured
 FLOOR = 0.99  # recall that an index must have
 MAX_READ = 4  # at most one list in so many is read: beyond that, exact search is hardly slower
-_USERS_TOGETHER = 16
 
 
 class Indexed(NamedTuple):
@@ -39,36 +38,26 @@ def build_index(table: np.ndarray, users: np.ndarray, *, floor: float = FLOOR) -
     if len(users) < MIN_USERS:
         raise ValueError(f"{len(users)} validation users are too few to measure its recall; {MIN_USERS} are needed")
     index, exact = ItemIndex.build(table), ExactRetriever(table)
-    best = _best(exact, users)
-    chosen, held_out = np.arange(0, len(users), 2), np.arange(1, len(users), 2)
+    best = [hits.items for hits in exact.search(users, K, exclude=[NO_ITEMS] * len(users))]
     searched, recall = ApproximateRetriever(table, index), 0.0
     for lists_read in _numbers_of_lists(index.lists // MAX_READ):
         index.probes = lists_read
-        recall = _recall(searched, users, best, chosen)
-        if recall >= floor and (recall := _recall(searched, users, best, held_out)) >= floor:
-            about = {"lists": index.lists, "lists_read": index.probes, "users": len(held_out)}
+        recall = _recall(searched, users[::2], best[::2])
+        if recall >= floor and (recall := _recall(searched, users[1::2], best[1::2])) >= floor:
+            about = {"lists": index.lists, "lists_read": index.probes, "users": len(users) // 2}
             return Indexed(index, about | {"k": K, "recall": recall, "floor": floor})
     raise ValueError(f"its recall@{K} is {recall:.3f} where it reads one list in {MAX_READ}, less than {floor}")
 
 
-def _numbers_of_lists(most: int) -> Iterator[int]:
+def _numbers_of_lists(most: int) -> list[int]:
     """1, 2, 3, 4, 6, 8, 12, ... up to `most`."""
-    yield from sorted({count for power in range(20) for count in (1 << power, 3 << power) if count <= most})
+    return sorted({count for power in range(20) for count in (1 << power, 3 << power) if count <= most})
 
 
-def _best(exact: ExactRetriever, users: np.ndarray) -> list[np.ndarray]:
-    """What each of (N, D) users should get."""
-    found = []
-    for begin in range(0, len(users), _USERS_TOGETHER):
-        part = users[begin : begin + _USERS_TOGETHER]
-        found += [hits.items for hits in exact.search(part, K, exclude=[NO_ITEMS] * len(part))]
-    return found
-
-
-def _recall(searched: ApproximateRetriever, users: np.ndarray, best: list[np.ndarray], rows: np.ndarray) -> float:
-    """The share of what some users should get that the index finds; of an answer that it cannot give, nothing."""
+def _recall(searched: ApproximateRetriever, users: np.ndarray, best: Sequence[np.ndarray]) -> float:
+    """The share of what (N) users should get that the index finds; of an answer that it cannot give, nothing."""
     shares = []
-    for row in rows:
-        found = searched.find(users[row], min(K, len(best[row])))
-        shares.append(0.0 if found is None else len(np.intersect1d(best[row], found.items)) / len(best[row]))
+    for user, items in zip(users, best, strict=True):
+        found = searched.find(user, min(K, len(items)))
+        shares.append(0.0 if found is None else len(np.intersect1d(items, found.items)) / len(items))
     return float(np.mean(shares))
