@@ -104,8 +104,10 @@ class Generation:
     def asked_before(self, stored: bytes, moment: int | None) -> tuple[RecordHead, PersonalAnswer] | None:
         """The head of a record, and what `asked` gives for it, if that is kept: the state is not read then.
 
-        None if it is not, and for a damaged record.
+        None if it is not, and for a damaged record. Nothing is kept of a model whose answers are in the head.
         """
+        if not self.bundle.manifest.state.answers_read_states:
+            return None
         end = record.head_bytes(self.bundle.manifest.state)
         if (last := self._kept.last(head := stored[:end])) is None:
             return None

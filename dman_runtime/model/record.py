@@ -160,10 +160,7 @@ def unpack(record: bytes, bundle: Bundle) -> State:
         hidden[:, :closed] = _closed_hidden(record, at.hidden, closed, shape, slice(None))
     hidden[:, closed:count] = _open_hidden(record, at.hidden, count, closed, shape)
     recent, (times, gaps) = np.empty(limit, np.int64), np.zeros((2, limit), np.int64)
-    recent[:count] = np.frombuffer(record, "<u4", count, head_bytes(shape))
-    if shape.sees_times:
-        times[:count] = np.frombuffer(record, "<i8", count, at.times + 8)
-        gaps[:count] = np.frombuffer(record, "i1", count, at.times + 8 * (1 + count))
+    recent[:count], times[:count], gaps[:count] = _events(record, at, shape)
     state = _state(record, bundle, head, at, hidden=hidden, recent=recent, times=times, gaps=gaps)
     state.closed = record[at.hidden : at.hidden + _hidden_bytes(shape, count)[0]]
     return state
@@ -177,15 +174,11 @@ def view(record: bytes, bundle: Bundle) -> State:
     It cannot be advanced, and takes half the time of `unpack`. Raises StateError.
     """
     shape, (head, at) = bundle.manifest.state, _checked(record, bundle)
-    count, recent_at = at.positions, head_bytes(shape)
-    times, gaps = np.zeros((2, count), np.int64)
-    if shape.sees_times:
-        times = np.frombuffer(record, "<i8", count, at.times + 8)
-        gaps = np.frombuffer(record, "i1", count, at.times + 8 * (1 + count)).astype(np.int64)
-    recent = np.frombuffer(record, "<u4", count, recent_at).astype(np.int64)
-    hidden = _unpack_hidden(record, at.hidden, count, shape)
-    state = _state(record, bundle, head, at, hidden=hidden, recent=recent, times=times, gaps=gaps)
-    state.stored = record[:recent_at]
+    recent, times, gaps = _events(record, at, shape)
+    hidden = _unpack_hidden(record, at.hidden, at.positions, shape)
+    arrays = {"recent": recent.astype(np.int64), "times": times, "gaps": gaps.astype(np.int64)}
+    state = _state(record, bundle, head, at, hidden=hidden, **arrays)
+    state.stored = record[: head_bytes(shape)]
     return state
 
 
@@ -206,6 +199,17 @@ def _checked(record: bytes, bundle: Bundle) -> tuple[RecordHead, _Layout]:
     if not intact or head.dtype_code != _DTYPE_CODES[shape.dtype] or count != context_length(head.event_count, shape):
         raise StateError("a state record is damaged", _REMEDY)
     return head, _Layout(count, hidden_at, memory_at, times_at, sketch_at, rows)
+
+
+def _events(record: bytes, at: _Layout, shape: StateShape) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Items, seconds and buckets of the gaps of the context (c), views where the record holds them."""
+    count = at.positions
+    recent = np.frombuffer(record, "<u4", count, head_bytes(shape))
+    if not shape.sees_times:
+        times, gaps = np.zeros((2, count), np.int64)
+        return recent, times, gaps
+    gaps_at = at.times + 8 * (1 + count)
+    return recent, np.frombuffer(record, "<i8", count, at.times + 8), np.frombuffer(record, "i1", count, gaps_at)
 
 
 def _state(

@@ -42,7 +42,7 @@ class ItemIndex:
 
     def __init__(self, index: Any) -> None:
         """An IVF index of FAISS; `build` and `open` make one."""
-        self._index, self._library = index, faiss()
+        self._index = index
 
     @classmethod
     def build(cls, table: np.ndarray, *, threads: int = 0) -> Self:
@@ -119,7 +119,6 @@ class ItemIndex:
 
     def find(self, user: np.ndarray, count: int) -> np.ndarray:
         """Up to `count` different item indices (n) int64 that score high for a (D) float32 user embedding."""
-        assert self._library is not None
         _, found = self._index.search(user[None], min(count, self.items))
         items: np.ndarray = found[0]
         return items[items >= 0]  # -1 where the lists held fewer
