@@ -11,7 +11,6 @@ leaves the cores to the server. `Outcome` says what it took, and how late it was
 from __future__ import annotations
 
 import gc
-import multiprocessing
 import select
 import socket
 import time
@@ -28,7 +27,9 @@ import numpy as np
 
 from dman_runtime.errors import UsageError
 from protos.dman.v1 import dman_pb2 as pb
-from tools.bench.h2load import Call, framed
+from tools.bench.blocks import beside
+from tools.bench.h2load import Call
+from tools.faults.http2 import framed
 
 OK, DEADLINE_EXCEEDED, RESOURCE_EXHAUSTED, UNAVAILABLE = 0, 4, 8, 14  # statuses of gRPC
 START_SECONDS, END_SECONDS = 60.0, 60.0
@@ -106,20 +107,10 @@ class Client:
 
 @contextmanager
 def arrivals_client() -> Iterator[Client]:
-    context = multiprocessing.get_context("spawn")
-    ours, theirs = context.Pipe()
-    process = context.Process(target=_serve, args=(theirs,), daemon=True)
-    process.start()
-    theirs.close()  # so that the pipe ends when the process does
-    try:
-        if not ours.poll(START_SECONDS) or ours.recv() != "ready":
+    with beside(_serve) as pipe:
+        if not pipe.poll(START_SECONDS) or pipe.recv() != "ready":
             raise UsageError("the client of the open loop did not start")
-        yield Client(ours)
-    finally:
-        ours.close()  # ends the process
-        process.join(10)
-        process.kill()
-        process.join()
+        yield Client(pipe)
 
 
 def _serve(pipe: Pipe) -> None:

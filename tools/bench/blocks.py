@@ -11,9 +11,9 @@ import statistics
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, field
 from itertools import pairwise, zip_longest
 from multiprocessing.connection import Connection
@@ -57,6 +57,10 @@ class Block:
     @property
     def p50(self) -> float:
         return float(np.median(self.milliseconds)) if len(self.milliseconds) else float("nan")
+
+    @property
+    def p99(self) -> float:
+        return float(np.percentile(self.milliseconds, 99)) if len(self.milliseconds) else float("nan")
 
     @property
     def per_second(self) -> float:
@@ -182,6 +186,23 @@ def run_in_processes(plan: Plan, opened: Open, processes: int = 1) -> dict[str, 
         name: [Block.merged([one for one in parts if one]) for parts in zip_longest(*(each[name] for each in found))]
         for name in found[0]
     }
+
+
+@contextmanager
+def beside(main: Callable[..., None], *arguments: Any) -> Iterator[Connection]:
+    """A process that runs `main(pipe, *arguments)`, and the other end of its pipe. It ends, or is ended, with that."""
+    context = multiprocessing.get_context("spawn")
+    ours, theirs = context.Pipe()
+    process = context.Process(target=main, args=(theirs, *arguments), daemon=True)
+    process.start()
+    theirs.close()  # so that the pipe ends when the process does
+    try:
+        yield ours
+    finally:
+        ours.close()  # ends the process
+        process.join(10)
+        process.kill()
+        process.join()
 
 
 def _received(pipe: Connection) -> dict[str, list[Block]]:

@@ -23,6 +23,7 @@ import numpy as np
 from dman_runtime.errors import UsageError
 from tools.bench.blocks import Block, split
 from tools.bench.servers import ECHO_METHOD, ECHO_SERVICE, Running
+from tools.faults.http2 import framed
 
 COMMAND = "h2load"
 HOW_TO_GET_IT = f"{COMMAND} is missing; it is in nghttp2-client of Debian and Ubuntu: apt-get install nghttp2-client"
@@ -30,7 +31,7 @@ _START_SECONDS = 0.02  # for a process to start, while others send already
 _ATTEMPTS = (1, 4, 16)  # times as long, where a machine is busy or a server takes seconds to answer
 _EXTRA_SECONDS = 60.0  # for processes to end
 _COUNTED_SECONDS = 5.0  # until a server has counted what it answered
-_HEADERS = ("te: trailers", "content-type: application/grpc")
+GRPC_HEADERS = ("te: trailers", "content-type: application/grpc")
 
 
 def is_here() -> bool:
@@ -54,9 +55,12 @@ class Call(NamedTuple):
 ECHO = Call(f"/{ECHO_SERVICE}/{ECHO_METHOD}", b"")
 
 
-def framed(message: bytes) -> bytes:
-    """A message as gRPC sends it."""
-    return b"\0" + len(message).to_bytes(4, "big") + message
+class Request(NamedTuple):
+    """What a process sends again and again."""
+
+    path: str
+    body: bytes
+    headers: tuple[str, ...]
 
 
 @dataclass(frozen=True)
@@ -130,43 +134,64 @@ def _logs(load: Load, seconds: float, start_seconds: float, directory: Path) -> 
         processes = list[subprocess.Popen[str]]()
         for name, group in load.groups.items():
             for call, clients in group.shares:
-                body = directory / f"{len(processes)}.body"
-                body.write_bytes(framed(call.message))
-                files[name].append(body.with_suffix(".log"))
-                left = end - time.monotonic()
-                command = _command(load.server.address, call, clients, left, body, files[name][-1])
-                process = stack.enter_context(
-                    subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-                )
-                stack.callback(process.kill)  # runs before the process is waited for
-                processes.append(process)
+                file = directory / str(len(processes))
+                files[name].append(file)
+                request, left = Request(call.path, framed(call.message), GRPC_HEADERS), end - time.monotonic()
+                processes.append(start(stack, load.server.address, request, file, clients=clients, seconds=left))
         by = end + _EXTRA_SECONDS
         for process in processes:
-            try:
-                said, _ = process.communicate(timeout=max(0.0, by - time.monotonic()))
-            except subprocess.TimeoutExpired:
-                raise UsageError(f"{COMMAND} did not end") from None
+            said = what_it_said(process, seconds=max(0.0, by - time.monotonic()))
             if process.returncode:
                 raise UsageError(f"{COMMAND} failed: {(said.strip().splitlines() or ['no message'])[-1]}")
-    return {name: [_requests(path) for path in paths] for name, paths in files.items()}
+    return {name: [read_log(file) for file in of_group] for name, of_group in files.items()}
 
 
-def _command(address: str, call: Call, clients: int, seconds: float, body: Path, log: Path) -> list[str]:
-    return [
+def start(
+    stack: ExitStack,
+    address: str,
+    request: Request,
+    file: Path,
+    *,
+    clients: int = 1,
+    seconds: float,
+    http1: bool = False,
+) -> subprocess.Popen[str]:
+    """A process of h2load, which `stack` ends. Its log is that of `file`: see `read_log`."""
+    body = file.with_suffix(".body")
+    body.write_bytes(request.body)
+    file.with_suffix(".log").unlink(missing_ok=True)
+    command = [
         COMMAND,
+        *(["--h1"] if http1 else []),
         f"--clients={clients}",
         f"--duration={max(1, round(seconds * 1000))}ms",
-        *(f"--header={header}" for header in _HEADERS),
+        *(f"--header={header}" for header in request.headers),
         f"--data={body}",
-        f"--log-file={log}",
-        f"http://{address}{call.path}",
+        f"--log-file={file.with_suffix('.log')}",
+        f"http://{address}{request.path}",
     ]
+    process = stack.enter_context(
+        subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    )
+    stack.callback(process.kill)  # runs before the process is waited for
+    return process
 
 
-def _requests(log: Path) -> np.ndarray:
-    if not log.exists():
-        raise UsageError(f"{COMMAND} wrote no log")
-    return np.array(log.read_text().split(), np.int64).reshape(-1, 3)
+def what_it_said(process: subprocess.Popen[str], *, seconds: float) -> str:
+    """The output of a process that ends within so many seconds. Raises UsageError."""
+    try:
+        return process.communicate(timeout=seconds)[0]
+    except subprocess.TimeoutExpired:
+        raise UsageError(f"{COMMAND} did not end") from None
+
+
+def read_log(file: Path) -> np.ndarray:
+    """(n, 3): when each request began, in microseconds, its HTTP status, and the microseconds that it took."""
+    try:
+        lines = file.with_suffix(".log").read_text().split("\n")[:-1]  # the last one may be cut
+    except FileNotFoundError:
+        lines = []
+    return np.array([line.split()[:3] for line in lines], np.int64).reshape(-1, 3)
 
 
 def _blocks(logs: Mapping[str, Sequence[np.ndarray]], *, warm_up: float, least: float) -> dict[str, Block] | None:

@@ -7,7 +7,6 @@ takes long, and the updates of other users must not wait for all of it.
 from __future__ import annotations
 
 import functools
-import multiprocessing
 import os
 import random
 import threading
@@ -20,12 +19,11 @@ from multiprocessing.connection import Connection
 from typing import Any
 
 import grpc
-import numpy as np
 
 from dman_runtime.errors import UsageError
 from protos.dman.v1 import dman_pb2 as pb
 from protos.dman.v1.dman_pb2_grpc import RecommenderStub
-from tools.bench.blocks import WARM_UP_CALLS, Block, Spread, clean, run_block, summary
+from tools.bench.blocks import WARM_UP_CALLS, Block, Spread, beside, clean, run_block, summary
 from tools.bench.report import Claim, Section
 from tools.bench.servers import connect
 from tools.bench.setting import CLIENTS, QUICK, Bench, K, Sizes
@@ -75,7 +73,7 @@ class Found:
     def ratio(self, clients: int) -> Spread:
         """Update p99 during what-ifs by quiet update p99, round by round."""
         pairs = zip(self.during[clients], self.quiet[clients], strict=True)
-        return Spread(tuple(p99(during) / p99(quiet) for during, quiet in pairs))
+        return Spread(tuple(during.p99 / quiet.p99 for during, quiet in pairs))
 
     def checked(self) -> Found:
         """Raises UsageError when an update failed."""
@@ -205,18 +203,8 @@ class WhatIfSender:
 @contextmanager
 def what_if_sender(address: str, histories: Mapping[str, Sequence[str]]) -> Iterator[WhatIfSender]:
     """Starts the process; `histories` has the item ids of one what-if per user."""
-    context = multiprocessing.get_context("spawn")
-    ours, theirs = context.Pipe()
-    process = context.Process(target=_send_what_ifs, args=(theirs, address, histories), daemon=True)
-    process.start()
-    theirs.close()  # so that the pipe ends when the process does
-    try:
-        yield WhatIfSender(ours)
-    finally:
-        ours.close()  # ends the process
-        process.join(10)
-        process.kill()
-        process.join()
+    with beside(_send_what_ifs, address, histories) as pipe:
+        yield WhatIfSender(pipe)
 
 
 def _send_what_ifs(pipe: Connection, address: str, histories: Mapping[str, Sequence[str]]) -> None:
@@ -262,11 +250,6 @@ def _repeat(send: Callable[[], object], stopped: threading.Event) -> list[float]
 
 
 # -- what it says ----------------------------------------------------------------------------------------------------
-
-
-def p99(block: Block) -> float:
-    """Milliseconds."""
-    return float(np.percentile(block.milliseconds, 99))
 
 
 def method(effort: Effort) -> str:

@@ -13,7 +13,13 @@ import h2.settings
 RECOMMEND = "/dman.v1.Recommender/Recommend"
 BATCH_RECOMMEND = "/dman.v1.Recommender/BatchRecommend"
 REFLECTION = "/grpc.reflection.v1alpha.ServerReflection/ServerReflectionInfo"
+FRAME_BYTES = 5  # before a message of gRPC: whether it is compressed, and its length
 _SECONDS = 10.0  # for one read or write
+
+
+def framed(message: bytes) -> bytes:
+    """A message as gRPC sends it."""
+    return b"\0" + len(message).to_bytes(4, "big") + message
 
 
 class RawConnection:
@@ -63,7 +69,7 @@ class RawConnection:
 
     def send_message(self, stream: int, message: bytes) -> None:
         """Sends a whole message and ends the request. Raises OSError where the server has left or takes nothing."""
-        data = b"\0" + len(message).to_bytes(4, "big") + message
+        data = framed(message)
         while data:
             room = min(self._http2.local_flow_control_window(stream), self._http2.max_outbound_frame_size, len(data))
             if room:

@@ -15,6 +15,7 @@ from tools.bench.h2load import ECHO, Call, Group, Load
 from tools.bench.messages import recommend_calls
 from tools.bench.servers import echo_server
 from tools.bench.setting import Bench
+from tools.faults.http2 import framed
 
 SECOND = 1_000_000  # microseconds
 needs_h2load = pytest.mark.skipif(not h2load.is_here(), reason=h2load.HOW_TO_GET_IT)
@@ -50,7 +51,7 @@ def test_clients_are_shared_out_over_the_calls(calls: int, clients: int, shares:
 
 
 def test_message_is_framed_as_grpc_sends_it() -> None:
-    assert h2load.framed(b"abc") == b"\0\0\0\0\3abc"
+    assert framed(b"abc") == b"\0\0\0\0\3abc"
 
 
 def test_report_says_how_to_get_the_client_where_it_is_missing(

@@ -24,6 +24,7 @@ from dman_runtime.model.generation import Generation
 from dman_runtime.requests import Query, Update
 from dman_runtime.store.memory import MemoryStore
 from tools.bench.blocks import WRONG_REPLY, Block
+from tools.bench.h2load import Request
 from tools.bench.peers import __main__ as peers
 from tools.bench.peers import environments, h2load, ladder, reencoding, same_model, search, searching
 from tools.bench.peers.catalogue import PEERS, Peer
@@ -33,7 +34,7 @@ from tools.bench.peers.ladder import Climb, Effort, Step, ratio_within
 from tools.bench.peers.running import Server, peer_server
 from tools.bench.peers.same_model import same
 from tools.bench.peers.searching import BEST, Index, chosen_effort, enlarged, recall
-from tools.bench.peers.wire import BatchOfOneWire, DmanWire, JsonWire, Ranked, Request, TritonWire
+from tools.bench.peers.wire import BatchOfOneWire, DmanWire, JsonWire, Ranked, TritonWire
 from tools.bench.setting import Bench
 
 FAKES = Path(__file__).parent / "fakes"

@@ -1,13 +1,8 @@
-"""h2load, a load generator in C: many clients cost little of the cores that the servers need.
-
-It sends one body over and over, so each client is a process with a request of its own.
-"""
+"""Closed loops on peers by h2load: each client is a process with a request of its own, and all run together."""
 
 from __future__ import annotations
 
 import re
-import shutil
-import subprocess
 from collections import Counter
 from collections.abc import Sequence
 from contextlib import ExitStack
@@ -17,10 +12,10 @@ from pathlib import Path
 import numpy as np
 
 from dman_runtime.errors import UsageError
+from tools.bench import h2load as client
 from tools.bench.blocks import WRONG_REPLY, Block
-from tools.bench.peers.wire import Request
+from tools.bench.h2load import Request
 
-PROGRAM = "h2load"
 MIN_REPLY = 0.8  # of the bytes of a right reply; a call that gRPC fails has none, and is status 200 all the same
 SETTLE_SECONDS = 0.2  # at the start, not counted
 ATTEMPTS = 4  # each twice as long as the one before
@@ -38,9 +33,9 @@ class Load:
 
 def version() -> str:
     """Raises UsageError where it is not installed."""
-    if shutil.which(PROGRAM) is None:
-        raise UsageError(f"{PROGRAM} is not installed", "apt-get install nghttp2-client")
-    return subprocess.check_output([PROGRAM, "--version"], text=True).strip()
+    if not client.is_here():
+        raise UsageError(f"{client.COMMAND} is not installed", "apt-get install nghttp2-client")
+    return client.version()
 
 
 def block(
@@ -68,43 +63,16 @@ def _run(
 ) -> tuple[list[np.ndarray], int]:
     """What each client logged, and how many bytes all of them received."""
     with ExitStack() as stack:
-        clients = [
-            _start(stack, address, request, scratch / str(number), http1=http1, seconds=seconds)
+        processes = [
+            client.start(stack, address, request, scratch / str(number), seconds=seconds, http1=http1)
             for number, request in enumerate(requests)
         ]
-        try:
-            printed = [client.communicate(timeout=seconds + _GRACE_SECONDS)[0] for client in clients]
-        except subprocess.TimeoutExpired:
-            raise UsageError(f"{PROGRAM} does not end: {address} hangs") from None
-    logs = [_read(scratch / f"{number}.log") for number in range(len(requests))]
+        printed = [client.what_it_said(process, seconds=seconds + _GRACE_SECONDS) for process in processes]
+    logs = [client.read_log(scratch / str(number)) for number in range(len(requests))]
     if not all(map(len, logs)):
         said = next(text for text, log in zip(printed, logs, strict=True) if not len(log))
-        raise UsageError(f"{PROGRAM} got no answer from {address}: {' '.join(said.split())[-200:]}")
+        raise UsageError(f"{client.COMMAND} got no answer from {address}: {' '.join(said.split())[-200:]}")
     return logs, sum(int(found[1]) for text in printed if (found := _DATA.search(text)))
-
-
-def _start(
-    stack: ExitStack, address: str, request: Request, files: Path, *, http1: bool, seconds: float
-) -> subprocess.Popen[str]:
-    body, log = files.with_suffix(".body"), files.with_suffix(".log")
-    body.write_bytes(request.body)
-    log.unlink(missing_ok=True)
-    headers = [word for line in request.headers for word in ("-H", line)]
-    command = [PROGRAM, *(["--h1"] if http1 else []), "-t1", "-c1", "-m1", f"--duration={round(1e3 * seconds)}ms"]
-    command += [f"--data={body}", f"--log-file={log}", *headers, f"http://{address}{request.path}"]
-    client = stack.enter_context(subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True))
-    stack.callback(client.kill)  # before it is waited for
-    return client
-
-
-def _read(log: Path) -> np.ndarray:
-    """(N, 3): when a request began, in microseconds, its status, and how many microseconds it took."""
-    try:
-        lines = log.read_text().split("\n")[:-1]  # the last one may be cut
-    except FileNotFoundError:
-        lines = []
-    rows = [tuple(map(int, line.split("\t")[:3])) for line in lines]
-    return np.array(rows, np.int64).reshape(-1, 3)
 
 
 def _common(logs: Sequence[np.ndarray], seconds: float) -> tuple[float, float]:

@@ -7,12 +7,10 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import numpy as np
-
 from tools.bench.blocks import Block, Spread
+from tools.bench.h2load import Request
 from tools.bench.peers import h2load
 from tools.bench.peers.running import Server
-from tools.bench.peers.wire import Request
 
 BOUNDS = (5.0, 10.0, 20.0, 50.0)  # milliseconds of p99
 
@@ -36,11 +34,6 @@ class Step:
     block: Block
     cpu_milliseconds: float  # of all processes of the server, per call
 
-    @property
-    def p99(self) -> float:
-        times = self.block.milliseconds
-        return float(np.percentile(times, 99)) if len(times) else float("nan")
-
 
 @dataclass
 class Climb:
@@ -56,7 +49,7 @@ class Climb:
         return statistics.median(step.block.p50 for step in self.steps[clients])
 
     def p99(self, clients: int) -> float:
-        return statistics.median(step.p99 for step in self.steps[clients])
+        return statistics.median(step.block.p99 for step in self.steps[clients])
 
     def cpu_milliseconds(self, clients: int) -> float:
         return statistics.median(step.cpu_milliseconds for step in self.steps[clients])

@@ -13,12 +13,13 @@ from typing import Any
 import numpy as np
 
 from dman_runtime.errors import UsageError
+from tools.bench.h2load import Request
 from tools.bench.peers.catalogue import PEERS, Peer
 from tools.bench.peers.environments import UnavailableError
 from tools.bench.peers.hosted import Settings
 from tools.bench.peers.ladder import BOUNDS, Climb, Effort, climb, ratio_within
 from tools.bench.peers.running import Server, free_port, our_server, peer_server
-from tools.bench.peers.wire import Ranked, Request
+from tools.bench.peers.wire import Ranked
 from tools.bench.report import Claim, Section, table
 from tools.bench.servers import connect
 from tools.bench.setting import Bench, K
@@ -227,7 +228,7 @@ def _data(climbs: Sequence[Climb]) -> dict[str, Any]:
             str(clients): {
                 "per_second": [step.block.per_second for step in steps],
                 "p50": [step.block.p50 for step in steps],
-                "p99": [step.p99 for step in steps],
+                "p99": [step.block.p99 for step in steps],
                 "failed": [step.block.errors.total() for step in steps],
                 "cpu_ms": [step.cpu_milliseconds for step in steps],
             }

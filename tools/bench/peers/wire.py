@@ -4,26 +4,17 @@ from __future__ import annotations
 
 import http.client
 import json
-import struct
 from collections.abc import Mapping
 from typing import Any, NamedTuple, Protocol
 
 import grpc
 
 from protos.dman.v1 import dman_pb2 as pb
+from tools.bench.h2load import GRPC_HEADERS, Request
 from tools.bench.servers import connect
+from tools.faults.http2 import FRAME_BYTES, framed
 
 SECONDS = 20.0  # for one call
-GRPC_HEADERS = ("te: trailers", "content-type: application/grpc")
-FRAME = struct.Struct(">BI")  # of a message in gRPC: whether it is compressed, and its length
-
-
-class Request(NamedTuple):
-    """What is sent over and over."""
-
-    path: str
-    body: bytes
-    headers: tuple[str, ...]
 
 
 class Ranked(NamedTuple):
@@ -71,23 +62,23 @@ class DmanWire:
         return self._request("Update", pb.UpdateRequest(user_id=user_id, events=[event]).SerializeToString())
 
     def _request(self, method: str, message: bytes) -> Request:
-        return Request(f"{self.service}/{method}", FRAME.pack(0, len(message)) + message, GRPC_HEADERS)
+        return Request(f"{self.service}/{method}", framed(message), GRPC_HEADERS)
 
     def ranked(self, reply: bytes) -> Ranked:
-        items = pb.RecommendReply.FromString(reply[FRAME.size :]).items
+        items = pb.RecommendReply.FromString(reply[FRAME_BYTES:]).items
         return Ranked([item.item_id for item in items], [item.score for item in items])
 
     def event_count(self, reply: bytes) -> int:
-        return pb.UpdateReply.FromString(reply[FRAME.size :]).event_count
+        return pb.UpdateReply.FromString(reply[FRAME_BYTES:]).event_count
 
     def send(self, address: str, request: Request) -> bytes:
         with connect(address) as channel:
             call: grpc.UnaryUnaryMultiCallable[bytes, bytes] = channel.unary_unary(request.path)
             try:
-                message = call(request.body[FRAME.size :], timeout=SECONDS)
+                message = call(request.body[FRAME_BYTES:], timeout=SECONDS)
             except grpc.RpcError as error:
                 raise WrongReplyError(f"{error.code().name}: {error.details()}") from None
-        return FRAME.pack(0, len(message)) + message
+        return framed(message)
 
 
 class JsonWire:

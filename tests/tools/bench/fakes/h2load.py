@@ -13,16 +13,15 @@ import grpc
 p = argparse.ArgumentParser()
 p.add_argument("--version", action="version", version="a stand-in for h2load")
 p.add_argument("--h1", action="store_true")
-for option in ("-t", "-c", "-m"):
-    p.add_argument(option)
+p.add_argument("--clients")
 p.add_argument("--duration", type=lambda text: int(text.removesuffix("ms")) / 1e3)
 p.add_argument("--data", type=Path)
 p.add_argument("--log-file", type=Path)
-p.add_argument("-H", action="append")
+p.add_argument("--header", action="append")
 p.add_argument("url")
 arguments = p.parse_args()
 url, body = urlsplit(arguments.url), arguments.data.read_bytes()
-headers = dict(line.split(": ", 1) for line in arguments.H)
+headers = dict(line.split(": ", 1) for line in arguments.header)
 
 if arguments.h1:
     connection = http.client.HTTPConnection(url.netloc)
