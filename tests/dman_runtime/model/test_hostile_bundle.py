@@ -606,4 +606,4 @@ def test_random_damage_is_refused_or_harmless(name: str, request: pytest.Fixture
     done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False, env=environment)
     assert done.returncode == 0, done.stderr[-3000:]
     counts = json.loads(done.stdout)
-    assert counts["refused"] > 20 and counts["works"] > 2  # as many as there is time for
+    assert counts["refused"] > 50 and counts["works"] > 5
