@@ -297,9 +297,20 @@ def running_loop() -> Iterator[asyncio.AbstractEventLoop]:
     try:
         yield loop
     finally:
+        asyncio.run_coroutine_threadsafe(_end_of_tasks(), loop).result(60)
         loop.call_soon_threadsafe(loop.stop)
         thread.join()
         loop.close()
+
+
+async def _end_of_tasks() -> None:
+    """Waits for the loop's other tasks, which would else be logged as pending during a later test."""
+    for cancels in (False, True):
+        others = asyncio.all_tasks() - {asyncio.current_task()}
+        for task in others if cancels else ():
+            task.cancel()
+        if others:
+            await asyncio.wait(others, timeout=1)
 
 
 @contextmanager
