@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from dman_runtime.model import bundle as bundle_format
 from dman_runtime.model.bundle import StateShape
+from dman_runtime.model.device_items import MIN_ITEMS
 from dman_runtime.model.encoder import Encoder
 from dman_runtime.model.times import ANY_GAP, BUCKETS, NO_EVENT
 from dman_train.config import ModelConfig
@@ -25,6 +26,7 @@ from dman_train.timing import Timing
 for chatty in ("torch.onnx", "onnx_ir", "onnxscript"):  # they report each graph rewrite, and that torchvision is absent
     logging.getLogger(chatty).setLevel(logging.ERROR)
 OPSET = 20
+IR_VERSION = 10  # of the file format, which ONNX Runtime 1.18 and later read
 
 
 class EncoderGraph(nn.Module):
@@ -156,7 +158,10 @@ def export_graphs(model: DMAN, directory: Path) -> dict[str, Any]:
             inputs={name: {0: batch} for name in ("sources", "memory", "ages", "gaps")},
             outputs=["user_embedding"],
         )
-    names = bundle_format.graphs_of(state_shape(config, "float32"))
+    names = [*bundle_format.graphs_of(state_shape(config, "float32"))]
+    if model.vocabulary >= MIN_ITEMS:
+        (directory / bundle_format.SEARCH).write_bytes(search_graph(config.width))
+        names.append(bundle_format.SEARCH)
     return {name: _describe_graph(directory / name) for name in names}
 
 
@@ -177,6 +182,28 @@ def _export_graph(
             external_data=False,
             verbose=False,
         )
+
+
+def search_graph(width: int) -> bytes:
+    """item_search.onnx: inner products of (B, D) users and a (V, D) table, and the (B, K) items that score highest.
+
+    The table is an input, so that a runtime may keep it on a device, and the file is the same for all catalogues.
+    """
+    helper, kinds = onnx.helper, onnx.TensorProto
+    nodes = [
+        helper.make_node("Gemm", ["users", "table"], ["scores"], transB=1),
+        helper.make_node("TopK", ["scores", "count"], ["best", "items"]),
+    ]
+    inputs = [
+        helper.make_tensor_value_info("users", kinds.FLOAT, ["B", width]),
+        helper.make_tensor_value_info("table", kinds.FLOAT, ["V", width]),
+        helper.make_tensor_value_info("count", kinds.INT64, [1]),
+    ]
+    outputs = [helper.make_tensor_value_info("items", kinds.INT64, ["B", "K"])]
+    graph = helper.make_graph(nodes, "item_search", inputs, outputs)
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", OPSET)], ir_version=IR_VERSION)
+    onnx.checker.check_model(model, full_check=True)
+    return model.SerializeToString(deterministic=True)
 
 
 def _describe_graph(file: Path) -> dict[str, list[dict[str, Any]]]:

@@ -7,8 +7,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from dman_runtime.retrieval.approximate import ApproximateRetriever
 from dman_runtime.retrieval.base import NO_ITEMS
+from dman_runtime.retrieval.candidates import CandidateRetriever
 from dman_runtime.retrieval.exact import ExactRetriever
 from dman_runtime.retrieval.index import ItemIndex
 
@@ -39,7 +39,7 @@ def build_index(table: np.ndarray, users: np.ndarray, *, floor: float = FLOOR) -
         raise ValueError(f"{len(users)} validation users are too few to measure its recall; {MIN_USERS} are needed")
     index, exact = ItemIndex.build(table), ExactRetriever(table)
     best = [hits.items for hits in exact.search(users, K, exclude=[NO_ITEMS] * len(users))]
-    searched, recall = ApproximateRetriever(table, index), 0.0
+    searched, recall = CandidateRetriever(table, index), 0.0
     for lists_read in _numbers_of_lists(index.lists // MAX_READ):
         index.probes = lists_read
         recall = _recall(searched, users[::2], best[::2])
@@ -54,10 +54,10 @@ def _numbers_of_lists(most: int) -> list[int]:
     return sorted({count for power in range(20) for count in (1 << power, 3 << power) if count <= most})
 
 
-def _recall(searched: ApproximateRetriever, users: np.ndarray, best: Sequence[np.ndarray]) -> float:
+def _recall(searched: CandidateRetriever, users: np.ndarray, best: Sequence[np.ndarray]) -> float:
     """The share of what (N) users should get that the index finds; of an answer that it cannot give, nothing."""
     shares = []
     for user, items in zip(users, best, strict=True):
-        found = searched.find(user, min(K, len(items)))
+        found = searched.found(user, min(K, len(items)))
         shares.append(0.0 if found is None else len(np.intersect1d(items, found.items)) / len(items))
     return float(np.mean(shares))

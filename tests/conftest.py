@@ -68,8 +68,12 @@ Shared = Callable[[str, Callable[[Path], object]], Path]  # the fixture `shared`
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Tests that need an exported bundle come last: one process exports it while others run the tests before."""
-    items.sort(key=lambda item: "tiny_bundle" in getattr(item, "fixturenames", ()))
+    """Tests that need an exported bundle come last: one process exports it while others run the tests before.
+
+    Of either kind, long ones come first: else one process has them all at the end, and the others nothing.
+    """
+    slow = {item.path for item in items if item.get_closest_marker("slow")}
+    items.sort(key=lambda item: ("tiny_bundle" in getattr(item, "fixturenames", ()), item.path not in slow))
 
 
 def random_model(config: ModelConfig, vocabulary: int, *, seed: int = 0) -> DMAN:

@@ -271,7 +271,7 @@ def test_training_reaches_no_part_of_the_server_not_even_through_others() -> Non
 @pytest.mark.parametrize(
     ("library", "only"),
     [
-        ("onnxruntime", {"model.encoder"}),
+        ("onnxruntime", {"model.sessions"}),
         ("fcntl", {"presence", "store.files"}),
         ("protos.dman.v1.dman_pb2", {"api.conditions", "api.operations", "api.recommender"}),
         ("protos.dman.v1.admin_pb2", {"api.admin"}),

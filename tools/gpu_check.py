@@ -23,16 +23,19 @@ import torch
 from dman_runtime.data.evaluation import HeldOut, held_out
 from dman_runtime.errors import UsageError
 from dman_runtime.model.bundle import Bundle, open_bundle
-from dman_runtime.model.encoder import CUDA, Encoder
+from dman_runtime.model.encoder import Encoder
 from dman_runtime.model.events import without_times
 from dman_runtime.model.generation import GOLDEN_TOLERANCE, Generation
+from dman_runtime.model.sessions import CUDA, chosen
 from dman_runtime.options import Parser, require_positive, run_command
 from dman_runtime.retrieval.base import Hits
 from dman_train.config import DataConfig
 from dman_train.data import load
+from dman_train.graphs import search_graph
 from dman_train.presets import PRESETS
 from dman_train.synthetic import SyntheticConfig, generate, write_log
 from tools.bench.batch import encoder_latency
+from tools.bench.device_search import device_search
 from tools.bench.report import HOW_TO_READ, Claim, Section, claims_table, machine, show, sizes_of, write_report
 from tools.bench.servers import dman_server
 from tools.bench.setting import Clock, scratch_directory
@@ -157,6 +160,11 @@ def latency(served: Served) -> Section:
     return encoder_latency(served.bundle, BATCHES, repeats=LATENCY_REPEATS)
 
 
+def search() -> Section:
+    """Large catalogues on CUDA and on the CPU, in turns. Raises EncoderError where CUDA does not work."""
+    return device_search(chosen("cuda", search_graph(1)))
+
+
 def server(served: Served) -> Section:
     """A server on CUDA, then one on the CPU: the same updates, the same recommendations."""
     item_ids, providers = served.bundle.items.item_ids, ("auto", "cpu")
@@ -270,6 +278,7 @@ def all_sections(training: Training, served: Served) -> list[Section]:
         "Golden replay": lambda: golden_replay(served),
         "Recommendations": lambda: recommendations(served),
         "Latency of the encoder": lambda: latency(served),
+        "Search": search,
         "Server": lambda: server(served),
     }
     return [attempted(title, measure) for title, measure in parts.items()]

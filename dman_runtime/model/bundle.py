@@ -47,6 +47,7 @@ from dman_runtime.model.manifest import (
     PREDICTOR,
     REQUEST,
     RETURNS,
+    SEARCH,
     STATE_DTYPES,
     Manifest,
     StateShape,
@@ -75,6 +76,7 @@ __all__ = [
     "PREDICTOR",
     "REQUEST",
     "RETURNS",
+    "SEARCH",
     "STATE_DTYPES",
     "Bundle",
     "Items",
@@ -161,7 +163,7 @@ def open_bundle(path: Path, *, expected_bundle_id: str | None = None) -> Bundle:
             items=files.items(),
             gap_embeddings=files.array(GAPS, (BUCKETS, shape.width)) if shape.sees_times else None,
             returns=files.returns() if shape.sketch_items else {},
-            graphs={name: files.read(name, limit=MAX_GRAPH_BYTES) for name in graphs_of(shape)},
+            graphs=files.graphs(),
             recorded=files.golden(),
             predictor=files.predictor() if PREDICTOR in manifest.files else None,
             index=files.index() if INDEX in manifest.files else None,
@@ -234,6 +236,10 @@ class _Files:
             raise _damaged(file)
         self.identities[name] = identity
         return content
+
+    def graphs(self) -> dict[str, bytes]:
+        names = [*graphs_of(self._manifest.state), *({SEARCH} & set(self._manifest.files))]
+        return {name: self.read(name, limit=MAX_GRAPH_BYTES) for name in names}
 
     def array(self, name: str, shape: tuple[int, ...]) -> np.ndarray:
         size = 4 * math.prod(shape)

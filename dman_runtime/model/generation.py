@@ -20,12 +20,12 @@ from dman_runtime.model.record import RecordHead
 from dman_runtime.model.recurrence import Graphs, Piece
 from dman_runtime.model.sketch import return_scores
 from dman_runtime.model.state import State
-from dman_runtime.retrieval.approximate import ApproximateRetriever
-from dman_runtime.retrieval.base import Added, Retriever
+from dman_runtime.retrieval.base import Added, Finder, Retriever
+from dman_runtime.retrieval.candidates import CandidateRetriever
 from dman_runtime.retrieval.exact import ExactRetriever
 
 if TYPE_CHECKING:
-    from dman_runtime.model.encoder import Provider
+    from dman_runtime.model.sessions import Provider
 
 Answering = State | RecordHead
 GOLDEN_TOLERANCE = 1e-3  # relative to the largest value; float32 on another machine or on CUDA stays far below
@@ -38,6 +38,7 @@ class Generation:
     bundle: Bundle
     graphs: Graphs
     retriever: Retriever
+    _on_device: Finder | None = field(default=None, compare=False, repr=False)
     _kept: KeptAnswers = field(default_factory=KeptAnswers, compare=False, repr=False)
 
     @classmethod
@@ -56,21 +57,22 @@ class Generation:
         from dman_runtime.model.encoder import Encoder
 
         bundle = open_bundle(path, expected_bundle_id=expected_bundle_id)
-        generation = cls.of(bundle, Encoder.of(bundle, provider=provider, threads=threads))
+        encoder = Encoder.of(bundle, provider=provider, threads=threads)
+        generation = cls.of(bundle, encoder, on_device=encoder.device_items(bundle))
         generation.check_golden()
         return generation
 
     @classmethod
-    def of(cls, bundle: Bundle, graphs: Graphs) -> Generation:
-        """With the search that the bundle is made for."""
-        table, index = bundle.item_embeddings, bundle.index
-        retriever = ExactRetriever(table) if index is None else ApproximateRetriever(table, index)
-        return cls(bundle, graphs, retriever)
+    def of(cls, bundle: Bundle, graphs: Graphs, *, on_device: Finder | None = None) -> Generation:
+        """With the search that the bundle is made for, or the one on a device, which misses nothing."""
+        table, finder = bundle.item_embeddings, on_device or bundle.index
+        retriever = ExactRetriever(table) if finder is None else CandidateRetriever(table, finder)
+        return cls(bundle, graphs, retriever, on_device)
 
     def extended(self, slots: Sequence[tuple[str, AddedItem] | None]) -> tuple[Generation, additions.Extended]:
         """A generation as it was opened, with items that were added at run time (`additions.extended`)."""
         more = additions.extended(self.bundle, slots)
-        return Generation.of(more.bundle, self.graphs), more
+        return Generation.of(more.bundle, self.graphs, on_device=self._on_device), more
 
     @property
     def bundle_id(self) -> str:

@@ -45,6 +45,29 @@ class Allowed:
         return int(self.mask.nbytes + (0 if self.items is None else self.items.nbytes))
 
 
+class Finder(Protocol):
+    """Finds items that score high, of the first `items` of a table. Thread-safe where it is quick."""
+
+    @property
+    def items(self) -> int: ...
+
+    @property
+    def quick(self) -> bool:
+        """Whether any thread may ask, and others may wait for the answer."""
+        ...
+
+    def fetched(self, k: int) -> int:
+        """How many items to ask for so that the k best are among them."""
+        ...
+
+    def find(self, users: np.ndarray, counts: Sequence[int]) -> list[np.ndarray]:
+        """For each of (B, D) float32 user embeddings, about so many different item indices (n) int64 or more.
+
+        Fewer where it finds no more.
+        """
+        ...
+
+
 class Retriever(Protocol):
     """Always a batch: one user is B = 1. Thread-safe."""
 

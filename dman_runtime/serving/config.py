@@ -11,7 +11,7 @@ from dman_runtime.errors import UsageError
 
 if TYPE_CHECKING:
     from dman_runtime.late import LateEvents
-    from dman_runtime.model.encoder import Provider
+    from dman_runtime.model.sessions import Provider
 
 MAX_MESSAGE_BYTES = 16 << 20
 LogFormat = Literal["text", "json"]

@@ -9,8 +9,8 @@ import pytest
 
 from dman_runtime.model.bundle import INDEX, open_bundle
 from dman_runtime.model.generation import Generation
-from dman_runtime.retrieval import approximate
-from dman_runtime.retrieval.approximate import ApproximateRetriever
+from dman_runtime.retrieval import candidates
+from dman_runtime.retrieval.candidates import CandidateRetriever
 from dman_train import export, searching
 from dman_train.searching import build_index
 
@@ -58,7 +58,7 @@ def few_will_do(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(searching, "MIN_USERS", 10)
     monkeypatch.setattr(searching, "MAX_READ", 1)
     monkeypatch.setattr(searching, "K", 5)
-    monkeypatch.setattr(approximate, "MAX_SHARE", 1)
+    monkeypatch.setattr(candidates, "MAX_SHARE", 1)
 
 
 @pytest.mark.usefixtures("few_will_do")
@@ -70,7 +70,7 @@ def test_large_catalogue_is_exported_with_an_index(
     assert "search: an index of " in capsys.readouterr().out
     bundle = open_bundle(out)
     assert bundle.index is not None and bundle.manifest.search["lists_read"] == bundle.index.probes
-    assert isinstance(Generation.open(out, provider="cpu").retriever, ApproximateRetriever)
+    assert isinstance(Generation.open(out, provider="cpu").retriever, CandidateRetriever)
     assert export.main(["--run", str(trained_run), "--out", str(out), "--search", "exact"]) == 0
     assert open_bundle(out).index is None and INDEX not in {path.name for path in out.iterdir()}
 

@@ -15,7 +15,7 @@ from conftest import whole_benchmark
 
 from dman_runtime import cli
 from dman_runtime.errors import UsageError
-from dman_runtime.model import encoder
+from dman_runtime.model import sessions
 from dman_runtime.retrieval.base import Hits
 from dman_train import export, train
 from tools import gpu_check, gpu_training
@@ -23,7 +23,7 @@ from tools.bench.report import Claim, Section
 from tools.gpu_training import CPU, Training
 
 QUICK = ["--preset", "tiny", "--users", "40", "--rounds", "1", "--steps", "1"]
-HAS_CUDA = torch.cuda.is_available() or encoder._has_cuda_device()
+HAS_CUDA = torch.cuda.is_available() or sessions._has_cuda_device()
 
 
 @pytest.fixture

@@ -296,6 +296,7 @@ def test_bench_of_signals_compares_servers_of_each_kind(
     assert list(scratch.iterdir()) == []
 
 
+@whole_benchmark
 @pytest.mark.slow
 def test_bench_of_a_large_catalogue_runs_each_command(tmp_path: Path) -> None:
     section = catalogue.large_catalogue(400, tmp_path)

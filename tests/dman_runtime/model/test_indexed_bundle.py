@@ -19,7 +19,7 @@ from dman_runtime.model import bundle as bundle_format
 from dman_runtime.model.bundle import EMBEDDINGS, INDEX, open_bundle
 from dman_runtime.model.generation import Generation
 from dman_runtime.requests import Query, Update
-from dman_runtime.retrieval.approximate import ApproximateRetriever
+from dman_runtime.retrieval.candidates import CandidateRetriever
 from dman_runtime.retrieval.exact import ExactRetriever
 from dman_runtime.retrieval.index import ItemIndex
 from tools.faults.bundles import enlarge, refit
@@ -52,7 +52,7 @@ def recommended(engine: Engine, k: int) -> list[str]:
 
 def test_recommendations_come_through_the_index(indexed: Path) -> None:
     generation = Generation.open(indexed, provider="cpu")
-    assert isinstance(generation.retriever, ApproximateRetriever)
+    assert isinstance(generation.retriever, CandidateRetriever)
     exact = replace(generation, retriever=ExactRetriever(generation.bundle.item_embeddings))
     with new_store("lmdb") as store, new_store("lmdb") as other:
         answers = []
@@ -70,7 +70,7 @@ def test_item_that_is_added_is_found_at_once(indexed: Path) -> None:
         (first,) = recommended(engine, 1)
         add_items(store, generation.bundle, {"999": AddedItem(like=(first,))})
         assert recommended(engine, 2) == [first, "999"]
-        assert isinstance(engine.current.generation.retriever, ApproximateRetriever)
+        assert isinstance(engine.current.generation.retriever, CandidateRetriever)
 
 
 def test_index_that_is_damaged_or_of_other_items_is_refused(copy: Path) -> None:

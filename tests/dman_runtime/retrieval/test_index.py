@@ -26,8 +26,9 @@ def test_opened_index_finds_what_the_built_one_finds(file: Path) -> None:
     built, opened = ItemIndex.build(TABLE, threads=1), ItemIndex.open(file, items=3000, width=12)
     assert (opened.items, opened.lists, opened.probes) == (3000, built.lists, 7)
     built.probes = 7
-    for user in TABLE[:20]:
-        assert opened.find(user, 50).tolist() == built.find(user, 50).tolist()
+    counts = [50] * 19 + [3]
+    for one, other in zip(opened.find(TABLE[:20], counts), built.find(TABLE[:20], counts), strict=True):
+        assert one.tolist() == other.tolist()
 
 
 def test_same_table_gives_the_same_file(file: Path, tmp_path: Path) -> None:
@@ -40,10 +41,10 @@ def test_same_table_gives_the_same_file(file: Path, tmp_path: Path) -> None:
 def test_search_that_reads_all_lists_finds_each_item_once(file: Path) -> None:
     index = ItemIndex.open(file, items=3000, width=12)
     index.probes = index.lists
-    found = index.find(TABLE[0], 5000)
+    (found,) = index.find(TABLE[:1], [5000])
     assert sorted(found.tolist()) == list(range(3000))
     index.probes = 1
-    assert 0 < len(index.find(TABLE[0], 5000)) < 3000
+    assert 0 < len(index.find(TABLE[:1], [5000])[0]) < 3000
 
 
 def test_file_is_no_larger_than_what_is_allowed(file: Path) -> None:

@@ -14,7 +14,7 @@ import pytest
 from conftest import ROOT, change_golden, running_server, serve_config
 
 from dman_runtime.errors import UsageError
-from dman_runtime.model import encoder as encoder_module
+from dman_runtime.model import sessions
 from dman_runtime.model.bundle import FILES, MANIFEST
 from dman_runtime.serving.config import ServeConfig, free_port
 from sdk import CallError, Client
@@ -129,7 +129,7 @@ def test_missing_bundle_is_refused(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(encoder_module._has_cuda_device(), reason="there is a CUDA device")
+@pytest.mark.skipif(sessions._has_cuda_device(), reason="there is a CUDA device")
 def test_provider_cuda_without_cuda_is_refused(tiny_bundle: Path, tmp_path: Path) -> None:
     message = refusal(tiny_bundle, tmp_path / "state", "--provider", "cuda")
     assert "CUDA cannot be used: " in message and message.endswith("(--provider)")

@@ -18,8 +18,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from dman_runtime.retrieval.approximate import ApproximateRetriever
 from dman_runtime.retrieval.base import NO_ITEMS, Retriever
+from dman_runtime.retrieval.candidates import CandidateRetriever
 from dman_runtime.retrieval.exact import ExactRetriever
 from dman_runtime.retrieval.index import ItemIndex
 
@@ -53,7 +53,7 @@ def indexed(items: np.ndarray) -> Index:
     def read(lists: int) -> None:
         index.probes = min(lists, index.lists)
 
-    return Index("index of a bundle (ours)", _our_search(ApproximateRetriever(items, index)), taken, read)
+    return Index("index of a bundle (ours)", _our_search(CandidateRetriever(items, index)), taken, read)
 
 
 def _our_search(retriever: Retriever) -> Callable[[np.ndarray], np.ndarray]:

@@ -8,15 +8,15 @@ from contract.retrievers import BestFirst
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dman_runtime.retrieval.approximate import MAX_SHARE, ApproximateRetriever
 from dman_runtime.retrieval.base import NO_ITEMS, Added, Allowed, Hits
+from dman_runtime.retrieval.candidates import MAX_SHARE, CandidateRetriever
 from dman_runtime.retrieval.exact import ExactRetriever
 from dman_runtime.retrieval.index import ItemIndex
 
 
-def of(table: np.ndarray, items: int | None = None) -> tuple[ApproximateRetriever, BestFirst]:
+def of(table: np.ndarray, items: int | None = None) -> tuple[CandidateRetriever, BestFirst]:
     index = BestFirst(table, len(table) if items is None else items)
-    return ApproximateRetriever(table, index), index  # type: ignore[arg-type]
+    return CandidateRetriever(table, index), index
 
 
 def same(found: Hits, expected: Hits) -> bool:
@@ -97,7 +97,7 @@ def test_index_of_real_vectors_finds_most_of_the_best_with_their_exact_scores() 
     index = ItemIndex.build(table, threads=1)
     index.probes = index.lists // 4
     exclude = [random.integers(0, 6000, 30) for _ in users]
-    found = ApproximateRetriever(table, index).search(users, 20, exclude=exclude)
+    found = CandidateRetriever(table, index).search(users, 20, exclude=exclude)
     expected = ExactRetriever(table).search(users, 20, exclude=exclude)
     recall = np.mean([len(np.intersect1d(one.items, other.items)) for one, other in zip(found, expected, strict=True)])
     assert recall / 20 > 0.95
@@ -105,3 +105,13 @@ def test_index_of_real_vectors_finds_most_of_the_best_with_their_exact_scores() 
         assert np.allclose(hits.scores, table[hits.items] @ user, atol=1e-4)
         assert (np.diff(hits.scores) <= 0).all() and len(np.unique(hits.items)) == 20
         assert not np.isin(hits.items, left_out).any()
+
+
+def test_items_that_were_added_do_not_hide_better_ones_that_were_not_found() -> None:
+    table = np.arange(1000, 0, -1, dtype=np.float32)[:, None]
+    table[999] = 0.5  # the index does not know it
+    searched, _ = of(table, 999)
+    mask = np.ones(1000, bool)
+    mask[:300] = False  # what the index finds
+    (hits,) = searched.search(np.ones((1, 1), np.float32), 1, exclude=[NO_ITEMS], allowed=[Allowed.of(mask)])
+    assert hits.items.tolist() == [300]
