@@ -18,11 +18,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
+import grpc
 import numpy as np
+from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from dman_runtime.errors import UsageError
 from tools.bench.blocks import Block, split
-from tools.bench.servers import ECHO_METHOD, ECHO_SERVICE, Running
+from tools.bench.servers import ECHO_METHOD, ECHO_SERVICE, Running, connect
 from tools.faults.http2 import framed
 
 COMMAND = "h2load"
@@ -106,6 +108,8 @@ def run(load: Load, *, seconds: float) -> dict[str, Block]:
     before = load.server.answers() if load.server.metrics_port else None
     sent = 0
     for longer in _ATTEMPTS:
+        if load.server.metrics_port:
+            _wait_for_turn(load.server.address)
         logs = send(load, seconds=longer * seconds, start_seconds=longer * _START_SECONDS)
         sent += sum(len(rows) for group in logs.values() for rows in group)
         if (blocks := _blocks(logs, warm_up=seconds / 5, least=seconds / 3)) is not None:
@@ -115,6 +119,23 @@ def run(load: Load, *, seconds: float) -> dict[str, Block]:
     if before is not None:
         _check_counts(load, before, sent)
     return blocks
+
+
+def _wait_for_turn(address: str) -> None:
+    """Returns when the server has taken all calls that were waiting for it: those of clients that have left, too."""
+    request = health_pb2.HealthCheckRequest()
+    with connect(address) as channel:
+        check = health_pb2_grpc.HealthStub(channel).Check
+        deadline = time.monotonic() + _EXTRA_SECONDS
+        while True:
+            try:
+                check(request, timeout=_EXTRA_SECONDS)
+            except grpc.RpcError as error:
+                if error.code() is not grpc.StatusCode.CANCELLED or time.monotonic() > deadline:
+                    raise UsageError(f"the server does not answer: {error.details()}") from None
+                time.sleep(0.05)  # as many wait as may
+            else:
+                return
 
 
 def send(load: Load, *, seconds: float, start_seconds: float = _START_SECONDS) -> dict[str, list[np.ndarray]]:
