@@ -12,6 +12,7 @@ from dman_runtime.commands import items, logs, remote, servers, stores
 from dman_runtime.data.filters import Filters
 from dman_runtime.data.log_options import LogOptions
 from dman_runtime.jobs.partitions import MAX_UNKNOWN
+from dman_runtime.jobs.spreading import ENGINES
 from dman_runtime.options import Parser, configure_logging, run_command
 
 DEFAULT_BUNDLE, DEFAULT_STATE, DEFAULT_LOG = Path("bundle"), Path("state"), Path("data/log.csv")
@@ -304,6 +305,8 @@ def _score_options(p: Parser) -> None:
     p.flag("--k", type=int, default=100, help="items per user")
     p.flag("--at", type=int, default=None, help="seconds since 1970 of the moment to score for; without it, unknown")
     p.add_argument("--include-seen", action="store_true", help="do not leave out items in the user's history")
+    p.flag("--engine", choices=ENGINES, default="local", help="processes of this machine, or a Ray cluster (dman[ray])")
+    p.flag("--processes", type=int, default=0, help="of this machine; 0: one a core, or one alone for a small log")
     _log_options(p)
     _encoder_options(p)
     p.add_argument("--json", action="store_true", help="print the result as JSON on the last line")

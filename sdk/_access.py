@@ -24,6 +24,7 @@ Pem: TypeAlias = str | os.PathLike[str] | bytes
 _METADATA_KEY = re.compile(r"[0-9a-z_.-]+")
 _CERTIFICATE = re.compile(r"-----BEGIN CERTIFICATE-----.*?-----END CERTIFICATE-----", re.DOTALL)
 _PRIVATE_KEY = re.compile(r"-----BEGIN (\w+ )?PRIVATE KEY-----.*?-----END (\w+ )?PRIVATE KEY-----", re.DOTALL)
+_ADDRESS = re.compile(r"(?:\[([0-9a-fA-F:.]+)\]|([^\[\]:/%,\s]+)):([0-9]{1,5})")
 _HOST = re.compile(r"(?:dns:(?:///)?)?(?:\[([0-9a-fA-F:.]+)\]|([^\[\]:/%]+))(?::\d+)?")
 
 
@@ -55,6 +56,7 @@ class Access:
 def access(
     target: str,
     *,
+    local: bool,
     token: str | None,
     tls: bool | None,
     ca_certificate: Pem | None,
@@ -64,9 +66,10 @@ def access(
     channel_credentials: grpc.ChannelCredentials | None,
     metadata: Iterable[tuple[str, str | bytes]],
 ) -> Access:
-    """Checks the arguments of a client that have to do with access. Raises InvalidArgumentError."""
-    if not isinstance(target, str) or not target:
-        raise InvalidArgumentError(f"target must be an address such as 'localhost:50051', not {target!r}.")
+    """Checks the arguments of a client that have to do with access. `local`: the target is certainly this machine.
+
+    Raises InvalidArgumentError.
+    """
     _check_flags(tls, insecure)
     files = _TlsFiles(ca_certificate, client_certificate, client_key)
     encryption = None
@@ -85,7 +88,8 @@ def access(
         if _authorizes(sent):
             raise InvalidArgumentError("token= and metadata 'authorization' exclude each other.")
         sent = (*sent, ("authorization", f"Bearer {_checked_token(token)}"))
-    _check_secrecy(target, sent, encrypted=encryption is not None or channel_credentials is not None, insecure=insecure)
+    encrypted = encryption is not None or channel_credentials is not None
+    _check_secrecy(target, sent, encrypted=encrypted, insecure=insecure, local=local)
     return Access(encryption, channel_credentials, sent)
 
 
@@ -111,6 +115,14 @@ def _is_loopback(address: str) -> bool:
         return False
 
 
+def host_and_port(address: str) -> tuple[str, int] | None:
+    """Host, without brackets, and port of a plain address; None for what is none."""
+    match = _ADDRESS.fullmatch(address)
+    if match is None or not 1 <= (port := int(match[3])) <= 65_535:
+        return None
+    return match[1] or match[2], port
+
+
 def _check_flags(tls: bool | None, insecure: bool) -> None:
     """Texts such as "false" would count as true."""
     if tls is not None and not isinstance(tls, bool):
@@ -119,11 +131,11 @@ def _check_flags(tls: bool | None, insecure: bool) -> None:
         raise InvalidArgumentError(f"insecure must be True or False, not {type(insecure).__name__}.")
 
 
-def _check_secrecy(target: str, metadata: Metadata, *, encrypted: bool, insecure: bool) -> None:
+def _check_secrecy(target: str, metadata: Metadata, *, encrypted: bool, insecure: bool, local: bool) -> None:
     """Refuses to send a token in plain text beyond this machine."""
     if encrypted and insecure:
         raise InvalidArgumentError("insecure=True means plain text; with TLS leave it out.")
-    if _authorizes(metadata) and not (encrypted or insecure or is_local(target)):
+    if _authorizes(metadata) and not (encrypted or insecure or local):
         raise InvalidArgumentError(
             f"a token would go to {target} in plain text, where others can read it. "
             "Pass tls=True or ca_certificate=, or insecure=True if nobody else is on this network."

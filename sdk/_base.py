@@ -8,11 +8,12 @@ import grpc
 
 from protos.dman.v1.admin_pb2_grpc import AdminStub
 from protos.dman.v1.dman_pb2_grpc import OperationsStub, RecommenderStub
-from sdk._access import Pem, access
+from sdk._access import Metadata, Pem, access
 from sdk._calls import Call, ReplyT, RequestT, ResultT
 from sdk._exceptions import ClientClosedError, DmanError, InvalidArgumentError, error_from_status
 from sdk._proxy import proxy_remedy
 from sdk._retry import Attempts
+from sdk._servers import servers, user_pair
 from sdk._settings import ARGUMENTS, DEFAULT_RETRIES, DEFAULT_TARGET, DEFAULT_TIMEOUT, positive_seconds, settings
 
 _log = logging.getLogger(__name__)
@@ -29,7 +30,7 @@ class ClientBase:
 
     def __init__(
         self,
-        target: str = DEFAULT_TARGET,
+        target: str | Iterable[str] = DEFAULT_TARGET,
         *,
         timeout: float = DEFAULT_TIMEOUT,
         retries: int = DEFAULT_RETRIES,
@@ -44,8 +45,10 @@ class ClientBase:
         metadata: Iterable[tuple[str, str | bytes]] = (),
         options: Iterable[tuple[str, Any]] = (),
     ) -> None:
+        where = servers(target)
         checked_access = access(
-            target,
+            str(where),
+            local=where.local,
             token=token,
             tls=tls,
             ca_certificate=ca_certificate,
@@ -56,7 +59,7 @@ class ClientBase:
             metadata=metadata,
         )
         self._settings = settings(
-            target,
+            where,
             timeout=timeout,
             retries=retries,
             wait_for_ready=wait_for_ready,
@@ -89,8 +92,13 @@ class ClientBase:
 
     @property
     def target(self) -> str:
-        """The address of the server."""
-        return self._settings.target
+        """The address of the server; of several, all of them, separated by commas."""
+        return str(self._settings.servers)
+
+    def _metadata_of(self, call: Call[Any, Any, Any]) -> Metadata | None:
+        if call.user_id is None:
+            return self._metadata
+        return (*(self._metadata or ()), user_pair(call.user_id))
 
     def __repr__(self) -> str:
         state = " (closed)" if self._closed else ""

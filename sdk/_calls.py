@@ -30,6 +30,7 @@ class Call(Generic[RequestT, ReplyT, ResultT]):
     repeatable: bool  # sending it twice has the same effect and the same answer as sending it once
     timeout: float | None  # seconds; None for the client's
     request_id: str | None = None  # of an update: its errors carry it
+    user_id: str | None = None  # the one user that it is about
     receive: Callable[[Iterator[Any]], ReplyT | None] | None = None  # the reply from a stream; None: there is none
 
 
@@ -82,7 +83,7 @@ def update(
         request.shown_seconds = _wire.integer(shown_seconds, "shown_seconds")
     _set_producer(request, producer, sequence)
     request.request_id = _request_id(request_id, producer)
-    return Call("Update", request, _replies.update_result, True, timeout, request.request_id or None)
+    return Call("Update", request, _replies.update_result, True, timeout, request.request_id or None, request.user_id)
 
 
 def update_many(
@@ -169,7 +170,7 @@ def recommend(
     request = _recommend_request(k, exclude, include_seen, candidates, what_if, at, filter, diversity)
     if user_id is not None:
         request.user_id = _wire.id_text(user_id, "user_id")
-    return Call("Recommend", request, _replies.recommendations, True, timeout)
+    return Call("Recommend", request, _replies.recommendations, True, timeout, user_id=request.user_id or None)
 
 
 def recommend_many(
@@ -237,7 +238,7 @@ def user(
     request = pb.GetUserRequest(
         user_id=_wire.id_text(user_id, "user_id"), recent_events=_wire.integer(recent_events, "recent_events")
     )
-    return Call("GetUser", request, _replies.user, True, timeout)
+    return Call("GetUser", request, _replies.user, True, timeout, user_id=request.user_id)
 
 
 def delete_user(
@@ -258,7 +259,7 @@ def delete_user(
         CallError: The call failed. The user may or may not be deleted: call again to be sure.
     """
     request = pb.DeleteUserRequest(user_id=_wire.id_text(user_id, "user_id"))
-    return Call("DeleteUser", request, _replies.deleted_user, False, timeout)
+    return Call("DeleteUser", request, _replies.deleted_user, False, timeout, user_id=request.user_id)
 
 
 def status(

@@ -4,6 +4,7 @@ import asyncio
 import os
 import time
 from collections.abc import AsyncIterator, Iterator
+from contextlib import suppress
 from types import TracebackType
 from typing import Any, NamedTuple, Self
 
@@ -54,9 +55,9 @@ class BlockingClient(ClientBase):
         if opened is None:
             options, credentials = self._settings.options, self._settings.access.credentials
             channel = (
-                grpc.insecure_channel(self.target, options)
+                grpc.insecure_channel(self._settings.servers.address(), options)
                 if credentials is None
-                else grpc.secure_channel(self.target, credentials, options)
+                else grpc.secure_channel(self._settings.servers.address(), credentials, options)
             )
             FORKS.opened(channel)
             opened = self._channels.setdefault(os.getpid(), _Opened(channel, methods_of(channel)))
@@ -76,7 +77,7 @@ class BlockingClient(ClientBase):
                 sent = self._open().methods[call.rpc](
                     call.request,
                     timeout=attempts.seconds_left(),
-                    metadata=self._metadata,
+                    metadata=self._metadata_of(call),
                     wait_for_ready=self._settings.wait_for_ready,
                 )
                 if call.receive is None:
@@ -170,7 +171,8 @@ class AsyncClient(ClientBase):
 
     async def __aenter__(self) -> Self:
         self._check_open()
-        self._open()
+        with suppress(grpc.RpcError):  # the first call says it
+            await self._open()
         return self
 
     async def __aexit__(
@@ -178,35 +180,45 @@ class AsyncClient(ClientBase):
     ) -> None:
         await self.close()
 
-    def _open(self) -> _Opened:
-        """Makes the channel. gRPC ties it to the running event loop."""
+    async def _open(self) -> _Opened:
+        """The channel, which gRPC ties to the running event loop."""
         FORKS.check(aio=True)
         options, credentials = self._settings.options, self._settings.access.credentials
+        address = await self._address()
+        self._check_open()  # meanwhile
+        if self._opened is not None:  # another task was faster
+            return self._opened
         self._loop, self._pid = asyncio.get_running_loop(), os.getpid()
         channel = (
-            grpc.aio.insecure_channel(self.target, options)
+            grpc.aio.insecure_channel(address, options)
             if credentials is None
-            else grpc.aio.secure_channel(self.target, credentials, options)
+            else grpc.aio.secure_channel(address, credentials, options)
         )
         FORKS.opened(channel, aio=True)
         self._opened = _Opened(channel, methods_of(channel))
         return self._opened
 
+    async def _address(self) -> str:
+        servers = self._settings.servers
+        return await asyncio.to_thread(servers.address) if servers.several else servers.address()
+
     def _check_loop(self) -> None:
         if self._loop is not asyncio.get_running_loop():
             raise EventLoopError
 
-    async def _send(self, invoke: Any, call: Call[RequestT, ReplyT, ResultT], attempts: Attempts) -> ReplyT | None:
+    async def _send(self, call: Call[RequestT, ReplyT, ResultT], attempts: Attempts) -> ReplyT | None:
         """One attempt."""
         FORKS.check(aio=True, request_id=call.request_id)
         while FORKS.forking:  # in another thread, which waits for the calls under way
             await asyncio.sleep(0.001)
         with FORKS.running():
             seconds = attempts.start()
-            sent = invoke(
+            opened = self._opened or await self._open()
+            self._check_loop()
+            sent = opened.methods[call.rpc](
                 call.request,
-                timeout=seconds,
-                metadata=self._metadata,
+                timeout=attempts.seconds_left(),
+                metadata=self._metadata_of(call),
                 wait_for_ready=self._settings.wait_for_ready,
             )
             if not FORKS.unproven:
@@ -223,12 +235,10 @@ class AsyncClient(ClientBase):
         attempts = self._attempts(call)
         self._check_open(call)
         FORKS.check(aio=True, request_id=call.request_id)
-        opened = self._opened or self._open()
-        self._check_loop()
         while True:
             self._check_open(call)
             try:
-                reply = await self._send(opened.methods[call.rpc], call, attempts)
+                reply = await self._send(call, attempts)
             except grpc.RpcError as error:
                 await asyncio.sleep(self._pause(call, attempts, error))
             except asyncio.CancelledError:

@@ -32,7 +32,7 @@ class Pages:
         if self._complete:
             return None
         request = pb.GetHistoryRequest(user_id=self._user_id, start=self._position - len(self._last))
-        return Call("GetHistory", request, self._read, True, self._timeout)
+        return Call("GetHistory", request, self._read, True, self._timeout, user_id=self._user_id)
 
     def _read(self, reply: pb.GetHistoryReply) -> list[Event]:
         """Raises ConflictError; ValueError for a reply that makes no sense."""

@@ -5,8 +5,9 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
-from sdk._access import Access, is_local, pairs
+from sdk._access import Access, pairs
 from sdk._exceptions import InvalidArgumentError
+from sdk._servers import Servers
 from sdk._wire import integer
 
 DEFAULT_TARGET = "localhost:50051"
@@ -26,7 +27,9 @@ _CHANNEL_OPTIONS: dict[str, Any] = {
 ARGUMENTS = """Connects at the first call, not here.
 
 Args:
-    target: The server's address: `host:port`, or any other gRPC name such as `unix:/run/dman.sock`.
+    target: The server's address: `host:port`, or any other gRPC name such as `unix:/run/dman.sock`. A list of
+        `host:port` for several servers over one state: each user stays with one of them, and goes to another if that
+        is gone. A list of one is a DNS name that has the addresses of all.
     timeout: Seconds that a call may take as a whole, retries included. Each method can override it.
     retries: How often a call that is safe to repeat is tried again while the server is unavailable. 0: never.
     wait_for_ready: Whether a call waits, within its timeout, for a server that is not up yet, instead of failing at
@@ -51,7 +54,7 @@ Raises:
 class Settings:
     """The checked arguments of a client, made by `settings`."""
 
-    target: str
+    servers: Servers
     timeout: float
     retries: int
     wait_for_ready: bool
@@ -60,7 +63,7 @@ class Settings:
 
 
 def settings(
-    target: str,
+    servers: Servers,
     *,
     timeout: float,
     retries: int,
@@ -72,18 +75,25 @@ def settings(
     if integer(retries, "retries") < 0:
         raise InvalidArgumentError(f"retries must not be negative: {retries}.")
     return Settings(
-        target=target,
+        servers=servers,
         timeout=positive_seconds(timeout, "timeout"),
         retries=retries,
         wait_for_ready=wait_for_ready,
         access=access,
-        options=tuple({**_CHANNEL_OPTIONS, **_proxy_option(target), **dict(pairs(options, "options"))}.items()),
+        options=tuple(
+            {
+                **_CHANNEL_OPTIONS,
+                **_proxy_option(servers),
+                **servers.options(),
+                **dict(pairs(options, "options")),
+            }.items()
+        ),
     )
 
 
-def _proxy_option(target: str) -> dict[str, Any]:
+def _proxy_option(servers: Servers) -> dict[str, Any]:
     """gRPC would use the proxy of the environment for this machine too, and send a token there in plain text."""
-    return {"grpc.enable_http_proxy": 0} if is_local(target) else {}
+    return {"grpc.enable_http_proxy": 0} if servers.local else {}
 
 
 def positive_seconds(value: float, name: str) -> float:

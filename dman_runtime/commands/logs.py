@@ -78,6 +78,7 @@ def export_log(arguments: argparse.Namespace) -> int:
 
 def score(arguments: argparse.Namespace) -> int:
     from dman_runtime.jobs.scoring import score as score_log
+    from dman_runtime.jobs.spreading import spread
     from dman_runtime.requests import MAX_K
 
     if not 1 <= arguments.k <= MAX_K:
@@ -87,7 +88,14 @@ def score(arguments: argparse.Namespace) -> int:
         if not _goes_on(arguments, log.report, generation):
             return 0
         result = score_log(
-            log, arguments.output, generation, k=arguments.k, include_seen=arguments.include_seen, at=arguments.at
+            log,
+            arguments.output,
+            generation,
+            k=arguments.k,
+            include_seen=arguments.include_seen,
+            at=arguments.at,
+            spread=spread(arguments.engine, arguments.processes, events=log.report.events),
+            threads=arguments.encoder_threads,
         )
     print("\n".join(result.lines(arguments.output, arguments.k)))
     if arguments.json:

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from collections import deque
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 from tqdm import tqdm
@@ -15,18 +18,22 @@ from dman_runtime.data.vocabulary import known_events
 from dman_runtime.errors import InputError
 from dman_runtime.jobs.parquet_output import ParquetOutput
 from dman_runtime.jobs.partitions import by_length
+from dman_runtime.jobs.spreading import Here, Spread
 from dman_runtime.model.bundle import Bundle
 from dman_runtime.model.events import KnownEvents
 from dman_runtime.model.generation import Generation
 from dman_runtime.retrieval.base import NO_ITEMS, Hits
-from dman_runtime.retrieval.exact import first_of
+from dman_runtime.retrieval.exact import first_of, multiply_on_one_thread
 
 if TYPE_CHECKING:
     import pyarrow as pa
 
+    from dman_runtime.model.sessions import Provider
+
 
 @dataclass
 class ScoreResult:
+    where: str = Here.name
     users: int = 0  # in the log
     rows: int = 0  # written
     popular_users: int = 0  # without an event of a known item: they got the most popular items
@@ -36,6 +43,8 @@ class ScoreResult:
     def lines(self, output: Path, k: int) -> list[str]:
         """For people."""
         lines = [f"scored {self.users} users into {output}: {self.rows} rows"]
+        if self.where != Here.name:
+            lines.append(f"the users were scored {self.where}")
         if self.popular_users:
             lines.append(
                 f"{self.popular_users} of {self.users} users have no event of a known item: they got popular items"
@@ -47,6 +56,60 @@ class ScoreResult:
         return lines
 
 
+class _Users(NamedTuple):
+    """A batch of B users."""
+
+    user_ids: list[str]
+    histories: list[KnownEvents]
+
+
+@dataclass(frozen=True)
+class Scoring:
+    """What is computed of each batch: a `Work`, which opens the bundle in each process."""
+
+    bundle: Path
+    bundle_id: str
+    provider: Provider
+    threads: int
+    k: int
+    include_seen: bool
+    at: int | None
+
+    def open(self) -> Callable[[_Users], list[Hits]]:
+        """Raises BundleError, EncoderError."""
+        return self.with_generation(
+            Generation.open(
+                self.bundle, provider=self.provider, threads=self.threads, expected_bundle_id=self.bundle_id
+            )
+        )
+
+    def with_generation(self, generation: Generation) -> Callable[[_Users], list[Hits]]:
+        multiply_on_one_thread()  # so that scores are the same to the bit, however many processes there are
+        return partial(self._best, generation)
+
+    def _best(self, generation: Generation, users: _Users) -> list[Hits]:
+        """What a server would recommend after these histories, at a moment in seconds."""
+        histories, items = users.histories, generation.bundle.items
+        embeddings, added = generation.asked(generation.replay(histories), [self.at] * len(histories))
+        seen = [NO_ITEMS if self.include_seen else history.items for history in histories]
+        hits = generation.retriever.search(embeddings, self.k, exclude=seen, added=added)
+        for i, history in enumerate(histories):
+            if not len(history):
+                hits[i] = first_of(items.by_popularity, items.popularity, self.k)
+        return hits
+
+
+@dataclass(frozen=True)
+class _Opened:
+    """The same in this process, where the bundle is open already."""
+
+    scoring: Scoring
+    generation: Generation
+
+    def open(self) -> Callable[[_Users], list[Hits]]:
+        return self.scoring.with_generation(self.generation)
+
+
 def score(
     log: Log,
     output: Path,
@@ -55,42 +118,49 @@ def score(
     k: int,
     include_seen: bool = False,
     at: int | None = None,
+    spread: Spread | None = None,
+    threads: int = 1,
 ) -> ScoreResult:
     """Writes the k best items of every user in a log to a Parquet file.
 
     Columns: user_id, rank (from 1), item_id, score, source (model or popular). The answers are those of a server that
     was given the same histories and is asked at the moment `at` (seconds; None: unknown). Users have the type that the
     log was read with (`options_of_training` gives that of the bundle), items that of the bundle. Memory stays bounded
-    by the partition size. Raises InputError.
+    by the partition size.
+
+    `spread` says where users are scored, with so many `threads` in a graph run: by default, or on CUDA, here. The file
+    is the same to the byte. Raises InputError, and the errors of `Spread.results`.
     """
     rows_of = _Rows(log, generation.bundle)
-    result = ScoreResult()
+    written = deque[_Users]()
+    scoring = Scoring(
+        generation.bundle.path, generation.bundle_id, "cpu", threads, k=k, include_seen=include_seen, at=at
+    )
+    here = spread is None or isinstance(spread, Here) or generation.graphs.on_cuda
+    where = Here() if here or spread is None else spread
+    work, result = _Opened(scoring, generation) if here else scoring, ScoreResult(where.name)
+
+    def batches() -> Iterator[_Users]:
+        for users in _batches(log, generation.bundle):
+            written.append(users)
+            yield users
+
     with ParquetOutput(output, rows_of.schema) as out, tqdm(unit="user", desc="score", disable=None) as bar:
-        for partition in log.parts():
-            known = known_events(partition, generation.bundle.items.index)
-            for rows in by_length(np.diff(known.offsets)):
-                histories = [
-                    KnownEvents(known.history(row).astype(np.int64), known.user_timestamps(row)) for row in rows
-                ]
-                hits = _best(histories, generation, k, at=at, include_seen=include_seen)
-                popular = np.array([not len(history) for history in histories])
-                out.write(rows_of.table([known.user_ids[row] for row in rows], hits, popular))
-                _count(result, hits, popular, k)
-                bar.update(len(rows))
+        for hits in where.results(work, batches()):
+            users = written.popleft()
+            popular = np.array([not len(history) for history in users.histories])
+            out.write(rows_of.table(users.user_ids, hits, popular))
+            _count(result, hits, popular, k)
+            bar.update(len(hits))
     return result
 
 
-def _best(
-    histories: list[KnownEvents], generation: Generation, k: int, *, at: int | None, include_seen: bool
-) -> list[Hits]:
-    """What a server would recommend after these histories, at a moment in seconds."""
-    users, added = generation.asked(generation.replay(histories), [at] * len(histories))
-    seen = [NO_ITEMS if include_seen else history.items for history in histories]
-    hits, items = generation.retriever.search(users, k, exclude=seen, added=added), generation.bundle.items
-    for i, history in enumerate(histories):
-        if not len(history):
-            hits[i] = first_of(items.by_popularity, items.popularity, k)
-    return hits
+def _batches(log: Log, bundle: Bundle) -> Iterator[_Users]:
+    for partition in log.parts():
+        known = known_events(partition, bundle.items.index)
+        for rows in by_length(np.diff(known.offsets)):
+            histories = [KnownEvents(known.history(row).astype(np.int64), known.user_timestamps(row)) for row in rows]
+            yield _Users([known.user_ids[row] for row in rows], histories)
 
 
 def _count(result: ScoreResult, hits: list[Hits], popular: np.ndarray, k: int) -> None:

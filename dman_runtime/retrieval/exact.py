@@ -17,6 +17,14 @@ TURNED_ITEMS = (
 QUICK_ITEMS, QUICK_ROWS = 100_000, 12_500  # that one search multiplies at most to be quick: all, or rows picked out
 
 
+def multiply_on_one_thread() -> None:
+    """From now on in this process. A search is so short that a second thread hardly helps; where cores are busy,
+    waiting for it takes 8 ms."""
+    from threadpoolctl import threadpool_limits
+
+    threadpool_limits(limits=1, user_api="blas")
+
+
 def top_k(scores: np.ndarray, k: int, *, exclude: np.ndarray = NO_ITEMS) -> Hits:
     """The k best of (N) scores, best first, ties by position. `scores` is overwritten where excluded or not finite.
 

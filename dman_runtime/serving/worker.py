@@ -21,22 +21,16 @@ SWITCH_SECONDS = 0.0005  # a thread that computes in Python keeps the event loop
 
 def serve_one(config: ServeConfig, pipe: WorkerPipe | None) -> int:
     """Serves until it is asked to stop; says so to its supervisor, or else on stdout. Returns the exit status."""
+    from dman_runtime.retrieval.exact import multiply_on_one_thread
+
     if not config.share_port:
         free_port(config)  # before the bundle is loaded, and in one line where gRPC writes several
     sys.setswitchinterval(SWITCH_SECONDS)
-    _multiply_on_one_thread()
+    multiply_on_one_thread()
     with worker_metrics(config, pipe) as metrics, asyncio.Runner(loop_factory=_fast_loop) as runner:
         runner.run(_serve(config, pipe, metrics))
     logger.info("stopped")
     return 0
-
-
-def _multiply_on_one_thread() -> None:
-    """A search is so short that a second thread hardly helps; where cores are busy, waiting for it takes 8 ms."""
-    import numpy  # noqa: F401  # its library is there only then
-    from threadpoolctl import threadpool_limits
-
-    threadpool_limits(limits=1, user_api="blas")
 
 
 def _fast_loop() -> asyncio.AbstractEventLoop:

@@ -16,6 +16,7 @@ from torch_graphs import generation_of
 from dman_runtime.engine import Engine
 from dman_runtime.errors import InputError
 from dman_runtime.jobs import partitions
+from dman_runtime.jobs.spreading import Processes
 from dman_runtime.model.generation import Generation
 from dman_runtime.requests import Query
 
@@ -145,8 +146,13 @@ def test_users_who_have_had_everything_get_no_rows_and_are_counted(
     assert rankings[6][0][0] == TINY_ITEMS
     assert pq.read_schema(tmp_path / "s.parquet").remove_metadata() == SCHEMA
     assert vars(result) == {
-        "users": 7, "rows": 11, "popular_users": 0, "users_with_nothing": 5, "users_with_fewer_than_k": 6,
-    }  # fmt: skip
+        "where": "in this process",
+        "users": 7,
+        "rows": 11,
+        "popular_users": 0,
+        "users_with_nothing": 5,
+        "users_with_fewer_than_k": 6,
+    }
     lines = result.lines(tmp_path / "s.parquet", 10)
     assert "5 of 7 users have nothing left to recommend" in lines
     assert "1 of 7 users have fewer than 10 items left" in lines
@@ -262,3 +268,15 @@ def test_score_that_is_interrupted_leaves_no_part(
     with pytest.raises(KeyboardInterrupt):
         score_log(log, tmp_path / "s.parquet", exact, k=3)
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.slow
+def test_file_is_the_same_however_many_processes_there_are(
+    exact: Generation, log: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(partitions, "USERS_PER_BATCH", 3)
+    result = score_log(log, tmp_path / "1.parquet", exact, k=20, at=10**9)
+    spread = score_log(log, tmp_path / "2.parquet", exact, k=20, at=10**9, spread=Processes(2))
+    assert (tmp_path / "1.parquet").read_bytes() == (tmp_path / "2.parquet").read_bytes()
+    assert vars(spread) == vars(result) | {"where": "by 2 processes"}
+    assert "the users were scored by 2 processes" in spread.lines(tmp_path / "2.parquet", 20)

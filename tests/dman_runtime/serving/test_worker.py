@@ -167,9 +167,9 @@ def test_overload_beyond_max_concurrent_is_refused_at_once(exact_bundle: Path, t
 
 def test_worker_multiplies_matrices_on_one_thread() -> None:
     script = """
-from dman_runtime.serving.worker import _multiply_on_one_thread
+from dman_runtime.retrieval.exact import multiply_on_one_thread
 from threadpoolctl import threadpool_info
-_multiply_on_one_thread()
+multiply_on_one_thread()
 print([pool["num_threads"] for pool in threadpool_info() if pool["user_api"] == "blas"])
 """
     done = subprocess.run(
