@@ -40,7 +40,7 @@ LOOK_SECONDS = 1.0
 MAX_STREAMS_PER_CONNECTION = 512
 # Calls that may wait in gRPC for this worker, which takes them in order: beyond the first number more and more are
 # refused, beyond the second all. Else, under overload, every call would be answered after its deadline.
-PENDING_CALLS = (288, 320)
+PENDING_CALLS = (260, 276)
 CONNECTION_AGE_MS = 600_000  # then a client connects anew, which ends what it does not read and spreads the load
 CONNECTION_GRACE_MS = 60_000
 HANDSHAKE_MS = 10_000
