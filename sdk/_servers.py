@@ -62,8 +62,9 @@ class Servers:
         if not self.several:
             return {}
         found: dict[str, Any] = {"grpc.service_config": json.dumps(_POLICY)}
-        if len(self.names) > 1:  # else gRPC would take the first address for the name of all
-            found["grpc.default_authority"] = self.names[0]
+        if len(self.names) > 1:
+            found["grpc.default_authority"] = self.names[0]  # else the first address would be the name of all
+            found["grpc.enable_http_proxy"] = 0  # gRPC would ask a proxy for all of them as one
         return found
 
     def address(self) -> str:

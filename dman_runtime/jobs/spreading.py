@@ -167,7 +167,7 @@ class RayCluster:
         try:
             ray: Any = importlib.import_module("ray")  # it has few types
         except ImportError:
-            raise UsageError("Ray is not installed", "install dman[ray]", parameter="engine") from None
+            raise UsageError("the library Ray is not installed", "install dman[ray]", parameter="engine") from None
         started = not ray.is_initialized()
         if started:
             ray.init(include_dashboard=False, log_to_driver=False, logging_level="ERROR", configure_logging=False)

@@ -43,10 +43,10 @@ GRAPHS = {
     "dman": TINY,
     "gated": replace(TINY, long_term="gated", layers=1),
     "paper-fifo": replace(PAPER, variant="fifo", layers=1),
-    "xl": replace(TINY, variant="xl", layers=3),
+    "xl": replace(TINY, variant="xl", layers=1),
     "requests": TIMED,
     "event-times": replace(TINY, time="events", variant="xl", layers=1),
-    "nran-full": replace(TINY, variant="nran", routing="full", routing_softmax="primaries"),
+    "nran-full": replace(TINY, variant="nran", routing="full", routing_softmax="primaries", layers=1),
 }
 
 

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from conftest import whole_benchmark
 from record_checks import check_records
 
 from dman_runtime.engine import Engine
@@ -153,7 +154,7 @@ def test_bad_bundle_changes_nothing_and_a_restart_keeps_what_was_activated(
     assert not status and line.startswith(f"dropped {USERS} records")
 
 
-@pytest.mark.parametrize("workers", [1, 2])
+@pytest.mark.parametrize("workers", [pytest.param(1, marks=whole_benchmark), 2])
 def test_updates_are_applied_once_while_servers_are_killed_and_bundles_change(
     bundle: Path, tmp_path: Path, workers: int
 ) -> None:

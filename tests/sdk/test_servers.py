@@ -113,6 +113,14 @@ async def test_token_and_user_go_together(fleet: Fleet, connect: Connect) -> Non
     assert seen.metadata["authorization"] == "Bearer s3cret" and USER_HEADER in seen.metadata
 
 
+async def test_proxy_of_the_environment_is_left_out(
+    fleet: Fleet, connect: Connect, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("http_proxy", "http://127.0.0.1:1")
+    monkeypatch.setattr(Servers, "local", property(lambda self: False))  # else it would be left out anyway
+    assert (await connect(fleet.addresses).recommend("anna")).bundle_id == "b1"
+
+
 async def test_names_are_looked_up(fleet: Fleet, connect: Connect) -> None:
     names = [address.replace("127.0.0.1", "localhost") for address in fleet.addresses]
     for target in (names, names[:1]):

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import psutil
 import pytest
+from conftest import whole_benchmark
 
 from dman_runtime.errors import UsageError
 from dman_train.config import BaselineConfig, ModelConfig, to_dict
@@ -355,6 +356,7 @@ def test_directory_of_another_run_is_not_touched(
     assert sorted(path for path in directory.rglob("*") if path != log_file(directory / "one-s0")) == before
 
 
+@whole_benchmark
 @pytest.mark.slow
 def test_failing_run_is_reported_and_does_not_stop_the_others(
     write_plan: WritePlan, tmp_path: Path, capsys: pytest.CaptureFixture[str]
@@ -437,6 +439,7 @@ def test_signal_stops_the_command_and_its_training(write_plan: WritePlan, tmp_pa
         assert not training.is_running() and (tmp_path / "runs" / "one-s0" / "checkpoint.pt").exists()
 
 
+@whole_benchmark
 @pytest.mark.slow
 def test_training_whose_command_was_killed_keeps_its_claim(
     write_plan: WritePlan, tmp_path: Path, capsys: pytest.CaptureFixture[str]

@@ -141,5 +141,5 @@ def test_small_jobs_stay_here_and_large_ones_use_all_cores(monkeypatch: pytest.M
 
 def test_without_ray_it_says_what_to_install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "ray", None)
-    with pytest.raises(UsageError, match=r"Ray is not installed; install dman\[ray\]"):
+    with pytest.raises(UsageError, match=r"the library Ray is not installed; install dman\[ray\]"):
         next(iter(spread("ray", 0, events=1).results(Squares(tmp_path), [1])))
