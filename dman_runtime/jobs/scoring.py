@@ -133,9 +133,8 @@ def score(
     """
     rows_of = _Rows(log, generation.bundle)
     written = deque[_Users]()
-    scoring = Scoring(
-        generation.bundle.path, generation.bundle_id, "cpu", threads, k=k, include_seen=include_seen, at=at
-    )
+    path = generation.bundle.path.resolve()  # processes of a cluster have directories of their own
+    scoring = Scoring(path, generation.bundle_id, "cpu", threads, k=k, include_seen=include_seen, at=at)
     here = spread is None or isinstance(spread, Here) or generation.graphs.on_cuda
     where = Here() if here or spread is None else spread
     work, result = _Opened(scoring, generation) if here else scoring, ScoreResult(where.name)
