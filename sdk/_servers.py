@@ -59,12 +59,15 @@ class Servers:
 
     def options(self) -> dict[str, Any]:
         """Channel options."""
-        if not self.several:
-            return {}
-        found: dict[str, Any] = {"grpc.service_config": json.dumps(_POLICY)}
+        found: dict[str, Any] = {}
+        if self.local or len(self.names) > 1:
+            # Else gRPC would use the proxy of the environment for this machine too, and send a token there in plain
+            # text; and of several servers it would ask a proxy as of one.
+            found["grpc.enable_http_proxy"] = 0
+        if self.several:
+            found["grpc.service_config"] = json.dumps(_POLICY)
         if len(self.names) > 1:
             found["grpc.default_authority"] = self.names[0]  # else the first address would be the name of all
-            found["grpc.enable_http_proxy"] = 0  # gRPC would ask a proxy for all of them as one
         return found
 
     def address(self) -> str:

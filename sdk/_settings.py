@@ -83,17 +83,11 @@ def settings(
         options=tuple(
             {
                 **_CHANNEL_OPTIONS,
-                **_proxy_option(servers),
                 **servers.options(),
                 **dict(pairs(options, "options")),
             }.items()
         ),
     )
-
-
-def _proxy_option(servers: Servers) -> dict[str, Any]:
-    """gRPC would use the proxy of the environment for this machine too, and send a token there in plain text."""
-    return {"grpc.enable_http_proxy": 0} if servers.local else {}
 
 
 def positive_seconds(value: float, name: str) -> float:

@@ -12,7 +12,6 @@ them at its end. `tools.run_plan` describes the file.
 
 from __future__ import annotations
 
-import os
 import sys
 import time
 from collections import Counter
@@ -23,6 +22,7 @@ from pathlib import Path
 from typing import IO, Literal
 
 from dman_runtime.errors import DmanError, UsageError
+from dman_runtime.jobs.spreading import cores
 from dman_runtime.options import Parser, run_command
 from dman_train.run import open_run
 from dman_train.signals import stop_requests
@@ -188,11 +188,6 @@ def chosen(plan: Sequence[PlannedRun], patterns: Sequence[str] | None) -> list[P
     return found
 
 
-def _cores() -> int:
-    """The cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
 def parser() -> Parser:
     p = Parser(prog="python -m tools.runs", description="Train what a plan lists, and keep a record of each run.")
     p.add_argument("plan", type=Path, metavar="PLAN", help="the plan, a TOML file")
@@ -221,7 +216,7 @@ def _main(argv: Sequence[str] | None) -> int:
         plan, directory=arguments.runs, records=arguments.records, device=arguments.device, keep=arguments.keep_runs
     )
     seconds = float("inf") if arguments.minutes is None else 60 * arguments.minutes
-    ended = worker.work(arguments.jobs or _cores(), seconds)
+    ended = worker.work(arguments.jobs or cores(), seconds)
     if ended != "complete":
         print("stopped; the same command continues")
     if worker.left_to_others:

@@ -18,7 +18,7 @@ from dman_runtime.data.vocabulary import known_events
 from dman_runtime.errors import InputError
 from dman_runtime.jobs.parquet_output import ParquetOutput
 from dman_runtime.jobs.partitions import by_length
-from dman_runtime.jobs.spreading import Here, Spread
+from dman_runtime.jobs.spreading import HERE, Here, Spread
 from dman_runtime.model.bundle import Bundle
 from dman_runtime.model.events import KnownEvents
 from dman_runtime.model.generation import Generation
@@ -28,12 +28,10 @@ from dman_runtime.retrieval.exact import first_of, multiply_on_one_thread
 if TYPE_CHECKING:
     import pyarrow as pa
 
-    from dman_runtime.model.sessions import Provider
-
 
 @dataclass
 class ScoreResult:
-    where: str = Here.name
+    where: str
     users: int = 0  # in the log
     rows: int = 0  # written
     popular_users: int = 0  # without an event of a known item: they got the most popular items
@@ -69,7 +67,6 @@ class Scoring:
 
     bundle: Path
     bundle_id: str
-    provider: Provider
     threads: int
     k: int
     include_seen: bool
@@ -77,10 +74,9 @@ class Scoring:
 
     def open(self) -> Callable[[_Users], list[Hits]]:
         """Raises BundleError, EncoderError."""
+        bundle_id = self.bundle_id
         return self.with_generation(
-            Generation.open(
-                self.bundle, provider=self.provider, threads=self.threads, expected_bundle_id=self.bundle_id
-            )
+            Generation.open(self.bundle, provider="cpu", threads=self.threads, expected_bundle_id=bundle_id)
         )
 
     def with_generation(self, generation: Generation) -> Callable[[_Users], list[Hits]]:
@@ -118,7 +114,7 @@ def score(
     k: int,
     include_seen: bool = False,
     at: int | None = None,
-    spread: Spread | None = None,
+    spread: Spread = HERE,
     threads: int = 1,
 ) -> ScoreResult:
     """Writes the k best items of every user in a log to a Parquet file.
@@ -134,10 +130,9 @@ def score(
     rows_of = _Rows(log, generation.bundle)
     written = deque[_Users]()
     path = generation.bundle.path.resolve()  # processes of a cluster have directories of their own
-    scoring = Scoring(path, generation.bundle_id, "cpu", threads, k=k, include_seen=include_seen, at=at)
-    here = spread is None or isinstance(spread, Here) or generation.graphs.on_cuda
-    where = Here() if here or spread is None else spread
-    work, result = _Opened(scoring, generation) if here else scoring, ScoreResult(where.name)
+    scoring = Scoring(path, generation.bundle_id, threads, k=k, include_seen=include_seen, at=at)
+    where = HERE if generation.graphs.on_cuda else spread
+    work, result = _Opened(scoring, generation) if isinstance(where, Here) else scoring, ScoreResult(where.name)
 
     def batches() -> Iterator[_Users]:
         for users in _batches(log, generation.bundle):

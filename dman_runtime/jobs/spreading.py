@@ -68,7 +68,7 @@ def spread(engine: str, processes: int, *, events: int) -> Spread:
     if engine == "ray":
         return RayCluster()
     count = processes or (cores() if events > FEW_EVENTS else 1)
-    return Processes(count) if count > 1 else Here()
+    return Processes(count) if count > 1 else HERE
 
 
 class Here:
@@ -79,6 +79,9 @@ class Here:
     def results(self, work: Work[Batch, Result], batches: Iterable[Batch]) -> Iterator[Result]:
         """As in `Spread`."""
         return map(work.open(), batches)
+
+
+HERE = Here()
 
 
 @lru_cache(maxsize=1)
@@ -172,7 +175,7 @@ class RayCluster:
         if started:
             ray.init(include_dashboard=False, log_to_driver=False, logging_level="ERROR", configure_logging=False)
         # Idempotent, so that Ray may repeat a batch whose process or node has gone.
-        run = ray.remote(num_cpus=1, max_retries=MAX_DEATHS, retry_exceptions=False)(_do)
+        run = ray.remote(num_cpus=1, max_retries=MAX_DEATHS - 1, retry_exceptions=False)(_do)
         under_way, left, sent = deque[Any](), iter(batches), ray.put(work)
         try:
             most = AHEAD * max(1, int(ray.cluster_resources().get("CPU", 1)))

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from dman_runtime.retrieval.base import NO_ITEMS, Added, Allowed, Finder, Hits
-from dman_runtime.retrieval.exact import ExactRetriever, top_k
+from dman_runtime.retrieval.exact import ExactRetriever
 
 MAX_SHARE = 8  # at most one item in so many is fetched; who needs more gets exact search
 
@@ -22,8 +22,8 @@ class CandidateRetriever:
 
     def __init__(self, item_embeddings: np.ndarray, finder: Finder) -> None:
         """`item_embeddings`: (V, D) float32; the finder knows the first of them, or all."""
-        self._table, self._finder, self._exact = item_embeddings, finder, ExactRetriever(item_embeddings)
-        self._later = np.arange(finder.items, len(item_embeddings))
+        self._items, self._finder, self._exact = len(item_embeddings), finder, ExactRetriever(item_embeddings)
+        self._later = np.arange(finder.items, self._items)
 
     def quick(self, allowed: Allowed | None) -> bool:
         """As in `Retriever`."""
@@ -82,7 +82,7 @@ class CandidateRetriever:
             if allowed.items is not None:
                 return 0
             wanted = wanted * len(allowed.mask) // allowed.count
-        return wanted if wanted * MAX_SHARE <= len(self._table) else 0
+        return wanted if wanted * MAX_SHARE <= self._items else 0
 
     def _best(
         self,
@@ -100,12 +100,8 @@ class CandidateRetriever:
         more = self._later if added is None else np.concatenate([self._later, added.items])
         # Ascending, so that ties break as in exact search.
         items = np.union1d(found, _left(np.unique(more), exclude, allowed))
-        scores = self._table[items] @ user
-        if added is not None:
-            _, mine, theirs = np.intersect1d(items, added.items, assume_unique=True, return_indices=True)
-            scores[mine] += added.scores[theirs]
-        best, best_scores = top_k(scores, k)
-        return Hits(items[best], best_scores) if len(best) == k else None
+        best = self._exact.best_of(user, k, items, added)
+        return best if len(best.items) == k else None
 
 
 def _left(items: np.ndarray, exclude: np.ndarray, allowed: Allowed | None) -> np.ndarray:

@@ -119,7 +119,8 @@ class ExactRetriever:
         for row, limit in enumerate(candidates or none):
             one = allowed[row]
             if limit is not None:
-                hits[row] = self._search_candidates(users[row], k, exclude[row], _among(limit, one), added[row])
+                items = np.setdiff1d(_among(limit, one), exclude[row])
+                hits[row] = self.best_of(users[row], k, items, added[row])
             else:
                 groups.setdefault(one, []).append(row)
         for one, rows in groups.items():
@@ -177,16 +178,14 @@ class ExactRetriever:
             found.append(Hits(items[chosen], best))
         return found
 
-    def _search_candidates(
-        self, user: np.ndarray, k: int, exclude: np.ndarray, candidates: np.ndarray, added: Added | None
-    ) -> Hits:
-        candidates = np.setdiff1d(candidates, exclude)
-        scores = self._table[candidates] @ user
+    def best_of(self, user: np.ndarray, k: int, items: np.ndarray, added: Added | None) -> Hits:
+        """The k best of (n) items, ascending and distinct, for a (D) user embedding."""
+        scores = self._table[items] @ user
         if added is not None:
-            _, mine, theirs = np.intersect1d(candidates, added.items, assume_unique=True, return_indices=True)
+            _, mine, theirs = np.intersect1d(items, added.items, assume_unique=True, return_indices=True)
             scores[mine] += added.scores[theirs]
         chosen, best = top_k(scores, k)
-        return Hits(candidates[chosen], best)
+        return Hits(items[chosen], best)
 
 
 def _among(candidates: np.ndarray, allowed: Allowed | None) -> np.ndarray:

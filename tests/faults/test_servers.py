@@ -17,7 +17,7 @@ from conftest import ROOT
 
 from sdk import Client
 from tools.bench.servers import Running, counting_server
-from tools.faults.servers import wait_until
+from tools.faults.servers import free_port, wait_until
 
 pytestmark = pytest.mark.slow
 USERS = [f"user {n}" for n in range(40)]
@@ -68,8 +68,7 @@ def test_envoy_keeps_users_where_they_are_and_survives_a_server(servers: list[Ru
 @contextmanager
 def envoy(addresses: list[str], directory: Path) -> Iterator[str]:
     """Envoy in front of two servers; its address."""
-    with socket.create_server(("127.0.0.1", 0)) as probe:
-        port = probe.getsockname()[1]
+    port = free_port()
     text = (ROOT / "docs" / "envoy.yaml").read_text()
     changes = {"address: 0.0.0.0, port_value: 50050": f"address: 127.0.0.1, port_value: {port}"}
     for number, server in enumerate(addresses, 1):

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import asyncio
 import re
-import socket
 import subprocess
 import sys
 import threading
@@ -26,7 +25,7 @@ import grpc
 
 from dman_runtime.errors import UsageError
 from dman_runtime.serving.config import MAX_MESSAGE_BYTES
-from tools.faults.servers import importable
+from tools.faults.servers import free_port, importable
 
 ECHO_SERVICE, ECHO_METHOD = "dman.bench.Echo", "Echo"
 ECHO_KINDS = ("1 thread", "2 threads", "4 threads", "16 threads", "asyncio", "uvloop")
@@ -68,8 +67,7 @@ def dman_server(bundle: Path, state: Path, *options: str, checkout: Path = ROOT)
 @contextmanager
 def counting_server(bundle: Path, state: Path, *options: str) -> Iterator[Running]:
     """The same, which counts its answers."""
-    with socket.create_server(("127.0.0.1", 0)) as probe:
-        port = probe.getsockname()[1]
+    port = free_port()
     with dman_server(bundle, state, *options, "--metrics-port", str(port)) as running:
         yield replace(running, metrics_port=port)
 

@@ -6,6 +6,7 @@ import os
 import re
 import shlex
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -202,6 +203,13 @@ class PeakMemory(Background):
     def run(self) -> None:
         while not self.over.wait(self._seconds):
             self.peak = max(self.peak, self._server.resident_bytes())
+
+
+def free_port() -> int:
+    """A port of the loopback interface that nobody listens on now."""
+    with socket.create_server(("127.0.0.1", 0)) as probe:
+        port: int = probe.getsockname()[1]
+    return port
 
 
 def wait_until(true: Callable[[], bool], *, seconds: float, pause: float = 0.1) -> bool:

@@ -7,7 +7,6 @@ import hashlib
 import random
 import secrets
 import shlex
-import socket
 from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -22,6 +21,7 @@ from tools.bench.blocks import Operation, Plan, clean, rate_ratios, run_in_proce
 from tools.bench.report import BLOCK_HEADS, Claim, Section, block_rows
 from tools.bench.servers import connect
 from tools.faults.attacks import update
+from tools.faults.servers import free_port
 from tools.soak.setting import Soak
 
 PLAIN, GUARDED = "plain", "guarded"
@@ -84,10 +84,8 @@ def _guarded_options(scratch: Path, token: str, authority: trustme.CA) -> list[s
     tokens.write_text(f"soak  read,write  sha256:{hashlib.sha256(token.encode()).hexdigest()}\n")
     for secret in (key, tokens):
         secret.chmod(0o600)
-    with socket.create_server(("127.0.0.1", 0)) as probe:
-        metrics_port = probe.getsockname()[1]
     paths = {"--tls-cert": chain, "--tls-key": key, "--tokens": tokens}
-    limits = ["--caller-requests 1000000", "--caller-events 1000000000", f"--metrics-port {metrics_port}"]
+    limits = ["--caller-requests 1000000", "--caller-events 1000000000", f"--metrics-port {free_port()}"]
     return [*(f"{name} {shlex.quote(str(path))}" for name, path in paths.items()), *limits]
 
 

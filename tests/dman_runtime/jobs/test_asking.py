@@ -17,6 +17,7 @@ from dman_runtime.access.tokens import new_token
 from dman_runtime.errors import UsageError
 from dman_runtime.jobs.asking import MAX_TOKEN_BYTES, Server, ask_status, format_status
 from dman_runtime.serving.app import App
+from tools.faults.servers import free_port
 
 TIMEOUT = 30.0
 
@@ -110,8 +111,7 @@ def test_a_server_that_wants_a_certificate_gets_one(tiny_bundle: Path, tmp_path:
 
 
 def test_a_server_that_is_away_is_said_in_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
-    with socket.create_server(("127.0.0.1", 0)) as probe:
-        port = probe.getsockname()[1]
+    port = free_port()
     error = refusal(f"127.0.0.1:{port}", timeout=1.0)
     assert error.parameter == "target"
     assert f"127.0.0.1:{port}" in str(error)

@@ -24,6 +24,7 @@ from streams import TOLERANCE, Stream, assert_states_are_replays, item_of, run_s
 
 from dman_runtime.model.generation import Generation
 from sdk import Client
+from tools.faults.servers import free_port
 
 pytestmark = pytest.mark.slow  # each starts three processes
 
@@ -293,12 +294,6 @@ def test_while_one_worker_is_killed_again_and_again_the_other_answers_every_call
 
 
 # -- metrics and logs ------------------------------------------------------------------------------------------------
-
-
-def free_port() -> int:
-    with socket.create_server(("127.0.0.1", 0)) as found:
-        port: int = found.getsockname()[1]
-    return port
 
 
 def metrics_at(port: int) -> dict[str, float]:
