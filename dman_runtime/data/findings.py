@@ -40,6 +40,7 @@ def _count_rows(scan: Scan) -> None:
         {"path": one.path, "bytes": one.bytes, "rows": one.rows, "dialect": one.dialect} for one in tables.files
     ]
     report.ignored_files = list(tables.ignored)
+    report.users_in_several_files, report.split = scan.users_in_several_files(), scan.was_split
     report.rows = sum(one.rows for one in tables.files) + tables.bad_row_count
     report.blank_lines = tables.blank_lines
     if tables.bad_row_count:

@@ -6,6 +6,7 @@ hashed, and a stable sort of numbers is a plain sort of (number, row) packed int
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -104,6 +105,16 @@ def _stable_argsort(numbers: np.ndarray) -> np.ndarray:
     packed.sort()
     packed &= (1 << row_bits) - 1
     return packed
+
+
+def longest_first(lengths: np.ndarray, user_ids: Sequence[str]) -> np.ndarray:
+    """Rows (U,) int64 of users by the lengths (U,) of their histories, equal ones by id."""
+    import pyarrow as pa
+    import pyarrow.compute as pc
+
+    table = pa.table({"length": lengths, "user_id": pa.array(user_ids, pa.string())})
+    rows: np.ndarray = pc.sort_indices(table, sort_keys=[("length", "descending"), ("user_id", "ascending")]).to_numpy()
+    return rows.astype(np.int64)
 
 
 def exact_repeats(offsets: np.ndarray, items: np.ndarray, times: list[np.ndarray]) -> np.ndarray | None:

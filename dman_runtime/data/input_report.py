@@ -43,6 +43,8 @@ class InputReport:
     left_out: dict[str, int] = field(default_factory=dict)  # rows by cause
     bad_rows: list[BadRow] = field(default_factory=list)  # the first of those that cannot be read
     users: int = 0
+    users_in_several_files: int | None = None  # None for a single file
+    split: bool = False  # whether users were taken in parts, through temporary files
     items: int = 0
     columns: dict[str, str] = field(default_factory=dict)  # user, item, time, position: name
     other_columns: list[str] = field(default_factory=list)
@@ -103,6 +105,7 @@ class InputReport:
         yield "input", self._input()
         yield from (("dialect", dialect) for dialect in dict.fromkeys(one["dialect"] for one in self.files))
         yield "ignored", "; ".join(self.ignored_files[:5])
+        yield "by user", self._by_user()
         yield "rows", f"{self.rows:,}{self._left_out()}"
         yield from ((f"  {row.place}", row.problem) for row in self.bad_rows)
         yield "columns", ", ".join(f"{role}: {name}" for role, name in self.columns.items())
@@ -120,6 +123,16 @@ class InputReport:
         size = sum(one["bytes"] for one in self.files)
         count = "" if len(self.files) == 1 else f"{len(self.files)} files, "
         return f"{self.path} ({count}{size:,} bytes)"
+
+    def _by_user(self) -> str:
+        """How the files have the users, and what was done about it."""
+        facts = []
+        if (several := self.users_in_several_files) is not None:
+            together = f"{several:,} of {self.users:,} users are in several files: their events are brought together"
+            facts.append(together if several else "each user is in one of the files")
+        if self.split:
+            facts.append("the log is worked on in parts, through temporary files")
+        return "; ".join(facts)
 
     def _left_out(self) -> str:
         causes = [f"{count:,} {cause}" for cause, count in self.left_out.items() if count]

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from dman_runtime.data.columns import BadRows, IdColumn, PositionColumn
-from dman_runtime.data.hash_counts import HashCounts
+from dman_runtime.data.hash_counts import HashCounts, id_hashes
 from dman_runtime.data.input_report import EXAMPLES, InputReport
 from dman_runtime.data.log_options import AUTO, NONE, LogOptions
 from dman_runtime.data.roles import find_roles
@@ -49,6 +49,8 @@ class Scan:
         self.positions = PositionColumn(roles.position, named=roles.position_is_named) if roles.position else None
         self._known_items = known_items
         self._user_tally, self._item_tally, self._unknown_tally = HashCounts(), HashCounts(), HashCounts()
+        self._of_file = (0, HashCounts())  # the file that is read, and its users
+        self._files_of_users = HashCounts()  # in how many of the files before it each user is
         self.was_split = False
         self.order_by = self._order()
 
@@ -71,7 +73,10 @@ class Scan:
         rows = 0
         for one in self.tables.batches(self.roles.columns()):
             rows += len(one.batch)
-            yield self._checked(one)
+            checked = self._checked(one)
+            if len(self.tables.files) > 1:
+                self._note_users(one.number, checked["user"])
+            yield checked
         if not rows and not self.tables.bad_row_count:
             raise self.tables.error("a header but no rows", "give a log with at least one event")
         if rows == self.report.left_out_rows:
@@ -94,6 +99,25 @@ class Scan:
             return batch
         self._note_bad(bad)
         return batch.filter(pa.array(~bad.mask))
+
+    def _note_users(self, file: int, users: pa.Array) -> None:
+        """Counts the files that each user is in; they come one after the other."""
+        import pyarrow as pa
+
+        number, in_file = self._of_file
+        if number != file:
+            self._files_of_users.add(in_file.distinct())
+            in_file = HashCounts()
+        self._of_file = file, in_file
+        in_file.add(id_hashes(users.dictionary_encode().dictionary.cast(pa.string())))
+
+    def users_in_several_files(self) -> int | None:
+        """How many of the users are in more than one file; None where there is one."""
+        if len(self.tables.files) < 2:
+            return None
+        self._files_of_users.add(self._of_file[1].distinct())
+        self._of_file = self._of_file[0], HashCounts()
+        return int(np.count_nonzero(self._files_of_users.counts() > 1))
 
     def _note_bad(self, bad: BadRows) -> None:
         if self.options.bad_rows == "fail":
@@ -129,10 +153,9 @@ class Scan:
         return pa.RecordBatch.from_arrays(list(columns.values()), names=list(columns))
 
     def _tallied(self, column: IdColumn, tally: HashCounts, ids: pa.DictionaryArray) -> np.ndarray:
-        """The hash of each row's id, (N,) uint64; the same id has another one in another process."""
+        """The hash of each row's id, (N,) uint64."""
         column.note_distinct(ids.dictionary, self.tables.path)
-        distinct = np.array([hash(text) for text in ids.dictionary.to_pylist()], np.int64).view(np.uint64)
-        by_row: np.ndarray = distinct[ids.indices.to_numpy()]
+        by_row: np.ndarray = id_hashes(ids.dictionary)[ids.indices.to_numpy()]
         tally.add(by_row)
         return by_row
 

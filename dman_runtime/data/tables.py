@@ -82,6 +82,7 @@ class Rows:
     batch: pa.RecordBatch
     file: TableFile
     first_row: int  # number of the first one among the rows that the file gives out, from 0
+    number: int = 0  # of the file among those of the table
 
 
 class Tables:
@@ -121,11 +122,11 @@ class Tables:
         _common_names(self.files)
         self._tally = tally = Tally(self._skip)
         kinds: dict[str, tuple[str, str]] = {}
-        for file in self.files:
+        for number, file in enumerate(self.files):
             first_row = 0
             for batch in file.reader.batches(names, tally):
                 _check_kinds(batch, file, kinds)
-                yield Rows(batch, file, first_row)
+                yield Rows(batch, file, first_row, number)
                 first_row += len(batch)
             file.rows = first_row
 

@@ -8,6 +8,7 @@ import tempfile
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from conftest import MOVIELENS, ROOT
@@ -27,8 +28,9 @@ from log_files import (
     write,
 )
 
+from dman_runtime.data.hash_counts import id_hashes
 from dman_runtime.data.log_options import LogOptions
-from dman_runtime.data.logs import read_interactions
+from dman_runtime.data.logs import open_log, read_interactions
 from dman_runtime.errors import InputError
 
 needs_data = pytest.mark.skipif(not MOVIELENS.is_dir(), reason=f"no data sets in {MOVIELENS.parent}")
@@ -184,3 +186,56 @@ def test_movielens_1m_has_the_published_size_and_order() -> None:
 def test_public_logs_are_read_completely(name: str, users: int, items: int, events: int) -> None:
     log = read_interactions(MOVIELENS.parent / name / "interactions.parquet", LogOptions(exact_repeats="keep"))
     assert (log.num_users, len(log.item_ids), len(log)) == (users, items, events)
+
+
+# -- several files -----------------------------------------------------------------------------------------------------
+
+
+def write_parts(folder: Path, parts: dict[str, list[Row]]) -> Path:
+    for name, rows in parts.items():
+        write(folder / name, rows)
+    return folder
+
+
+@pytest.mark.parametrize("max_rows", [1000, 30])
+def test_report_says_whether_users_are_in_several_files(tmp_path: Path, max_rows: int) -> None:
+    rows = [(f"u{n % 20}", f"i{n % 7}", n) for n in range(200)]
+    expected = expected_histories(rows)
+    by_user = {f"{part}.parquet": [row for row in rows if int(row[0][1:]) % 3 == part] for part in range(3)}
+    by_time = {"0.parquet": rows[:90], "1.parquet": rows[90:95], "2.parquet": rows[95:]}
+    (tmp_path / "user").mkdir()
+    (tmp_path / "time").mkdir()
+    spilled = "; the log is worked on in parts, through temporary files" * (max_rows < len(rows))
+    for folder, parts, several, words in (
+        ("user", by_user, 0, f"each user is in one of the files{spilled}"),
+        ("time", by_time, 20, f"20 of 20 users are in several files: their events are brought together{spilled}"),
+    ):
+        with open_log(write_parts(tmp_path / folder, parts), max_rows=max_rows) as log:
+            found = {user: events for part in log.parts() for user, events in histories(part).items()}
+            assert (log.report.users_in_several_files, log.report.split) == (several, bool(spilled))
+            assert f"by user    {words}\n" in log.report.table()
+        assert found == expected
+
+
+def test_user_in_files_of_different_types_is_one_user(tmp_path: Path) -> None:
+    numbers, texts = write(tmp_path / "a.csv", [("7", "1", 5), ("8", "1", 5)]), tmp_path / "b.csv"
+    write(texts, [("7", "1", 6), ("x", "1", 6)])
+    with open_log(tmp_path) as log:
+        assert (log.report.users, log.report.users_in_several_files) == (3, 1)
+    with open_log(numbers) as log:
+        assert log.report.users_in_several_files is None
+        assert "by user" not in log.report.table()
+
+
+def test_hash_of_an_id_is_the_same_in_every_process() -> None:
+    found = id_hashes(pa.array(["user", "", "a", "ä", "\U0001f600" * 100]))
+    assert [f"{one:016x}" for one in found.tolist()] == [
+        "aa51175e35d66178",
+        "0000000000000000",
+        "ee8c2baf6343e5c3",
+        "2cd5420bd9cc1f7f",
+        "ec150b95e0b0574c",
+    ]
+    many = id_hashes(pa.array([f"{n}" for n in range(100_000)] + [f"user-{n:09}" for n in range(100_000)]))
+    assert len(np.unique(many)) == len(many)
+    assert np.bincount((many >> np.uint64(59)).astype(int), minlength=32).max() < 1.05 * len(many) / 32
