@@ -211,6 +211,11 @@ def _encoder_options(p: Parser) -> None:
     p.flag("--encoder-threads", type=int, default=1, help="CPU threads inside one graph run")
 
 
+def _spread_options(p: Parser, *, processes: int) -> None:
+    p.flag("--engine", choices=ENGINES, default="local", help="processes of this machine, or a Ray cluster (dman[ray])")
+    p.flag("--processes", type=int, default=processes, help="of this machine; 0: one a core, or one for few events")
+
+
 def _map_option(p: Parser) -> None:
     p.flag(
         "--map-size-mib",
@@ -229,7 +234,8 @@ def _log_options(p: Parser, *, any_items: bool = False) -> None:
 
 def _import_options(p: Parser) -> None:
     p.flag("--state", type=Path, default=DEFAULT_STATE, help="state directory; created when absent")
-    p.flag("--input", type=Path, default=DEFAULT_LOG, help="interaction log")
+    p.flag("--input", type=Path, default=DEFAULT_LOG, help="interaction log: a file, a folder or a glob pattern")
+    _spread_options(p, processes=0)
     _log_options(p)
     _encoder_options(p)
     _map_option(p)
@@ -239,7 +245,8 @@ def _import_options(p: Parser) -> None:
 def _rebuild_options(p: Parser) -> None:
     p.set_defaults(progress=None)  # a bar on the terminal
     p.flag("--state", type=Path, default=DEFAULT_STATE, help="state directory; a server may be using it")
-    p.flag("--max-share", type=float, default=0.5, help="of one core that the command may use, above 0 up to 1")
+    p.flag("--max-share", type=float, default=0.5, help="of one core that each process may use, above 0 up to 1")
+    _spread_options(p, processes=1)
     _encoder_options(p)
     _map_option(p)
     p.add_argument("--json", action="store_true", help="print the result as JSON on the last line")
@@ -300,13 +307,12 @@ def _export_log_options(p: Parser) -> None:
 
 
 def _score_options(p: Parser) -> None:
-    p.flag("--input", type=Path, default=DEFAULT_LOG, help="interaction log")
+    p.flag("--input", type=Path, default=DEFAULT_LOG, help="interaction log: a file, a folder or a glob pattern")
     p.flag("--output", type=Path, default=Path("scores.parquet"), help="Parquet file to write")
     p.flag("--k", type=int, default=100, help="items per user")
     p.flag("--at", type=int, default=None, help="seconds since 1970 of the moment to score for; without it, unknown")
     p.add_argument("--include-seen", action="store_true", help="do not leave out items in the user's history")
-    p.flag("--engine", choices=ENGINES, default="local", help="processes of this machine, or a Ray cluster (dman[ray])")
-    p.flag("--processes", type=int, default=0, help="of this machine; 0: one a core, or one alone for a small log")
+    _spread_options(p, processes=0)
     _log_options(p)
     _encoder_options(p)
     p.add_argument("--json", action="store_true", help="print the result as JSON on the last line")

@@ -1,6 +1,6 @@
 """The one path that reads users, advances them and commits them; updates and recommendations stand on it.
 
-    open_users -> append or merge -> advance (whole, or piece by piece) -> commit
+    open_users -> append or merge -> advance (whole, piece by piece, or in other processes) -> commit
 
 A record is a view of the history. One that does not cover all of it, as after a change of bundle, is caught up when its
 user is opened; one that is damaged is made anew. Knows neither gRPC nor threads nor files. Requests come through
@@ -23,6 +23,7 @@ from dman_runtime.merging import Merged, joined_events, merge_events
 from dman_runtime.model.bundle import Bundle
 from dman_runtime.model.events import NO_EVENTS
 from dman_runtime.model.generation import Generation
+from dman_runtime.model.recurrence import without_rest
 from dman_runtime.model.state import absorbed_segments, segment_fill
 from dman_runtime.opened import (
     OpenQuery,
@@ -131,10 +132,10 @@ class Engine:
             user.rebuild(whole)
         return Merged(len(added[0]), known, rebuilt=whole is not None)
 
-    def advance(self, users: Sequence[OpenUser]) -> None:
-        """Advances the states of different users by all that is left."""
+    def advance(self, users: Sequence[OpenUser], rest: Callable[[], None] = without_rest) -> None:
+        """Advances the states of different users by all that is left. Calls `rest` from time to time."""
         for projection, group in by_projection(users):
-            projection.generation.advance([user.state for user in group], [user.left for user in group])
+            projection.generation.advance([user.state for user in group], [user.left for user in group], rest)
         for user in users:
             user.left = NO_EVENTS
 

@@ -133,6 +133,11 @@ class OpenUser:
         self.replace_from = 0
         self.renew(history)
 
+    def take(self, record: bytes) -> None:
+        """Takes over what `left` makes of the state, as `write` would pack it. Raises StateError."""
+        self.state, self.left = self.projection.generation.unpack(record), NO_EVENTS
+        self.prepared = self._write(record)
+
     def write(self) -> Write:
         """What a commit of this user, advanced by all that was left, changes.
 
@@ -140,25 +145,30 @@ class OpenUser:
         take time in which that happens again.
         """
         if self.prepared is None:
-            assert self.user_id is not None and not len(self.left)
+            assert not len(self.left)
             self.state.history_count = self.history_count
-            records: dict[int, bytes] = {}
-            if self.items or self.record_lags:
-                records[self.projection.number] = self.projection.generation.pack(self.state)
-            items, timestamps = self.new_events
-            shown, seconds = [one[0] for one in self.shown], [one[1] for one in self.shown]
-            self.prepared = Write(
-                self.user_id,
-                self.head.version,
-                records,
-                items,
-                timestamps,
-                self.request_ids,
-                replace_from=self.replace_from,
-                sequences=self._steps(),
-                shown=(_joined(shown, np.uint32), _joined(seconds, np.int64)),
-            )
+            self.prepared = self._write(None)
         return self.prepared
+
+    def _write(self, record: bytes | None) -> Write:
+        """`record`: of the state, if it is packed already."""
+        assert self.user_id is not None
+        records: dict[int, bytes] = {}
+        if self.items or self.record_lags:
+            records[self.projection.number] = record or self.projection.generation.pack(self.state)
+        items, timestamps = self.new_events
+        shown, seconds = [one[0] for one in self.shown], [one[1] for one in self.shown]
+        return Write(
+            self.user_id,
+            self.head.version,
+            records,
+            items,
+            timestamps,
+            self.request_ids,
+            replace_from=self.replace_from,
+            sequences=self._steps(),
+            shown=(_joined(shown, np.uint32), _joined(seconds, np.int64)),
+        )
 
     def _steps(self) -> dict[int, Step]:
         return {producer: Step(self.sequences.get(producer), last) for producer, last in self.advanced.items()}

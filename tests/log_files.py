@@ -17,6 +17,7 @@ from dman_runtime.data.logs import open_log
 from dman_runtime.engine import Engine
 from dman_runtime.jobs import partitions, scoring
 from dman_runtime.jobs.importing import ImportResult, import_histories
+from dman_runtime.jobs.spreading import HERE, Spread
 from dman_runtime.model.generation import Generation
 
 HEADER = "user_id,item_id,timestamp\n"
@@ -94,10 +95,10 @@ def parts_of(path: Path, options: LogOptions = ANY_LOG, *, max_rows: int) -> lis
         return list(log.parts())
 
 
-def import_log(path: Path, engine: Engine, options: LogOptions = ANY_LOG) -> ImportResult:
+def import_log(path: Path, engine: Engine, options: LogOptions = ANY_LOG, *, spread: Spread = HERE) -> ImportResult:
     """Imports a file as the command does."""
     with open_log(path, options, max_rows=partitions.EVENTS_PER_PARTITION) as log:
-        return import_histories(log, engine)
+        return import_histories(log, engine, spread)
 
 
 def score_log(path: Path, output: Path, generation: Generation, **options: Any) -> scoring.ScoreResult:

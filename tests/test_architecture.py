@@ -286,7 +286,7 @@ def test_training_reaches_no_part_of_the_server_not_even_through_others() -> Non
         ("ssl", {"access.certificates"}),
         ("grpc_health", {"api.standard"}),
         ("grpc_reflection", {"api.standard"}),
-        ("multiprocessing", {"jobs.spreading", "serving.cluster", "serving.slot"}),
+        ("multiprocessing", {"jobs.processes", "serving.cluster", "serving.slot"}),
         ("prometheus_client", {"serving.metrics_server", "serving.prometheus"}),
         ("tqdm", {"jobs.evaluating", "jobs.exporting", "jobs.importing", "jobs.rebuilding", "jobs.scoring"}),
         ("torch", set()),

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING
 
-from dman_runtime.commands.steps import done, open_generation
+from dman_runtime.commands.steps import by_whom, done, open_generation, spread_of
 from dman_runtime.data.filters import FILTERS
 from dman_runtime.data.log_options import LogOptions, options_of_training
 from dman_runtime.errors import UsageError
@@ -56,10 +56,12 @@ def import_(arguments: argparse.Namespace) -> int:
     with _input(arguments, generation) as log:
         if not _goes_on(arguments, log.report, generation):
             return 0
+        spread = spread_of(arguments, generation, events=log.report.events)
         with LmdbStore.open(arguments.state, map_size=arguments.map_size_mib << 20) as store:
-            result = import_histories(log, Engine(generation, store))
+            result = import_histories(log, Engine(generation, store), spread, threads=arguments.encoder_threads)
     log.report.unknown_users = result.new_users
     text = f"imported {result.events} events of {result.users} users into {arguments.state}; {result.summary()}"
+    text += by_whom(spread, events=result.events)
     return done(arguments, text, vars(result) | {"input": log.report.as_dict()})
 
 
@@ -78,7 +80,6 @@ def export_log(arguments: argparse.Namespace) -> int:
 
 def score(arguments: argparse.Namespace) -> int:
     from dman_runtime.jobs.scoring import score as score_log
-    from dman_runtime.jobs.spreading import spread
     from dman_runtime.requests import MAX_K
 
     if not 1 <= arguments.k <= MAX_K:
@@ -94,7 +95,7 @@ def score(arguments: argparse.Namespace) -> int:
             k=arguments.k,
             include_seen=arguments.include_seen,
             at=arguments.at,
-            spread=spread(arguments.engine, arguments.processes, events=log.report.events),
+            spread=spread_of(arguments, generation, events=log.report.events),
             threads=arguments.encoder_threads,
         )
     print("\n".join(result.lines(arguments.output, arguments.k)))

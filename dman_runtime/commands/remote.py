@@ -12,7 +12,7 @@ from dman_runtime.commands.items import check_items, show_off
 from dman_runtime.commands.steps import done, server_of
 
 if TYPE_CHECKING:
-    from sdk import AdminClient, Progress, Switched
+    from sdk import AdminClient, Progress, Rebuilt, Switched
 
 
 def _items(client: AdminClient, given: argparse.Namespace) -> Switched | tuple[str, ...]:
@@ -22,10 +22,16 @@ def _items(client: AdminClient, given: argparse.Namespace) -> Switched | tuple[s
     return client.switch_items(given.ids, off=given.action == "off", file=given.file, item_column=given.item_column)
 
 
+def _rebuild(client: AdminClient, given: argparse.Namespace) -> Rebuilt:
+    if (given.engine, given.processes) != ("local", 1):
+        print("warning: a server rebuilds in one process (--engine, --processes)", file=sys.stderr)
+    return client.rebuild(given.bundle, max_share=given.max_share, progress=_show_progress)
+
+
 # What each command asks for; the result has its output.
 ASKED: dict[str, Callable[[AdminClient, argparse.Namespace], Any]] = {
     "generations": lambda client, given: client.generations(),
-    "rebuild": lambda client, given: client.rebuild(given.bundle, max_share=given.max_share, progress=_show_progress),
+    "rebuild": _rebuild,
     "activate": lambda client, given: client.activate(
         given.bundle, share=given.share, wait=given.wait, catch_up=given.catch_up
     ),

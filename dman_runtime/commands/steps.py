@@ -10,6 +10,7 @@ from dman_runtime.options import print_json
 
 if TYPE_CHECKING:
     from dman_runtime.jobs.asking import Server
+    from dman_runtime.jobs.spreading import Spread
     from dman_runtime.model.generation import Generation
 
 
@@ -25,6 +26,20 @@ def open_generation(arguments: argparse.Namespace) -> Generation:
     from dman_runtime.model.generation import Generation
 
     return Generation.open(arguments.bundle, provider=arguments.provider, threads=arguments.encoder_threads)
+
+
+def spread_of(arguments: argparse.Namespace, generation: Generation, *, events: int | None) -> Spread:
+    """Where a command works on users, for a job of so many events; None: nobody knows. Raises UsageError."""
+    from dman_runtime.jobs.spreading import spread
+
+    return spread(arguments.engine, arguments.processes, events=events, on_cuda=generation.graphs.on_cuda)
+
+
+def by_whom(spread: Spread, *, events: int) -> str:
+    """For people: the end of a sentence about events that were encoded, if it was not in the command's own process."""
+    from dman_runtime.jobs.spreading import HERE
+
+    return "" if spread is HERE or not events else f"; the users were encoded {spread.name}"
 
 
 def server_of(arguments: argparse.Namespace) -> Server:

@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING
 
-from dman_runtime.commands.steps import done, open_generation
+from dman_runtime.commands.steps import by_whom, done, open_generation, spread_of
 from dman_runtime.errors import UsageError
 from dman_runtime.options import print_json
 
@@ -98,13 +98,20 @@ def rebuild(arguments: argparse.Namespace) -> int:
             f"max-share is {arguments.max_share}", "choose more than 0, and 1 at most", parameter="max_share"
         )
     generation = open_generation(arguments)
+    spread = spread_of(arguments, generation, events=None)
     with LmdbStore.open(arguments.state, map_size=arguments.map_size_mib << 20, must_exist=True) as store:
         result = rebuild_store(
-            Engine(generation, store), path=arguments.state, max_share=arguments.max_share, progress=arguments.progress
+            Engine(generation, store),
+            path=arguments.state,
+            max_share=arguments.max_share,
+            progress=arguments.progress,
+            spread=spread,
+            threads=arguments.encoder_threads,
         )
     text = f"encoded {result.events} events for {result.rebuilt} records of bundle {generation.bundle_id}"
     content = vars(result) | {"bundle_id": generation.bundle_id}
-    return done(arguments, f"{text} in {arguments.state}; {result.summary()}", content)
+    text += f" in {arguments.state}; {result.summary()}{by_whom(spread, events=result.events)}"
+    return done(arguments, text, content)
 
 
 def activate(arguments: argparse.Namespace) -> int:

@@ -9,8 +9,8 @@ from __future__ import annotations
 import logging
 import shutil
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Collection, Iterator, Sequence
+from contextlib import closing, suppress
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -21,6 +21,8 @@ from tqdm import tqdm
 
 from dman_runtime.engine import COMMIT_ATTEMPTS, Engine, conflict_pause
 from dman_runtime.errors import StateError, StoreFullError
+from dman_runtime.jobs.encoding import Throttle, advanced
+from dman_runtime.jobs.spreading import FEW_EVENTS, HERE, Spread
 from dman_runtime.model.events import NO_EVENTS
 from dman_runtime.model.record import head_bytes, read_head, record_bytes
 from dman_runtime.opened import OpenUser
@@ -88,27 +90,14 @@ class _ProgressLog:
             logger.info("%d of %d events are encoded, about %.0f s left", done, total, left)
 
 
-class Throttle:
-    """Keeps this process to a share of one core, by resting after each piece of work."""
-
-    def __init__(self, share: float) -> None:
-        self._share = share
-        self._used, self._since = time.process_time(), time.monotonic()
-
-    def rest(self) -> None:
-        """Sleeps for as long as the work since the last rest asks for."""
-        pause = (time.process_time() - self._used) / self._share - (time.monotonic() - self._since)
-        if pause > 0:
-            time.sleep(pause)
-        self._used, self._since = time.process_time(), time.monotonic()
-
-
 def rebuild(
     engine: Engine,
     *,
     path: Path | None = None,
     max_share: float = 1.0,
     progress: Callable[[int, int], None] | None = None,
+    spread: Spread = HERE,
+    threads: int = 1,
 ) -> RebuildResult:
     """Makes the records of the engine's generation cover all histories, in durable commits of some users each.
 
@@ -116,11 +105,14 @@ def rebuild(
 
     Args:
         path: Directory of the store, whose disk must have room; None for a store without one.
-        max_share: Of one core, 0 < share <= 1.
+        max_share: Of one core, 0 < share <= 1; each process keeps to it.
         progress: Called with the events that are done, and with all of them. Without it, a terminal shows a bar, and
             where there is none, the log has a line every ten seconds.
+        spread: Where users are encoded, with so many `threads` in a graph run; this process reads and commits. What
+            servers change meanwhile is encoded here, if it is little. The records are the same to the bit.
 
-    Raises StoreError; StoreFullError before anything is written where the new records do not fit.
+    Raises StoreError; StoreFullError before anything is written where the new records do not fit; the errors of
+    `Spread.results`.
     """
     throttle, result, done, total = Throttle(max_share), RebuildResult(), 0, 0
     with tqdm(unit="ev", unit_scale=True, desc="rebuild", disable=True if progress else None) as bar:
@@ -134,14 +126,14 @@ def rebuild(
             logger.info("%d of %d users need %d events encoded", work.lagging, result.users, work.events)
             bar.total = total = total + work.events
             report(done, total)
-            for lags in _windows(engine):
-                for batch in _batches(lags):
-                    encoded = _rebuild_batch(engine, batch, throttle)
-                    result.rebuilt += len(batch)
-                    result.events += encoded
-                    count = sum(lag.events for lag in batch)
-                    done += count
-                    bar.update(count)
+            where = spread if not number or work.events > FEW_EVENTS else HERE
+            opened = (_Batch(engine, batch) for lags in _windows(engine) for batch in _batches(lags))
+            with closing(advanced(engine, opened, where, threads=threads, throttle=throttle)) as batches:
+                for batch in batches:
+                    result.events += _commit(engine, batch, throttle)
+                    result.rebuilt += len(batch.users)
+                    done += batch.events
+                    bar.update(batch.events)
                     report(done, total)
         else:
             result.lagging = _work(engine).lagging
@@ -158,7 +150,8 @@ def catch_up(engine: Engine, *, seconds: float, max_share: float = 0.5) -> int:
         for batch in _batches([lag for lag in lags if not lag.new_bytes]):
             if time.monotonic() >= deadline:
                 return count
-            _rebuild_batch(engine, batch, throttle)
+            for opened in advanced(engine, [_Batch(engine, batch)], HERE, throttle=throttle):
+                _commit(engine, opened, throttle)
             count += len(batch)
         if time.monotonic() >= deadline:
             break
@@ -233,27 +226,39 @@ def _batches(lags: Sequence[_Lag]) -> Iterator[list[_Lag]]:
         yield batch
 
 
-def _rebuild_batch(engine: Engine, batch: Sequence[_Lag], throttle: Throttle) -> int:
-    """Makes the records of some users; returns how many events were encoded.
+class _Batch:
+    """Users who are encoded together, and committed together."""
+
+    def __init__(self, engine: Engine, lags: Sequence[_Lag]) -> None:
+        self.events = sum(lag.events for lag in lags)  # to be encoded, as far as the histories said it
+        self.encodings = [_Encoding(user) for user in _open(engine, [lag.user_id for lag in lags])]
+        self.encoded = sum(one.begin() for one in self.encodings)  # once they are advanced
+
+    @property
+    def users(self) -> list[OpenUser]:
+        return [one.open for one in self.encodings]
+
+    def reopen(self, engine: Engine, user_ids: Collection[str]) -> list[OpenUser]:
+        """Reads some of the users again, whom others have changed, and returns them: they are to be advanced again."""
+        changed = [one for one in self.encodings if one.open.user_id in user_ids]
+        for one, again in zip(changed, _open(engine, [str(one.open.user_id) for one in changed]), strict=True):
+            one.reopen(again)
+        self.encoded += sum(one.begin() for one in changed)
+        return [one.open for one in changed]
+
+
+def _commit(engine: Engine, batch: _Batch, throttle: Throttle) -> int:
+    """Stores the records of some advanced users; returns how many events were encoded.
 
     A user whom servers keep changing is left lagging after many attempts.
     """
-    users, count = [_Encoding(user) for user in _open(engine, [lag.user_id for lag in batch])], 0
     for attempt in range(COMMIT_ATTEMPTS):
-        for user in users:
-            count += user.begin()
-        while waiting := [user.open for user in users if len(user.open.left)]:
-            engine.advance_pieces(waiting)
-            throttle.rest()
-        conflicts = set(engine.commit([user.open for user in users]))
-        if not conflicts:
+        if not (conflicts := engine.commit(batch.users)):
             break
         time.sleep(conflict_pause(attempt))
-        changed = [user for user in users if user.open.user_id in conflicts]
-        for user, again in zip(changed, _open(engine, [str(user.open.user_id) for user in changed]), strict=True):
-            user.reopen(again)
+        engine.advance(batch.reopen(engine, set(conflicts)), throttle.rest)
     throttle.rest()
-    return count
+    return batch.encoded
 
 
 def _open(engine: Engine, user_ids: Sequence[str]) -> list[OpenUser]:

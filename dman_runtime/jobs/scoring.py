@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Iterator
+from contextlib import closing
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -124,23 +125,26 @@ def score(
     log was read with (`options_of_training` gives that of the bundle), items that of the bundle. Memory stays bounded
     by the partition size.
 
-    `spread` says where users are scored, with so many `threads` in a graph run: by default, or on CUDA, here. The file
-    is the same to the byte. Raises InputError, and the errors of `Spread.results`.
+    `spread` says where users are scored, with so many `threads` in a graph run. The file is the same to the byte.
+    Raises InputError, and the errors of `Spread.results`.
     """
     rows_of = _Rows(log, generation.bundle)
     written = deque[_Users]()
     path = generation.bundle.path.resolve()  # processes of a cluster have directories of their own
     scoring = Scoring(path, generation.bundle_id, threads, k=k, include_seen=include_seen, at=at)
-    where = HERE if generation.graphs.on_cuda else spread
-    work, result = _Opened(scoring, generation) if isinstance(where, Here) else scoring, ScoreResult(where.name)
+    work, result = _Opened(scoring, generation) if isinstance(spread, Here) else scoring, ScoreResult(spread.name)
 
     def batches() -> Iterator[_Users]:
         for users in _batches(log, generation.bundle):
             written.append(users)
             yield users
 
-    with ParquetOutput(output, rows_of.schema) as out, tqdm(unit="user", desc="score", disable=None) as bar:
-        for hits in where.results(work, batches()):
+    with (
+        ParquetOutput(output, rows_of.schema) as out,
+        tqdm(unit="user", desc="score", disable=None) as bar,
+        closing(spread.results(work, batches())) as results,
+    ):
+        for hits in results:
             users = written.popleft()
             popular = np.array([not len(history) for history in users.histories])
             out.write(rows_of.table(users.user_ids, hits, popular))
@@ -152,7 +156,7 @@ def score(
 def _batches(log: Log, bundle: Bundle) -> Iterator[_Users]:
     for partition in log.parts():
         known = known_events(partition, bundle.items.index)
-        for rows in by_length(np.diff(known.offsets)):
+        for rows in by_length(np.diff(known.offsets), known.user_ids):
             histories = [KnownEvents(known.history(row).astype(np.int64), known.user_timestamps(row)) for row in rows]
             yield _Users([known.user_ids[row] for row in rows], histories)
 

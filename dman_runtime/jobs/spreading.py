@@ -1,31 +1,27 @@
 """Work on batches of users, spread over processes of this machine or of a Ray cluster.
 
 Results come in the order of the batches, and do not depend on who computed them. A process that is killed costs the
-batches that it had: they are computed again. A bounded number of batches is under way.
+batches that it was given: they are computed again. A bounded number of batches is under way.
 """
 
 from __future__ import annotations
 
 import importlib
-import multiprocessing
 import os
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import Future, ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
+from collections.abc import Callable, Generator, Iterable
 from functools import lru_cache
 from typing import Any, Protocol, TypeVar
 
 from dman_runtime.errors import DmanError, UsageError
+from dman_runtime.jobs.processes import AHEAD, MAX_DEATHS, Pool, Task, killed
 
 Batch = TypeVar("Batch")
 Result = TypeVar("Result")
 Batch_contra = TypeVar("Batch_contra", contravariant=True)
 Result_co = TypeVar("Result_co", covariant=True)
 ENGINES = ("local", "ray")
-AHEAD = 2  # batches of each process that wait or run
 FEW_EVENTS = 50_000  # are encoded while a process starts
-MAX_DEATHS = 3  # of processes, one after the other, without a result in between
 
 
 class Work(Protocol[Batch_contra, Result_co]):
@@ -46,8 +42,11 @@ class Spread(Protocol):
         """For people."""
         ...
 
-    def results(self, work: Work[Batch, Result], batches: Iterable[Batch]) -> Iterator[Result]:
-        """In order. Raises what the work raises, and UsageError where processes die again and again."""
+    def results(self, work: Work[Batch, Result], batches: Iterable[Batch]) -> Generator[Result, None, None]:
+        """In order. Close it where it is not read to its end.
+
+        Raises what the work raises, and UsageError where a batch ends one process after the other.
+        """
         ...
 
 
@@ -56,18 +55,26 @@ def cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def spread(engine: str, processes: int, *, events: int) -> Spread:
-    """One of ENGINES, for a job of so many events.
+def spread(engine: str, processes: int, *, events: int | None, on_cuda: bool = False) -> Spread:
+    """One of ENGINES, for a job of so many events; None: nobody knows.
 
-    `processes`: 0: one for each core, or this one alone where there are few events. Ray counts its own.
+    Args:
+        processes: 0: one for each core, or this one alone where there are few events. Ray counts its own.
+        on_cuda: The graphs run on a device, which this process has for itself.
 
     Raises UsageError.
     """
     if processes < 0:
         raise UsageError(f"{processes} processes are not possible", "choose 0 or more", parameter="processes")
+    if on_cuda and (engine == "ray" or processes > 1):
+        raise UsageError(
+            "the graphs run on CUDA, and so in this process only",
+            "have them run on the CPU, or ask for no other processes",
+            parameter="provider",
+        )
     if engine == "ray":
         return RayCluster()
-    count = processes or (cores() if events > FEW_EVENTS else 1)
+    count = processes or (cores() if (events is None or events > FEW_EVENTS) and not on_cuda else 1)
     return Processes(count) if count > 1 else HERE
 
 
@@ -76,17 +83,45 @@ class Here:
 
     name = "in this process"
 
-    def results(self, work: Work[Batch, Result], batches: Iterable[Batch]) -> Iterator[Result]:
+    def results(self, work: Work[Batch, Result], batches: Iterable[Batch]) -> Generator[Result, None, None]:
         """As in `Spread`."""
-        return map(work.open(), batches)
+        yield from map(work.open(), batches)
 
 
 HERE = Here()
 
 
+class Processes:
+    """Several processes of this machine."""
+
+    def __init__(self, count: int) -> None:
+        self._count, self.name = count, f"by {count} processes"
+
+    def results(self, work: Work[Batch, Result], batches: Iterable[Batch]) -> Generator[Result, None, None]:
+        """As in `Spread`."""
+        pool, tasks, left = Pool(self._count, work.open), deque[Task](), iter(batches)
+        try:
+            while True:
+                while len(tasks) < AHEAD * self._count and (batch := next(left, _END)) is not _END:
+                    tasks.append(Task(batch))
+                    pool.put(tasks[-1])
+                if not tasks:
+                    return
+                while not tasks[0].done:
+                    pool.step()
+                if (task := tasks.popleft()).error is not None:
+                    raise task.error
+                yield task.result
+        finally:
+            pool.end()
+
+
+_END: Any = object()
+
+
 @lru_cache(maxsize=1)
 def _opened(work: Any) -> Callable[[Any], Any]:
-    """Of this process."""
+    """Of this process of the cluster, which does one piece of work after the other."""
     opened: Callable[[Any], Any] = work.open()
     return opened
 
@@ -96,81 +131,21 @@ def _do(work: Work[Batch, Result], batch: Batch) -> Result:
     return result
 
 
-class Processes:
-    """Several processes of this machine."""
-
-    def __init__(self, count: int) -> None:
-        self._count, self.name = count, f"by {count} processes"
-
-    def results(self, work: Work[Batch, Result], batches: Iterable[Batch]) -> Iterator[Result]:
-        """As in `Spread`."""
-        pool, deaths = self._new_pool(), 0
-        under_way = deque[tuple[Batch, Future[Result]]]()
-        left = iter(batches)
-        try:
-            while True:
-                while len(under_way) < AHEAD * self._count and (batch := next(left, _END)) is not _END:
-                    under_way.append((batch, _submitted(pool, work, batch)))
-                if not under_way:
-                    return
-                try:
-                    result = under_way[0][1].result()
-                except BrokenProcessPool:
-                    if (deaths := deaths + 1) == MAX_DEATHS:
-                        raise _dying() from None
-                    pool.shutdown(wait=True)
-                    pool = self._new_pool()
-                    under_way = deque((batch, _again(pool, work, batch, future)) for batch, future in under_way)
-                    continue
-                deaths = 0
-                under_way.popleft()
-                yield result
-        finally:
-            pool.shutdown(wait=True, cancel_futures=True)
-
-    def _new_pool(self) -> ProcessPoolExecutor:
-        return ProcessPoolExecutor(self._count, mp_context=multiprocessing.get_context("spawn"))
-
-
-_END: Any = object()
-
-
-def _submitted(pool: ProcessPoolExecutor, work: Work[Batch, Result], batch: Batch) -> Future[Result]:
-    """A future, also of a pool that has just broken."""
-    try:
-        return pool.submit(_do, work, batch)
-    except BrokenProcessPool as error:
-        future: Future[Result] = Future()
-        future.set_exception(error)
-        return future
-
-
-def _again(
-    pool: ProcessPoolExecutor, work: Work[Batch, Result], batch: Batch, future: Future[Result]
-) -> Future[Result]:
-    """The future of a batch after its pool has broken: the same if it has its result."""
-    return _submitted(pool, work, batch) if isinstance(future.exception(), BrokenProcessPool) else future
-
-
-def _dying() -> DmanError:
-    return UsageError(
-        f"the processes that work on the users were killed {MAX_DEATHS} times in a row",
-        "look for the kernel's reason (memory?), and use fewer of them",
-        parameter="processes",
-    )
-
-
 class RayCluster:
     """The cluster that RAY_ADDRESS names or that runs on this machine, or else a new one of this machine's cores."""
 
     name = "by Ray"
 
-    def results(self, work: Work[Batch, Result], batches: Iterable[Batch]) -> Iterator[Result]:
-        """As in `Spread`. Raises UsageError without Ray."""
+    def __init__(self) -> None:
+        """Raises UsageError without Ray."""
         try:
-            ray: Any = importlib.import_module("ray")  # it has few types
+            self._ray: Any = importlib.import_module("ray")  # it has few types
         except ImportError:
             raise UsageError("the library Ray is not installed", "install dman[ray]", parameter="engine") from None
+
+    def results(self, work: Work[Batch, Result], batches: Iterable[Batch]) -> Generator[Result, None, None]:
+        """As in `Spread`."""
+        ray = self._ray
         started = not ray.is_initialized()
         if started:
             ray.init(include_dashboard=False, log_to_driver=False, logging_level="ERROR", configure_logging=False)
@@ -184,18 +159,23 @@ class RayCluster:
                     under_way.append(run.remote(sent, batch))
                 if not under_way:
                     return
-                yield self._result(ray, under_way.popleft())
+                yield self._result(under_way.popleft())
         finally:
             for waiting in under_way:
                 ray.cancel(waiting, force=True)
             if started:
                 ray.shutdown()
 
-    @staticmethod
-    def _result(ray: Any, waiting: Any) -> Any:
+    def _result(self, waiting: Any) -> Any:
+        ray = self._ray
         try:
             return ray.get(waiting)
         except ray.exceptions.RayTaskError as error:
             raise (error.cause if isinstance(error.cause, DmanError) else error) from None
-        except (ray.exceptions.WorkerCrashedError, ray.exceptions.OutOfMemoryError):
-            raise _dying() from None
+        except (
+            ray.exceptions.WorkerCrashedError,
+            ray.exceptions.OutOfMemoryError,
+            ray.exceptions.NodeDiedError,
+            ray.exceptions.ObjectLostError,
+        ):
+            raise killed() from None

@@ -69,16 +69,22 @@ def extended(bundle: Bundle, slots: Sequence[tuple[str, AddedItem] | None]) -> E
             empty.append(place)
             if entry is not None and error.args:
                 unusable[entry[0]] = str(error)
-    vocabulary = bundle.manifest.vocabulary + len(slots)
     larger = replace(
-        bundle,
-        manifest=replace(bundle.manifest, vocabulary=vocabulary),
+        with_embeddings(bundle, vectors),
         items=_with(bundle.items, slots, index),
-        item_embeddings=_joined(bundle.item_embeddings, vectors),
         returns=_returns(bundle, vectors),
-        added=len(slots),
     )
     return Extended(larger, unusable, np.array(empty, np.int64))
+
+
+def with_embeddings(bundle: Bundle, added: np.ndarray) -> Bundle:
+    """A bundle as it was opened, whose item table goes on with the embeddings (n, D) float32 of added items."""
+    return replace(
+        bundle,
+        manifest=replace(bundle.manifest, vocabulary=bundle.manifest.vocabulary + len(added)),
+        item_embeddings=_joined(bundle.item_embeddings, added),
+        added=len(added),
+    )
 
 
 def _with(items: Items, slots: Sequence[tuple[str, AddedItem] | None], index: dict[str, int]) -> Items:

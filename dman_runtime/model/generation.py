@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
@@ -73,6 +73,10 @@ class Generation:
         """A generation as it was opened, with items that were added at run time (`additions.extended`)."""
         more = additions.extended(self.bundle, slots)
         return Generation.of(more.bundle, self.graphs, on_device=self._on_device), more
+
+    def encoding(self, added: np.ndarray) -> Generation:
+        """A generation as it was opened, with the embeddings (n, D) of added items: to encode events with, no more."""
+        return replace(self, bundle=additions.with_embeddings(self.bundle, added))
 
     @property
     def bundle_id(self) -> str:
@@ -152,9 +156,14 @@ class Generation:
         moment = state.last_time if at is None else at
         return Added(sketch.items, return_scores(sketch, embedding, moment, self.bundle.returns))
 
-    def advance(self, states: Sequence[State], new_events: Sequence[KnownEvents]) -> None:
-        """Appends `new_events[i]` to `states[i]`, in place."""
-        recurrence.advance(states, new_events, bundle=self.bundle, graphs=self.graphs)
+    def advance(
+        self,
+        states: Sequence[State],
+        new_events: Sequence[KnownEvents],
+        rest: Callable[[], None] = recurrence.without_rest,
+    ) -> None:
+        """Appends `new_events[i]` to `states[i]`, in place. Calls `rest` from time to time."""
+        recurrence.advance(states, new_events, bundle=self.bundle, graphs=self.graphs, rest=rest)
 
     def advance_pieces(self, pieces: Sequence[Piece]) -> None:
         recurrence.advance_pieces(pieces, bundle=self.bundle, graphs=self.graphs)

@@ -6,7 +6,7 @@ to the rest of the open segment, then absorbs the segments that closed.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple, Protocol
 
 import numpy as np
@@ -60,12 +60,24 @@ def next_piece(state: State, events: KnownEvents) -> Piece:
     return Piece(state, events[: segment - state.segment_fill % segment])
 
 
-def advance(states: Sequence[State], new_events: Sequence[KnownEvents], *, bundle: Bundle, graphs: Graphs) -> None:
-    """Appends `new_events[i]` (may be empty) to `states[i]`, in place."""
+def without_rest() -> None:
+    """What jobs do between two pieces that nobody waits behind."""
+
+
+def advance(
+    states: Sequence[State],
+    new_events: Sequence[KnownEvents],
+    *,
+    bundle: Bundle,
+    graphs: Graphs,
+    rest: Callable[[], None] = without_rest,
+) -> None:
+    """Appends `new_events[i]` (may be empty) to `states[i]`, in place. Calls `rest` behind each round of pieces."""
     left = [(state, events) for state, events in zip(states, new_events, strict=True) if len(events)]
     while left:
         pieces = [next_piece(state, events) for state, events in left]
         advance_pieces(pieces, bundle=bundle, graphs=graphs)
+        rest()
         left = [
             (state, events[len(piece.events) :])
             for (state, events), piece in zip(left, pieces, strict=True)

@@ -53,7 +53,7 @@ from dman_runtime.cli import main
 sys.exit(main())
 """
 MIDDLE = {  # of each procedure
-    "rebuild": "dman_runtime.jobs.rebuilding._rebuild_batch",
+    "rebuild": "dman_runtime.jobs.rebuilding._commit",
     "activate": "dman_runtime.jobs.activating._wait_until_loaded",
     "backup": "dman_runtime.jobs.backup.verify_store",
     "compact": "dman_runtime.jobs.compacting._replace",

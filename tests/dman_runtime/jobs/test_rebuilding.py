@@ -18,8 +18,9 @@ from dman_runtime.cli import main
 from dman_runtime.engine import Engine
 from dman_runtime.errors import StoreFullError, UsageError
 from dman_runtime.jobs import rebuilding
+from dman_runtime.jobs.encoding import Throttle
 from dman_runtime.jobs.generations import drop_generation, format_generations, list_generations
-from dman_runtime.jobs.rebuilding import RebuildResult, Throttle, catch_up, rebuild
+from dman_runtime.jobs.rebuilding import RebuildResult, catch_up, rebuild
 from dman_runtime.model.generation import Generation
 from dman_runtime.model.recurrence import Graphs
 from dman_runtime.presence import Present

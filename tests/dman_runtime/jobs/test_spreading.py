@@ -15,7 +15,8 @@ import pytest
 
 from dman_runtime.errors import InputError, UsageError
 from dman_runtime.jobs import spreading
-from dman_runtime.jobs.spreading import AHEAD, FEW_EVENTS, MAX_DEATHS, Here, Processes, RayCluster, Spread, spread
+from dman_runtime.jobs.processes import AHEAD, MAX_DEATHS
+from dman_runtime.jobs.spreading import FEW_EVENTS, Here, Processes, RayCluster, Spread, spread
 
 pytestmark = pytest.mark.slow
 WAIT = 120
@@ -48,27 +49,10 @@ class Squares:
 ENGINES = [pytest.param(lambda: Processes(2), id="processes"), pytest.param(RayCluster, id="ray")]
 
 
-@pytest.fixture(scope="module")
-def _ray() -> Iterator[None]:
-    """One cluster for all tests: it takes seconds to start. Its processes find this module as those of the test do."""
-    ray = pytest.importorskip("ray", reason="Ray does not exist for this machine")
-    path = os.pathsep.join(filter(None, sys.path))
-    ray.init(
-        num_cpus=2,
-        include_dashboard=False,
-        log_to_driver=False,
-        logging_level="ERROR",
-        configure_logging=False,
-        runtime_env={"env_vars": {"PYTHONPATH": path}},
-    )
-    yield
-    ray.shutdown()
-
-
 @pytest.fixture(params=ENGINES)
 def engine(request: pytest.FixtureRequest) -> Spread:
     if request.param is RayCluster:
-        request.getfixturevalue("_ray")
+        request.getfixturevalue("ray_cluster")
     made: Spread = request.param()
     return made
 
@@ -135,11 +119,21 @@ def test_small_jobs_stay_here_and_large_ones_use_all_cores(monkeypatch: pytest.M
     assert spread("local", 0, events=FEW_EVENTS + 1).name == "by 4 processes"
     assert spread("local", 3, events=1).name == "by 3 processes"
     assert isinstance(spread("local", 1, events=10**9), Here)
+    assert spread("local", 0, events=None).name == "by 4 processes"
     with pytest.raises(UsageError, match="-1 processes are not possible"):
         spread("local", -1, events=1)
 
 
-def test_without_ray_it_says_what_to_install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_graphs_on_cuda_stay_here(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(spreading, "cores", lambda: 4)
+    assert isinstance(spread("local", 0, events=None, on_cuda=True), Here)
+    for engine, processes in (("local", 2), ("ray", 0)):
+        with pytest.raises(UsageError, match="the graphs run on CUDA, and so in this process only") as caught:
+            spread(engine, processes, events=None, on_cuda=True)
+        assert caught.value.parameter == "provider"
+
+
+def test_without_ray_it_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "ray", None)
     with pytest.raises(UsageError, match=r"the library Ray is not installed; install dman\[ray\]"):
-        next(iter(spread("ray", 0, events=1).results(Squares(tmp_path), [1])))
+        spread("ray", 0, events=1)
