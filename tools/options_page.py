@@ -24,7 +24,7 @@ from dman_train.config import BaselineConfig, DataConfig, ModelConfig, TrainConf
 from dman_train.presets import BASELINE_PRESETS, PRESETS
 from tools import cold, compare, generate, gpu_check, loadgen, records, report, runs, tune
 from tools.bench import __main__ as bench
-from tools.bench import life, reading, signals, training, versus
+from tools.bench import engines, life, reading, signals, training, versus
 from tools.bench.peers import __main__ as peers
 from tools.bench.report import table, write_page
 from tools.soak import __main__ as soak
@@ -94,6 +94,7 @@ def parsers() -> Iterator[argparse.ArgumentParser]:
     yield versus._parser()
     yield reading._parser()
     yield signals._parser()
+    yield engines._parser()
     yield life._parser()
     yield peers._parser()
     yield soak._parser()

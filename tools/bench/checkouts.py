@@ -83,7 +83,7 @@ def stored_bytes(state: Path) -> dict[str, tuple[int, int]]:
 
 def _python(root: Path, arguments: list[str], *, seconds: float) -> str:
     """What a Python command prints. Raises UsageError, with the command's last line, when it fails."""
-    environment = importable(root)
+    environment = importable(root) | {"DMAN_PROCESSES": "1"}  # as versions without that option have
     try:
         done = subprocess.run(
             [sys.executable, *arguments],
