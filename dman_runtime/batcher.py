@@ -293,7 +293,7 @@ class Batcher:
                         self._again(job, conflicts)
                 updates = [job for job in updates if conflicts.isdisjoint(job.user_ids)]
         except Exception as error:
-            self._each_alone(updates, error)
+            self._each_alone(updates, error, opened=True)
             return
         self._metrics.commit(time.perf_counter() - began)
         for job in updates:
@@ -314,12 +314,15 @@ class Batcher:
         with self._changed:
             self._queue.appendleft(job)
 
-    def _each_alone(self, jobs: Sequence[Job], error: Exception) -> None:
-        """After a failure of several jobs together: each is run by itself, so that only the one at fault fails."""
+    def _each_alone(self, jobs: Sequence[Job], error: Exception, *, opened: bool = False) -> None:
+        """After a failure of several jobs together: each is run by itself, so that only the one at fault fails.
+
+        With `opened`, as it is: a store that commits each user by itself may have stored some of them.
+        """
         for job in reversed(jobs):
             if job.alone or len(jobs) == 1:
                 job.fail(error)
                 continue
-            job.alone, job.opened, job.opened_queries = True, None, []
+            job.alone, job.opened, job.opened_queries = True, job.opened if opened else None, []
             with self._changed:
                 self._queue.appendleft(job)

@@ -9,15 +9,23 @@ from pathlib import Path
 from typing import Any
 
 from dman_runtime.commands import items, logs, remote, servers, stores
+from dman_runtime.commands.flags import (
+    DEFAULT_BUNDLE,
+    DEFAULT_LOG,
+    DEFAULT_STATE,
+    caller_options,
+    encoder_options,
+    log_options,
+    remote_options,
+    spread_options,
+    state_option,
+    store_options,
+)
 from dman_runtime.data.filters import Filters
-from dman_runtime.data.log_options import LogOptions
-from dman_runtime.jobs.partitions import MAX_UNKNOWN
-from dman_runtime.jobs.spreading import ENGINES
 from dman_runtime.options import Parser, configure_logging, run_command
+from dman_runtime.store.place import parse_directory
 
-DEFAULT_BUNDLE, DEFAULT_STATE, DEFAULT_LOG = Path("bundle"), Path("state"), Path("data/log.csv")
 COMMANDS = servers.COMMANDS | stores.COMMANDS | items.COMMANDS | logs.COMMANDS
-DEFAULT_MAP_SIZE_MIB = 64 << 10  # of address space; the disk holds only what is used
 _GIVE_WAY, _NICENESS = {"rebuild", "activate"}, 10  # commands beside servers, which need the processor first
 
 
@@ -47,7 +55,7 @@ def parser() -> Parser:
     _drop_options(_plain_command(commands, "drop", "remove the states of a bundle that is no longer served"))
     _items_options(_plain_command(commands, "items", "switch items off and on, in running servers too, or list them"))
     _add_items_options(_command(commands, "add-items", "add new items without training, in running servers too"))
-    _export_log_options(_plain_command(commands, "export-log", "write all histories as a log, to train on or import"))
+    _exportlog_options(_plain_command(commands, "export-log", "write all histories as a log, to train on or import"))
     _score_options(_command(commands, "score", "write the top K of every user in a log to a Parquet file"))
     _evaluate_options(_command(commands, "evaluate", "leave-one-out metrics of a bundle on a log"))
     _inspect_options(_command(commands, "inspect", "show what a bundle, a state store or a user's state holds"))
@@ -66,15 +74,15 @@ def _command(commands: Any, name: str, help_text: str) -> Parser:
 
 
 def _serve_options(p: Parser) -> None:
-    p.flag("--state", type=Path, default=DEFAULT_STATE, help="state directory; created when absent")
+    state_option(p, "state directory, created when absent")
     p.flag("--host", default="127.0.0.1", help="address to listen on; beyond loopback give TLS, or --insecure")
     p.flag("--port", type=int, default=50051, help="port to listen on; 0 takes a free one")
-    _encoder_options(p)
+    encoder_options(p)
     p.flag("--workers", type=int, default=1, help="worker processes sharing the port and the state")
     p.flag(
         "--max-concurrent", type=int, default=512, help="requests that one worker holds; more get RESOURCE_EXHAUSTED"
     )
-    _map_option(p)
+    store_options(p)
     p.flag("--grace", type=float, default=10.0, help="seconds that running requests get when stopping")
     p.flag(
         "--idle-timeout", type=float, default=300.0, help="seconds after which a connection without a call is closed"
@@ -129,71 +137,62 @@ def _access_options(p: Parser) -> None:
 
 def _status_options(p: Parser) -> None:
     p.flag("--target", default="localhost:50051", help="address of the server")
-    _caller_options(p)
+    caller_options(p)
     p.flag("--timeout", type=float, default=5.0, help="seconds to wait for the answer")
     p.add_argument("--json", action="store_true", help="print the status as JSON on the last line")
 
 
-def _caller_options(p: Parser) -> None:
-    p.flag("--token-file", type=Path, default=None, help="file that holds a token with the role admin")
-    p.flag("--ca", type=Path, default=None, help="who signed the server's certificate, PEM; switches TLS on")
-    p.flag("--client-cert", type=Path, default=None, help="certificate for a server that asks for one, PEM")
-    p.flag("--client-key", type=Path, default=None, help="private key of the client's certificate, PEM")
-
-
-def _remote_options(p: Parser) -> None:
-    """Of commands that a running server may do. `--target` has no variable: that of `status` would redirect them."""
-    p.add_argument(
-        "--target",
-        default=None,
-        help="address of a server's admin service, which then does this with its own store; paths are of its machine",
-    )
-    _caller_options(p)
-    p.flag("--timeout", type=float, default=86_400.0, help="seconds to wait for the server to do it")
-
-
 def _verify_options(p: Parser) -> None:
-    p.flag("--state", type=Path, default=DEFAULT_STATE, help="state directory to read; a server may be using it")
+    p.flag(
+        "--state", type=parse_directory, default=DEFAULT_STATE, help="state directory to read; a server may be using it"
+    )
     p.flag("--bundle", type=Path, default=None, help="read the states of this bundle, too, and replay some")
     p.flag(
         "--sample", type=int, default=100, help="users whose histories are replayed, drawn by chance; needs --bundle"
     )
     p.add_argument("--json", action="store_true", help="print the report as JSON on the last line")
-    _remote_options(p)
+    remote_options(p)
 
 
 def _backup_options(p: Parser) -> None:
-    p.flag("--state", type=Path, default=DEFAULT_STATE, help="state directory to copy; a server may be using it")
+    p.flag(
+        "--state", type=parse_directory, default=DEFAULT_STATE, help="state directory to copy; a server may be using it"
+    )
     p.flag("--output", type=Path, default=Path("backup"), help="directory to make")
     p.add_argument("--json", action="store_true", help="print the result as JSON on the last line")
-    _remote_options(p)
+    remote_options(p)
 
 
 def _restore_options(p: Parser) -> None:
     p.flag("--backup", type=Path, default=Path("backup"), help="directory that `dman-runtime backup` made")
-    p.flag("--state", type=Path, default=DEFAULT_STATE, help="state directory to make; it must be empty or missing")
+    p.flag(
+        "--state",
+        type=parse_directory,
+        default=DEFAULT_STATE,
+        help="state directory to make; it must be empty or missing",
+    )
     p.add_argument("--json", action="store_true", help="print the result as JSON on the last line")
 
 
 def _compact_options(p: Parser) -> None:
-    p.flag("--state", type=Path, default=DEFAULT_STATE, help="state directory; no process may use it")
-    _map_option(p)
+    p.flag("--state", type=parse_directory, default=DEFAULT_STATE, help="state directory; no process may use it")
+    store_options(p)
     p.add_argument("--json", action="store_true", help="print the result as JSON on the last line")
 
 
 def _export_user_options(p: Parser) -> None:
     p.add_argument("user", help="id of the user")
-    p.flag("--state", type=Path, default=DEFAULT_STATE, help="state directory to read; a server may be using it")
-    _remote_options(p)
+    state_option(p, "state directory to read, also of a server")
+    remote_options(p)
 
 
 def _expire_options(p: Parser) -> None:
-    p.flag("--state", type=Path, default=DEFAULT_STATE, help="state directory; a server may be using it")
+    state_option(p, "state directory, also of a server")
     p.flag("--idle-days", type=float, required=True, help="delete users whose latest event is older")
     p.add_argument("--dry-run", action="store_true", help="say how many that are, and delete none")
-    _map_option(p)
+    store_options(p)
     p.add_argument("--json", action="store_true", help="print the result as JSON on the last line")
-    _remote_options(p)
+    remote_options(p)
 
 
 def _token_options(p: Parser) -> None:
@@ -201,81 +200,50 @@ def _token_options(p: Parser) -> None:
     p.flag("--roles", default="read,write", help="what the caller may do: read, write, admin, with commas between")
 
 
-def _encoder_options(p: Parser) -> None:
-    p.flag(
-        "--provider",
-        choices=["auto", "cuda", "cpu"],
-        default="auto",
-        help="where the graphs run; auto: CUDA if it works",
-    )
-    p.flag("--encoder-threads", type=int, default=1, help="CPU threads inside one graph run")
-
-
-def _spread_options(p: Parser, *, processes: int) -> None:
-    p.flag("--engine", choices=ENGINES, default="local", help="processes of this machine, or a Ray cluster (dman[ray])")
-    p.flag("--processes", type=int, default=processes, help="of this machine; 0: one a core, or one for few events")
-
-
-def _map_option(p: Parser) -> None:
-    p.flag(
-        "--map-size-mib",
-        type=int,
-        default=DEFAULT_MAP_SIZE_MIB,
-        help="largest size of the state store in MiB; the disk must have room for it",
-    )
-
-
-def _log_options(p: Parser, *, any_items: bool = False) -> None:
-    if not any_items:
-        p.flag("--max-unknown", type=float, default=MAX_UNKNOWN, help="largest share of events of unknown items")
-    p.add_argument("--dry-run", action="store_true", help="read the log, say what was understood, and stop")
-    p.config_flags(LogOptions, title="log (default: as in training)")
-
-
 def _import_options(p: Parser) -> None:
-    p.flag("--state", type=Path, default=DEFAULT_STATE, help="state directory; created when absent")
+    state_option(p, "state directory, created when absent")
     p.flag("--input", type=Path, default=DEFAULT_LOG, help="interaction log: a file, a folder or a glob pattern")
-    _spread_options(p, processes=0)
-    _log_options(p)
-    _encoder_options(p)
-    _map_option(p)
+    spread_options(p, processes=0)
+    log_options(p)
+    encoder_options(p)
+    store_options(p)
     p.add_argument("--json", action="store_true", help="print the result as JSON on the last line")
 
 
 def _rebuild_options(p: Parser) -> None:
     p.set_defaults(progress=None)  # a bar on the terminal
-    p.flag("--state", type=Path, default=DEFAULT_STATE, help="state directory; a server may be using it")
+    state_option(p, "state directory, also of a server")
     p.flag("--max-share", type=float, default=0.5, help="of one core that each process may use, above 0 up to 1")
-    _spread_options(p, processes=1)
-    _encoder_options(p)
-    _map_option(p)
+    spread_options(p, processes=1)
+    encoder_options(p)
+    store_options(p)
     p.add_argument("--json", action="store_true", help="print the result as JSON on the last line")
-    _remote_options(p)
+    remote_options(p)
 
 
 def _activate_options(p: Parser) -> None:
-    p.flag("--state", type=Path, default=DEFAULT_STATE, help="state directory; servers may be using it")
+    state_option(p, "state directory, also of servers")
     p.flag("--share", type=float, default=1.0, help="of the users that get the bundle, above 0; 1: all of them")
     p.flag("--wait", type=float, default=120.0, help="seconds that running servers get to load it")
     p.flag("--catch-up", type=float, default=5.0, help="seconds at most to bring states up to date first; 0: none")
-    _encoder_options(p)
-    _map_option(p)
+    encoder_options(p)
+    store_options(p)
     p.add_argument("--json", action="store_true", help="print the result as JSON on the last line")
-    _remote_options(p)
+    remote_options(p)
 
 
 def _generations_options(p: Parser) -> None:
-    p.flag("--state", type=Path, default=DEFAULT_STATE, help="state directory to read; a server may be using it")
+    state_option(p, "state directory to read, also of a server")
     p.add_argument("--json", action="store_true", help="print the list as JSON on the last line")
-    _remote_options(p)
+    remote_options(p)
 
 
 def _drop_options(p: Parser) -> None:
     p.add_argument("bundle_id", help="whose states to remove; `dman-runtime generations` lists them")
-    p.flag("--state", type=Path, default=DEFAULT_STATE, help="state directory; a server may be using it")
-    _map_option(p)
+    state_option(p, "state directory, also of a server")
+    store_options(p)
     p.add_argument("--json", action="store_true", help="print the result as JSON on the last line")
-    _remote_options(p)
+    remote_options(p)
 
 
 def _items_options(p: Parser) -> None:
@@ -283,10 +251,10 @@ def _items_options(p: Parser) -> None:
     p.add_argument("ids", nargs="*", help="ids of items, right behind that word; one with a dash goes behind --")
     p.flag("--file", type=Path, default=None, help="more of them: a .txt file with one id a line, or a table of items")
     p.flag("--item-column", default="item_id", help="column of the ids in such a table")
-    p.flag("--state", type=Path, default=DEFAULT_STATE, help="state directory; servers may be using it")
-    _map_option(p)
+    state_option(p, "state directory, also of servers")
+    store_options(p)
     p.add_argument("--json", action="store_true", help="print the result as JSON on the last line")
-    _remote_options(p)
+    remote_options(p)
 
 
 def _add_items_options(p: Parser) -> None:
@@ -294,14 +262,14 @@ def _add_items_options(p: Parser) -> None:
     p.flag("--item-column", default="item_id", help="column of the ids")
     p.flag("--like-column", default="like", help="column of ids, with | between them, whose mean an item gets")
     p.flag("--embeddings", type=Path, default=None, help=".npy file of float32, one row per item, made for the bundle")
-    p.flag("--state", type=Path, default=DEFAULT_STATE, help="state directory; servers may be using it")
-    _map_option(p)
+    state_option(p, "state directory, also of servers")
+    store_options(p)
     p.add_argument("--json", action="store_true", help="print the result as JSON on the last line")
-    _remote_options(p)
+    remote_options(p)
 
 
-def _export_log_options(p: Parser) -> None:
-    p.flag("--state", type=Path, default=DEFAULT_STATE, help="state directory to read; a server may be using it")
+def _exportlog_options(p: Parser) -> None:
+    state_option(p, "state directory to read, also of a server")
     p.flag("--output", type=Path, default=Path("log.parquet"), help="Parquet file to write")
     p.add_argument("--json", action="store_true", help="print the result as JSON on the last line")
 
@@ -312,9 +280,9 @@ def _score_options(p: Parser) -> None:
     p.flag("--k", type=int, default=100, help="items per user")
     p.flag("--at", type=int, default=None, help="seconds since 1970 of the moment to score for; without it, unknown")
     p.add_argument("--include-seen", action="store_true", help="do not leave out items in the user's history")
-    _spread_options(p, processes=0)
-    _log_options(p)
-    _encoder_options(p)
+    spread_options(p, processes=0)
+    log_options(p)
+    encoder_options(p)
     p.add_argument("--json", action="store_true", help="print the result as JSON on the last line")
 
 
@@ -322,13 +290,13 @@ def _evaluate_options(p: Parser) -> None:
     p.flag("--data", type=Path, default=DEFAULT_LOG, help="interaction log")
     p.flag("--split", choices=["valid", "test"], default="test", help="which held-out event to predict")
     p.config_flags(Filters, title="filters (default: as in training for the log of the training, else none)")
-    _log_options(p, any_items=True)
-    _encoder_options(p)
+    log_options(p, any_items=True)
+    encoder_options(p)
     p.add_argument("--json", action="store_true", help="print the metrics as JSON on the last line")
 
 
 def _inspect_options(p: Parser) -> None:
-    p.flag("--state", type=Path, default=None, help="state directory to inspect as well")
+    state_option(p, "state directory to inspect as well", default=None)
     p.flag("--user", default=None, help="user whose state to show; needs --state")
     p.add_argument("--json", action="store_true", help="print everything as JSON on the last line")
 

@@ -17,7 +17,7 @@ from contextlib import suppress
 
 import numpy as np
 
-from dman_runtime.errors import ConflictError, RequestError, StoreFullError
+from dman_runtime.errors import ConflictError, RequestError, StoreError, StoreFullError
 from dman_runtime.late import LateEvents, Placed, late_ones, place
 from dman_runtime.merging import Merged, joined_events, merge_events
 from dman_runtime.model.bundle import Bundle
@@ -31,6 +31,7 @@ from dman_runtime.opened import (
     OpenUser,
     by_projection,
     catch_up_updates,
+    expected_of,
     read_users,
 )
 from dman_runtime.projection import Projection
@@ -52,7 +53,7 @@ from dman_runtime.requests import (
     check_user_id,
 )
 from dman_runtime.routing import Router
-from dman_runtime.store.base import StateStore
+from dman_runtime.store.base import Expected, StateStore
 
 logger = logging.getLogger(__name__)
 COMMIT_ATTEMPTS = 50
@@ -103,6 +104,8 @@ class Engine:
         """
         projections = self._projections(user_ids)
         with self.store.snapshot() as snapshot:
+            if self.store.waits:
+                snapshot.expect(expected_of(user_ids, projections, asked))
             users = read_users(snapshot, user_ids, projections)
             for user_id, user in zip(user_ids, users, strict=True):
                 if (of_user := asked.get(user_id)) is not None:
@@ -146,11 +149,18 @@ class Engine:
 
     def commit(self, users: Sequence[OpenUser]) -> list[str]:
         """Stores advanced users that have changed, all at once. Returns those that somebody else has changed since
-        they were opened: if there are any, nothing is stored."""
+        they were opened: if there are any, nothing is stored; or in a store that does not commit together, only the
+        others, which then have nothing left to commit."""
         changed = [user for user in users if user.changed]
         if not changed:
             return []
-        conflicts = self.store.commit([user.write() for user in changed])
+        try:
+            conflicts = self.store.commit([user.write() for user in changed])
+        except StoreError as error:
+            _note_stored(changed, error.stored)
+            raise
+        if not self.store.commits_together:
+            _note_stored(changed, {user.user_id for user in changed} - set(conflicts))
         if not conflicts:
             self.committed()
         return conflicts
@@ -178,7 +188,8 @@ class Engine:
     def reopen(self, opened: OpenUpdates, user_ids: Collection[str], batch_id: str = "") -> OpenUpdates:
         """Opens some users of updates again, which others have changed; the rest keeps what was computed."""
         again = self.open_updates([one for one in opened.updates if one.user_id in user_ids], batch_id)
-        if batch_id and any(user.applied for user in again.users):  # another worker has applied this very batch
+        together = self.store.commits_together
+        if together and batch_id and any(user.applied for user in again.users):  # others have applied this very batch
             return self.open_updates(opened.updates, batch_id)
         return opened.renewed(again)
 
@@ -186,13 +197,14 @@ class Engine:
         """Opens the users of checked updates and appends the events that are new.
 
         If any user knows the `batch_id`, all updates are duplicates; else every user remembers it, and each update is
-        new, or a repeat by the sequence of its producer.
+        new, or a repeat by the sequence of its producer. In a store that does not commit together, the updates of the
+        users that know it are: so a batch that was cut off is completed when it is sent again.
         """
         user_ids = list(dict.fromkeys(update.user_id for update in updates))
         marks = marks_of(updates, batch_id)
         users = self.open_users(user_ids, asked_of(updates, marks))
         by_id = dict(zip(user_ids, users, strict=True))
-        repeated = bool(batch_id) and any(user.applied for user in users)
+        repeated = bool(batch_id) and self.store.commits_together and any(user.applied for user in users)
         outcomes = [
             self._apply(by_id[update.user_id], update, mark, repeated=repeated)
             for update, mark in zip(updates, marks, strict=True)
@@ -254,7 +266,7 @@ class Engine:
         This decides the latency of a server.
         """
         special = query.what_if or query.exclude or query.candidates is not None or query.diversity
-        if query.user_id is None or special:
+        if query.user_id is None or special or self.store.waits:
             return None
         (projection,) = self._projections((query.user_id,))
         return plain_answer(query, self.store, projection)
@@ -267,11 +279,20 @@ class Engine:
         """
         for query in queries:
             check_query(query)
-        opened = []
-        for query, projection in zip(queries, self._projections([one.user_id for one in queries]), strict=True):
-            with self.store.snapshot() as snapshot:  # the user's state and seen items are of one moment
-                opened.append(open_query(query, projection, snapshot, catch_up=catch_up))
-        return opened
+        projections = self._projections([one.user_id for one in queries])
+        with self.store.snapshot() as snapshot:  # a user's state and seen items are of one moment
+            if self.store.waits:
+                snapshot.expect(
+                    {
+                        query.user_id: Expected(projection.number, ranking=True)
+                        for query, projection in zip(queries, projections, strict=True)
+                        if query.user_id is not None
+                    }
+                )
+            return [
+                open_query(query, projection, snapshot, catch_up=catch_up)
+                for query, projection in zip(queries, projections, strict=True)
+            ]
 
     def answer(self, opened: Sequence[OpenQuery]) -> list[Answer]:
         """Ranks for opened queries whose users have been advanced."""
@@ -309,6 +330,11 @@ class Engine:
         """Forgets a user: the number of events deleted, or None for an unknown user. Durable when it returns."""
         check_user_id(user_id)
         return self.store.delete(user_id)
+
+
+def _note_stored(users: Sequence[OpenUser], stored: Collection[str | None]) -> None:
+    for user in users:
+        user.stored = user.stored or user.user_id in stored
 
 
 def conflict_pause(attempts: int) -> float:

@@ -32,6 +32,7 @@ command adds the flag of that name (`options.run_command`).
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from typing import ClassVar
 
 
@@ -171,10 +172,15 @@ class JobError(DmanError):
 
 
 class StoreError(DmanError):
-    """The store cannot do what was asked."""
+    """The store cannot do what was asked.
+
+    Attributes:
+        stored: The users of a commit that were stored all the same, in a store that commits each by itself.
+    """
 
     status = "UNAVAILABLE"
     public: ClassVar[str | None] = "the state store is unavailable"
+    stored: Collection[str] = frozenset()
 
 
 class StoreFullError(StoreError):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence, Set
+from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass, field
 from typing import Self, TypeVar
 
@@ -15,10 +15,10 @@ from dman_runtime.model.generation import Answering
 from dman_runtime.model.recurrence import Piece, next_piece
 from dman_runtime.model.state import State
 from dman_runtime.projection import Projection
-from dman_runtime.repeats import Mark
+from dman_runtime.repeats import Asked, Mark
 from dman_runtime.requests import Query, Update, UpdateOutcome
 from dman_runtime.retrieval.base import Allowed
-from dman_runtime.store.base import Events, Head, Snapshot, Step, StoredUser, Write
+from dman_runtime.store.base import Events, Expected, Head, Snapshot, Step, StoredUser, Write
 
 NEW_USER = Head(version=0, history_count=0, generation=0)
 
@@ -41,6 +41,7 @@ class OpenUser:
     sequences: dict[int, int] = field(default_factory=dict)  # last ones, as stored, of producers asked for
     advanced: dict[int, int] = field(default_factory=dict)  # last ones of the new events, to be remembered
     replace_from: int | None = None  # `items` and `timestamps` are in place of the stored events from there on
+    stored: bool = False  # in a store that commits each user by itself: this one is done, though another is not
     prepared: Write | None = None  # what a commit changes, once all that was left is in the state
 
     @classmethod
@@ -75,7 +76,8 @@ class OpenUser:
     @property
     def changed(self) -> bool:
         """Whether there is anything to commit."""
-        return bool(self.items or self.shown or self.record_lags or self.request_ids or self.advanced)
+        changes = self.items or self.shown or self.record_lags or self.request_ids or self.advanced
+        return bool(changes) and not self.stored
 
     def has_applied(self, mark: Mark) -> bool:
         """Whether an update is a repeat, of one before or of one that is on its way."""
@@ -239,6 +241,21 @@ def read_users(snapshot: Snapshot, user_ids: Sequence[str], projections: Sequenc
         OpenUser.of(snapshot, user_id, projection, next(stored[projection]))
         for user_id, projection in zip(user_ids, projections, strict=True)
     ]
+
+
+def expected_of(
+    user_ids: Sequence[str], projections: Sequence[Projection], asked: Mapping[str, Asked]
+) -> dict[str, Expected]:
+    """What will be read of users before they are updated."""
+    return {
+        user_id: Expected(
+            projection.number,
+            whole=True,
+            request_ids=tuple(asked[user_id].request_ids) if user_id in asked else (),
+            producers=tuple(asked[user_id].producers) if user_id in asked else (),
+        )
+        for user_id, projection in zip(user_ids, projections, strict=True)
+    }
 
 
 Opened = TypeVar("Opened", OpenUser, OpenQuery)

@@ -1,6 +1,7 @@
-"""Which servers have a state directory open, and which bundles they have loaded: one small file for each process.
+"""Which servers have a store open, and which bundles they have loaded.
 
-Its process keeps a file locked, so that one whose process has died is known, from another container too.
+In a state directory, one small file for each process: its process keeps it locked, so that one whose process has died
+is known, from another container too. On servers, one entry for each process, which expires unless it is renewed.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Protocol, cast
 
 logger = logging.getLogger(__name__)
 _DIRECTORY = "workers"
@@ -68,6 +70,52 @@ class Presence:
             self._file = None
 
 
+class Leases(Protocol):
+    """Values of processes that a store keeps while they live."""
+
+    def put_lease(self, name: str, value: bytes) -> None: ...
+
+    def leases(self) -> list[bytes]: ...
+
+    def end_lease(self, name: str) -> None: ...
+
+
+class LeasedPresence:
+    """As `Presence`, in a store on servers. Raises StoreError."""
+
+    def __init__(self, leases: Leases) -> None:
+        self._leases, self._name, self._said = leases, uuid.uuid4().hex, b""
+
+    def tell(self, present: Present) -> None:
+        said = json.dumps(asdict(present)).encode()
+        if said != self._said:
+            self._leases.put_lease(self._name, said)
+            self._said = said
+
+    def close(self) -> None:
+        with suppress(Exception):  # else it expires
+            self._leases.end_lease(self._name)
+
+
+def presence(place: Path | object, store: object) -> Presence | LeasedPresence:
+    """That of this process in a store and the place it was opened at."""
+    return Presence(place) if isinstance(place, Path) else LeasedPresence(cast(Leases, store))
+
+
+def present_at(place: Path | object, store: object) -> list[Present]:
+    """As `present`, for a store wherever it is. Raises OSError, StoreError."""
+    if isinstance(place, Path):
+        return present(place)
+    found = [_present(said) for said in cast(Leases, store).leases()]
+    return [one for one in found if one is not None]
+
+
+def _present(said: bytes) -> Present | None:
+    with suppress(ValueError, TypeError):
+        return Present(**json.loads(said))
+    return None
+
+
 def present(state: Path) -> list[Present]:
     """The processes that serve over a state directory now. Removes what dead ones have left. Raises OSError."""
     found = [_read(path) for path in sorted((state / _DIRECTORY).glob("*.json"))]
@@ -87,7 +135,7 @@ def _read(path: Path) -> Present | None:
 def _parsed(path: Path) -> Present | None:
     """None for a process that has said nothing yet: it has just begun to start."""
     for _ in range(_READ_ATTEMPTS):  # it may be in the middle of a word
-        with suppress(ValueError, TypeError):
-            return Present(**json.loads(path.read_bytes()))
+        if (found := _present(path.read_bytes())) is not None:
+            return found
         time.sleep(0.01)
     return None

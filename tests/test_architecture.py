@@ -205,7 +205,7 @@ LAYERS = {
         "serving",
         "store",
     },
-    "cli": {"commands", "data", "jobs", "options"},
+    "cli": {"commands", "data", "options", "store"},
     "attended": {"cli", "errors", "options"},
     "__main__": {"cli"},
 }
@@ -236,9 +236,10 @@ def test_what_answers_requests_knows_the_interface_of_stores_and_no_store() -> N
     }
     assert found == {}
     assert importers("dman_runtime", "dman_runtime.store.lmdb") == {
-        "commands.items", "commands.logs", "commands.stores", "jobs.backup", "jobs.compacting", "jobs.inspecting",
-        "jobs.verifying", "serving.app", "store.lmdb_compact", "store.lmdb_verify",
+        "commands.stores", "jobs.backup", "jobs.compacting", "jobs.verifying", "store.lmdb_compact",
+        "store.lmdb_verify", "store.opening",
     }  # fmt: skip
+    assert importers("dman_runtime", "dman_runtime.store.redis") == {"store.opening"}
     assert importers("dman_runtime", "dman_runtime.store.memory") == set()  # for tests
 
 
@@ -289,6 +290,7 @@ def test_training_reaches_no_part_of_the_server_not_even_through_others() -> Non
         ("multiprocessing", {"jobs.processes", "serving.cluster", "serving.slot"}),
         ("prometheus_client", {"serving.metrics_server", "serving.prometheus"}),
         ("tqdm", {"jobs.evaluating", "jobs.exporting", "jobs.importing", "jobs.rebuilding", "jobs.scoring"}),
+        ("redis", {"store.redis_errors", "store.redis_servers"}),
         ("torch", set()),
         ("sdk", {"commands.remote", "jobs.asking"}),
         ("matplotlib", set()),

@@ -105,7 +105,7 @@ class RecommenderService:
         query = _query(request)
         check_query(query)
         listed = len(query.exclude) + len(query.candidates or ()) + len(query.what_if)
-        answer = self._at_once(query) if listed <= FEW else None
+        answer = self._at_once(query) if listed <= FEW and not self._engine.store.waits else None
         if answer is None:
             (answer,) = await _result(self._queries.submit_queries([query], deadline=call.deadline))
         return self._recommend_reply(answer, _Names())
@@ -134,7 +134,7 @@ class RecommenderService:
 
     async def GetUser(self, request: pb.GetUserRequest, call: Call) -> pb.GetUserReply:
         check_user_id(request.user_id)
-        few = 0 <= request.recent_events <= FEW
+        few = 0 <= request.recent_events <= FEW and not self._engine.store.waits
         info = await self._on(self._bulk, not few, self._user, request)
         if info is None:
             raise _no_user(request.user_id)
@@ -155,7 +155,7 @@ class RecommenderService:
     async def GetHistory(self, request: pb.GetHistoryRequest, call: Call) -> pb.GetHistoryReply:
         limit = _limit(request)
         read = functools.partial(history_page, self._engine.store, request.user_id, start=request.start, limit=limit)
-        page = await self._on(self._bulk, limit > FEW, read)
+        page = await self._on(self._bulk, limit > FEW or self._engine.store.waits, read)
         if page is None:
             raise _no_user(request.user_id)
         bundle = self._engine.bundle_of(request.user_id)

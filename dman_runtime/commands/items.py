@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from collections.abc import Callable, Sequence
 
-from dman_runtime.commands.steps import done
+from dman_runtime.commands.steps import done, open_state
 from dman_runtime.errors import UsageError
 from dman_runtime.options import print_json
 
@@ -16,13 +16,12 @@ def items(arguments: argparse.Namespace) -> int:
         return _list(arguments)
     from dman_runtime.data.items import read_item_ids
     from dman_runtime.jobs.switching import switch
-    from dman_runtime.store.lmdb import LmdbStore
 
     item_ids = list(arguments.ids)
     if arguments.file is not None:
         item_ids += read_item_ids(arguments.file, item_column=arguments.item_column)
     off = arguments.action == "off"
-    with LmdbStore.open(arguments.state, map_size=arguments.map_size_mib << 20, must_exist=True) as store:
+    with open_state(arguments, must_exist=True) as store:
         result = switch(store, item_ids, off=off)
     done(arguments, result.summary(off=off), vars(result))
     return 1 if result.unknown else 0
@@ -32,7 +31,6 @@ def add_items(arguments: argparse.Namespace) -> int:
     from dman_runtime.jobs.adding import add_items as add
     from dman_runtime.jobs.adding import read_additions
     from dman_runtime.model.bundle import open_bundle
-    from dman_runtime.store.lmdb import LmdbStore
 
     bundle = open_bundle(arguments.bundle)
     found = read_additions(
@@ -42,7 +40,7 @@ def add_items(arguments: argparse.Namespace) -> int:
         like_column=arguments.like_column,
         embeddings=arguments.embeddings,
     )
-    with LmdbStore.open(arguments.state, map_size=arguments.map_size_mib << 20, must_exist=True) as store:
+    with open_state(arguments, must_exist=True) as store:
         result = add(store, bundle, found)
     done(arguments, result.summary(bundle), vars(result))
     return 1 if result.unusable else 0
@@ -50,9 +48,9 @@ def add_items(arguments: argparse.Namespace) -> int:
 
 def _list(arguments: argparse.Namespace) -> int:
     from dman_runtime.jobs.switching import switched_off
-    from dman_runtime.store.lmdb import LmdbStore
+    from dman_runtime.store.opening import open_store
 
-    with LmdbStore.open(arguments.state, readonly=True) as store:
+    with open_store(arguments.state, readonly=True) as store:
         return show_off(arguments, switched_off(store))
 
 

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING
 
-from dman_runtime.commands.steps import by_whom, done, open_generation, spread_of
+from dman_runtime.commands.steps import by_whom, done, open_generation, open_state, spread_of
 from dman_runtime.data.filters import FILTERS
 from dman_runtime.data.log_options import LogOptions, options_of_training
 from dman_runtime.errors import UsageError
@@ -50,14 +50,13 @@ def _goes_on(arguments: argparse.Namespace, report: InputReport, generation: Gen
 def import_(arguments: argparse.Namespace) -> int:
     from dman_runtime.engine import Engine
     from dman_runtime.jobs.importing import import_histories
-    from dman_runtime.store.lmdb import LmdbStore
 
     generation = open_generation(arguments)
     with _input(arguments, generation) as log:
         if not _goes_on(arguments, log.report, generation):
             return 0
         spread = spread_of(arguments, generation, events=log.report.events)
-        with LmdbStore.open(arguments.state, map_size=arguments.map_size_mib << 20) as store:
+        with open_state(arguments) as store:
             result = import_histories(log, Engine(generation, store), spread, threads=arguments.encoder_threads)
     log.report.unknown_users = result.new_users
     text = f"imported {result.events} events of {result.users} users into {arguments.state}; {result.summary()}"
@@ -67,9 +66,9 @@ def import_(arguments: argparse.Namespace) -> int:
 
 def export_log(arguments: argparse.Namespace) -> int:
     from dman_runtime.jobs.exporting import export_log as export_store
-    from dman_runtime.store.lmdb import LmdbStore
+    from dman_runtime.store.opening import open_store
 
-    with LmdbStore.open(arguments.state, readonly=True) as store:
+    with open_store(arguments.state, readonly=True) as store:
         result = export_store(store, arguments.output)
     print(f"exported {result.summary()} into {arguments.output}")
     print("".join(f"warning: {text}\n" for text in result.warnings), end="")

@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from dman_runtime.jobs.asking import Server
     from dman_runtime.jobs.spreading import Spread
     from dman_runtime.model.generation import Generation
+    from dman_runtime.store.opening import AnyStore
 
 
 def done(arguments: argparse.Namespace, text: str, content: dict[str, Any]) -> int:
@@ -40,6 +41,19 @@ def by_whom(spread: Spread, *, events: int) -> str:
     from dman_runtime.jobs.spreading import HERE
 
     return "" if spread is HERE or not events else f"; the users were encoded {spread.name}"
+
+
+def open_state(arguments: argparse.Namespace, *, readonly: bool = False, must_exist: bool = False) -> AnyStore:
+    """The store of a command that may write."""
+    from dman_runtime.store.opening import open_store
+
+    return open_store(
+        arguments.state,
+        map_size=arguments.map_size_mib << 20,
+        readonly=readonly,
+        must_exist=must_exist,
+        durability=arguments.durability,
+    )
 
 
 def server_of(arguments: argparse.Namespace) -> Server:

@@ -6,9 +6,10 @@ import argparse
 import json
 import time
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import TYPE_CHECKING
 
-from dman_runtime.commands.steps import by_whom, done, open_generation, spread_of
+from dman_runtime.commands.steps import by_whom, done, open_generation, open_state, spread_of
 from dman_runtime.errors import UsageError
 from dman_runtime.options import print_json
 
@@ -63,9 +64,9 @@ def compact(arguments: argparse.Namespace) -> int:
 
 def export_user(arguments: argparse.Namespace) -> int:
     from dman_runtime.jobs.leaving import document_text, user_document
-    from dman_runtime.store.lmdb import LmdbStore
+    from dman_runtime.store.opening import open_store
 
-    with LmdbStore.open(arguments.state, readonly=True) as store:
+    with open_store(arguments.state, readonly=True) as store:
         print(document_text(user_document(store, arguments.user)))
     return 0
 
@@ -73,16 +74,13 @@ def export_user(arguments: argparse.Namespace) -> int:
 def expire(arguments: argparse.Namespace) -> int:
     from dman_runtime.jobs.leaving import DAY
     from dman_runtime.jobs.leaving import expire as expire_users
-    from dman_runtime.store.lmdb import LmdbStore
 
     if not 0 < arguments.idle_days < MAX_IDLE_DAYS:
         raise UsageError(
             f"idle-days is {arguments.idle_days:g}", f"choose more than 0, below {MAX_IDLE_DAYS}", parameter="idle_days"
         )
     before = int(time.time() - DAY * arguments.idle_days)
-    with LmdbStore.open(
-        arguments.state, map_size=arguments.map_size_mib << 20, readonly=arguments.dry_run, must_exist=True
-    ) as store:
+    with open_state(arguments, readonly=arguments.dry_run, must_exist=True) as store:
         result = expire_users(store, before=before, dry_run=arguments.dry_run)
     content = vars(result) | {"before": before, "dry_run": arguments.dry_run}
     return done(arguments, result.summary(dry_run=arguments.dry_run), content)
@@ -91,7 +89,6 @@ def expire(arguments: argparse.Namespace) -> int:
 def rebuild(arguments: argparse.Namespace) -> int:
     from dman_runtime.engine import Engine
     from dman_runtime.jobs.rebuilding import rebuild as rebuild_store
-    from dman_runtime.store.lmdb import LmdbStore
 
     if not 0 < arguments.max_share <= 1:
         raise UsageError(
@@ -99,10 +96,10 @@ def rebuild(arguments: argparse.Namespace) -> int:
         )
     generation = open_generation(arguments)
     spread = spread_of(arguments, generation, events=None)
-    with LmdbStore.open(arguments.state, map_size=arguments.map_size_mib << 20, must_exist=True) as store:
+    with open_state(arguments, must_exist=True) as store:
         result = rebuild_store(
             Engine(generation, store),
-            path=arguments.state,
+            path=arguments.state if isinstance(arguments.state, Path) else None,
             max_share=arguments.max_share,
             progress=arguments.progress,
             spread=spread,
@@ -118,7 +115,6 @@ def activate(arguments: argparse.Namespace) -> int:
     from dman_runtime.engine import Engine
     from dman_runtime.jobs.activating import activate as activate_bundle
     from dman_runtime.jobs.rebuilding import catch_up
-    from dman_runtime.store.lmdb import LmdbStore
 
     if not 0 < arguments.share <= 1:
         raise UsageError(f"share is {arguments.share}", "choose more than 0, and 1 at most", parameter="share")
@@ -129,7 +125,7 @@ def activate(arguments: argparse.Namespace) -> int:
             f"catch-up is {arguments.catch_up}", f"choose 0 to {MAX_WAIT_SECONDS} seconds", parameter="catch_up"
         )
     generation = open_generation(arguments)
-    with LmdbStore.open(arguments.state, map_size=arguments.map_size_mib << 20, must_exist=True) as store:
+    with open_state(arguments, must_exist=True) as store:
         engine = Engine(generation, store)  # gives the bundle its numbers
         result = activate_bundle(
             store,
@@ -147,9 +143,9 @@ def activate(arguments: argparse.Namespace) -> int:
 
 def generations(arguments: argparse.Namespace) -> int:
     from dman_runtime.jobs.generations import format_generations, list_generations
-    from dman_runtime.store.lmdb import LmdbStore
+    from dman_runtime.store.opening import open_store
 
-    with LmdbStore.open(arguments.state, readonly=True) as store:
+    with open_store(arguments.state, readonly=True) as store:
         found = list_generations(store)
     content = {"users": found.users, "generations": [vars(one) for one in found.generations]}
     return done(arguments, format_generations(found), content)
@@ -157,11 +153,10 @@ def generations(arguments: argparse.Namespace) -> int:
 
 def drop(arguments: argparse.Namespace) -> int:
     from dman_runtime.jobs.generations import drop_generation
-    from dman_runtime.presence import present
-    from dman_runtime.store.lmdb import LmdbStore
+    from dman_runtime.presence import present_at
 
-    with LmdbStore.open(arguments.state, map_size=arguments.map_size_mib << 20, must_exist=True) as store:
-        dropped = drop_generation(store, arguments.bundle_id, present(arguments.state))
+    with open_state(arguments, must_exist=True) as store:
+        dropped = drop_generation(store, arguments.bundle_id, present_at(arguments.state, store))
     text = f"dropped {dropped} records of bundle {arguments.bundle_id} from {arguments.state}; all histories stay"
     return done(arguments, text, {"bundle_id": arguments.bundle_id, "dropped": dropped})
 

@@ -8,8 +8,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from dman_runtime.errors import BundleError, ConflictError, UsageError
-from dman_runtime.presence import Present, present
+from dman_runtime.presence import Present, present_at
 from dman_runtime.store.base import StateStore
+from dman_runtime.store.place import Place
 from dman_runtime.store.rollout import Rollout
 
 _ATTEMPTS = 20
@@ -40,7 +41,7 @@ class Activated:
 
 def activate(
     store: StateStore,
-    state: Path,
+    state: Place,
     bundle_id: str,
     path: Path,
     *,
@@ -54,14 +55,14 @@ def activate(
     goes on for the other users.
 
     Args:
-        state: The directory of the store, where servers say that they are there.
+        state: The place of the store, where servers say that they are there.
         wait: Seconds that servers get.
         catch_up: Brings records of the bundle up to date, and returns how many; called right before the change, so
             that few users have to be caught up when they are first touched.
 
     Raises UsageError, BundleError, ConflictError, StoreError.
     """
-    servers = present(state)
+    servers = present_at(state, store)
     before = _answering(store.rollout(), servers)
     if share < 1 and before in ("", bundle_id):
         raise UsageError(
@@ -73,7 +74,7 @@ def activate(
     members[bundle_id] = str(path.resolve())
     try:
         prepared = _change(store, lambda rollout: _prepared(rollout, bundle_id, members))
-        count = _wait_until_loaded(state, bundle_id, prepared, wait)
+        count = _wait_until_loaded(store, state, bundle_id, prepared, wait)
         caught_up = catch_up()
     except BaseException:  # also when interrupted, be it right after the change
         if store.rollout().prepared == bundle_id:
@@ -116,11 +117,11 @@ def _change(store: StateStore, change: Callable[[Rollout], Rollout]) -> Rollout:
     raise ConflictError("others keep changing which bundle answers", "try again")
 
 
-def _wait_until_loaded(state: Path, bundle_id: str, rollout: Rollout, seconds: float) -> int:
+def _wait_until_loaded(store: StateStore, state: Place, bundle_id: str, rollout: Rollout, seconds: float) -> int:
     """Returns how many servers have loaded the bundle: all that take part. Raises BundleError."""
     deadline = time.monotonic() + seconds
     while True:
-        servers = [one for one in present(state) if one.bundle_id in rollout.bundles]
+        servers = [one for one in present_at(state, store) if one.bundle_id in rollout.bundles]
         for one in servers:
             if bundle_id in one.failed:
                 raise BundleError(

@@ -12,8 +12,8 @@ from dman_runtime.engine import Engine
 from dman_runtime.errors import StoreMismatchError, UsageError
 from dman_runtime.model.bundle import open_bundle
 from dman_runtime.model.generation import Generation
-from dman_runtime.store.lmdb import LmdbStore
-from dman_runtime.store.lmdb_layout import FORMAT_VERSION
+from dman_runtime.store.opening import open_store
+from dman_runtime.store.place import Place
 
 RECENT_EVENTS = 20
 
@@ -37,19 +37,19 @@ def inspect_bundle(path: Path) -> dict[str, Any]:
     }
 
 
-def inspect_store(path: Path) -> dict[str, Any]:
+def inspect_store(place: Place) -> dict[str, Any]:
     """Raises StoreError."""
-    with LmdbStore.open(path, readonly=True) as store:
-        return {"format_version": FORMAT_VERSION, "generations": list(store.generations()), **vars(store.stats())}
+    with open_store(place, readonly=True) as store:
+        return {"format_version": store.format_version, "generations": list(store.generations()), **vars(store.stats())}
 
 
-def inspect_user(bundle_path: Path, state: Path, user_id: str) -> dict[str, Any]:
+def inspect_user(bundle_path: Path, state: Place, user_id: str) -> dict[str, Any]:
     """The user under the bundle, as a server would see it now. Raises UsageError, BundleError, StoreError."""
     if (problem := id_problem(user_id)) is not None:
         raise UsageError(f"user id {user_id!r:.80} {problem}", "give the id of a stored user", parameter="user")
     generation = Generation.open(bundle_path, provider="cpu")
     bundle = generation.bundle
-    with LmdbStore.open(state, readonly=True) as store:
+    with open_store(state, readonly=True) as store:
         if bundle.bundle_id not in store.generations():
             raise StoreMismatchError(
                 f"the state store {state} was never served with bundle {bundle.bundle_id}",

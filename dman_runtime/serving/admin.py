@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
 import grpc
@@ -81,7 +82,8 @@ class AdminServer:
 
     def _service(self) -> AdminService:
         config, names = self._config, ("map_size_mib", "provider", "encoder_threads")
-        settings = {name: getattr(config, name) for name in names} | {"state": config.state.resolve()}
+        state = config.state.resolve() if isinstance(config.state, Path) else config.state.url
+        settings = {name: getattr(config, name) for name in names} | {"state": state}
         return AdminService(self._job, settings=settings, root=config.admin_root, rollout=self._rollout)
 
     def _job(self, arguments: Sequence[str]) -> Job:

@@ -8,6 +8,7 @@ import os
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
+from pathlib import Path
 
 import grpc
 
@@ -27,13 +28,13 @@ from dman_runtime.id_types import remember_id_types
 from dman_runtime.log_lines import RateLimited
 from dman_runtime.metrics import NO_METRICS, Metrics
 from dman_runtime.model.generation import Generation
+from dman_runtime.presence import presence
 from dman_runtime.problems import ClusterStatus, Problems
 from dman_runtime.routing import Router
 from dman_runtime.serving.admin import AdminServer
 from dman_runtime.serving.config import MAX_MESSAGE_BYTES, ServeConfig, cannot_listen, free_port
 from dman_runtime.serving.loader import Loader
 from dman_runtime.serving.monitor import Monitor
-from dman_runtime.store.lmdb import LmdbStore
 
 logger = logging.getLogger(__name__)
 LOOK_SECONDS = 1.0
@@ -78,9 +79,7 @@ class App:
             threads=config.encoder_threads,
             expected_bundle_id=expected_bundle_id,
         )
-        self._store = LmdbStore.open(
-            config.state, map_size=config.map_size_mib << 20, must_exist=config.state_must_exist
-        )
+        self._store = config.open_state()
         self._looked: asyncio.Future[None] | None = None  # the look under way
         self._limited = RateLimited(logger, every=60.0)
         self.problems, self.cluster, self.port = (
@@ -109,7 +108,7 @@ class App:
             router,
             self._store,
             open_bundle=lambda path: Generation.open(path, provider=config.provider, threads=config.encoder_threads),
-            state=config.state,
+            presence=presence(config.state, self._store),
             problems=self.problems,
             pid=os.getpid(),
             loaded=self._loaded,
@@ -127,7 +126,7 @@ class App:
     def _make_monitor(self) -> Monitor:
         return Monitor(
             self.problems,
-            state=self._config.state,
+            state=self._config.state if isinstance(self._config.state, Path) else None,
             check_store=self._store.check,
             maintain_store=self._store.maintain,
             store_sizes=self._store.sizes,

@@ -8,10 +8,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from dman_runtime.errors import UsageError
+from dman_runtime.store.place import Durability, Place
 
 if TYPE_CHECKING:
     from dman_runtime.late import LateEvents
     from dman_runtime.model.sessions import Provider
+    from dman_runtime.store.opening import AnyStore
 
 MAX_MESSAGE_BYTES = 16 << 20
 LogFormat = Literal["text", "json"]
@@ -20,7 +22,7 @@ LogFormat = Literal["text", "json"]
 @dataclass(frozen=True)
 class ServeConfig:
     bundle: Path
-    state: Path
+    state: Place
     host: str
     port: int  # 0: any free one
     provider: Provider
@@ -47,6 +49,7 @@ class ServeConfig:
     admin_host: str = "127.0.0.1"
     admin_socket: Path | None = None  # None: no admin service on a Unix socket
     admin_root: Path | None = None  # what callers of the admin service name is in here; None: they may name nothing
+    durability: Durability = "local"  # what a commit waits for, in a store on servers
     late_events: LateEvents = "arrival"  # what becomes of events of before the end of their user's history
 
     def __post_init__(self) -> None:
@@ -66,6 +69,17 @@ class ServeConfig:
             raise UsageError(
                 f"idle_timeout is {self.idle_timeout}", "choose 1 to 86400 seconds", parameter="idle_timeout"
             )
+
+    def open_state(self) -> AnyStore:
+        """Raises StoreError, UsageError."""
+        from dman_runtime.store.opening import open_store  # a supervisor stays small
+
+        return open_store(
+            self.state,
+            map_size=self.map_size_mib << 20,
+            must_exist=self.state_must_exist,
+            durability=self.durability,
+        )
 
     def at_port(self, port: int, *, shared: bool = False) -> ServeConfig:
         """The same on the port that was found for 0; `shared` among several processes."""

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from dman_runtime.errors import BundleError, DmanError
 from dman_runtime.model.generation import Generation
-from dman_runtime.presence import Presence, Present
+from dman_runtime.presence import LeasedPresence, Presence, Present
 from dman_runtime.problems import Problems
 from dman_runtime.projection import Projection
 from dman_runtime.routing import Router
@@ -29,14 +29,14 @@ class Loader:
         store: StateStore,
         *,
         open_bundle: Callable[[Path], Generation],
-        state: Path,
+        presence: Presence | LeasedPresence,
         problems: Problems,
         pid: int,
         loaded: Callable[[], None] = lambda: None,
     ) -> None:
         """`loaded` is called, on the thread that loads, after a bundle or items were."""
         self._router, self._store, self._open_bundle, self._problems = router, store, open_bundle, problems
-        self._pid, self._presence, self._loaded = pid, Presence(state), loaded
+        self._pid, self._presence, self._loaded = pid, presence, loaded
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="loader")
         self._loading: Future[None] | None = None
         self._seen: Rollout | None = None

@@ -27,7 +27,7 @@ class Monitor:
         self,
         problems: Problems,
         *,
-        state: Path,
+        state: Path | None,
         check_store: Callable[[], None],
         maintain_store: Callable[[], int],
         store_sizes: Callable[[], tuple[int, int, int]],
@@ -36,8 +36,9 @@ class Monitor:
         busy_since: Sequence[Callable[[], float | None]],
         metrics: Metrics = NO_METRICS,
     ) -> None:
-        """The callables: `check_store` raises StoreError; `store_sizes` gives the bytes in use, those of the file, and
-        those of the map; `busy_since` say since when (time.monotonic()) a batcher's turn has run.
+        """`state` is the directory of the store; None for one on servers. The callables: `check_store` raises
+        StoreError; `store_sizes` gives the bytes in use, those of the file, and those of the map; `busy_since` say
+        since when (time.monotonic()) a batcher's turn has run.
         """
         self._problems, self._state = problems, state
         self._check_store, self._maintain_store = check_store, maintain_store
@@ -104,6 +105,8 @@ class Monitor:
         self._look_at_disk(now)
 
     def _look_at_map(self, used: int, size: int) -> None:
+        if not size:  # it has no bound
+            return
         detail = (
             f"the state store uses {used / size:.0%} of its map of {size >> 20} MiB; restart all that use it, which "
             "makes it larger, or delete users or states"
@@ -113,7 +116,7 @@ class Monitor:
         self._problems.set("store_filling", detail if used >= FILLING * size and not nearly else "")
 
     def _look_at_disk(self, now: float) -> None:
-        if now - self._full_at < (ROOM_SECONDS if self._has_room else FULL_SECONDS):
+        if self._state is None or now - self._full_at < (ROOM_SECONDS if self._has_room else FULL_SECONDS):
             return
         try:
             disk = os.statvfs(self._state)

@@ -72,6 +72,16 @@ class StoredRecord(NamedTuple):
     start: bytes  # its first bytes, as many as were asked for
 
 
+class Expected(NamedTuple):
+    """What will be read of a user."""
+
+    generation: int = 0  # whose record; 0: none
+    whole: bool = False  # all of the record, and not only the bytes that a recommendation needs
+    ranking: bool = False  # what `ranking_view` and `seen` need
+    request_ids: tuple[int, ...] = ()  # that `applied` will be asked about
+    producers: tuple[int, ...] = ()  # that `sequences` will be asked about
+
+
 class RankingView(NamedTuple):
     """What a plain recommendation needs of a user, at one moment."""
 
@@ -142,7 +152,14 @@ class StoreStats:
 
 
 class Snapshot(Protocol):
-    """One moment of a store, to be read by one thread. What it returns may be kept."""
+    """One moment of a store, to be read by one thread. What it returns may be kept.
+
+    In a store that does not commit together, one moment of each user: a reading that is too late raises ConflictError.
+    """
+
+    def expect(self, users: Mapping[str, Expected]) -> None:
+        """Says what will be read of some users: a store that is asked over a network fetches it in one go."""
+        ...
 
     def find_items(self, item_ids: Sequence[str]) -> NDArray[np.int64]:
         """The numbers (N) of items, -1 where unknown."""
@@ -199,6 +216,16 @@ class StateStore(Snapshot, Protocol):
 
     Every method raises a StoreError where the store cannot serve.
     """
+
+    @property
+    def commits_together(self) -> bool:
+        """Whether a commit of several users is stored as a whole or not at all; else that holds for each user."""
+        ...
+
+    @property
+    def waits(self) -> bool:
+        """Whether readings wait for a network, so that they do not belong on an event loop."""
+        ...
 
     def snapshot(self) -> AbstractContextManager[Snapshot]:
         """One moment for several readings. Keep it short: what it sees is not reused while it lasts."""
@@ -271,10 +298,12 @@ class StateStore(Snapshot, Protocol):
         nothing is stored, and the caller reads those again. A new user one of whose request ids was applied in an
         earlier life counts as such, and so does a user one of whose producers is not where its step begins.
 
+        Where the store does not commit together, the other users are stored all the same: see also `StoreError.stored`.
+
         ValueError for unusable events, a step that does not go forward, a user named twice, or a history replaced by a
         shorter one; StoreFullError where there is no room; TooManyRequestIdsError where a user has more request ids
         than can be remembered (documented by the store, and never below 100,000 in 6 hours); TooManyProducersError
-        where a user has more producers than that (never below 4,096). Nothing is stored then either.
+        where a user has more producers than that (never below 4,096). Nothing is stored of such a write then either.
         """
         ...
 

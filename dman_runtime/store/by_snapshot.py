@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from contextlib import AbstractContextManager
 
 import numpy as np
 from numpy.typing import NDArray
 
-from dman_runtime.store.base import Events, RankingView, Snapshot, StoredUser
+from dman_runtime.store.base import Events, Expected, RankingView, Snapshot, StoredUser
 
 
 class ReadsBySnapshot:
@@ -16,6 +16,9 @@ class ReadsBySnapshot:
 
     def snapshot(self) -> AbstractContextManager[Snapshot]:
         raise NotImplementedError
+
+    def expect(self, users: Mapping[str, Expected]) -> None:
+        """Nothing: each reading has a snapshot of its own."""
 
     def find_items(self, item_ids: Sequence[str]) -> NDArray[np.int64]:
         with self.snapshot() as snapshot:

@@ -95,7 +95,11 @@ def differ(found: Mapping[int, int], steps: Mapping[int, Step]) -> bool:
 def check_producers(user_id: str, sequences: Mapping[int, int]) -> None:
     """Raises TooManyProducersError."""
     if len(sequences) > MAX_PRODUCERS:
-        raise TooManyProducersError(
-            f"user {user_id!r:.80} has updates of more than {MAX_PRODUCERS} producers",
-            "name producers after logs or their partitions, not after processes or runs, or send a request_id instead",
-        )
+        raise too_many_producers(user_id)
+
+
+def too_many_producers(user_id: str) -> TooManyProducersError:
+    return TooManyProducersError(
+        f"user {user_id!r:.80} has updates of more than {MAX_PRODUCERS} producers",
+        "name producers after logs or their partitions, not after processes or runs, or send a request_id instead",
+    )

@@ -51,6 +51,7 @@ from dman_runtime.store.lmdb_absence import check_nothing_left
 from dman_runtime.store.lmdb_catalogue import put_additions, put_switches, read_catalogue, read_revision
 from dman_runtime.store.lmdb_items import append_items, free_numbers, item_count
 from dman_runtime.store.lmdb_layout import (
+    FORMAT_VERSION,
     HEAD_SUFFIX,
     NOTHING_SET,
     Databases,
@@ -77,6 +78,8 @@ _SWEEPS, _SWEPT_PER_SWEEP = 10, 1000  # transactions of `maintain`, and request 
 
 class LmdbStore(ReadsBySnapshot):
     """A `StateStore` in a directory. Make one with `LmdbStore.open`; close it after the last call has returned."""
+
+    commits_together, waits, format_version = True, False, FORMAT_VERSION
 
     def __init__(self, environment: Environment, *, clock: Callable[[], float] = time.time) -> None:
         self._env, self._clock = environment, clock

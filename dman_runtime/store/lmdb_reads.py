@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import suppress
 from zlib import crc32
 
@@ -11,7 +11,7 @@ import lmdb
 import numpy as np
 from numpy.typing import NDArray
 
-from dman_runtime.store.base import Events, RankingView, StoredRecord, StoredUser
+from dman_runtime.store.base import Events, Expected, RankingView, StoredRecord, StoredUser
 from dman_runtime.store.checks import checked_id
 from dman_runtime.store.environment import Environment, ReadTransaction
 from dman_runtime.store.history import (
@@ -91,6 +91,9 @@ class LmdbSnapshot(ReadTransaction):
 
     def __init__(self, env: Environment, databases: Databases, clock: Callable[[], float]) -> None:
         self._env, self._databases, self._clock = env, databases, clock
+
+    def expect(self, users: Mapping[str, Expected]) -> None:
+        """Nothing: all is at hand."""
 
     # -- items -----------------------------------------------------------------------------------------------------
 

@@ -8,35 +8,26 @@ from __future__ import annotations
 from collections.abc import Collection, Sequence
 
 import lmdb
-import numpy as np
-from numpy.typing import NDArray
 
 from dman_runtime.store.base import Head, Write
-from dman_runtime.store.checks import check_replacement
+from dman_runtime.store.changes import NOBODY, changed_history
 from dman_runtime.store.history import (
     CHUNK_EVENTS,
-    EVENT,
     RECENT_IDS,
     DamagedError,
     Spilled,
     StoredHead,
-    add_seen,
     count_of,
-    events_of,
-    pack_chunk,
     pack_head,
     pack_record,
     seed_of,
-    split_events,
     unpack_head,
 )
 from dman_runtime.store.lmdb_absence import check_no_user
 from dman_runtime.store.lmdb_layout import HEAD_SUFFIX, Databases, numbered_key, user_of
-from dman_runtime.store.lmdb_reads import NO_SEEN, read_chunk, read_seen
+from dman_runtime.store.lmdb_reads import read_chunk, read_seen
 from dman_runtime.store.lmdb_shown import put_shown
 from dman_runtime.store.request_ids import MAX_IDS, spill, spilled_of_nobody
-
-_NO_EVENTS = events_of(NO_SEEN, NO_SEEN)
 
 
 def put_user(txn: lmdb.Transaction, databases: Databases, write: Write, head: bytes | None, now: float) -> int:
@@ -50,67 +41,33 @@ def put_user(txn: lmdb.Transaction, databases: Databases, write: Write, head: by
         return shown
     seed = seed_of(user)
     if head is None:
-        before = StoredHead(Head(0, 0, 0), _NO_EVENTS, spilled=spilled_of_nobody(txn, databases, user, now))
+        before = NOBODY._replace(spilled=spilled_of_nobody(txn, databases, user, now))
     else:
         before = unpack_head(head, seed, databases.legacy)
-    count, tail = before.head.history_count, before.tail
-    if write.replace_from is not None:  # the new chunks cover the old ones, as the history does not become shorter
-        check_replacement(write, count)
+    if write.replace_from is not None:
         _drop_records(txn, databases, user, kept=write.records)
-        count, tail = write.replace_from, _cut(txn, databases, user, before, write.replace_from, write.items)
-    chunks, tail = split_events(tail, events_of(write.items, write.timestamps))
-    put = _put_chunks(txn, databases, user, count, chunks) if len(chunks) else 0
+    changed = changed_history(
+        before,
+        write,
+        seed,
+        chunks=lambda start, stop: [read_chunk(txn, databases, user, seed, number) for number in range(start, stop)],
+        seen=lambda: read_seen(txn, databases, user),
+        legacy=databases.legacy,
+    )
+    for number, chunk in changed.chunks.items():
+        txn.put(numbered_key(user, number), chunk, db=databases.history)
+    if changed.seen is not None:
+        txn.put(user, changed.seen, db=databases.seen)
     recent, spilled = before.recent_ids, before.spilled
     if write.request_ids:
         recent, spilled = _remember(txn, databases, user, before, write.request_ids, now)
-    after = Head(txn.id(), count + len(write.items), max(write.records, default=before.head.generation))
-    values = {0: pack_head(StoredHead(after, tail, recent, spilled), seed)}
+    after = Head(txn.id(), changed.history_count, max(write.records, default=before.head.generation))
+    values = {0: pack_head(StoredHead(after, changed.tail, recent, spilled), seed)}
     values |= {number: pack_record(record, seed, number) for number, record in write.records.items()}
     for number, value in values.items():
         txn.put(numbered_key(user, number), value, db=databases.users)
-    return shown + put + sum(map(len, values.values()))
-
-
-def _cut(
-    txn: lmdb.Transaction,
-    databases: Databases,
-    user: bytes,
-    before: StoredHead,
-    start: int,
-    items: NDArray[np.integer],
-) -> NDArray[np.void]:
-    """The events that stay, but for those in full chunks, of a history that is replaced by `items` from `start` on.
-
-    The seen set keeps the items that are replaced and come again: they are in the new chunks, or in the new tail.
-    """
-    seed = seed_of(user)
-    first, full = start // CHUNK_EVENTS, before.head.history_count // CHUNK_EVENTS
-    last = full if first else min(full, bool(start))  # from the first chunk on, all of the set is made anew
-    chunks = [read_chunk(txn, databases, user, seed, number) for number in range(first, last)]
-    events = np.frombuffer(b"".join(part.tobytes() for part in (*chunks, before.tail)), EVENT)
-    kept, replaced = np.split(events, [start - first * CHUNK_EVENTS])
-    if first and not np.isin(replaced["item"], items).all():
-        kept_chunks = [read_chunk(txn, databases, user, seed, number)["item"] for number in range(first)]
-        seen = add_seen(None, np.unique(np.concatenate(kept_chunks)), seed, databases.legacy)
-        assert seen is not None
-        txn.put(user, seen, db=databases.seen)
-    return kept
-
-
-def _put_chunks(txn: lmdb.Transaction, databases: Databases, user: bytes, count: int, events: NDArray[np.void]) -> int:
-    """Puts full chunks of events behind the first `count` events, and adds their items to the seen set."""
-    seed, first = seed_of(user), count // CHUNK_EVENTS
-    values = [
-        pack_chunk(events[start : start + CHUNK_EVENTS], seed, first + start // CHUNK_EVENTS)
-        for start in range(0, len(events), CHUNK_EVENTS)
-    ]
-    for number, value in enumerate(values, start=first):
-        txn.put(numbered_key(user, number), value, db=databases.history)
-    before = read_seen(txn, databases, user) if first else None
-    seen = add_seen(before, events["item"], seed, databases.legacy)
-    if seen is not None:
-        txn.put(user, seen, db=databases.seen)
-    return sum(map(len, values)) + len(seen or b"")
+    put = (*values.values(), *changed.chunks.values(), changed.seen or b"")
+    return shown + sum(map(len, put))
 
 
 def _drop_records(txn: lmdb.Transaction, databases: Databases, user: bytes, *, kept: Collection[int]) -> None:

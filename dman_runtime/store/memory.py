@@ -19,6 +19,7 @@ from dman_runtime.store.base import (
     REMEMBER_SECONDS,
     UNKNOWN_TYPES,
     Events,
+    Expected,
     Head,
     IdTypes,
     RankingView,
@@ -77,6 +78,9 @@ class MemorySnapshot:
         self._numbers, self._users, self._ids, self._sequences = numbers, users, ids, sequences
         self._shown, self._now = shown, now
 
+    def expect(self, users: Mapping[str, Expected]) -> None:
+        """Nothing: all is at hand."""
+
     def find_items(self, item_ids: Sequence[str]) -> NDArray[np.int64]:
         return np.array([self._numbers.get(checked_id(item_id), -1) for item_id in item_ids], np.int64)
 
@@ -124,6 +128,8 @@ class MemorySnapshot:
 
 class MemoryStore(ReadsBySnapshot):
     """A `StateStore` without a disk. One lock guards everything: every call is one moment."""
+
+    commits_together, waits = True, False
 
     def __init__(self, *, clock: Callable[[], float] = time.time) -> None:
         self._lock, self._clock = threading.RLock(), clock

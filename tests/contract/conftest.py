@@ -27,6 +27,20 @@ def durable(request: pytest.FixtureRequest, directory: Path) -> Harness:
     return HARNESSES[request.param](directory)
 
 
+@pytest.fixture(params=[name for name, one in HARNESSES.items() if one.together])
+def whole_store(request: pytest.FixtureRequest, directory: Path) -> Iterator[StateStore]:
+    """A store whose commits and snapshots are of one moment for all users."""
+    with HARNESSES[request.param](directory).open() as opened:
+        yield opened
+
+
+@pytest.fixture(params=[name for name, one in HARNESSES.items() if not one.together])
+def divided(request: pytest.FixtureRequest, directory: Path) -> Iterator[StateStore]:
+    """A store that commits and shows each user by itself."""
+    with HARNESSES[request.param](directory).open() as opened:
+        yield opened
+
+
 @pytest.fixture
 def store(harness: Harness) -> Iterator[StateStore]:
     with harness.open() as opened:

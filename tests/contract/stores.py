@@ -5,11 +5,13 @@ A new implementation joins every suite with one class more in `HARNESSES`.
 
 from __future__ import annotations
 
+import atexit
+import hashlib
 import os
 import shutil
 import time
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, ClassVar, NoReturn, Protocol
@@ -18,11 +20,15 @@ from unittest.mock import patch
 import lmdb
 from lmdb.verify import verify
 
-from dman_runtime.store import lmdb_users
+from dman_runtime.store import lmdb_users, redis_users
 from dman_runtime.store import memory as memory_store
 from dman_runtime.store.base import StateStore
 from dman_runtime.store.lmdb import LmdbStore
 from dman_runtime.store.memory import MemoryStore
+from dman_runtime.store.place import ServerAddress, parse_place
+from dman_runtime.store.redis import RedisStore
+from dman_runtime.store.redis_servers import Command
+from tools.faults.redis_servers import Cluster, RedisServer
 
 _MEMORY_DISK = Path("/dev/shm")  # syncing costs nothing there
 
@@ -35,6 +41,7 @@ class Harness(Protocol):
     """One store for tests. Suites call the methods below `open` for durable stores only."""
 
     durable: ClassVar[bool]  # what was written outlives the process
+    together: ClassVar[bool]  # as in `StateStore.commits_together`; a snapshot is of one moment too
     clock: Callable[[], float]  # of the stores that are opened from now on
 
     def __init__(self, directory: Path) -> None:
@@ -65,7 +72,7 @@ class Harness(Protocol):
 
 
 class MemoryHarness:
-    durable = False
+    durable, together = False, True
 
     def __init__(self, directory: Path) -> None:
         self.clock: Callable[[], float] = time.time
@@ -78,7 +85,7 @@ class MemoryHarness:
 
 
 class LmdbHarness:
-    durable = True
+    durable, together = True, True
 
     def __init__(self, directory: Path) -> None:
         self.path = directory / "state"
@@ -175,14 +182,101 @@ class _Stepwise:
             self._step()
 
 
-HARNESSES: dict[str, type[Harness]] = {"lmdb": LmdbHarness, "memory": MemoryHarness}
+class RedisHarness:
+    """On one server for all tests of a process and of those it starts; each store has a namespace of its own."""
+
+    durable, together = True, False
+    variable: ClassVar[str] = "DMAN_TEST_REDIS"
+
+    def __init__(self, directory: Path) -> None:
+        digest = hashlib.blake2b(str(directory.resolve()).encode(), digest_size=12).hexdigest()
+        self.place = parse_place(f"redis://{self.address()}/{digest}")
+        self.clock: Callable[[], float] = time.time
+        self._action: Callable[[], object] | None = None
+        self._steps_left = 0
+
+    @classmethod
+    def address(cls) -> str:
+        if cls.variable not in os.environ:
+            os.environ[cls.variable] = cls.start(Path(_RUNNING.enter_context(fresh_directory())))
+        return os.environ[cls.variable]
+
+    @staticmethod
+    def start(directory: Path) -> str:
+        return _RUNNING.enter_context(RedisServer(directory)).address
+
+    def open(self) -> RedisStore:
+        assert isinstance(self.place, ServerAddress)
+        store = RedisStore.open(self.place, clock=self.clock)
+        writing = store._servers.write
+
+        def stepwise(commands: Sequence[Command]) -> list[Any]:
+            if self._action is None:
+                return writing(commands)
+            answers = []
+            for command in commands:
+                self.step()
+                answers += writing([command])
+            self.step()
+            return answers
+
+        store._servers.write = stepwise  # type: ignore[method-assign]
+        return store
+
+    @contextmanager
+    def at_step(self, step: int, action: Callable[[], object]) -> Iterator[None]:
+        self._steps_left, self._action = step, action
+        try:
+            yield
+        finally:
+            self._action = None
+
+    def step(self) -> None:
+        self._steps_left -= 1
+        if self._action is not None and self._steps_left < 0:
+            action, self._action = self._action, None
+            action()
+
+    def crash(self) -> NoReturn:
+        raise Crash
+
+    def recover(self, store: StateStore) -> RedisStore:
+        store.close()
+        return self.open()
+
+    def problems(self) -> list[str]:
+        return []
+
+
+class ClusterHarness(RedisHarness):
+    """On three primaries."""
+
+    variable = "DMAN_TEST_REDIS_CLUSTER"
+
+    @staticmethod
+    def start(directory: Path) -> str:
+        return _RUNNING.enter_context(Cluster(directory)).address
+
+
+_RUNNING = ExitStack()  # servers that tests have started
+atexit.register(_RUNNING.close)
+HARNESSES: dict[str, type[Harness]] = {
+    "lmdb": LmdbHarness,
+    "memory": MemoryHarness,
+    "redis": RedisHarness,
+    "cluster": ClusterHarness,
+}
 DURABLE = [name for name, harness in HARNESSES.items() if harness.durable]
 
 
 @contextmanager
 def request_id_limit(limit: int) -> Iterator[None]:
     """In this block, all stores take so many request ids of a user in 6 hours."""
-    with patch.object(lmdb_users, "MAX_IDS", limit), patch.object(memory_store, "MAX_IDS", limit):
+    with (
+        patch.object(lmdb_users, "MAX_IDS", limit),
+        patch.object(memory_store, "MAX_IDS", limit),
+        patch.object(redis_users, "MAX_IDS", limit),
+    ):
         yield
 
 

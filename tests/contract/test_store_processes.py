@@ -70,6 +70,7 @@ def commits_found(store: StateStore) -> int:
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("durable", ["lmdb"], indirect=True)
 @pytest.mark.parametrize("kept_open", [False, True], ids=["reopened", "kept open"])
 def test_death_at_any_step_of_a_commit_leaves_all_of_it_or_nothing(
     durable: Harness, directory: Path, kept_open: bool
@@ -135,7 +136,7 @@ def test_death_while_a_store_is_created_leaves_one_that_can_be_opened(durable: H
             break
         assert answer == "1\n"
     assert finish(process) == ""
-    assert step > 0
+    assert step > 0 or not durable.together  # there is no step to die in where a server creates it
 
 
 STREAM = """

@@ -10,7 +10,7 @@ from contract.stores import Harness
 
 from dman_runtime.errors import TooManyProducersError
 from dman_runtime.store import checks
-from dman_runtime.store.base import StateStore, Step, Write
+from dman_runtime.store.base import Expected, StateStore, Step, Write
 
 LAST = 2**64 - 1
 
@@ -44,8 +44,10 @@ def test_step_from_somewhere_else_is_a_conflict_and_stores_nothing(store: StateS
         Write("a", versions["a"], {}, np.zeros(1, np.uint32), np.zeros(1, np.int64), sequences={1: Step(before, 9)}),
     ]
     assert store.commit(writes) == ["a"]
-    assert store.sequences("a", [1, 2]) == {1: 5} and store.sequences("b", [1, 2]) == {}
-    assert len(store.history("b")[0]) == 1
+    assert store.sequences("a", [1, 2]) == {1: 5} and len(store.history("a")[0]) == 1
+    together = store.commits_together
+    assert store.sequences("b", [1, 2]) == ({} if together else {2: 1})
+    assert len(store.history("b")[0]) == (1 if together else 2)
 
 
 def test_sequences_outlive_the_user(store: StateStore) -> None:
@@ -72,6 +74,7 @@ def test_sequences_outlive_the_process(durable: Harness) -> None:
 def test_snapshot_sees_the_sequences_of_its_moment(store: StateStore) -> None:
     take(store, "a", {1: Step(None, 5)})
     with store.snapshot() as snapshot:
+        snapshot.expect({"a": Expected(1, producers=(1,))})
         take(store, "a", {1: Step(5, 6)})
         assert snapshot.sequences("a", [1]) == {1: 5}
     assert store.sequences("a", [1]) == {1: 6}

@@ -55,20 +55,26 @@ _COUNTS = re.compile(r'^dman_request_duration_seconds_count\{method="(\w+)",stat
 
 
 @contextmanager
-def dman_server(bundle: Path, state: Path, *options: str, checkout: Path = ROOT) -> Iterator[Running]:
-    """A real `dman-runtime serve` on a free loopback port. Raises UsageError when it does not start."""
+def dman_server(
+    bundle: Path, state: Path, *options: str, checkout: Path = ROOT, address: str = ""
+) -> Iterator[Running]:
+    """A real `dman-runtime serve` on a free loopback port. Raises UsageError when it does not start.
+
+    `address` is that of servers that have the state instead of the directory, beside which the log is all the same.
+    """
     bundle, state = bundle.resolve(), state.resolve()  # the server runs in the checkout's directory
-    arguments = ["-m", "dman_runtime", "serve", "--bundle", str(bundle), "--state", str(state), "--port", "0"]
+    place = address or str(state)
+    arguments = ["-m", "dman_runtime", "serve", "--bundle", str(bundle), "--state", place, "--port", "0"]
     log = state.with_name(f"{state.name}.server.log")
     with _server([*arguments, *options], log=log, checkout=checkout) as running:
         yield running
 
 
 @contextmanager
-def counting_server(bundle: Path, state: Path, *options: str) -> Iterator[Running]:
+def counting_server(bundle: Path, state: Path, *options: str, address: str = "") -> Iterator[Running]:
     """The same, which counts its answers."""
     port = free_port()
-    with dman_server(bundle, state, *options, "--metrics-port", str(port)) as running:
+    with dman_server(bundle, state, *options, "--metrics-port", str(port), address=address) as running:
         yield replace(running, metrics_port=port)
 
 

@@ -169,10 +169,10 @@ class Bench:
         return random.Random(user).choices(self.items, k=events)
 
     @contextmanager
-    def server(self, name: str, *options: str) -> Iterator[Running]:
-        """A server with its own state directory, which counts its answers."""
-        state = self.scratch / name
-        with counting_server(self.bundle.path, state, "--provider", self.provider, *options) as running:
+    def server(self, name: str, *options: str, address: str = "") -> Iterator[Running]:
+        """A server with its own state directory, or on servers at an address, which counts its answers."""
+        options = ("--provider", self.provider, *options)
+        with counting_server(self.bundle.path, self.scratch / name, *options, address=address) as running:
             yield running
 
     def ordinary_users(self, address: str) -> list[str]:

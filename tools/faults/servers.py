@@ -48,24 +48,26 @@ def known_options(root: Path) -> frozenset[str]:
 class FaultServer:
     """A server that can be stopped, killed and started again on the same port and state. Use as a context manager.
 
-    `options` are pairs or single flags, each as one string, such as "--workers 2". An option in `if_known` is left out
-    where the checkout has none of that name.
+    `state` is a directory, or the address of servers, and then `log` says where its messages go. `options` are pairs or
+    single flags, each as one string, such as "--workers 2". An option in `if_known` is left out where the checkout has
+    none of that name.
     """
 
     def __init__(
         self,
         bundle: Path,
-        state: Path,
+        state: Path | str,
         *options: str,
+        log: Path | None = None,
         root: Path = ROOT,
         if_known: tuple[str, ...] = (),
         open_files: int | None = None,
     ) -> None:
         known = known_options(root) if if_known else frozenset()
         self._options = [*options, *(option for option in if_known if option.split()[0] in known)]
-        self.bundle, self.state, self.root = bundle.resolve(), state.resolve(), root
+        self.bundle, self.root = bundle.resolve(), root
+        self._state, self._log = state if isinstance(state, str) else state.resolve(), log
         self._open_files = open_files
-        self.log = state.with_name(f"{state.name}.server.log")  # what it says on stderr, over all its starts
         self.port = 0
         self._process: subprocess.Popen[str] | None = None
 
@@ -80,6 +82,16 @@ class FaultServer:
         self.stop()
 
     @property
+    def state(self) -> Path:
+        """The directory of its state, if that is in one."""
+        return Path(self._state)
+
+    @property
+    def log(self) -> Path:
+        """What it says on stderr, over all its starts."""
+        return self._log or self.state.with_name(f"{self.state.name}.server.log")
+
+    @property
     def address(self) -> str:
         return f"127.0.0.1:{self.port}"
 
@@ -89,7 +101,7 @@ class FaultServer:
         return self._process.pid
 
     def command(self) -> list[str]:
-        arguments = ["--bundle", str(self.bundle), "--state", str(self.state), "--port", str(self.port)]
+        arguments = ["--bundle", str(self.bundle), "--state", str(self._state), "--port", str(self.port)]
         words = [word for option in self._options for word in shlex.split(option)]
         command = [sys.executable, "-m", "dman_runtime", "serve", "--provider", "cpu", *arguments, *words]
         if self._open_files is None:

@@ -1,7 +1,7 @@
 """Repeats all attacks for a while, counts what honest callers see, and writes a report: `make soak`.
 
     python -m tools.soak                  everything
-    python -m tools.soak exactly-once     one part; so do rows, roll-overs, malformed, memory and overhead
+    python -m tools.soak exactly-once     one part; so do rows, roll-overs, cluster, malformed, memory and overhead
 
 The exit status is 1 where a bound is broken.
 """
@@ -20,6 +20,7 @@ from tools.bench.report import Section, machine, show, write_report
 from tools.bench.setting import Clock, end_with, scratch_directory
 from tools.faults.bundles import read_manifest
 from tools.faults.servers import ROOT
+from tools.soak.cluster import over_a_cluster
 from tools.soak.exactly_once import exactly_once
 from tools.soak.limits import malformed, memory
 from tools.soak.overhead import overhead
@@ -31,6 +32,7 @@ PARTS: dict[str, Callable[[Soak], list[Section]]] = {
     "rows": rotation,
     "exactly-once": lambda soak: [exactly_once(soak)],
     "roll-overs": lambda soak: [while_bundles_change(soak, workers) for workers in (1, 2)],
+    "cluster": lambda soak: [over_a_cluster(soak, "replica"), over_a_cluster(soak, "local")],
     "malformed": lambda soak: [malformed(soak)],
     "memory": lambda soak: [memory(soak)],
     "overhead": lambda soak: [overhead(soak)],

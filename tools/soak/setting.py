@@ -24,6 +24,8 @@ class Effort:
     after_seconds: float = 5.0
     updates: int = 10_000  # acknowledged, while processes are killed
     kills: int = 100
+    primary_kills: int = 5  # of a cluster
+    server_kills: int = 10  # over it
     malformed: int = 1_000_000
     slow_readers: int = 60
     overhead_rounds: int = 20
@@ -37,6 +39,8 @@ QUICK = Effort(
     after_seconds=1,
     updates=300,
     kills=4,
+    primary_kills=1,
+    server_kills=2,
     malformed=5000,
     slow_readers=8,
     overhead_rounds=3,

@@ -15,7 +15,7 @@ from dman_runtime.engine import Engine
 from dman_runtime.errors import BundleError
 from dman_runtime.jobs.adding import add_items
 from dman_runtime.model.generation import Generation
-from dman_runtime.presence import Present, present
+from dman_runtime.presence import Presence, Present, present
 from dman_runtime.problems import Problems
 from dman_runtime.projection import Projection
 from dman_runtime.routing import Router
@@ -39,7 +39,7 @@ class Serving:
             self.router,
             self.store,
             open_bundle=self._open,
-            state=state,
+            presence=Presence(state),
             problems=self.problems,
             pid=7,
             loaded=self._loaded,
