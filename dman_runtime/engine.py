@@ -266,7 +266,7 @@ class Engine:
         This decides the latency of a server.
         """
         special = query.what_if or query.exclude or query.candidates is not None or query.diversity
-        if query.user_id is None or special or self.store.waits:
+        if query.user_id is None or special:
             return None
         (projection,) = self._projections((query.user_id,))
         return plain_answer(query, self.store, projection)

@@ -1,4 +1,4 @@
-"""Filters and rules of a request, from protobuf. What a hostile client sends is bounded before it is converted."""
+"""Filters, rules and weights of requests, from protobuf. What a hostile client sends is bounded before it is used."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dman_runtime.diversity import Rule
 from dman_runtime.errors import RequestError
 from dman_runtime.item_filters import MAX_PARTS, AllOf, AnyOf, Filter, In, Not, Range
+from dman_runtime.requests import check_size
 from protos.dman.v1 import dman_pb2 as pb
 
 
@@ -54,3 +55,24 @@ def filter_of(message: pb.Filter) -> Filter:
 
 def rules_of(messages: Sequence[pb.Diversity], k: int) -> Sequence[Rule]:
     return [Rule(one.field, one.at_most, one.first if one.HasField("first") else k) for one in messages]
+
+
+def weight_of_updates(updates: Sequence[pb.UpdateRequest]) -> int:
+    """Events to encode. Raises RequestError where they are too many to be converted."""
+    events = sum([len(update.events) for update in updates])
+    check_size(len(updates), events, sum([len(update.shown_item_ids) for update in updates]))
+    return events
+
+
+def weight_of_queries(queries: Sequence[pb.RecommendRequest]) -> int:
+    """Events to encode, and one for each query, filter and rule: ranking, and a pass over all items, take about as
+    long. Raises RequestError as `weight_of_updates`."""
+    events = sum([len(query.what_if_events) for query in queries])
+    listed = sum([len(query.exclude_item_ids) + len(query.candidate_item_ids) for query in queries])
+    conditions = sum([len(query.diversity) for query in queries])
+    for query in queries:
+        if query.HasField("filter"):
+            parts, values = filter_size(query.filter)
+            conditions, listed = conditions + parts, listed + values
+    check_size(len(queries), events, listed)
+    return len(queries) + events + conditions

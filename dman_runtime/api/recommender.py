@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from typing import Any, NamedTuple, TypeVar
 
-from dman_runtime.api.conditions import filter_of, filter_size, rules_of
+from dman_runtime.api.conditions import filter_of, rules_of, weight_of_queries, weight_of_updates
 from dman_runtime.api.door import LARGE_BYTES, Call, Method, rest_since
 from dman_runtime.batcher import Batcher
 from dman_runtime.engine import Engine
@@ -41,6 +41,7 @@ from protos.dman.v1 import dman_pb2 as pb
 SERVICE_NAME, DEFAULT_K = "dman.v1.Recommender", 10
 MAX_REPLY_BYTES = 16 << 20
 MAX_NAMED_BYTES = 1 << 20  # of unknown item ids that one reply names
+READERS = 8  # calls that wait for such a store at a time
 FEW = 200  # ids or events that are handled on the event loop
 _CHUNK_QUERIES, _CHUNK_IDS = 64, 10_000  # of a BatchRecommend that are answered together
 _IDS_PER_PASS = 100  # listed ids that a pass over all items counts as
@@ -56,6 +57,7 @@ class RecommenderService:
         """`bulk` has one thread; close it after the last call."""
         self._engine, self._updates, self._queries, self._bulk = engine, updates, queries, bulk
         self._metrics = metrics
+        self._reads = ThreadPoolExecutor(READERS, thread_name_prefix="reads")  # of a store that is asked over a network
         self._deletions = ThreadPoolExecutor(1, thread_name_prefix="deletions")  # a commit may wait for the disk
 
     def methods(self) -> list[Method]:
@@ -73,10 +75,10 @@ class RecommenderService:
 
         query = pb.RecommendRequest
         return [
-            method("Update", pb.UpdateRequest, lambda request: _weight_of_updates([request])),
-            method("BatchUpdate", pb.BatchUpdateRequest, lambda one: _weight_of_updates(one.parts), pb.UpdateRequest),
-            method("Recommend", query, lambda request: _weight_of_queries([request])),
-            method("BatchRecommend", pb.BatchRecommendRequest, lambda one: _weight_of_queries(one.parts), query),
+            method("Update", pb.UpdateRequest, lambda request: weight_of_updates([request])),
+            method("BatchUpdate", pb.BatchUpdateRequest, lambda one: weight_of_updates(one.parts), pb.UpdateRequest),
+            method("Recommend", query, lambda request: weight_of_queries([request])),
+            method("BatchRecommend", pb.BatchRecommendRequest, lambda one: weight_of_queries(one.parts), query),
             method("GetUser", pb.GetUserRequest, lambda request: max(0, request.recent_events) // 100),
             method("GetHistory", pb.GetHistoryRequest, lambda request: max(0, _limit(request)) // 100),
             method("DeleteUser", pb.DeleteUserRequest, lambda _: 1),
@@ -105,7 +107,8 @@ class RecommenderService:
         query = _query(request)
         check_query(query)
         listed = len(query.exclude) + len(query.candidates or ()) + len(query.what_if)
-        answer = self._at_once(query) if listed <= FEW and not self._engine.store.waits else None
+        away = self._engine.store.waits
+        answer = await self._on(self._reads, away, self._at_once, query, call) if listed <= FEW else None
         if answer is None:
             (answer,) = await _result(self._queries.submit_queries([query], deadline=call.deadline))
         return self._recommend_reply(answer, _Names())
@@ -172,8 +175,10 @@ class RecommenderService:
         deleted = await self._on(self._deletions, True, self._engine.delete, request.user_id)
         return pb.DeleteUserReply(bundle_id=bundle_id, existed=deleted is not None, event_count=deleted or 0)
 
-    def _at_once(self, query: Query) -> Answer | None:
+    def _at_once(self, query: Query, call: Call) -> Answer | None:
         """The answer to a query that needs no graph and no pass over all attributes; None for others."""
+        if time.monotonic() > call.deadline:  # it may have waited for a thread
+            return None  # who is asked next says so
         answer = self._engine.plain_answer(query)
         if answer is None and not query.what_if and query.filter is None and not query.diversity:
             opened = self._engine.open_queries([query])
@@ -229,7 +234,8 @@ class RecommenderService:
         return await asyncio.get_running_loop().run_in_executor(executor, work, *values)
 
     def close(self) -> None:
-        self._deletions.shutdown()
+        for threads in (self._reads, self._deletions):
+            threads.shutdown()
 
 
 class _Batch(NamedTuple):
@@ -311,27 +317,6 @@ def _limit(request: pb.GetHistoryRequest) -> int:
 
 def _no_user(user_id: str) -> UserNotFoundError:
     return UserNotFoundError(f"no user {user_id!r}", "one exists from its first update on")
-
-
-def _weight_of_updates(updates: Sequence[pb.UpdateRequest]) -> int:
-    """Events to encode. Raises RequestError where they are too many to be converted."""
-    events = sum([len(update.events) for update in updates])
-    check_size(len(updates), events, sum([len(update.shown_item_ids) for update in updates]))
-    return events
-
-
-def _weight_of_queries(queries: Sequence[pb.RecommendRequest]) -> int:
-    """Events to encode, and one for each query, filter and rule: ranking, and a pass over all items, take about as
-    long. Raises RequestError as above."""
-    events = sum([len(query.what_if_events) for query in queries])
-    listed = sum([len(query.exclude_item_ids) + len(query.candidate_item_ids) for query in queries])
-    conditions = sum([len(query.diversity) for query in queries])
-    for query in queries:
-        if query.HasField("filter"):
-            parts, values = filter_size(query.filter)
-            conditions, listed = conditions + parts, listed + values
-    check_size(len(queries), events, listed)
-    return len(queries) + events + conditions
 
 
 def _chunks(queries: Sequence[Query]) -> list[list[Query]]:

@@ -13,7 +13,7 @@ import pytest
 from conftest import TINY_ITEMS, running, serve_config
 
 from dman_runtime.api import recommender
-from dman_runtime.api.conditions import filter_of, filter_size, rules_of
+from dman_runtime.api.conditions import filter_of, filter_size, rules_of, weight_of_queries
 from dman_runtime.diversity import Rule
 from dman_runtime.errors import RequestError
 from dman_runtime.item_filters import MAX_DEPTH, MAX_PARTS, MAX_VALUES, AllOf, AnyOf, In, Not, Range
@@ -166,7 +166,7 @@ def test_conditions_weigh_and_are_answered_a_few_at_a_time() -> None:
     wanted = parts("any", *[ODD] * 49)
     heavy = pb.RecommendRequest(user_id="u", filter=wanted, diversity=[pb.Diversity(field="genre", at_most=1)] * 2)
     light = pb.RecommendRequest(user_id="u")
-    weigh = recommender._weight_of_queries
+    weigh = weight_of_queries
     assert weigh([light] * 3) == 3 and weigh([heavy]) == 1 + 50 + 2 and weigh([heavy, light]) == 54
     chunks = recommender._chunks([recommender._query(heavy) for _ in range(5)])
     assert [len(chunk) for chunk in chunks] == [1] * 5
