@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from dman_runtime.commands import items, logs, remote, servers, stores
+from dman_runtime.commands import ingesting, items, logs, remote, servers, stores
 from dman_runtime.commands.flags import (
     DEFAULT_BUNDLE,
     DEFAULT_LOG,
@@ -20,12 +20,14 @@ from dman_runtime.commands.flags import (
     spread_options,
     state_option,
     store_options,
+    watching_options,
 )
 from dman_runtime.data.filters import Filters
+from dman_runtime.ingest.options import IngestOptions
 from dman_runtime.options import Parser, configure_logging, run_command
 from dman_runtime.store.place import parse_directory
 
-COMMANDS = servers.COMMANDS | stores.COMMANDS | items.COMMANDS | logs.COMMANDS
+COMMANDS = servers.COMMANDS | stores.COMMANDS | items.COMMANDS | logs.COMMANDS | ingesting.COMMANDS
 _GIVE_WAY, _NICENESS = {"rebuild", "activate"}, 10  # commands beside servers, which need the processor first
 
 
@@ -49,6 +51,7 @@ def parser() -> Parser:
     _expire_options(_plain_command(commands, "expire", "delete the users who have been idle for long"))
     _token_options(_plain_command(commands, "token", "make a token for a caller"))
     _import_options(_command(commands, "import", "merge the histories of a log into the state store"))
+    _ingest_options(_command(commands, "ingest", "store events as they come, from a topic or a file"))
     _rebuild_options(_command(commands, "rebuild", "encode all histories under a bundle, beside a running server"))
     _activate_options(_command(commands, "activate", "let another bundle answer, in running servers too"))
     _generations_options(_plain_command(commands, "generations", "list the bundles that a state store has states of"))
@@ -102,9 +105,7 @@ def _serve_options(p: Parser) -> None:
     p.add_argument("--state-must-exist", action="store_true", help="refuse to start without a state store")
     _access_options(p)
     _admin_options(p)
-    p.flag("--metrics-port", type=int, default=None, help="port for Prometheus metrics; none without it")
-    p.flag("--metrics-host", default="127.0.0.1", help="address for Prometheus metrics")
-    p.flag("--log-format", choices=["text", "json"], default="text", help="json: one object a line, for log collectors")
+    watching_options(p)
 
 
 def _admin_options(p: Parser) -> None:
@@ -207,6 +208,16 @@ def _import_options(p: Parser) -> None:
     log_options(p)
     encoder_options(p)
     store_options(p)
+    p.add_argument("--json", action="store_true", help="print the result as JSON on the last line")
+
+
+def _ingest_options(p: Parser) -> None:
+    p.flag("--from", dest="source", required=True, help="kafka://host:9092/topic, or a file that grows")
+    state_option(p, "state directory, created when absent")
+    p.config_flags(IngestOptions, title="ingestion")
+    encoder_options(p)
+    store_options(p)
+    watching_options(p)
     p.add_argument("--json", action="store_true", help="print the result as JSON on the last line")
 
 

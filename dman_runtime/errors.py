@@ -16,6 +16,8 @@
     ├── RefusedError                the server holds all that it can
     ├── ExpiredError                the caller's deadline has passed
     ├── JobError                    a job that a remote caller asked for failed, or cannot begin
+    ├── SourceError                 a topic or a file that events come from cannot be read on
+    │   └── SourceUnavailableError  for now
     ├── StoreError                  the store cannot do what was asked
     │   ├── StoreFullError
     │   ├── StoreMismatchError
@@ -169,6 +171,18 @@ class JobError(DmanError):
         error = cls(cause, remedy)
         error.status = status
         return error
+
+
+class SourceError(DmanError):
+    """Events cannot be read on from where they come, or those that are bad cannot be put where they belong."""
+
+    status = "FAILED_PRECONDITION"
+
+
+class SourceUnavailableError(SourceError):
+    """It may be possible again without any help."""
+
+    status = "UNAVAILABLE"
 
 
 class StoreError(DmanError):

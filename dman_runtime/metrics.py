@@ -1,8 +1,9 @@
-"""What a worker counts and measures, without the library that keeps it."""
+"""What a worker or an ingester counts and measures, without the library that keeps it."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable
+from dataclasses import dataclass, field
 
 
 class Metrics:
@@ -61,3 +62,29 @@ class Metrics:
 
 
 NO_METRICS = Metrics()
+
+
+@dataclass
+class IngestCounts:
+    """What has become of the messages so far. Read from other threads, for metrics."""
+
+    events: int = 0  # stored
+    repeats: int = 0  # recognised: stored before
+    rejected: int = 0  # that can never be stored
+    dropped_late: int = 0  # not stored, as they came late and such events are dropped
+    unknown: int = 0  # of those stored: of items that the bundle does not know
+    batches: int = 0  # of events, each stored at once
+    retries: int = 0  # attempts that failed for now
+    lags: dict[str, int] = field(default_factory=dict)  # by partition: what is not settled yet
+
+    @property
+    def lag(self) -> int:
+        return sum(self.lags.values())
+
+    def summary(self) -> str:
+        """For people."""
+        late = f", {self.dropped_late} dropped as late" if self.dropped_late else ""
+        return (
+            f"{self.events} events stored, {self.unknown} of them of items that the bundle does not know; "
+            f"{self.repeats} recognised as repeats, {self.rejected} rejected{late}"
+        )

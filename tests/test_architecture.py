@@ -160,16 +160,21 @@ LAYERS = {
         "waiting",
     },
     "options": {"errors", "log_lines"},
+    "ingest": {"data", "errors", "log_lines", "requests"},
     "jobs": {
         "data",
         "engine",
         "errors",
         "id_types",
+        "ingest",
+        "log_lines",
         "merging",
+        "metrics",
         "model",
         "opened",
         "presence",
         "projection",
+        "requests",
         "retrieval",
         "store",
     },
@@ -197,7 +202,10 @@ LAYERS = {
         "data",
         "engine",
         "errors",
+        "id_types",
+        "ingest",
         "jobs",
+        "metrics",
         "model",
         "options",
         "presence",
@@ -205,7 +213,7 @@ LAYERS = {
         "serving",
         "store",
     },
-    "cli": {"commands", "data", "options", "store"},
+    "cli": {"commands", "data", "ingest", "options", "store"},
     "attended": {"cli", "errors", "options"},
     "__main__": {"cli"},
 }
@@ -243,9 +251,9 @@ def test_what_answers_requests_knows_the_interface_of_stores_and_no_store() -> N
     assert importers("dman_runtime", "dman_runtime.store.memory") == set()  # for tests
 
 
-def test_nothing_but_the_command_imports_the_server() -> None:
+def test_nothing_but_commands_imports_the_server() -> None:
     outside = {name for name in importers("dman_runtime", "dman_runtime.serving") if not within(name, "serving")}
-    assert outside == {"commands.servers"}
+    assert outside == {"commands.ingesting", "commands.servers"}
 
 
 TRAINING_MAY_IMPORT = ("data", "errors", "jobs.evaluating", "model", "options", "retrieval")
@@ -275,11 +283,11 @@ def test_training_reaches_no_part_of_the_server_not_even_through_others() -> Non
     [
         ("onnxruntime", {"model.sessions"}),
         ("fcntl", {"presence", "store.files"}),
-        ("protos.dman.v1.dman_pb2", {"api.conditions", "api.operations", "api.recommender"}),
+        ("protos.dman.v1.dman_pb2", {"api.conditions", "api.operations", "api.recommender", "ingest.events"}),
         ("protos.dman.v1.admin_pb2", {"api.admin"}),
         ("protos.dman.v1.dman_pb2_grpc", set()),
         ("protos.dman.v1.admin_pb2_grpc", set()),
-        ("google", {"api.admin", "api.door", "api.standard"}),
+        ("google", {"api.admin", "api.door", "api.standard", "ingest.events"}),
         (
             "grpc",
             {"access.tls", "api.admission", "api.door", "api.standard", "jobs.asking", "serving.admin", "serving.app"},
@@ -288,7 +296,8 @@ def test_training_reaches_no_part_of_the_server_not_even_through_others() -> Non
         ("grpc_health", {"api.standard"}),
         ("grpc_reflection", {"api.standard"}),
         ("multiprocessing", {"jobs.processes", "serving.cluster", "serving.slot"}),
-        ("prometheus_client", {"serving.metrics_server", "serving.prometheus"}),
+        ("prometheus_client", {"serving.ingest_metrics", "serving.metrics_server", "serving.prometheus"}),
+        ("confluent_kafka", {"ingest.broker", "ingest.kafka"}),
         ("tqdm", {"jobs.evaluating", "jobs.exporting", "jobs.importing", "jobs.rebuilding", "jobs.scoring"}),
         ("redis", {"store.redis_errors", "store.redis_servers"}),
         ("torch", set()),

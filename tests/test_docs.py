@@ -15,6 +15,7 @@ from conftest import ROOT
 
 import sdk
 from dman_runtime import cli
+from dman_runtime.metrics import IngestCounts
 from dman_runtime.model.bundle import (
     FILES,
     FORMAT_VERSION,
@@ -27,6 +28,7 @@ from dman_runtime.model.bundle import (
     read_manifest,
 )
 from dman_runtime.options import Parser
+from dman_runtime.serving.ingest_metrics import ingest_registry
 from dman_runtime.serving.prometheus import PrometheusMetrics
 from dman_train import evaluate, export, train
 from dman_train.config import BaselineConfig, DataConfig, ModelConfig, TrainConfig
@@ -84,7 +86,7 @@ def result_fields() -> set[str]:
 
 def metric_names() -> set[str]:
     """As a scraper sees them, histograms without `_bucket`."""
-    found = PrometheusMetrics().registry.collect()
+    found = [*PrometheusMetrics().registry.collect(), *ingest_registry(IngestCounts()).collect()]
     return {f"{one.name}_total" if one.type == "counter" else one.name for one in found}
 
 

@@ -42,6 +42,7 @@ NOTES = {
         "The exit status is 0 for a server that is ready and has no problems, 1 for any other, 2 where none answers. "
         "[Operations](operations.md#dman-runtime-status) shows the output."
     ),
+    "dman-runtime ingest": "See [events from a topic or a file](ingest.md).",
     "dman-runtime verify": (
         "The exit status is 0 for a sound store, 1 for a damaged one. See [operations](operations.md#check-the-store)."
     ),

@@ -66,6 +66,12 @@ def store_options(p: Parser) -> None:
     )
 
 
+def watching_options(p: Parser) -> None:
+    p.flag("--metrics-port", type=int, default=None, help="port for Prometheus metrics; none without it")
+    p.flag("--metrics-host", default="127.0.0.1", help="address for Prometheus metrics")
+    p.flag("--log-format", choices=["text", "json"], default="text", help="json: one object a line, for log collectors")
+
+
 def log_options(p: Parser, *, any_items: bool = False) -> None:
     if not any_items:
         p.flag("--max-unknown", type=float, default=MAX_UNKNOWN, help="largest share of events of unknown items")

@@ -24,17 +24,17 @@ if TYPE_CHECKING:
 UNITS = {"s": 1, "ms": 10**3, "us": 10**6, "ns": 10**9}  # per second
 NAMES = {"s": "seconds", "ms": "milliseconds", "us": "microseconds", "ns": "nanoseconds"}
 DAY = 86_400
-_FIRST = int(datetime.datetime(1990, 1, 1, tzinfo=datetime.UTC).timestamp())
+FIRST = int(datetime.datetime(1990, 1, 1, tzinfo=datetime.UTC).timestamp())
 _NUMBERS, _WORDS = "numbers", "dates in words"
 _REMEDY = "write seconds since 1970, or times as 2024-01-31 12:00:00"
-_ISO_FIXES = (  # other ways to write the same, made to fit what Arrow reads
+ISO_FIXES = (  # other ways to write the same, made to fit what Arrow reads
     (r"\s*(UTC|GMT|Z|z)$", ""),
     (r"\s+([+-]\d{2}:?\d{2})$", r"\1"),
     (r"^(\d{4})[/.](\d{1,2})[/.](\d{1,2})", r"\1-\2-\3"),
 )
 
 
-def _end_of_next_year() -> int:
+def end_of_next_year() -> int:
     year = datetime.datetime.now(datetime.UTC).year + 2
     return int(datetime.datetime(year, 1, 1, tzinfo=datetime.UTC).timestamp())
 
@@ -75,7 +75,7 @@ class TimeColumn:
         self._found: dict[int, tuple[TableFile, int, object]] = {}  # class of a time -> the first row that has it
         self.early = 0  # times before 1990
         self.only_dates = True
-        self._late = _end_of_next_year()
+        self._late = end_of_next_year()
         self._lowest: int | float | None = None
         self._highest: int | float | None = None
 
@@ -155,7 +155,7 @@ class TimeColumn:
         """Ends of the ranges that are plausible: even classes lie between them, odd ones in them."""
         known = self._form == _WORDS or self._unit != AUTO
         factors = [UNITS[self.unit]] if known else UNITS.values()
-        return [edge * factor for factor in factors for edge in (_FIRST, self._late)]
+        return [edge * factor for factor in factors for edge in (FIRST, self._late)]
 
     def _classify(self, numbers: np.ndarray, rows: Rows, bad: BadRows) -> None:
         """Notes in which units the times are plausible. Those that lie after the next year in all are bad rows."""
@@ -252,7 +252,7 @@ class TimeColumn:
         if self._form != _NUMBERS or self._unit == AUTO or set(self._found) != {0} or self._lowest is None:
             return ""
         for name, factor in UNITS.items():
-            if _FIRST * factor <= self._lowest and (self._highest or 0) < self._late * factor:
+            if FIRST * factor <= self._lowest and (self._highest or 0) < self._late * factor:
                 return name
         return ""
 
@@ -305,7 +305,7 @@ def _iso_nanoseconds(values: pa.Array) -> tuple[np.ndarray, np.ndarray | None]:
             missing = converted.is_null().to_numpy(zero_copy_only=False) if converted.null_count else None
             return converted.cast(pa.int64()).fill_null(0).to_numpy(zero_copy_only=False), missing
         if attempt == 0:
-            for pattern, replacement in _ISO_FIXES:
+            for pattern, replacement in ISO_FIXES:
                 texts = pc.replace_substring_regex(texts, pattern, replacement)
     return _one_by_one(texts)
 

@@ -612,6 +612,7 @@ NEEDED = {
     "items": ["list"],
     "expire": ["--idle-days", "9"],
     "add-items": ["--file", "items.csv"],
+    "ingest": ["--from", "events.jsonl"],
 }
 COMMANDS = list(cli.COMMANDS)
 

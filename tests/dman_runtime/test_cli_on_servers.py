@@ -30,12 +30,14 @@ def everything(state: str, bundle: Path, renamed: Path, tmp_path: Path, capsys: 
     log, cpu = tmp_path / "log.csv", ["--provider", "cpu"]
     log.write_text("user_id,item_id,timestamp\n" + "\n".join(ROWS))
     exported = tmp_path / "exported.parquet"
+    position = tmp_path / f"{parse_place(state).__class__.__name__}.position"
     old = json.loads((bundle / "manifest.json").read_text())["bundle_id"]
     printed = [
         told([*command, "--state", state], capsys)
         for command in (
             ["import", "--bundle", bundle, "--input", log, *cpu],
             ["import", "--bundle", bundle, "--input", log, *cpu],
+            ["ingest", "--bundle", bundle, "--from", log, "--once", "--position", position, *cpu],
             ["rebuild", "--bundle", renamed, "--max-share", "1", *cpu],
             ["items", "off", "3"],
             ["items", "list"],
@@ -61,7 +63,8 @@ def test_commands_do_the_same_on_servers_as_in_a_directory(
         for state in (str(tmp_path / "state"), f"redis://{RedisHarness.address()}/commands-{tmp_path.name}")
     ]
     assert found[0] == found[1]
-    assert found[0].count("\n0 ") >= 12 and "imported 588 events of 12 users" in found[0]
+    assert found[0].count("\n0 ") >= 13 and "imported 588 events of 12 users" in found[0]
+    assert "587 events stored" in found[0]  # the last line has no end
 
 
 @pytest.mark.parametrize(

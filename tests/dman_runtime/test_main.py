@@ -49,6 +49,13 @@ def test_missing_library_is_one_line_that_says_what_to_install(library: str, arg
 
 
 @pytest.mark.slow
+def test_missing_library_of_an_extra_names_the_extra() -> None:
+    done = run_without("confluent_kafka", "ingest", "--from", "kafka://host:9092/topic")
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr == "error: the library confluent-kafka is not installed; install dman[kafka] (--from)\n"
+
+
+@pytest.mark.slow
 def test_missing_module_of_our_own_is_no_matter_of_installing() -> None:
     done = run_without("dman_runtime.options")
     assert done.returncode == 1 and "No module named 'dman_runtime.options'" in done.stderr

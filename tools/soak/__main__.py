@@ -1,7 +1,8 @@
 """Repeats all attacks for a while, counts what honest callers see, and writes a report: `make soak`.
 
     python -m tools.soak                  everything
-    python -m tools.soak exactly-once     one part; so do rows, roll-overs, cluster, malformed, memory and overhead
+    python -m tools.soak exactly-once     one part; so do rows, roll-overs, cluster, ingestion, malformed, memory and
+                                          overhead
 
 The exit status is 1 where a bound is broken.
 """
@@ -22,6 +23,7 @@ from tools.faults.bundles import read_manifest
 from tools.faults.servers import ROOT
 from tools.soak.cluster import over_a_cluster
 from tools.soak.exactly_once import exactly_once
+from tools.soak.ingestion import ingestion
 from tools.soak.limits import malformed, memory
 from tools.soak.overhead import overhead
 from tools.soak.rollover import while_bundles_change
@@ -33,6 +35,7 @@ PARTS: dict[str, Callable[[Soak], list[Section]]] = {
     "exactly-once": lambda soak: [exactly_once(soak)],
     "roll-overs": lambda soak: [while_bundles_change(soak, workers) for workers in (1, 2)],
     "cluster": lambda soak: [over_a_cluster(soak, "replica"), over_a_cluster(soak, "local")],
+    "ingestion": lambda soak: [ingestion(soak)],
     "malformed": lambda soak: [malformed(soak)],
     "memory": lambda soak: [memory(soak)],
     "overhead": lambda soak: [overhead(soak)],

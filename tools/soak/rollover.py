@@ -74,11 +74,12 @@ def _differences(engine: Engine, stored: dict[str, StoredUser | None]) -> Iterat
         error = float("inf")
         if state.event_count == len(events):
             pairs = [(state.memory, expected.memory), (state.user_embedding, expected.user_embedding)]
-            error = max(_relative_error(one, other) for one, other in pairs)
+            error = max(relative_error(one, other) for one, other in pairs)
         yield state.history_count != records[user_id].head.history_count, error
 
 
-def _relative_error(found: np.ndarray, expected: np.ndarray) -> float:
+def relative_error(found: np.ndarray, expected: np.ndarray) -> float:
+    """The largest difference, by the largest expected value."""
     found, expected = found.astype(np.float64), expected.astype(np.float64)
     return float(np.abs(found - expected).max(initial=0) / max(float(np.abs(expected).max(initial=0)), 1e-12))
 

@@ -30,6 +30,9 @@ class Effort:
     slow_readers: int = 60
     overhead_rounds: int = 20
     overhead_calls: int = 2000  # per round and side
+    ingested: int = 100_000  # events of a topic, while
+    ingester_kills: int = 20
+    rebalances: int = 5
 
 
 QUICK = Effort(
@@ -45,6 +48,9 @@ QUICK = Effort(
     slow_readers=8,
     overhead_rounds=3,
     overhead_calls=200,
+    ingested=2000,
+    ingester_kills=2,
+    rebalances=1,
 )
 
 

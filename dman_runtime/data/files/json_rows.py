@@ -33,7 +33,7 @@ class JsonRows:
         self.words, self.typed = ["JSON lines"], True
         self._kinds: dict[str, dict[str, int]] = {}  # of the values of a column: the first line that has it
         for number, line in enumerate(sample.split(b"\n")):
-            values = _object(line)
+            values = json_object(line)
             if isinstance(values, dict):
                 self._note(values, number + 1)
         self.names = list(self._kinds)
@@ -86,7 +86,7 @@ class JsonRows:
         """The kind of the first value of a column that has none in the first lines."""
         for piece in self.pieces(self.stream()):
             for number, line in enumerate(piece.data.split(b"\n")):
-                values = _object(line)
+                values = json_object(line)
                 value = values.get(name) if isinstance(values, dict) else None
                 if value is not None:
                     return {_KINDS[type(value)]: piece.first_line + number}
@@ -126,7 +126,7 @@ class JsonRows:
         error = None
         for number, line in enumerate(piece.data.split(b"\n")):
             place = piece.first_line + number
-            values = _object(line)
+            values = json_object(line)
             if not line.strip():
                 blank += [place] if line else []
             elif isinstance(values, str):
@@ -158,7 +158,7 @@ class JsonRows:
         return records.first_lines[~records.blank]
 
 
-def _object(line: bytes) -> dict[str, Any] | str:
+def json_object(line: bytes) -> dict[str, Any] | str:
     """The JSON object in a line, or what is wrong with it."""
     try:
         values = json.loads(line, object_pairs_hook=_unique)

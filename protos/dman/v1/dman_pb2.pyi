@@ -67,6 +67,36 @@ class Event(_message.Message):
 Global___Event: _TypeAlias = Event  # noqa: Y015
 
 @_typing.final
+class InteractionEvent(_message.Message):
+    """One event of one user, as the value of a message in a topic that `dman-runtime ingest` reads. No RPC takes it."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    USER_ID_FIELD_NUMBER: _builtins.int
+    ITEM_ID_FIELD_NUMBER: _builtins.int
+    TIMESTAMP_FIELD_NUMBER: _builtins.int
+    user_id: _builtins.str
+    """1 to 400 bytes of UTF-8 without control characters. The key of the message is the same text, or empty."""
+    item_id: _builtins.str
+    """1 to 400 bytes of UTF-8 without control characters."""
+    timestamp: _builtins.int
+    """Seconds since the epoch; 0 when unknown."""
+    def __init__(
+        self,
+        *,
+        user_id: _builtins.str = ...,
+        item_id: _builtins.str = ...,
+        timestamp: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["item_id", b"item_id", "timestamp", b"timestamp", "user_id", b"user_id"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___InteractionEvent: _TypeAlias = InteractionEvent  # noqa: Y015
+
+@_typing.final
 class UpdateRequest(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
