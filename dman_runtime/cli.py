@@ -58,7 +58,7 @@ def parser() -> Parser:
     _drop_options(_plain_command(commands, "drop", "remove the states of a bundle that is no longer served"))
     _items_options(_plain_command(commands, "items", "switch items off and on, in running servers too, or list them"))
     _add_items_options(_command(commands, "add-items", "add new items without training, in running servers too"))
-    _exportlog_options(_plain_command(commands, "export-log", "write all histories as a log, to train on or import"))
+    _export_log_options(_plain_command(commands, "export-log", "write all histories as a log, to train on or import"))
     _score_options(_command(commands, "score", "write the top K of every user in a log to a Parquet file"))
     _evaluate_options(_command(commands, "evaluate", "leave-one-out metrics of a bundle on a log"))
     _inspect_options(_command(commands, "inspect", "show what a bundle, a state store or a user's state holds"))
@@ -279,7 +279,7 @@ def _add_items_options(p: Parser) -> None:
     remote_options(p)
 
 
-def _exportlog_options(p: Parser) -> None:
+def _export_log_options(p: Parser) -> None:
     state_option(p, "state directory to read, also of a server")
     p.flag("--output", type=Path, default=Path("log.parquet"), help="Parquet file to write")
     p.add_argument("--json", action="store_true", help="print the result as JSON on the last line")
