@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import os
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -87,6 +88,11 @@ def gather(value: Any) -> list[Any]:
     values: list[Any] = [None] * world()
     dist.all_gather_object(values, value)
     return values
+
+
+def is_the_same_everywhere(value: Callable[[], Any]) -> bool:
+    """Whether all processes get the same value, which is asked for only where there are several. Collective."""
+    return world() == 1 or len(set(gather(value()))) == 1
 
 
 def share_of_lanes(lanes: int) -> slice:

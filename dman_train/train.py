@@ -1,7 +1,7 @@
 """Trains a model: python -m dman_train.train --data FILE --run DIR [--preset default|paper|paper-literal|tiny]
 [--items FILE]
 
-Several processes: torchrun --nproc-per-node 2 -m dman_train.train ...
+Several processes, on one host or several: torchrun --nproc-per-node 2 -m -- dman_train.train ...
 """
 
 from __future__ import annotations
@@ -94,6 +94,9 @@ def _train(arguments: argparse.Namespace, command: list[str], presets: Presets) 
         _generate_default_data()
     distributed.barrier()
     log, interactions = load_log(arguments.data, data)
+    if not distributed.is_the_same_everywhere(interactions.fingerprint):
+        cause = f"{arguments.data} is not the same log for all processes"
+        raise UsageError(cause, "give every host the same file", parameter="data")
     infos = _understand(arguments, log, interactions, train) if distributed.is_first() else {}
     input_report, data = log.report, as_found(data, log)
     del log  # with the events that the filters have removed
@@ -302,8 +305,9 @@ def _record_epoch(run: Run, trainer: Trainer, result: dict[str, float], board: A
 
 
 def _out_of_patience(run: Run, patience: int) -> bool:
-    values = [epoch.get(f"valid/{SELECTION_METRIC}", 0.0) for epoch in run.epochs()]
-    return bool(values) and len(values) - 1 - int(np.argmax(values)) >= patience
+    """Decided by the first process: on a shared disk, others may see what it wrote later. Collective."""
+    values = [epoch.get(f"valid/{SELECTION_METRIC}", 0.0) for epoch in run.epochs()] if distributed.is_first() else []
+    return distributed.any_process(bool(values) and len(values) - 1 - int(np.argmax(values)) >= patience)
 
 
 def _finish(run: Run, interactions: Interactions, input_report: InputReport, *, as_json: bool) -> None:

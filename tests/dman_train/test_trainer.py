@@ -1,6 +1,6 @@
 """The training loop: resuming, several processes, learning at all, and that every setting does something.
 
-Run as a script under torchrun, this file is one rank of `test_two_processes_give_the_weights_of_one`.
+Run as a script under torchrun, this file is one rank of the tests of several processes.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import shutil
 import signal
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from conftest import PAPER, RANKING_OF_SEEN_ITEMS, ROOT, TIMED, TINY
+from network_hosts import INTERFACE, two_hosts
 
 from dman_runtime.data.evaluation import RANKINGS, HeldOut, Ranking, metrics
 from dman_train import distributed, train
@@ -284,39 +285,80 @@ DISTRIBUTED = {
 }
 
 
-def _distributed_results() -> dict[str, Any]:
+def _distributed_results(names: Iterable[str]) -> dict[str, Any]:
     """Weights after 12 steps without dropout and ranks of the validation targets, by name of the setting."""
     results: dict[str, Any] = {}
-    for name, config in DISTRIBUTED.items():
+    for name in names:
         model = replace(TINY, dropout=0.0, variant="xl" if name == "xl" else "dman")
-        trainer = trained(model, config, 12)
+        trainer = trained(model, DISTRIBUTED[name], 12)
         results[name] = {"weights": weights(trainer), "ranks": np.sort(trainer.validate().seen_kept)}
     return results
 
 
-@pytest.mark.slow
-def test_two_processes_give_the_weights_of_one(tmp_path: Path) -> None:
-    file = tmp_path / "results.pt"
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+def _start_ranks(command: Sequence[str], directory: Path, names: Iterable[str], **variables: str) -> subprocess.Popen:
     path = os.pathsep.join([str(ROOT), str(ROOT / "tests")])
-    environment = os.environ | {"PYTHONPATH": path, "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(
-        [*command, __file__, str(file)],
-        check=False,
+    environment = os.environ | {"PYTHONPATH": path, "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"} | variables
+    return subprocess.Popen(
+        [*command, __file__, str(directory), *names],
         cwd=ROOT,
         env=environment,
-        capture_output=True,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
         text=True,
-        timeout=120,
     )
-    assert done.returncode == 0, done.stderr[-3000:]
-    found, expected = torch.load(file, weights_only=False), _distributed_results()
-    for name, result in expected.items():
-        for weight, value in result["weights"].items():
+
+
+def _check_ranks(launched: Sequence[subprocess.Popen], directory: Path, names: Iterable[str]) -> None:
+    """Two processes end well, have the same weights to the bit, and those of one process."""
+    try:
+        for process in launched:
+            _, errors = process.communicate(timeout=120)
+            assert process.returncode == 0, errors[-3000:]
+    finally:
+        for process in launched:
+            process.kill()
+            process.wait()
+    first, second = (torch.load(directory / f"{rank}.pt", weights_only=False) for rank in (0, 1))
+    for name, expected in _distributed_results(names).items():
+        assert same_bits(first[name]["weights"], second[name]["weights"])
+        for weight, value in expected["weights"].items():
             # Adam divides by the size of a gradient: where that is nearly zero, the order of sums shows. A weight has
             # moved by up to 12 steps of 5e-3.
-            torch.testing.assert_close(found[name]["weights"][weight], value, rtol=0, atol=1e-4)
-        assert np.array_equal(found[name]["ranks"], result["ranks"])
+            torch.testing.assert_close(first[name]["weights"][weight], value, rtol=0, atol=1e-4)
+        assert np.array_equal(first[name]["ranks"], expected["ranks"])
+
+
+TORCHRUN = (sys.executable, "-m", "torch.distributed.run")
+
+
+@pytest.mark.slow
+def test_two_processes_give_the_weights_of_one(tmp_path: Path) -> None:
+    command = [*TORCHRUN, "--standalone", "--nproc-per-node", "2"]
+    _check_ranks([_start_ranks(command, tmp_path, DISTRIBUTED)], tmp_path, DISTRIBUTED)
+
+
+@pytest.mark.slow
+def test_two_hosts_give_the_weights_of_one_process(tmp_path: Path) -> None:
+    """As docs/data.md says it is done; the hosts are network namespaces."""
+    with two_hosts() as hosts:
+        launched = []
+        for number, host in enumerate(hosts):
+            place = ["--nnodes", "2", "--node-rank", str(number), "--nproc-per-node", "1"]
+            meeting = ["--master-addr", hosts[0].address, "--master-port", "29500"]
+            command = host.command(*TORCHRUN, *place, *meeting)
+            launched.append(_start_ranks(command, tmp_path, ["full"], GLOO_SOCKET_IFNAME=INTERFACE))
+        _check_ranks(launched, tmp_path, ["full"])
+
+
+def test_training_refuses_hosts_that_read_different_logs(
+    small_log: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(distributed, "world", lambda: 2)
+    monkeypatch.setattr(distributed, "gather", lambda value: [value, "of another log"])
+    assert train.main(["--data", str(small_log), "--run", str(tmp_path / "run")]) == 2
+    told = "is not the same log for all processes; give every host the same file (--data)"
+    assert told in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
 
 
 def test_trainer_refuses_lanes_that_processes_cannot_share(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -525,9 +567,7 @@ def test_train_config_fields_are_all_tried() -> None:
 if __name__ == "__main__":
     torch.set_num_threads(1)
     distributed.join()
-    results = _distributed_results()
-    if dist.get_rank() == 0:
-        torch.save(results, sys.argv[1])
+    torch.save(_distributed_results(sys.argv[2:]), Path(sys.argv[1]) / f"{dist.get_rank()}.pt")
     distributed.leave()
     threads = [path.read_text().strip() for path in Path("/proc/self/task").glob("*/comm")]
     assert not [name for name in threads if "gloo" in name], threads  # an interpreter that ends beside them can abort
