@@ -39,8 +39,9 @@ proto: $(STAMP)  ## regenerate the committed gRPC stubs
 		--plugin=protoc-gen-mypy=$(BIN)/protoc-gen-mypy --plugin=protoc-gen-mypy_grpc=$(BIN)/protoc-gen-mypy_grpc \
 		protos/dman/v1/dman.proto protos/dman/v1/admin.proto
 
-docs: $(STAMP)  ## write docs/options.md from the code
+docs: $(STAMP)  ## write docs/options.md from the code, and the tables of docs/scale.md from the reports
 	$(BIN)/python -m tools.options_page
+	$(BIN)/python -m tools.scale.plan
 
 bench: $(STAMP)  ## measure the bundle in bundle/ and write reports/performance.md
 	$(BIN)/python -m tools.bench

@@ -27,6 +27,8 @@ from tools.bench import __main__ as bench
 from tools.bench import engines, life, reading, signals, training, versus
 from tools.bench.peers import __main__ as peers
 from tools.bench.report import table, write_page
+from tools.scale import __main__ as scale
+from tools.scale import plan
 from tools.soak import __main__ as soak
 
 HEADS = ("option", "default", "choices", "variable", "meaning")
@@ -99,6 +101,8 @@ def parsers() -> Iterator[argparse.ArgumentParser]:
     yield life._parser()
     yield peers._parser()
     yield soak._parser()
+    yield scale._parser()
+    yield plan.parser()
     yield gpu_check.parser()
     yield runs.parser()
     yield records.parser()
