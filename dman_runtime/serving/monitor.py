@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from dman_runtime.errors import DmanError, StoreDamagedError, StoreFullError, StoreGoneError
+from dman_runtime.errors import DmanError, StoreDamagedError, StoreFullError, StoreGoneError, StoreUnavailableError
 from dman_runtime.metrics import NO_METRICS, Metrics
 from dman_runtime.problems import Problems
 
@@ -58,6 +58,8 @@ class Monitor:
             self._problems.set("store_gone", str(error), blocking=True)
         elif isinstance(error, StoreDamagedError):
             self._problems.set("store_damaged", str(error))
+        elif isinstance(error, StoreUnavailableError) and self._state is None:
+            self._problems.set("store_unreachable", str(error), blocking=True)
 
     def committed(self) -> None:
         """A commit succeeded: the store has room."""
@@ -99,6 +101,7 @@ class Monitor:
         tokens = self._reload_tokens()
         self._problems.set("tokens_unusable", str(tokens) if tokens else "")
         self._check_store()
+        self._problems.set("store_unreachable", "")
         used, file, size = self._store_sizes()
         self._metrics.store(used, file, size)
         self._look_at_map(used, size)

@@ -194,8 +194,8 @@ class RedisStore(Shared, ReadsBySnapshot):
     # -- the store itself ------------------------------------------------------------------------------------------
 
     def check(self) -> None:
-        """StoreUnavailableError where the servers do not answer."""
-        self._servers.one(self._keys.meta, "HGET", self._keys.meta, b"format")
+        """StoreUnavailableError where the servers have not answered for STALE_SECONDS. Does not wait for them."""
+        self.standing()
 
     def sizes(self) -> tuple[int, int, int]:
         """Bytes that the servers use, the same again, and the most that they take; 0 where that is not set."""

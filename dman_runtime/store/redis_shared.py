@@ -172,6 +172,8 @@ class Shared:
 
     def end_lease(self, name: str) -> None:
         self._leased.pop(name, None)
+        if self._unread is not None:  # it ends by itself, and nobody waits for servers that do not answer
+            return
         key = self._keys.process(name)
         self._servers.read([Command(key, ("DEL", key))])
 

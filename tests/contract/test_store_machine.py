@@ -389,7 +389,7 @@ def pairs(events: tuple[Any, Any]) -> list[tuple[int, int]]:
 
 @pytest.mark.parametrize(
     ("name", "examples"),
-    [(name, 30 if harness.together else 15) for name, harness in HARNESSES.items()]
+    [(name, 30 if harness.together else 8) for name, harness in HARNESSES.items()]
     + [pytest.param("lmdb", 100, marks=pytest.mark.slow)],
 )
 def test_store_holds_what_the_model_holds(name: str, examples: int) -> None:

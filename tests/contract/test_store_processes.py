@@ -143,21 +143,22 @@ STREAM = """
 with harness.open() as store:
     items = store.add_items([f"item-{number}" for number in range(100)])
     while True:
-        users = store.get_many(["a", "b"], 1)
-        count = users[0].head.history_count if users[0] else 0
-        new = np.arange(count, count + 1 + count % 3)
-        records = {1: b"%d " % (count + len(new)) + bytes(20_000)}
-        writes = [Write(name, user.head.version if user else 0, records, items[new % 100], new)
-                  for name, user in zip("ab", users)]
+        writes, counts = [], []
+        for name, user in zip("ab", store.get_many(["a", "b"], 1)):
+            count = user.head.history_count if user else 0
+            new = np.arange(count, count + 1 + count % 3)
+            counts.append(count + len(new))
+            records = {1: b"%d " % counts[-1] + bytes(20_000)}
+            writes.append(Write(name, user.head.version if user else 0, records, items[new % 100], new))
         assert store.commit(writes) == []
-        print(count + len(new), flush=True)
+        print(min(counts), flush=True)
 """
 
 
 @pytest.mark.slow
 def test_kill_in_a_stream_of_commits_keeps_every_acknowledged_event_once(durable: Harness, directory: Path) -> None:
     random = np.random.default_rng(3)
-    for _ in range(8):
+    for _ in range(8 if durable.together else 3):
         process = start_with(durable, directory, STREAM)
         assert process.stdout is not None
         acknowledged = int(process.stdout.readline())
@@ -176,8 +177,9 @@ def test_kill_in_a_stream_of_commits_keeps_every_acknowledged_event_once(durable
                 assert timestamps.tolist() == list(range(stored.head.history_count))
                 assert store.item_ids(items[:150]) == [f"item-{number % 100}" for number in timestamps[:150]]
                 assert store.seen(user_id).tolist() == sorted(set(items.tolist()))
-            assert len(counts) == 1
-            assert acknowledged <= counts.pop() <= acknowledged + 3  # at most the commit that was not answered
+            assert len(counts) == 1 or not durable.together
+            # At most what was not answered; where each user is stored by itself, that may add up.
+            assert acknowledged <= min(counts) <= max(counts) <= acknowledged + (3 if durable.together else 9)
         assert durable.problems() == []
 
 

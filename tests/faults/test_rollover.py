@@ -159,7 +159,7 @@ def test_updates_are_applied_once_while_servers_are_killed_and_bundles_change(
     bundle: Path, tmp_path: Path, workers: int
 ) -> None:
     """A short form of `python -m tools.soak roll-overs`."""
-    section = while_bundles_change(Soak(bundle, tmp_path, replace(QUICK, kills=5, updates=150)), workers)
+    section = while_bundles_change(Soak(bundle, tmp_path, replace(QUICK, kills=3, updates=120)), workers)
     assert [claim for claim in section.claims if not claim.met] == []
 
 

@@ -45,7 +45,7 @@ from dman_runtime.errors import InputError
 
 COLUMN_OPTIONS = ("user_column", "item_column", "time_column", "position_column")
 UNIT_NAMES = {"seconds": "s", "milliseconds": "ms", "microseconds": "us", "nanoseconds": "ns"}
-EXAMPLES = int(os.environ.get("READING_EXAMPLES", "100"))
+EXAMPLES = int(os.environ.get("READING_EXAMPLES", "60"))
 MANY = settings(
     max_examples=EXAMPLES,
     deadline=None,

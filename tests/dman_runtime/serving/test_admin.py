@@ -369,7 +369,7 @@ def test_an_activation_that_is_cancelled_leaves_nothing_prepared(app: App) -> No
             assert wait_until(lambda: other.rollout().prepared != "", seconds=60)
             client.close()
         assert isinstance(ended[0], sdk.ClientClosedError)
-        assert wait_until(lambda: other.rollout().prepared == "", seconds=20)
+        assert wait_until(lambda: other.rollout().prepared == "", seconds=60)
         assert other.rollout().active == ""
 
 

@@ -25,12 +25,12 @@ from sdk import Client, ResourceExhaustedError, UpdateResult
 
 
 @pytest.mark.slow
-def test_server_killed_20_times_in_a_stream_keeps_every_acknowledged_event_once(
+def test_server_killed_10_times_in_a_stream_keeps_every_acknowledged_event_once(
     exact: Generation, exact_bundle: Path, tmp_path: Path
 ) -> None:
     random = np.random.default_rng(0)
     streams = [Stream(f"stream {number}") for number in range(5)]
-    for _ in range(20):
+    for _ in range(10):
         with running_server(exact_bundle, tmp_path / "state") as (address, process):
             before = sum(stream.events for stream in streams)
 

@@ -12,7 +12,7 @@ import pytest
 
 from dman_runtime.data.ids import INTEGER, TEXT
 from dman_runtime.errors import StoreDamagedError
-from dman_runtime.store import files, lmdb_reads, lmdb_users
+from dman_runtime.store import changes, files, lmdb_reads
 from dman_runtime.store import lmdb as lmdb_module
 from dman_runtime.store.base import IdTypes, Write
 from dman_runtime.store.history import CHUNK_EVENTS, pack_record, seed_of
@@ -88,8 +88,8 @@ def test_commit_of_seen_items_leaves_the_seen_set_alone(store: LmdbStore) -> Non
     before = contents(store)["seen"]
     puts: list[Any] = []
     with pytest.MonkeyPatch.context() as patch:
-        original = lmdb_users.add_seen
-        patch.setattr(lmdb_users, "add_seen", lambda *args: puts.append(original(*args)) or puts[-1])
+        original = changes.add_seen
+        patch.setattr(changes, "add_seen", lambda *args: puts.append(original(*args)) or puts[-1])
         store.commit([write("a", version_of(store, "a"), [5] * CHUNK_EVENTS)])
     assert puts == [None]
     assert contents(store)["seen"] == before

@@ -223,7 +223,7 @@ def test_names_lose_the_blanks_around_them(tmp_path: Path) -> None:
 
 # -- everything ------------------------------------------------------------------------------------------------------
 
-FUZZ = settings(max_examples=30, deadline=None, suppress_health_check=list(HealthCheck))
+FUZZ = settings(max_examples=15, deadline=None, suppress_health_check=list(HealthCheck))
 
 
 @pytest.mark.slow
