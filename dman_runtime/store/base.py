@@ -26,6 +26,7 @@ from __future__ import annotations
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
+from secrets import randbits
 from typing import NamedTuple, Protocol, Self
 
 import numpy as np
@@ -129,6 +130,7 @@ class Write:
     replace_from: int | None = None
     sequences: Mapping[int, Step] = field(default_factory=dict)
     shown: Events = NOTHING_SHOWN
+    token: int = field(default_factory=lambda: 1 + randbits(63))  # sent again, it is a conflict or what was stored
 
     @property
     def only_shows(self) -> bool:
@@ -158,8 +160,7 @@ class Snapshot(Protocol):
     """
 
     def expect(self, users: Mapping[str, Expected]) -> None:
-        """Says what will be read of some users: a store that is asked over a network fetches it in one go."""
-        ...
+        """Says what will be read of some users, so that a store over a network fetches it in one go."""
 
     def find_items(self, item_ids: Sequence[str]) -> NDArray[np.int64]:
         """The numbers (N) of items, -1 where unknown."""
@@ -225,7 +226,6 @@ class StateStore(Snapshot, Protocol):
     @property
     def waits(self) -> bool:
         """Whether readings wait for a network, so that they do not belong on an event loop."""
-        ...
 
     def snapshot(self) -> AbstractContextManager[Snapshot]:
         """One moment for several readings. Keep it short: what it sees is not reused while it lasts."""

@@ -13,17 +13,17 @@ directory:
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import suppress
 from itertools import islice
-from typing import Self
+from typing import NoReturn, Self
 from uuid import uuid4
 from zlib import crc32
 
 import numpy as np
 from numpy.typing import NDArray
 
-from dman_runtime.errors import StoreMismatchError
+from dman_runtime.errors import StoreError, StoreMismatchError
 from dman_runtime.store.base import StoredRecord, StoreStats, Write
 from dman_runtime.store.by_snapshot import ReadsBySnapshot
 from dman_runtime.store.checks import checked_id, checked_writes
@@ -49,9 +49,9 @@ class RedisStore(Shared, ReadsBySnapshot):
 
     commits_together, waits, format_version = False, True, FORMAT
 
-    def __init__(self, servers: Servers, keys: Keys, *, readonly: bool, clock: Callable[[], float]) -> None:
+    def __init__(self, servers: Servers, keys: Keys, *, clock: Callable[[], float]) -> None:
         super().__init__(servers, keys)
-        self._readonly, self._clock, self._heads = readonly, clock, Heads()
+        self._clock, self._heads = clock, Heads()
 
     @classmethod
     def open(
@@ -84,7 +84,7 @@ class RedisStore(Shared, ReadsBySnapshot):
                     f"release knows {FORMAT}",
                     "use the release that wrote it",
                 )
-            return cls(servers, keys.of_store(stored[1]), readonly=readonly, clock=clock)
+            return cls(servers, keys.of_store(stored[1]), clock=clock)
         except BaseException:
             servers.close()
             raise
@@ -157,20 +157,32 @@ class RedisStore(Shared, ReadsBySnapshot):
             for write, head in zip(writes, heads, strict=True)
             if head is not None
         ]
-        answers = [int(one) for one in self._servers.write([change.command for change in changes])]
+        answers = self._servers.write_each([change.command for change in changes])
+        stored, problems = set[str](), list[Exception]()
         for change, answer in zip(changes, answers, strict=True):
-            if answer == 1 and change.head:
-                self._heads.put(change.write.user_id.encode(), change.head)
-        problems = [text for one, answer in zip(changes, answers, strict=True) if (text := one.problem(answer))]
+            problem = answer if isinstance(answer, Exception) else change.problem(int(answer))
+            if problem is not None:
+                problems.append(problem)
+            elif answer == 1:
+                stored.add(change.write.user_id)
+                if change.head:
+                    self._heads.put(change.write.user_id.encode(), change.head)
         if problems:
-            stored = {one.write.user_id for one, answer in zip(changes, answers, strict=True) if answer == 1}
-            problems[0].stored = stored
-            raise problems[0]
-        done = {change.write.user_id for change, answer in zip(changes, answers, strict=True) if answer == 1}
-        return [write.user_id for write in writes if write.user_id not in done]
+            self._fail(problems[0], stored)
+        return [write.user_id for write in writes if write.user_id not in stored]
+
+    def _fail(self, problem: Exception, stored: Collection[str]) -> NoReturn:
+        """Raises a problem of a commit as a StoreError that names those who were stored."""
+        try:
+            with self._servers.errors():
+                raise problem
+        except StoreError as error:
+            error.stored = stored
+            raise
 
     def _expected_heads(self, writes: Sequence[Write]) -> list[bytes | None]:
-        """The stored head of each user, empty for new ones; None where the version is not the expected one."""
+        """The stored head of each user, empty for new ones; None where the version is not the expected one, nor that of
+        this write, which then was stored before."""
         heads: list[bytes | None] = []
         for write in writes:
             expected = write.expected_version
@@ -181,8 +193,8 @@ class RedisStore(Shared, ReadsBySnapshot):
         keys = [self._keys.of_user(writes[position].user_id.encode()).user for position in missing]
         found = self._servers.read([Command(key, ("HGET", key, b"h")) for key in keys]) if keys else []
         for position, head in zip(missing, found, strict=True):
-            stored = head or b""
-            heads[position] = stored if version_of(stored) == writes[position].expected_version else None
+            stored, write = head or b"", writes[position]
+            heads[position] = stored if version_of(stored) in (write.expected_version, write.token) else None
         return heads
 
     def delete(self, user_id: str, *, expected_version: int | None = None) -> int | None:

@@ -164,13 +164,13 @@ class Servers:
 
     def _check_log(self) -> None:
         for client in self.primaries():
-            known = bool(client.execute_command("COMMAND INFO", "WAITAOF")[0:1]) and client.info("persistence")
-            if not known or not int(known.get("aof_enabled", 0)):
+            if not int(client.info("persistence").get("aof_enabled", 0)):
                 raise StoreUnavailableError(
                     f"the state {self.address} keeps no log on disk (appendonly), and durability quorum needs one",
                     "set `appendonly yes` on all servers (Redis 7.2 or Valkey), or choose another durability",
                     parameter="durability",
                 )
+            client.execute_command("WAITAOF", 0, 0, 1)  # an error where the server is too old
 
     def _load_functions(self) -> None:
         for client in self.primaries():
@@ -201,6 +201,11 @@ class Servers:
         """As `read`, and what the commands write is as safe on return as `durability` says."""
         with self.errors():
             return self._run(commands, self._waits)
+
+    def write_each(self, commands: Sequence[Command]) -> list[Any]:
+        """As `write`, but with the error of each command that could not be done in place of its answer."""
+        with self.errors():
+            return self._tried(commands, self._waits)
 
     def write_one(self, key: bytes, *arguments: Any) -> Any:
         """The answer to one command that writes."""
@@ -236,6 +241,14 @@ class Servers:
                 return
 
     def _run(self, commands: Sequence[Command], wait: tuple[Any, ...]) -> list[Any]:
+        answers = self._tried(commands, wait)
+        for answer in answers:
+            if isinstance(answer, Exception):
+                raise answer
+        return answers
+
+    def _tried(self, commands: Sequence[Command], wait: tuple[Any, ...]) -> list[Any]:
+        """Answers, and errors where nothing more is tried."""
         answers: list[Any] = [None] * len(commands)
         left, deadline, attempt = list(range(len(commands))), time.monotonic() + PATIENCE_SECONDS, 0
         while left:
@@ -245,20 +258,18 @@ class Servers:
                 try:
                     client = self._client_of(commands[position].key)
                 except raised.RedisClusterException as error:  # nobody holds the slot, for now
-                    failed[position] = error
+                    failed[position] = answers[position] = error
                     continue
                 groups.setdefault(id(client), (client, []))[1].append(position)
             parts = [(client, [commands[one] for one in positions]) for client, positions in groups.values()]
             for (_, positions), found in zip(groups.values(), self._each(parts, wait), strict=True):
                 for position, answer in zip(positions, found, strict=True):
+                    answers[position] = answer
                     if isinstance(answer, Exception):
                         failed[position] = answer
-                    else:
-                        answers[position] = answer
-            left = sorted(failed)
-            if left:
-                self._before_the_next_try(failed, attempt, deadline)
-                attempt += 1
+            if not self._goes_on(list(failed.values()), attempt, deadline):
+                break
+            left, attempt = sorted(failed), attempt + 1
         return answers
 
     def _each(self, parts: Sequence[tuple[Redis, list[Command]]], wait: tuple[Any, ...]) -> list[list[Any]]:
@@ -284,21 +295,16 @@ class Servers:
             answers += confirmed(found, wait)
         return answers
 
-    def _before_the_next_try(self, failed: dict[int, Exception], attempt: int, deadline: float) -> None:
-        """Mends what can be mended. Raises where the next try would fail as well."""
-        errors = list(failed.values())
-        for error in errors:
-            if not passes(error):
-                raise error
-        if self._closed:
-            raise errors[0]
-        if time.monotonic() > deadline:
-            raise errors[0]
+    def _goes_on(self, errors: Sequence[Exception], attempt: int, deadline: float) -> bool:
+        """Whether to try again, once what can be mended was. Not where all that failed would fail again."""
+        if not any(map(passes, errors)) or self._closed or time.monotonic() > deadline:
+            return False
         if any(map(lacks_functions, errors)):
             self._load_functions()
         self._look_again()
         if attempt:
             time.sleep(min(_LONGEST_PAUSE, 0.01 * 2.0**attempt))
+        return True
 
     # -- the rest --------------------------------------------------------------------------------------------------
 

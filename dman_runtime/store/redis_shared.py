@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -22,6 +23,7 @@ from dman_runtime.store.redis_layout import LEASE_SECONDS, Keys, pack_addition, 
 from dman_runtime.store.redis_servers import SCAN_KEYS, Command, Servers
 from dman_runtime.store.rollout import NO_ROLLOUT, Rollout, checked_rollout
 
+logger = logging.getLogger(__name__)
 STANDING_SECONDS, STALE_SECONDS = 0.05, 5.0
 _ATTEMPTS = 20
 Entry = TypeVar("Entry")
@@ -87,6 +89,8 @@ class Shared:
                         self._put_lease(name, value)
             except StoreError as error:
                 self._unread = error
+            except Exception:  # a fault of ours: the next look may do better, and else requests say that this is stale
+                logger.exception("looking at the state store failed")
 
     def _look(self) -> None:
         keys = self._keys

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import secrets
 from collections.abc import Iterable
+from typing import Any
 
 from dman_runtime.errors import TooManyProducersError, TooManyRequestIdsError
 from dman_runtime.store import checks
@@ -17,6 +17,7 @@ from dman_runtime.store.history import (
     pack_shown,
     seed_of,
     unpack_head,
+    version_of,
 )
 from dman_runtime.store.redis_functions import call
 from dman_runtime.store.redis_layout import IDS_EXPIRE_SECONDS, WORD, Keys, record_fields
@@ -25,12 +26,11 @@ from dman_runtime.store.redis_servers import Command, Servers
 from dman_runtime.store.shown import joined_shown
 
 MAX_IDS, _PERIOD_SECONDS = 100_000, 6 * 3600  # request ids of one user in so long
-_VERSION_BITS = 63
 
 
 class Change:
-    """A write, as it is sent. The version is drawn here, so that the same change can be sent again: whoever finds it
-    stored knows that it was."""
+    """A write, as it is sent. Its token becomes the version, so that it can be sent again, also by a later call: who
+    finds that version stored knows that it was."""
 
     def __init__(self, servers: Servers, keys: Keys, write: Write, head: bytes, now: float) -> None:
         """`head` is the stored one of the expected version, empty for a new user. Reads what else it needs.
@@ -41,10 +41,12 @@ class Change:
         self._servers, self._keys, self._now = servers, keys, now
         self._user = write.user_id.encode()
         self._of_user = keys.of_user(self._user)
-        self._version = 1 + secrets.randbits(_VERSION_BITS)
+        self._version = write.token
         self._seed = seed_of(self._user)
         with servers.errors():
-            arguments = [*self._versions(), *self._steps(), *self._shown(), *self._ids(), *self._fields()]
+            arguments: list[Any] = [*self._versions()]
+            if version_of(head) != write.token:  # else it was stored before, and that is all that the servers look at
+                arguments += [*self._steps(), *self._shown(), *self._ids(), *self._fields()]
         named = (self._of_user.user, self._of_user.chunks, self._of_user.sequences, self._of_user.requests)
         self.command = Command(self._of_user.user, call("commit", [*named, self._of_user.shown], *arguments))
 

@@ -6,6 +6,7 @@ A new implementation joins every suite with one class more in `HARNESSES`.
 from __future__ import annotations
 
 import atexit
+import functools
 import hashlib
 import os
 import shutil
@@ -208,20 +209,19 @@ class RedisHarness:
     def open(self) -> RedisStore:
         assert isinstance(self.place, ServerAddress)
         store = RedisStore.open(self.place, clock=self.clock)
-        writing = store._servers.write
-
-        def stepwise(commands: Sequence[Command]) -> list[Any]:
-            if self._action is None:
-                return writing(commands)
-            answers = []
-            for command in commands:
-                self.step()
-                answers += writing([command])
-            self.step()
-            return answers
-
-        store._servers.write = stepwise  # type: ignore[method-assign]
+        for name in ("write", "write_each"):
+            setattr(store._servers, name, functools.partial(self._stepwise, getattr(store._servers, name)))
         return store
+
+    def _stepwise(self, writing: Callable[[Sequence[Command]], list[Any]], commands: Sequence[Command]) -> list[Any]:
+        if self._action is None:
+            return writing(commands)
+        answers = []
+        for command in commands:
+            self.step()
+            answers += writing([command])
+        self.step()
+        return answers
 
     @contextmanager
     def at_step(self, step: int, action: Callable[[], object]) -> Iterator[None]:

@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 from contract.stores import HARNESSES, Crash, fresh_directory, request_id_limit
 
-from dman_runtime.errors import ConflictError, TooManyRequestIdsError
+from dman_runtime.errors import ConflictError, StoreUnavailableError, TooManyRequestIdsError
+from dman_runtime.store import redis_servers
 from dman_runtime.store.base import Expected, StateStore, Step, Write
 from dman_runtime.store.redis import RedisStore
 
@@ -92,6 +93,35 @@ def test_commit_whose_answer_is_lost_is_stored_once(name: str) -> None:
             for user in ("a", "b"):
                 assert items_of(store, user) == list(range(40))
                 assert store.sequences(user, [1]) == {1: 39}
+
+
+@pytest.mark.parametrize("done", [True, False], ids=["stored", "not stored"])
+def test_write_whose_server_stays_away_is_stored_once_when_it_is_sent_again(
+    filled: StateStore, monkeypatch: pytest.MonkeyPatch, done: bool
+) -> None:
+    """Neither has a request id. One of two is answered; nobody knows of the other."""
+    assert isinstance(filled, RedisStore)
+    monkeypatch.setattr(redis_servers, "PATIENCE_SECONDS", 0.2)
+    filled.commit([write(filled, user, 1, request_ids=[]) for user in ("anna", "bob")])
+    writes = [write(filled, user, 2, records={1: b"new"}) for user in ("anna", "bob")]
+    run, away = filled._servers._on, filled._keys.of_user(b"bob").user
+
+    def losing(client: Any, commands: Any, wait: Any) -> list[Any]:
+        sent = [command for command in commands if done or command.key != away or "_commit" not in str(command)]
+        answers = dict(zip(map(id, sent), run(client, sent, wait), strict=True))
+        lost = ConnectionResetError("lost")
+        return [lost if one.key == away and "_commit" in str(one) else answers[id(one)] for one in commands]
+
+    with monkeypatch.context() as patch:
+        patch.setattr(filled._servers, "_on", losing)
+        with pytest.raises(StoreUnavailableError, match="lost") as caught:
+            filled.commit(writes)
+    assert set(caught.value.stored) == {"anna"}
+    assert filled.commit(writes[1:]) == []
+    assert filled.commit(writes) == []  # both, once more
+    for user in ("anna", "bob"):
+        (stored,) = filled.get_many([user], 1)
+        assert stored is not None and (stored.record, items_of(filled, user)) == (b"new", [1, 2])
 
 
 def test_snapshot_keeps_a_user_as_it_was_when_first_read(filled: StateStore) -> None:

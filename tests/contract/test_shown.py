@@ -108,6 +108,7 @@ def test_showing_changes_nothing_else_of_a_user(filled: StateStore, clock: Clock
 def test_events_and_shown_items_are_stored_together_or_not_at_all(filled: StateStore) -> None:
     write = Write("anna", 0, {1: b"record"}, np.array([2]), np.array([9]), shown=shown([4]))
     assert filled.commit([write]) == []
+    write = Write("anna", 0, {1: b"record"}, np.array([2]), np.array([9]), shown=shown([4]))  # the same by another
     assert filled.commit([write]) == ["anna"]  # another version by now
     assert filled.commit([Write("bob", 0, {}, NONE, NONE, shown=shown([5])), write]) == ["anna"]
     of_bob = [] if filled.commits_together else [(5, 100)]
