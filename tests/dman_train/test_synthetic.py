@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from conftest import whole_benchmark
 
 from dman_runtime.data.evaluation import held_out, metrics, ranks_of_targets
 from dman_runtime.data.interactions import Interactions
@@ -334,7 +335,7 @@ def counted_hit_rate(config: PlantedConfig, window: int) -> float:
     return float((np.array(ranks) <= 10).mean())
 
 
-@pytest.mark.slow
+@whole_benchmark
 def test_planted_answers_can_be_learned_from_whole_histories_but_not_from_the_recent_part() -> None:
     config = PlantedConfig(users=2000, items=500, answers=20, queries=3)
     assert config.chance() == 0.5

@@ -411,11 +411,10 @@ def planted_histories(seed: int) -> list[np.ndarray]:
     ("variant", "config"),
     [
         ("dman", replace(CONFIG, memory_training="alternating")),
-        ("dman", replace(CONFIG, memory_training="joint")),
         ("dman", replace(CONFIG, memory_training="joint", backprop_segments=2)),
         ("xl", CONFIG),
     ],
-    ids=["alternating", "joint", "joint-2", "xl"],
+    ids=["alternating", "joint-2", "xl"],
 )
 def test_memory_carries_what_left_the_context(variant: str, config: TrainConfig) -> None:
     """Segments of 4 and one layer: when the question comes, the key is out of every context. Chance is 1/4."""

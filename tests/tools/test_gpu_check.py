@@ -46,7 +46,7 @@ def in_this_process(module: str, *arguments: str | Path) -> dict[str, Any]:
 # -- training --------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.slow
+@whole_benchmark
 def test_every_form_trains_and_agrees_with_itself(training: Training) -> None:
     section = gpu_training.every_form(training, CPU)
     assert len(section.claims) == len(section.rows) == len(gpu_training.forms()) > 15

@@ -375,7 +375,7 @@ def test_failing_run_is_reported_and_does_not_stop_the_others(
     assert "--device cpu" in record.content["command"] and "--threads" not in record.content["command"]
 
 
-@pytest.mark.slow
+@whole_benchmark
 def test_stopped_run_is_continued_by_the_next_call(
     write_plan: WritePlan, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -428,7 +428,7 @@ def wait_for(done: Callable[[], bool], *, seconds: float = 150.0) -> None:
         time.sleep(0.1)
 
 
-@pytest.mark.slow
+@whole_benchmark
 def test_signal_stops_the_command_and_its_training(write_plan: WritePlan, tmp_path: Path) -> None:
     plan = write_plan(f'name = "one"\ntrain = "{TINY} --epochs 9999 --patience 9999"\ndata = "small"')
     with started(plan, tmp_path) as (command, training):
