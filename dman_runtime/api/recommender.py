@@ -41,7 +41,7 @@ from protos.dman.v1 import dman_pb2 as pb
 SERVICE_NAME, DEFAULT_K = "dman.v1.Recommender", 10
 MAX_REPLY_BYTES = 16 << 20
 MAX_NAMED_BYTES = 1 << 20  # of unknown item ids that one reply names
-READERS = 8  # calls that wait for such a store at a time
+READERS = 8  # calls at a time that wait for a store on servers
 FEW = 200  # ids or events that are handled on the event loop
 _CHUNK_QUERIES, _CHUNK_IDS = 64, 10_000  # of a BatchRecommend that are answered together
 _IDS_PER_PASS = 100  # listed ids that a pass over all items counts as
@@ -178,7 +178,7 @@ class RecommenderService:
     def _at_once(self, query: Query, call: Call) -> Answer | None:
         """The answer to a query that needs no graph and no pass over all attributes; None for others."""
         if time.monotonic() > call.deadline:  # it may have waited for a thread
-            return None  # who is asked next says so
+            return None  # the batcher, which is asked next, says so
         answer = self._engine.plain_answer(query)
         if answer is None and not query.what_if and query.filter is None and not query.diversity:
             opened = self._engine.open_queries([query])

@@ -110,9 +110,11 @@ class Monitor:
     def _look_at_map(self, used: int, size: int) -> None:
         if not size:  # it has no bound
             return
+        where, more = ("its map", "restart all that use it, which makes it larger")
+        if self._state is None:
+            where, more = ("the memory of its servers", "let them use more, add some")
         detail = (
-            f"the state store uses {used / size:.0%} of its map of {size >> 20} MiB; restart all that use it, which "
-            "makes it larger, or delete users or states"
+            f"the state store uses {used / size:.0%} of {where} of {size >> 20} MiB; {more}, or delete users or states"
         )
         nearly = used >= NEARLY_FULL * size
         self._problems.set("store_nearly_full", detail if nearly else "")
