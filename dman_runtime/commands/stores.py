@@ -6,12 +6,12 @@ import argparse
 import json
 import time
 from collections.abc import Callable, Mapping
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from dman_runtime.commands.steps import by_whom, done, open_generation, open_state, spread_of
 from dman_runtime.errors import UsageError
 from dman_runtime.options import print_json
+from dman_runtime.store.place import directory_of
 
 if TYPE_CHECKING:
     from dman_runtime.store.lmdb import LmdbStore
@@ -99,7 +99,7 @@ def rebuild(arguments: argparse.Namespace) -> int:
     with open_state(arguments, must_exist=True) as store:
         result = rebuild_store(
             Engine(generation, store),
-            path=arguments.state if isinstance(arguments.state, Path) else None,
+            path=directory_of(arguments.state),
             max_share=arguments.max_share,
             progress=arguments.progress,
             spread=spread,

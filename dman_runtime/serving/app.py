@@ -8,7 +8,6 @@ import os
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
-from pathlib import Path
 
 import grpc
 
@@ -35,6 +34,7 @@ from dman_runtime.serving.admin import AdminServer
 from dman_runtime.serving.config import MAX_MESSAGE_BYTES, ServeConfig, cannot_listen, free_port
 from dman_runtime.serving.loader import Loader
 from dman_runtime.serving.monitor import Monitor
+from dman_runtime.store.place import directory_of
 
 logger = logging.getLogger(__name__)
 LOOK_SECONDS = 1.0
@@ -126,7 +126,7 @@ class App:
     def _make_monitor(self) -> Monitor:
         return Monitor(
             self.problems,
-            state=self._config.state if isinstance(self._config.state, Path) else None,
+            state=directory_of(self._config.state),
             check_store=self._store.check,
             maintain_store=self._store.maintain,
             store_sizes=self._store.sizes,

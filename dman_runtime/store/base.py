@@ -38,7 +38,8 @@ from dman_runtime.store.rollout import Rollout
 REMEMBER_SECONDS = 24 * 3600  # the id of an applied update is remembered at least so long
 MAX_SHOWN = 1000  # items of one user that were shown and count
 Events = tuple[NDArray[np.uint32], NDArray[np.int64]]  # item numbers (N) and timestamps (N), oldest first
-NOTHING_SHOWN: Events = (np.zeros(0, np.uint32), np.zeros(0, np.int64))
+NO_EVENTS: Events = (np.zeros(0, np.uint32), np.zeros(0, np.int64))
+NOTHING_SHOWN = NO_EVENTS
 
 
 class Head(NamedTuple):
@@ -119,6 +120,9 @@ class Write:
     With `replace_from`, the events stand in place of the stored ones from that position on, which must not be more; 0
     replaces the whole history. Records of generations that `records` lacks are removed, as they are views of the old
     history. Request ids and sequences stay.
+
+    `token` tells this write from all others. Where an answer can be lost on the way, as from servers, a store that gets
+    the same write again stores it once; elsewhere that is a conflict.
     """
 
     user_id: str
@@ -130,7 +134,7 @@ class Write:
     replace_from: int | None = None
     sequences: Mapping[int, Step] = field(default_factory=dict)
     shown: Events = NOTHING_SHOWN
-    token: int = field(default_factory=lambda: 1 + randbits(63))  # sent again, it is a conflict or what was stored
+    token: int = field(default_factory=lambda: 1 + randbits(63))
 
     @property
     def only_shows(self) -> bool:
@@ -218,14 +222,8 @@ class StateStore(Snapshot, Protocol):
     Every method raises a StoreError where the store cannot serve.
     """
 
-    @property
-    def commits_together(self) -> bool:
-        """Whether a commit of several users is stored as a whole or not at all; else that holds for each user."""
-        ...
-
-    @property
-    def waits(self) -> bool:
-        """Whether readings wait for a network, so that they do not belong on an event loop."""
+    commits_together: bool  # a commit of several users is stored as a whole or not at all; else that holds for each
+    waits: bool  # readings wait for a network, so they do not belong on an event loop
 
     def snapshot(self) -> AbstractContextManager[Snapshot]:
         """One moment for several readings. Keep it short: what it sees is not reused while it lasts."""

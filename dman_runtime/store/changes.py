@@ -11,12 +11,13 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from dman_runtime.store.base import Head, Write
+from dman_runtime.store.base import NO_EVENTS, Head, Write
 from dman_runtime.store.checks import check_replacement
 from dman_runtime.store.history import (
     CHUNK_EVENTS,
     EVENT,
     Bytes,
+    Chunks,
     StoredHead,
     add_seen,
     events_of,
@@ -24,10 +25,7 @@ from dman_runtime.store.history import (
     split_events,
 )
 
-Chunks = Callable[[int, int], list[NDArray[np.void]]]  # the chunks from a number to before another
-_NONE = np.zeros(0, np.uint32)
-NO_EVENTS = events_of(_NONE, _NONE)
-NOBODY = StoredHead(Head(0, 0, 0), NO_EVENTS)
+NOBODY = StoredHead(Head(0, 0, 0), events_of(*NO_EVENTS))
 
 
 class Changed(NamedTuple):

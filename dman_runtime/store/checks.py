@@ -10,11 +10,12 @@ from numpy.typing import NDArray
 
 from dman_runtime.data.added_items import checked_item
 from dman_runtime.data.ids import INTEGER, RULE, TEXT, id_problem
-from dman_runtime.errors import TooManyProducersError
+from dman_runtime.errors import TooManyProducersError, TooManyRequestIdsError
 from dman_runtime.store.base import UNKNOWN, IdTypes, Step, Write
 from dman_runtime.store.catalogue import MAX_ADDED, Addition
 
 MAX_PRODUCERS = 4096  # of one user
+MAX_IDS, PERIOD_SECONDS = 100_000, 6 * 3600  # request ids of one user in so long
 
 
 def checked_id(text: str) -> str:
@@ -96,6 +97,19 @@ def check_producers(user_id: str, sequences: Mapping[int, int]) -> None:
     """Raises TooManyProducersError."""
     if len(sequences) > MAX_PRODUCERS:
         raise too_many_producers(user_id)
+
+
+def too_many_request_ids(user_id: str, limit: int) -> TooManyRequestIdsError:
+    return TooManyRequestIdsError(
+        f"user {user_id!r:.80} has more than {limit} updates with a request id in 6 hours",
+        "send several events in one update, or wait",
+    )
+
+
+def check_positions(start: int, stop: int | None) -> None:
+    """ValueError for negative ones, of a part of a history."""
+    if start < 0 or (stop is not None and stop < 0):
+        raise ValueError(f"positions must be 0 or more, not {start} to {stop}")
 
 
 def too_many_producers(user_id: str) -> TooManyProducersError:

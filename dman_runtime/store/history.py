@@ -24,12 +24,13 @@ from __future__ import annotations
 
 import struct
 import zlib
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
-from dman_runtime.store.base import Head
+from dman_runtime.store.base import NO_EVENTS, Events, Head
 
 CHUNK_EVENTS = 32
 _ITEM = np.dtype("<u4")
@@ -48,6 +49,7 @@ _RESIDUE = 0x2144DF1C  # the CRC-32 of any bytes with their CRC-32 behind them, 
 _MASK = 0xFFFFFFFF
 _EMPTY = np.zeros(0, np.uint8)
 Bytes = bytes | memoryview
+Chunks = Callable[[int, int], list[NDArray[np.void]]]  # the chunks from a number to before another
 
 
 class DamagedError(Exception):
@@ -286,6 +288,25 @@ def split_events(tail: NDArray[np.void], new: NDArray[np.void]) -> tuple[NDArray
     events = np.frombuffer(tail.tobytes() + new.tobytes(), EVENT) if len(tail) else new
     full = len(events) // CHUNK_EVENTS * CHUNK_EVENTS
     return events[:full], events[full:]
+
+
+def stored_events(stored: StoredHead, start: int, stop: int | None, chunks: Chunks) -> Events:
+    """The events from position `start` to before `stop`, None: the end, of a history with this head; copies.
+
+    `chunks` reads those that the head counts.
+    """
+    count = stored.head.history_count
+    stop = count if stop is None else min(stop, count)
+    if start >= stop:
+        return NO_EVENTS
+    full = count // CHUNK_EVENTS
+    first, last = start // CHUNK_EVENTS, min(-(-stop // CHUNK_EVENTS), full)
+    parts = chunks(first, last)
+    if stop > full * CHUNK_EVENTS:
+        parts.append(stored.tail)
+    offset = min(first, full) * CHUNK_EVENTS
+    events = np.concatenate(parts)[start - offset : stop - offset]
+    return events["item"].astype(np.uint32), events["timestamp"].astype(np.int64)
 
 
 def _with_checksum(body: bytes, seed: int) -> bytes:

@@ -22,8 +22,8 @@ from dman_runtime.store.lmdb_catalogue import read_catalogue
 from dman_runtime.store.lmdb_errors import store_errors
 from dman_runtime.store.lmdb_items import checked_item, is_free, item_count, put_free, put_item
 from dman_runtime.store.lmdb_layout import HASHED, NAMES, NUMBER, Databases, hash_key_of, pack_info, read_info, user_of
-from dman_runtime.store.lmdb_shown import unpacked
 from dman_runtime.store.request_ids import request_value, with_owner
+from dman_runtime.store.shown import unpacked_shown
 
 _BATCH = 1000  # entries of a transaction: some MB of records
 Entry = tuple[bytes, bytes]
@@ -126,7 +126,7 @@ class _Copy:
             if number == 0:
                 _mark(used, unpack_head(value, seed_of(user), legacy).tail["item"])
         for user, value in self._entries(self._old.shown):
-            _mark(used, unpacked(user, value)[0])
+            _mark(used, unpacked_shown(user, value)[0])
         return used
 
     def _entries(self, database: lmdb._Database | None) -> Iterator[Entry]:

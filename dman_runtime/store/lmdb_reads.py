@@ -11,8 +11,8 @@ import lmdb
 import numpy as np
 from numpy.typing import NDArray
 
-from dman_runtime.store.base import Events, Expected, RankingView, StoredRecord, StoredUser
-from dman_runtime.store.checks import checked_id
+from dman_runtime.store.base import NO_EVENTS, Events, Expected, RankingView, StoredRecord, StoredUser
+from dman_runtime.store.checks import check_positions, checked_id
 from dman_runtime.store.environment import Environment, ReadTransaction
 from dman_runtime.store.history import (
     CHECKSUM,
@@ -26,6 +26,7 @@ from dman_runtime.store.history import (
     read_tail,
     record_start,
     seed_of,
+    stored_events,
     unpack_chunk,
     unpack_head,
     unpack_seen,
@@ -33,10 +34,10 @@ from dman_runtime.store.history import (
 from dman_runtime.store.lmdb_absence import check_no_user
 from dman_runtime.store.lmdb_items import find_ids, find_numbers, item_count
 from dman_runtime.store.lmdb_layout import HEAD_SUFFIX, Databases, decoded, numbered_key, user_of
-from dman_runtime.store.lmdb_shown import read_shown, unpacked
+from dman_runtime.store.lmdb_shown import read_shown
 from dman_runtime.store.producers import find_sequences
 from dman_runtime.store.request_ids import find_requests
-from dman_runtime.store.shown import still_shown
+from dman_runtime.store.shown import still_shown, unpacked_shown
 
 NO_SEEN = np.zeros(0, np.uint32)
 
@@ -137,7 +138,7 @@ class LmdbSnapshot(ReadTransaction):
         else:
             seen = seen.copy()
         if databases.shown is not None and (shown := self.txn.get(user, db=databases.shown)) is not None:
-            seen = np.concatenate([seen, still_shown(unpacked(user, shown), self._clock())[0]])
+            seen = np.concatenate([seen, still_shown(unpacked_shown(user, shown), self._clock())[0]])
         value = self.txn.get(numbered_key(user, generation), db=databases.users) if generation > 0 else None
         if value is None:
             return RankingView(history_count, None, seen)
@@ -161,23 +162,14 @@ class LmdbSnapshot(ReadTransaction):
         return bytes(value[start:] if most is None else value[start : start + most])
 
     def history(self, user_id: str, start: int = 0, stop: int | None = None) -> Events:
-        if start < 0 or (stop is not None and stop < 0):
-            raise ValueError(f"positions must be 0 or more, not {start} to {stop}")
+        check_positions(start, stop)
         user = checked_id(user_id).encode()
-        found = read_head(self.txn, self._databases, user)
-        count = found.head.history_count if found else 0
-        stop = count if stop is None else min(stop, count)
-        if found is None or start >= stop:
-            return np.zeros(0, np.uint32), np.zeros(0, np.int64)
-        full = count // CHUNK_EVENTS  # chunks
-        first, last = start // CHUNK_EVENTS, min(-(-stop // CHUNK_EVENTS), full)
-        seed = seed_of(user)
-        parts = [read_chunk(self.txn, self._databases, user, seed, chunk) for chunk in range(first, last)]
-        if stop > full * CHUNK_EVENTS:
-            parts.append(found.tail)
-        offset = min(first, full) * CHUNK_EVENTS
-        events = np.concatenate(parts)[start - offset : stop - offset]
-        return events["item"].astype(np.uint32), events["timestamp"].astype(np.int64)
+        found, seed = read_head(self.txn, self._databases, user), seed_of(user)
+
+        def chunks(first: int, last: int) -> list[NDArray[np.void]]:
+            return [read_chunk(self.txn, self._databases, user, seed, number) for number in range(first, last)]
+
+        return NO_EVENTS if found is None else stored_events(found, start, stop, chunks)
 
     def seen(self, user_id: str) -> NDArray[np.uint32]:
         user = checked_id(user_id).encode()

@@ -5,24 +5,17 @@ from __future__ import annotations
 from itertools import islice
 
 import lmdb
-import numpy as np
 
 from dman_runtime.store.base import NOTHING_SHOWN, Events
-from dman_runtime.store.history import Bytes, DamagedError, events_of, pack_shown, seed_of, unpack_shown
+from dman_runtime.store.history import DamagedError, events_of, pack_shown, seed_of
 from dman_runtime.store.lmdb_layout import Databases
-from dman_runtime.store.shown import joined_shown, still_shown
+from dman_runtime.store.shown import joined_shown, still_shown, unpacked_shown
 
 
 def read_shown(txn: lmdb.Transaction, databases: Databases, user: bytes) -> Events:
     """All that is stored, also what no longer counts; copies. Raises DamagedError."""
     value = None if databases.shown is None else txn.get(user, db=databases.shown)
-    return NOTHING_SHOWN if value is None else unpacked(user, value)
-
-
-def unpacked(user: bytes, value: Bytes) -> Events:
-    """Raises DamagedError."""
-    events = unpack_shown(value, seed_of(user))
-    return events["item"].astype(np.uint32), events["timestamp"].astype(np.int64)
+    return NOTHING_SHOWN if value is None else unpacked_shown(user, value)
 
 
 def put_shown(txn: lmdb.Transaction, databases: Databases, user: bytes, shown: Events, now: float) -> int:
@@ -49,7 +42,7 @@ def expired_users(txn: lmdb.Transaction, databases: Databases, start: bytes, now
         entries = list(islice(cursor, most)) if cursor.set_range(start or b"\0") else []
         for key, value in entries:
             user = bytes(key)
-            if not len(still_shown(unpacked(user, value), now)[0]):
+            if not len(still_shown(unpacked_shown(user, value), now)[0]):
                 found.append(user)
         last = bytes(entries[-1][0]) + b"\0" if len(entries) == most else b""
     return [*found, last]

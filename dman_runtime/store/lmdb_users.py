@@ -9,6 +9,7 @@ from collections.abc import Collection, Sequence
 
 import lmdb
 
+from dman_runtime.store import checks
 from dman_runtime.store.base import Head, Write
 from dman_runtime.store.changes import NOBODY, changed_history
 from dman_runtime.store.history import (
@@ -27,7 +28,7 @@ from dman_runtime.store.lmdb_absence import check_no_user
 from dman_runtime.store.lmdb_layout import HEAD_SUFFIX, Databases, numbered_key, user_of
 from dman_runtime.store.lmdb_reads import read_chunk, read_seen
 from dman_runtime.store.lmdb_shown import put_shown
-from dman_runtime.store.request_ids import MAX_IDS, spill, spilled_of_nobody
+from dman_runtime.store.request_ids import spill, spilled_of_nobody
 
 
 def put_user(txn: lmdb.Transaction, databases: Databases, write: Write, head: bytes | None, now: float) -> int:
@@ -88,7 +89,7 @@ def _remember(
         return recent, before.spilled
     kept = new[-RECENT_IDS:]
     moved = recent[: -len(kept)]
-    return kept, spill(txn, databases, user, moved, before=before.spilled, now=now, limit=MAX_IDS)
+    return kept, spill(txn, databases, user, moved, before=before.spilled, now=now, limit=checks.MAX_IDS)
 
 
 def delete_user(txn: lmdb.Transaction, databases: Databases, user: bytes, now: float) -> int | None:

@@ -44,10 +44,10 @@ from dman_runtime.store.lmdb_layout import (
     read_rollout,
     user_of,
 )
-from dman_runtime.store.lmdb_shown import unpacked
 from dman_runtime.store.marker import missing
 from dman_runtime.store.producers import unpack_sequences
 from dman_runtime.store.request_ids import is_sound
+from dman_runtime.store.shown import unpacked_shown
 
 MAX_PROBLEMS = 100  # that are named; more are counted
 _PIECE = 2000  # entries read from one moment
@@ -264,7 +264,7 @@ class _Contents:
             for key, value in entries:
                 self.counts["users_shown_items"] += 1
                 with self._problems.of(f"shown to {_shown(key)}"):
-                    items, _ = unpacked(key, value)
+                    items, _ = unpacked_shown(key, value)
                     if id_problem(decoded(key)):
                         raise DamagedError("the id of the user is damaged")
                     if len(items) and int(items.max()) >= item_count(txn, self._databases):

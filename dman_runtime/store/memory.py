@@ -13,7 +13,8 @@ from typing import Self
 import numpy as np
 from numpy.typing import NDArray
 
-from dman_runtime.errors import StoreError, TooManyRequestIdsError
+from dman_runtime.errors import StoreError
+from dman_runtime.store import checks
 from dman_runtime.store.base import (
     NOTHING_SHOWN,
     REMEMBER_SECONDS,
@@ -31,7 +32,9 @@ from dman_runtime.store.base import (
 from dman_runtime.store.by_snapshot import ReadsBySnapshot
 from dman_runtime.store.catalogue import Addition, Catalogue, Standing
 from dman_runtime.store.checks import (
+    PERIOD_SECONDS,
     check_additions,
+    check_positions,
     check_producers,
     check_replacement,
     checked_id,
@@ -39,11 +42,11 @@ from dman_runtime.store.checks import (
     checked_types,
     checked_writes,
     differ,
+    too_many_request_ids,
 )
 from dman_runtime.store.rollout import NO_ROLLOUT, Rollout, checked_rollout
 from dman_runtime.store.shown import joined_shown, still_shown
 
-MAX_IDS, _PERIOD_SECONDS = 100_000, 6 * 3600  # request ids of one user in a period
 _NO_HEAD = Head(0, 0, 0)
 Ids = Mapping[int, float]  # when each request id was applied
 Sequences = Mapping[int, int]  # the last one of each producer
@@ -105,8 +108,7 @@ class MemorySnapshot:
         return RankingView(user.head.history_count, None if record is None else record[:record_bytes], seen)
 
     def history(self, user_id: str, start: int = 0, stop: int | None = None) -> Events:
-        if start < 0 or (stop is not None and stop < 0):
-            raise ValueError(f"positions must be 0 or more, not {start} to {stop}")
+        check_positions(start, stop)
         user = self._users.get(checked_id(user_id), _User())
         part = slice(start, stop)
         return np.array(user.items[part], np.uint32), np.array(user.timestamps[part], np.int64)
@@ -248,11 +250,8 @@ class MemoryStore(ReadsBySnapshot):
         now = self._clock()
         ids = {one: when for one, when in self._ids.get(write.user_id, {}).items() if when >= now - REMEMBER_SECONDS}
         ids |= dict.fromkeys(write.request_ids, now)
-        if sum(when // _PERIOD_SECONDS == now // _PERIOD_SECONDS for when in ids.values()) > MAX_IDS:
-            raise TooManyRequestIdsError(
-                f"user {write.user_id!r:.80} has more than {MAX_IDS} updates with a request id in 6 hours",
-                "send several events in one update, or wait",
-            )
+        if sum(when // PERIOD_SECONDS == now // PERIOD_SECONDS for when in ids.values()) > checks.MAX_IDS:
+            raise too_many_request_ids(write.user_id, checks.MAX_IDS)
         return ids
 
     def _sequences_with(self, write: Write) -> Sequences:

@@ -74,6 +74,11 @@ def parse_place(text: str) -> Place:
     )
 
 
+def directory_of(place: Place) -> Path | None:
+    """None for a place on servers."""
+    return place if isinstance(place, Path) else None
+
+
 def parse_directory(text: str) -> Path:
     """A place that is a directory. Raises UsageError for another one."""
     place = parse_place(text)

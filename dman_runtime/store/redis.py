@@ -119,7 +119,7 @@ class RedisStore(Shared, ReadsBySnapshot):
         if not 0 <= partition < partitions:
             raise ValueError(f"partition {partition} of {partitions} does not exist")
         named = set[int]()
-        for found in self._servers.scan(self._keys.users, SCAN_KEYS):
+        for found in self._servers.scan(self._keys.users):
             keys = {digest: key for key in found if (digest := digest_of(key)) not in named}
             users = self._servers.read([Command(key, ("HGET", key, b"i")) for key in keys.values()])
             for digest, user in zip(keys, users, strict=True):
@@ -224,7 +224,7 @@ class RedisStore(Shared, ReadsBySnapshot):
     def stats(self) -> StoreStats:
         """As in `StateStore`; users are counted one by one."""
         users = sum(1 for _ in self.scan())
-        producers = {key for keys in self._servers.scan(self._keys.producers, SCAN_KEYS) for key in keys}
+        producers = {key for keys in self._servers.scan(self._keys.producers) for key in keys}
         used, file, most = self.sizes()
         items = int(self._servers.one(self._keys.ids, "HLEN", self._keys.ids))
         return StoreStats(users, items, len(producers), used, file, most)

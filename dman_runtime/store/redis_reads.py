@@ -6,6 +6,7 @@ import logging
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Collection, Mapping, Sequence
+from functools import partial
 from types import TracebackType
 from typing import Self
 
@@ -13,8 +14,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dman_runtime.errors import ConflictError
-from dman_runtime.store.base import NOTHING_SHOWN, Events, Expected, RankingView, StoredUser
-from dman_runtime.store.checks import checked_id
+from dman_runtime.store.base import NO_EVENTS, NOTHING_SHOWN, Events, Expected, RankingView, StoredUser
+from dman_runtime.store.checks import check_positions, checked_id
 from dman_runtime.store.history import (
     CHUNK_EVENTS,
     DamagedError,
@@ -22,10 +23,10 @@ from dman_runtime.store.history import (
     read_tail,
     record_start,
     seed_of,
+    stored_events,
     unpack_chunk,
     unpack_head,
     unpack_seen,
-    unpack_shown,
     version_of,
 )
 from dman_runtime.store.redis_functions import call
@@ -33,7 +34,7 @@ from dman_runtime.store.redis_items import ItemTable
 from dman_runtime.store.redis_known import Known, lacks, reading
 from dman_runtime.store.redis_layout import FRONT_BYTES, Keys
 from dman_runtime.store.redis_servers import Command, Servers
-from dman_runtime.store.shown import still_shown
+from dman_runtime.store.shown import still_shown, unpacked_shown
 
 logger = logging.getLogger(__name__)
 CHUNKS_PER_CALL = 1000
@@ -167,29 +168,20 @@ class RedisSnapshot:
             if history_count >= CHUNK_EVENTS:
                 seen = np.concatenate([unpack_seen(_present(known.seen), seed, False), seen])
             if known.shown:
-                seen = np.concatenate([seen, still_shown(unpacked_shown(user_id, known.shown), self._clock())[0]])
+                seen = np.concatenate(
+                    [seen, still_shown(unpacked_shown(user_id.encode(), known.shown), self._clock())[0]]
+                )
             return RankingView(history_count, self._record(user_id, known, generation, record_bytes), seen)
 
     def history(self, user_id: str, start: int = 0, stop: int | None = None) -> Events:
-        if start < 0 or (stop is not None and stop < 0):
-            raise ValueError(f"positions must be 0 or more, not {start} to {stop}")
+        check_positions(start, stop)
+        user = checked_id(user_id).encode()
         with self._servers.errors():
-            known = self._of(checked_id(user_id), Expected())
+            known = self._of(user_id, Expected())
             if not known.head:
-                return NOTHING_SHOWN
-            stored = unpack_head(known.head, seed_of(user_id.encode()), False)
-            count = stored.head.history_count
-            stop = count if stop is None else min(stop, count)
-            if start >= stop:
-                return NOTHING_SHOWN
-            full = count // CHUNK_EVENTS
-            first, last = start // CHUNK_EVENTS, min(-(-stop // CHUNK_EVENTS), full)
-            parts = read_chunks(self._servers, self._keys, user_id.encode(), known.epoch, first, last)
-            if stop > full * CHUNK_EVENTS:
-                parts.append(stored.tail)
-            offset = min(first, full) * CHUNK_EVENTS
-            events = np.concatenate(parts)[start - offset : stop - offset]
-            return events["item"].astype(np.uint32), events["timestamp"].astype(np.int64)
+                return NO_EVENTS
+            chunks = partial(read_chunks, self._servers, self._keys, user, known.epoch)
+            return stored_events(unpack_head(known.head, seed_of(user), False), start, stop, chunks)
 
     def seen(self, user_id: str) -> NDArray[np.uint32]:
         with self._servers.errors():
@@ -208,7 +200,11 @@ class RedisSnapshot:
     def shown(self, user_id: str) -> Events:
         with self._servers.errors():
             known = self._of(checked_id(user_id), Expected(ranking=True))
-            return still_shown(unpacked_shown(user_id, known.shown), self._clock()) if known.shown else NOTHING_SHOWN
+            return (
+                still_shown(unpacked_shown(user_id.encode(), known.shown), self._clock())
+                if known.shown
+                else NOTHING_SHOWN
+            )
 
     def applied(self, user_id: str, request_ids: Collection[int]) -> set[int]:
         asked = set(request_ids)
@@ -265,9 +261,3 @@ def read_chunks(
                 raise DamagedError("a history is shorter than its head says")
             found.append(unpack_chunk(value, seed, number, False))
     return found
-
-
-def unpacked_shown(user_id: str, value: bytes) -> Events:
-    """Raises DamagedError."""
-    events = unpack_shown(value, seed_of(user_id.encode()))
-    return events["item"].astype(np.uint32), events["timestamp"].astype(np.int64)

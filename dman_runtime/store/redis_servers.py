@@ -211,8 +211,8 @@ class Servers:
         """The answer to one command that writes."""
         return self.write([Command(key, arguments)])[0]
 
-    def scan(self, pattern: bytes, count: int) -> Iterator[list[bytes]]:
-        """The keys of a pattern, on all servers, so many or so at a time. A key may come twice: also since a server
+    def scan(self, pattern: bytes) -> Iterator[list[bytes]]:
+        """The keys of a pattern, on all servers, about SCAN_KEYS at a time. A key may come twice: also since a server
         that fails on the way is begun again."""
         began = time.monotonic()
         done: set[str] = set()
@@ -223,7 +223,7 @@ class Servers:
             if not left:
                 return
             try:
-                yield from self._scan_one(names[left[0]], pattern, count)
+                yield from self._scan_one(names[left[0]], pattern)
                 done.add(left[0])
             except (*AWAY, raised.RedisError) as error:
                 with self.errors():
@@ -232,10 +232,10 @@ class Servers:
                 self._look_again()
                 time.sleep(_LONGEST_PAUSE)
 
-    def _scan_one(self, client: Redis, pattern: bytes, count: int) -> Iterator[list[bytes]]:
+    def _scan_one(self, client: Redis, pattern: bytes) -> Iterator[list[bytes]]:
         cursor = 0
         while True:
-            cursor, keys = client.execute_command("SCAN", cursor, "MATCH", pattern, "COUNT", count)
+            cursor, keys = client.execute_command("SCAN", cursor, "MATCH", pattern, "COUNT", SCAN_KEYS)
             yield keys
             if not cursor:
                 return

@@ -20,7 +20,7 @@ from dman_runtime.store.history import DamagedError
 from dman_runtime.store.redis_functions import call
 from dman_runtime.store.redis_items import ItemTable
 from dman_runtime.store.redis_layout import LEASE_SECONDS, Keys, pack_addition, pack_json, unpack_addition
-from dman_runtime.store.redis_servers import SCAN_KEYS, Command, Servers
+from dman_runtime.store.redis_servers import Command, Servers
 from dman_runtime.store.rollout import NO_ROLLOUT, Rollout, checked_rollout
 
 logger = logging.getLogger(__name__)
@@ -170,7 +170,7 @@ class Shared:
     def leases(self) -> list[bytes]:
         """The values of the processes that live."""
         pattern = self._keys.process("*")
-        keys = {key for found in self._servers.scan(pattern, SCAN_KEYS) for key in found}
+        keys = {key for found in self._servers.scan(pattern) for key in found}
         values = self._servers.read([Command(key, ("GET", key)) for key in sorted(keys)])
         return [value for value in values if value is not None]
 

@@ -5,6 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any
 
+import numpy as np
+from numpy.typing import NDArray
+
 from dman_runtime.errors import TooManyProducersError, TooManyRequestIdsError
 from dman_runtime.store import checks
 from dman_runtime.store.base import MAX_SHOWN, NOTHING_SHOWN, REMEMBER_SECONDS, Head, Write
@@ -21,11 +24,9 @@ from dman_runtime.store.history import (
 )
 from dman_runtime.store.redis_functions import call
 from dman_runtime.store.redis_layout import IDS_EXPIRE_SECONDS, WORD, Keys, record_fields
-from dman_runtime.store.redis_reads import read_chunks, unpacked_shown
+from dman_runtime.store.redis_reads import read_chunks
 from dman_runtime.store.redis_servers import Command, Servers
-from dman_runtime.store.shown import joined_shown
-
-MAX_IDS, _PERIOD_SECONDS = 100_000, 6 * 3600  # request ids of one user in so long
+from dman_runtime.store.shown import joined_shown, unpacked_shown
 
 
 class Change:
@@ -63,14 +64,14 @@ class Change:
         if not len(self.write.shown[0]):
             return b"", b"", 0
         stored = self._servers.one(self._of_user.shown, "GET", self._of_user.shown) or b""
-        before = unpacked_shown(self.write.user_id, stored) if stored else NOTHING_SHOWN
+        before = unpacked_shown(self._user, stored) if stored else NOTHING_SHOWN
         items, until = joined_shown(before, self.write.shown, self._now)
         assert len(items) <= MAX_SHOWN
         return stored, pack_shown(events_of(items, until), self._seed), max(1, int(until.max() - self._now) + 1)
 
     def _ids(self) -> Iterable[bytes | str | int]:
-        yield from (repr(self._now), repr(self._now - REMEMBER_SECONDS), repr(self._now - _PERIOD_SECONDS))
-        yield from (MAX_IDS, IDS_EXPIRE_SECONDS)
+        yield from (repr(self._now), repr(self._now - REMEMBER_SECONDS), repr(self._now - checks.PERIOD_SECONDS))
+        yield from (checks.MAX_IDS, IDS_EXPIRE_SECONDS)
         ids = list(dict.fromkeys(self.write.request_ids))
         yield len(ids)
         yield from map(WORD.pack, ids)
@@ -96,7 +97,7 @@ class Change:
         chunks = {b"%d" % number: value for number, value in changed.chunks.items()}
         return int(write.replace_from is not None), len(fields), *_flat(fields), len(chunks), *_flat(chunks)
 
-    def _read_chunks(self, first: int, last: int) -> list:  # type: ignore[type-arg]
+    def _read_chunks(self, first: int, last: int) -> list[NDArray[np.void]]:
         if first >= last:
             return []
         key = self._of_user.user
@@ -112,10 +113,7 @@ class Change:
         if answer == -1:
             return checks.too_many_producers(self.write.user_id)
         if answer == -2:
-            return TooManyRequestIdsError(
-                f"user {self.write.user_id!r:.80} has more than {MAX_IDS} updates with a request id in 6 hours",
-                "send several events in one update, or wait",
-            )
+            return checks.too_many_request_ids(self.write.user_id, checks.MAX_IDS)
         return None
 
 

@@ -25,14 +25,12 @@ from collections.abc import Callable, Collection
 
 import lmdb
 
-from dman_runtime.errors import TooManyRequestIdsError
 from dman_runtime.store.base import REMEMBER_SECONDS
+from dman_runtime.store.checks import PERIOD_SECONDS, too_many_request_ids
 from dman_runtime.store.history import DamagedError, Spilled
 from dman_runtime.store.lmdb_layout import USER_HASH_BYTES, Databases
 
-PERIOD_SECONDS = 6 * 3600
 KEPT_PERIODS = REMEMBER_SECONDS // PERIOD_SECONDS
-MAX_IDS = 100_000  # of one user in one period
 SWEPT_PER_COMMIT = 256
 _PERIOD, _ID, _CHECKSUM = struct.Struct(">I"), struct.Struct(">Q"), struct.Struct("<I")
 
@@ -95,10 +93,7 @@ def spill(
     period = period_to_spill(now, before.period)
     count = len(ids) + (before.ids if before.period == period else 0)
     if limit is not None and count > limit:
-        raise TooManyRequestIdsError(
-            f"user {user.decode()!r:.80} has more than {limit} updates with a request id in 6 hours",
-            "send several events in one update, or wait",
-        )
+        raise too_many_request_ids(user.decode(), limit)
     owner = databases.owner(user)
     for one in ids:
         key = request_key(period, owner, one)

@@ -5,6 +5,13 @@ from __future__ import annotations
 import numpy as np
 
 from dman_runtime.store.base import MAX_SHOWN, Events
+from dman_runtime.store.history import Bytes, seed_of, unpack_shown
+
+
+def unpacked_shown(user: bytes, value: Bytes) -> Events:
+    """All that is stored, also what no longer counts; copies. Raises DamagedError."""
+    events = unpack_shown(value, seed_of(user))
+    return events["item"].astype(np.uint32), events["timestamp"].astype(np.int64)
 
 
 def still_shown(shown: Events, now: float) -> Events:

@@ -21,8 +21,7 @@ from unittest.mock import patch
 import lmdb
 from lmdb.verify import verify
 
-from dman_runtime.store import lmdb_users, redis_users
-from dman_runtime.store import memory as memory_store
+from dman_runtime.store import checks
 from dman_runtime.store.base import StateStore
 from dman_runtime.store.lmdb import LmdbStore
 from dman_runtime.store.memory import MemoryStore
@@ -85,19 +84,12 @@ class MemoryHarness:
         return []
 
 
-class LmdbHarness:
-    durable, together = True, True
+class _Steps:
+    """Calls an action before one of the steps that a store says it takes."""
 
-    def __init__(self, directory: Path) -> None:
-        self.path = directory / "state"
-        self.clock: Callable[[], float] = time.time
+    def __init__(self) -> None:
         self._action: Callable[[], object] | None = None
         self._steps_left = 0
-
-    def open(self) -> LmdbStore:
-        opening = lmdb.open
-        with patch.object(lmdb, "open", lambda *args, **options: _Environment(opening(*args, **options), self.step)):
-            return LmdbStore.open(self.path, clock=self.clock)
 
     @contextmanager
     def at_step(self, step: int, action: Callable[[], object]) -> Iterator[None]:
@@ -112,6 +104,20 @@ class LmdbHarness:
         if self._action is not None and self._steps_left < 0:
             action, self._action = self._action, None
             action()
+
+
+class LmdbHarness(_Steps):
+    durable, together = True, True
+
+    def __init__(self, directory: Path) -> None:
+        super().__init__()
+        self.path = directory / "state"
+        self.clock: Callable[[], float] = time.time
+
+    def open(self) -> LmdbStore:
+        opening = lmdb.open
+        with patch.object(lmdb, "open", lambda *args, **options: _Environment(opening(*args, **options), self.step)):
+            return LmdbStore.open(self.path, clock=self.clock)
 
     def crash(self) -> NoReturn:
         image = self.path.with_name(self.path.name + "+")
@@ -183,18 +189,17 @@ class _Stepwise:
             self._step()
 
 
-class RedisHarness:
+class RedisHarness(_Steps):
     """On one server for all tests of a process and of those it starts; each store has a namespace of its own."""
 
     durable, together = True, False
     variable: ClassVar[str] = "DMAN_TEST_REDIS"
 
     def __init__(self, directory: Path) -> None:
+        super().__init__()
         digest = hashlib.blake2b(str(directory.resolve()).encode(), digest_size=12).hexdigest()
         self.place = parse_place(f"redis://{self.address()}/{digest}")
         self.clock: Callable[[], float] = time.time
-        self._action: Callable[[], object] | None = None
-        self._steps_left = 0
 
     @classmethod
     def address(cls) -> str:
@@ -222,20 +227,6 @@ class RedisHarness:
             answers += writing([command])
         self.step()
         return answers
-
-    @contextmanager
-    def at_step(self, step: int, action: Callable[[], object]) -> Iterator[None]:
-        self._steps_left, self._action = step, action
-        try:
-            yield
-        finally:
-            self._action = None
-
-    def step(self) -> None:
-        self._steps_left -= 1
-        if self._action is not None and self._steps_left < 0:
-            action, self._action = self._action, None
-            action()
 
     def crash(self) -> NoReturn:
         raise Crash
@@ -273,9 +264,7 @@ DURABLE = [name for name, harness in HARNESSES.items() if harness.durable]
 def request_id_limit(limit: int) -> Iterator[None]:
     """In this block, all stores take so many request ids of a user in 6 hours."""
     with (
-        patch.object(lmdb_users, "MAX_IDS", limit),
-        patch.object(memory_store, "MAX_IDS", limit),
-        patch.object(redis_users, "MAX_IDS", limit),
+        patch.object(checks, "MAX_IDS", limit),
     ):
         yield
 

@@ -13,7 +13,7 @@ from dman_runtime.engine import Engine
 from dman_runtime.errors import StoreUnavailableError, TooManyRequestIdsError
 from dman_runtime.model.generation import Generation
 from dman_runtime.requests import Query, Update
-from dman_runtime.store import redis_users
+from dman_runtime.store import checks
 from dman_runtime.store.base import Write
 from dman_runtime.store.redis import RedisStore
 
@@ -91,7 +91,7 @@ def test_updates_that_share_a_commit_with_one_that_is_refused_are_stored_once(
     engine: Engine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """They have no request ids: nothing but the batcher's care keeps them from being stored twice."""
-    monkeypatch.setattr(redis_users, "MAX_IDS", 0)
+    monkeypatch.setattr(checks, "MAX_IDS", 0)
     batcher = Batcher(engine)
     with batcher._changed:  # all in one turn
         updates = [Update("a", ["1"]), Update("b", ["1"], request_id="id"), Update("c", ["1"])]

@@ -69,7 +69,7 @@ def compared(generation: Generation, state: Path, fresh: Path) -> Comparison:
         users = left.scan()
         while user_ids := list(islice(users, BATCH_USERS)):
             for user_id, one, other in zip(user_ids, *(_advanced(e, user_ids) for e in engines), strict=True):
-                if _history(left, user_id) != _history(right, user_id):
+                if history_of(left, user_id) != history_of(right, user_id):
                     found.other_histories.append(user_id)
                 found.errors[user_id] = max(
                     _relative(one.state.memory, other.state.memory),
@@ -100,7 +100,8 @@ def _advanced(engine: Engine, user_ids: Sequence[str]) -> list[OpenUser]:
     return users
 
 
-def _history(store: LmdbStore, user_id: str) -> tuple[list[str], list[int]]:
+def history_of(store: LmdbStore, user_id: str) -> tuple[list[str], list[int]]:
+    """Item ids and times, oldest first."""
     numbers, times = store.history(user_id)
     return store.item_ids(numbers), times.tolist()
 

@@ -35,6 +35,10 @@ class Claim:
     target: str = "none"
     met: bool | None = None
 
+    @classmethod
+    def at_least(cls, claim: str, found: int, wanted: int) -> Claim:
+        return cls(claim, str(found), f">= {wanted}", found >= wanted)
+
     def row(self) -> list[str]:
         return [self.claim, self.measured, self.target, {True: "yes", False: "NO", None: "-"}[self.met]]
 

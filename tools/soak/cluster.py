@@ -128,9 +128,9 @@ def _section(
         "it was acknowledged. Then each history was read and compared with what was acknowledged."
         + ("" if bounded else " A primary acknowledges alone here, so what its replica had not got yet is lost."),
         [
-            _at_least("acknowledged updates", updates, effort.updates),
-            _at_least("SIGKILLs of primaries", kills.done, effort.primary_kills),
-            _at_least("SIGKILLs of servers", server_kills, effort.server_kills),
+            Claim.at_least("acknowledged updates", updates, effort.updates),
+            Claim.at_least("SIGKILLs of primaries", kills.done, effort.primary_kills),
+            Claim.at_least("SIGKILLs of servers", server_kills, effort.server_kills),
             Claim("clients that gave up", "; ".join(failures) or "none", "none", not failures),
             Claim("acknowledged events that are lost", str(lost), "none", not lost if bounded else None),
             Claim("users with an event lost, doubled or out of order", str(len(wrong)), "none", right),
@@ -138,7 +138,3 @@ def _section(
         ("users that are wrong",) if wrong else (),
         [[text] for text in wrong[:20]],
     )
-
-
-def _at_least(claim: str, found: int, wanted: int) -> Claim:
-    return Claim(claim, str(found), f">= {wanted}", found >= wanted)

@@ -204,8 +204,8 @@ def claims_of_writers(writers: Sequence[Writer], fire: Fire, effort: Effort, wro
     updates = sum(writer.updates for writer in writers)
     failures = [failure for writer in writers for failure in writer.failures]
     return [
-        Claim("acknowledged updates", str(updates), f">= {effort.updates}", updates >= effort.updates),
-        Claim("SIGKILLs", str(fire.kills), f">= {effort.kills}", fire.kills >= effort.kills),
+        Claim.at_least("acknowledged updates", updates, effort.updates),
+        Claim.at_least("SIGKILLs", fire.kills, effort.kills),
         Claim("clients that gave up", "; ".join(failures) or "none", "none", not failures),
         Claim("users with an event lost, doubled or out of order", str(len(wrong)), "none", not wrong),
     ]

@@ -12,6 +12,7 @@ from dman_runtime.engine import Engine
 from dman_runtime.model.generation import Generation
 from dman_runtime.model.state import State
 from dman_runtime.store.lmdb import LmdbStore
+from tools.bench.life_checks import history_of
 from tools.bench.report import Claim, Section
 from tools.faults.jobs import run_job
 from tools.faults.kafka import Event, IngestProcess, Topic, group_settings, messages_of, tansu
@@ -101,8 +102,8 @@ def ingestion(soak: Soak) -> Section:
         f"came and was stopped by SIGTERM until the partitions had changed hands {run.rebalances} times. A last "
         f"ingester read the rest: {last}. Then the store was compared with one into which the events were imported.",
         [
-            Claim("SIGKILLs", str(run.kills), f">= {effort.ingester_kills}", run.kills >= effort.ingester_kills),
-            Claim("rebalances", str(run.rebalances), f">= {effort.rebalances}", run.rebalances >= effort.rebalances),
+            Claim.at_least("SIGKILLs", run.kills, effort.ingester_kills),
+            Claim.at_least("rebalances", run.rebalances, effort.rebalances),
             Claim("commands that failed", "; ".join(run.failures[:5]) or "none", "none", not run.failures),
             Claim("users with an event lost, doubled or out of order", str(len(wrong)), "none", not wrong),
             Claim(
@@ -159,13 +160,8 @@ def compare_stores(found: Path, expected: Path, bundle: Path) -> tuple[list[str]
     with LmdbStore.open(found) as store, LmdbStore.open(expected) as other:
         ours, theirs = Engine(generation, store), Engine(generation, other)
         users = sorted({*store.scan(), *other.scan()})
-        wrong = [user for user in users if _history(store, user) != _history(other, user)]
+        wrong = [user for user in users if history_of(store, user) != history_of(other, user)]
         return wrong, [_difference(_state(ours, user), _state(theirs, user)) for user in users]
-
-
-def _history(store: LmdbStore, user: str) -> tuple[list[str], list[int]]:
-    numbers, times = store.history(user)
-    return store.item_ids(numbers), times.tolist()
 
 
 def _state(engine: Engine, user: str) -> State | None:

@@ -12,9 +12,10 @@ from dman_runtime.errors import StoreDamagedError
 from dman_runtime.store import lmdb as lmdb_module
 from dman_runtime.store import lmdb_reads, request_ids
 from dman_runtime.store.base import REMEMBER_SECONDS, Write
+from dman_runtime.store.checks import MAX_IDS, PERIOD_SECONDS
 from dman_runtime.store.history import RECENT_IDS
 from dman_runtime.store.lmdb import LmdbStore
-from dman_runtime.store.request_ids import KEPT_PERIODS, MAX_IDS, PERIOD_SECONDS, period_of, period_to_spill
+from dman_runtime.store.request_ids import KEPT_PERIODS, period_of, period_to_spill
 
 NONE = np.zeros(0, np.int64)
 PERIOD = 80_000  # a moment
